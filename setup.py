@@ -1,0 +1,4 @@
+# The native kernels' build comes here with the kernels; everything else stands in pyproject.toml.
+from setuptools import setup
+
+setup()
