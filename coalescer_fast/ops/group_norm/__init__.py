@@ -1,0 +1,67 @@
+"""GroupNorm with conditioning, concatenation and activation in one op."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import checks
+from ..dispatch import implementation, register
+from . import reference
+
+register("group_norm_silu", "reference", reference.group_norm_silu)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    pre_bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Group normalisation, conditioned and activated.
+
+    ``y = act(GN(z) * (1 + scale) + shift)`` with ``z = cat([x, skip], 1) + pre_bias`` and
+    ``GN(z) = (z - mean_g) / sqrt(var_g + eps) * weight + bias``; mean and (biased) variance are over the C/num_groups channels of a
+    group and all spatial positions of one sample.
+
+    Args:
+        x: (N, C1, *spatial), any floating dtype, one to three spatial dimensions.
+        num_groups: number of groups; divides C = C1 + C2.
+        weight, bias: (C,) affine parameters, 1 and 0 if None.
+        eps: added to the variance; not negative.
+        scale, shift: (N, C) conditioning (FiLM), 0 if None.
+        skip: (N, C2, *spatial), concatenated behind x on the channel axis.
+        pre_bias: (C,), added to z before the statistics: the bias of the convolution that made x.
+        activation: "silu", ``v * sigmoid(v)``, or None for the identity.
+        backend: "auto" or a name of `ops.backends`.
+
+    Returns: (N, C, *spatial) of x's dtype.
+
+    Raises: ValueError for shapes, devices or values other than these.
+
+    Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
+    """
+    checks.floating("x", x)
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(f"x has {x.ndim} dimensions; expected (N, C, *spatial) with one to three spatial dimensions")
+    if skip is not None and (skip.ndim != x.ndim or skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dtype != x.dtype):
+        raise ValueError(f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and shape, {x.dtype} {tuple(x.shape)}, but for the channels")
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; expected a number not below 0")
+    for name, parameter in (("weight", weight), ("bias", bias), ("pre_bias", pre_bias)):
+        checks.shape(name, parameter, (channels,))
+    for name, parameter in (("scale", scale), ("shift", shift)):
+        checks.shape(name, parameter, (x.shape[0], channels))
+    checks.device(x, skip=skip, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, shift=shift)
+    checks.choice("activation", activation, ("silu", None))
+    return implementation("group_norm_silu", backend)(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)

@@ -1,0 +1,36 @@
+"""group_norm_silu in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    pre_bias: torch.Tensor | None,
+    activation: str | None,
+) -> torch.Tensor:
+    def per_channel(v: torch.Tensor) -> torch.Tensor:
+        return v.to(x.dtype).view(*v.shape, *[1] * (x.ndim - 2))
+
+    z = x if skip is None else torch.cat([x, skip], 1)
+    if pre_bias is not None:
+        z = z + per_channel(pre_bias)
+    y = F.group_norm(z, num_groups, _like(weight, z), _like(bias, z), eps)
+    if scale is not None:
+        y = y * (1 + per_channel(scale))
+    if shift is not None:
+        y = y + per_channel(shift)
+    return F.silu(y) if activation == "silu" else y
+
+
+def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)

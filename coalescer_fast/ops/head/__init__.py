@@ -1,0 +1,65 @@
+"""The two heads of a coalescer: target direction and target distance."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import checks
+from ..dispatch import implementation, register
+from . import reference
+
+register("dual_head", "reference", reference.dual_head)
+
+
+def dual_head(
+    h: torch.Tensor,
+    direction_weight: torch.Tensor,
+    direction_bias: torch.Tensor,
+    distance_weight: torch.Tensor,
+    distance_bias: torch.Tensor,
+    *,
+    sample: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Direction field and distance from one feature map.
+
+    ``direction = conv3x3(h)`` (zero padding 1) and ``distance = softplus(w . mean_HW(h) + b)``. With the sample R and its anchor p,
+    the heads are residual: ``direction += (p - R) / max(|p - R|, 1e-6)`` and ``distance *= |p - R|``, where
+    ``|x| = ||x||_2 / sqrt(Cz H W)`` of one sample; norms and distance are computed in float32 at least.
+
+    Args:
+        h: (N, C, H, W) features, any floating dtype.
+        direction_weight, direction_bias: (Cz, C, 3, 3) and (Cz,).
+        distance_weight, distance_bias: (C,) or (1, C), and (1,).
+        sample, anchor: (N, Cz, H, W), both or neither.
+        backend: "auto" or a name of `ops.backends`.
+
+    Returns: direction (N, Cz, H, W) of h's dtype, or the wider of it and sample's; distance (N,), float32 (float64 for float64 h).
+
+    Raises: ValueError for other shapes or devices, or one of sample and anchor alone.
+    """
+    checks.floating("h", h)
+    if h.ndim != 4:
+        raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")
+    n, channels, height, width = h.shape
+    latent = direction_weight.shape[0]
+    checks.shape("direction_weight", direction_weight, (latent, channels, 3, 3))
+    checks.shape("direction_bias", direction_bias, (latent,))
+    if distance_weight.numel() != channels or distance_weight.shape not in ((channels,), (1, channels)):
+        raise ValueError(f"distance_weight has shape {tuple(distance_weight.shape)}; expected ({channels},) or (1, {channels})")
+    checks.shape("distance_bias", distance_bias, (1,))
+    if (sample is None) != (anchor is None):
+        raise ValueError(f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither")
+    checks.shape("sample", sample, (n, latent, height, width))
+    checks.shape("anchor", anchor, (n, latent, height, width))
+    checks.device(
+        h,
+        direction_weight=direction_weight,
+        direction_bias=direction_bias,
+        distance_weight=distance_weight,
+        distance_bias=distance_bias,
+        sample=sample,
+        anchor=anchor,
+    )
+    return implementation("dual_head", backend)(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)

@@ -1,0 +1,53 @@
+"""The sampler's update."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import checks
+from ..dispatch import implementation, register
+from . import reference
+
+register("coalesce_step", "reference", reference.coalesce_step)
+
+
+def coalesce_step(
+    sample: torch.Tensor,
+    direction: torch.Tensor,
+    distance: torch.Tensor,
+    *,
+    eta: float = 1.0,
+    mode: str = "unit",
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Move R along the target direction by the target distance.
+
+    ``unit``: ``R + eta * distance * direction / max(|direction|, eps)``; ``raw``: ``R + eta * distance * direction``;
+    ``|x| = ||x||_2 / sqrt(numel(x))`` of one sample. Computed in float32 (float64 if sample is), rounded once to sample's dtype.
+    A zero direction leaves R where it is. What is not finite in a sample's direction or distance makes that sample not finite, and
+    no other; a finite direction whose square overflows float32 has infinite length and does not move R in mode ``unit``.
+
+    Args:
+        sample: R, (N, ...), any floating dtype.
+        direction: of sample's shape, any floating dtype.
+        distance: (N,), any floating dtype.
+        eta: share of the distance to go.
+        mode: "unit" or "raw".
+        eps: smallest length to divide by; above 0.
+        backend: "auto" or a name of `ops.backends`.
+
+    Returns: the new R, of sample's shape and dtype.
+
+    Raises: ValueError for other shapes, devices or values.
+    """
+    checks.floating("sample", sample)
+    checks.floating("direction", direction)
+    checks.floating("distance", distance)
+    checks.shape("direction", direction, tuple(sample.shape))
+    checks.shape("distance", distance, tuple(sample.shape[:1]))
+    checks.device(sample, direction=direction, distance=distance)
+    checks.choice("mode", mode, ("unit", "raw"))
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; expected a number above 0")
+    return implementation("coalesce_step", backend)(sample, direction, distance, eta, mode, eps)
