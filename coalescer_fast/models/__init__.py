@@ -1,0 +1,7 @@
+"""The networks of a coalescer."""
+
+from .autoencoder import CoalescerAutoencoder
+from .description import DescriptionEncoder
+from .unet import CoalescerUNet
+
+__all__ = ["CoalescerAutoencoder", "CoalescerUNet", "DescriptionEncoder"]

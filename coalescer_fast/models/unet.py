@@ -1,0 +1,438 @@
+"""The dual-head UNet of a coalescer, written once against `coalescer_fast.ops`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from .. import ops
+
+# What softplus maps to 1: an untrained network with an anchor moves exactly onto the anchor.
+SOFTPLUS_INVERSE_OF_1 = 0.5413248546129181
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    # the embedded model: 16x8x8 latents of 64x64 pictures
+    "emoji-64": dict(
+        sample_size=8,
+        latent_channels=16,
+        block_out_channels=(96, 128, 160),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_levels=(1,),
+        mid_attention=False,
+        num_attention_heads=4,
+        description_dim=128,
+        embedding_dim=256,
+        anchor="mlp",
+        anchor_hidden_dim=1152,
+    ),
+    # the size of DDPM's CIFAR-10 network (arXiv 2006.11239)
+    "m": dict(
+        sample_size=32,
+        latent_channels=4,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        norm_num_groups=32,
+        attention_levels=(1,),
+        num_attention_heads=1,
+        description_dim=128,
+        embedding_dim=272,
+    ),
+    # the size of Stable Diffusion 1.5's network (arXiv 2112.10752)
+    "l": dict(
+        sample_size=64,
+        latent_channels=4,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        norm_num_groups=32,
+        attention_levels=(0, 1, 2),
+        num_attention_heads=8,
+        cross_attention_dim=768,
+        description_dim=768,
+        embedding_dim=640,
+    ),
+}
+
+
+@dataclass
+class CoalescerUNetOutput(BaseOutput):
+    """direction: (N, Cz, H, W), the target direction field; distance: (N,), the target distance, in RMS units."""
+
+    direction: torch.Tensor
+    distance: torch.Tensor
+
+
+@dataclass
+class Conditioning:
+    """All that the network derives from descriptions alone, computed once a call whatever the number of steps.
+
+    film: per residual block, in the order of `CoalescerUNet.residual_blocks`, (scale, shift), each (N, C); anchor: (N, Cz, H, W) or
+    None; keys_values: per cross-attention, in order, (keys, values), each (N, heads, L, head_dim); mask: (N, L) bool or None.
+    """
+
+    film: list[tuple[torch.Tensor, torch.Tensor]]
+    anchor: torch.Tensor | None
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
+    mask: torch.Tensor | None = None
+
+    def expand(self, n: int) -> Conditioning:
+        """The conditioning of one description, for n samples, without a copy."""
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            return x.expand(n, *x.shape[1:])
+
+        return Conditioning(
+            [(rows(scale), rows(shift)) for scale, shift in self.film],
+            None if self.anchor is None else rows(self.anchor),
+            [(rows(k), rows(v)) for k, v in self.keys_values],
+            None if self.mask is None else rows(self.mask),
+        )
+
+
+def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
+    """The learned ``null`` (D,) in the place of every all-zero row of ``description`` (N, D)."""
+    return torch.where((description == 0).all(1, keepdim=True), null.to(description.dtype), description)
+
+
+class AnchorMLP(nn.Module):
+    """The mean latent p of a description: (N, D) -> (N, Cz, S, S) by two residual LayerNorm-Linear-SiLU blocks."""
+
+    def __init__(self, description_dim: int, hidden_dim: int, latent_channels: int, sample_size: int):
+        super().__init__()
+        self.shape = (latent_channels, sample_size, sample_size)
+        self.null = nn.Parameter(torch.zeros(description_dim))
+        self.linear_in = nn.Linear(description_dim, hidden_dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(2))
+        self.linears = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(2))
+        self.linear_out = nn.Linear(hidden_dim, latent_channels * sample_size**2)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, description: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.linear_in(replace_empty(description, self.null)))
+        for norm, linear in zip(self.norms, self.linears):
+            h = h + F.silu(linear(norm(h)))
+        return self.linear_out(h).view(-1, *self.shape)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm-SiLU-conv3x3-GroupNorm(1 + scale, shift)-SiLU-conv3x3 around a residual connection, on x or on cat([x, skip])."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int):
+        super().__init__()
+        self.backend = "reference"
+        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.film = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        for layer in (self.film, self.conv2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
+        norm1, norm2 = self.norm1, self.norm2
+        h = ops.group_norm_silu(x, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps, skip=skip, backend=self.backend)
+        h = F.conv2d(h, self.conv1.weight, padding=1)
+        h = ops.group_norm_silu(
+            h,
+            norm2.num_groups,
+            norm2.weight,
+            norm2.bias,
+            norm2.eps,
+            scale=film[0],
+            shift=film[1],
+            pre_bias=self.conv1.bias,
+            backend=self.backend,
+        )
+        h = F.conv2d(h, self.conv2.weight, padding=1)
+        return ops.bias_residual(h, self.conv2.bias, self._residual(x, skip), backend=self.backend)
+
+    def _residual(self, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+        if self.shortcut is None:
+            return x if skip is None else torch.cat([x, skip], 1)
+        if skip is None:
+            return self.shortcut(x)
+        # a 1x1 convolution of a concatenation is the sum of two: nothing is copied
+        weight = self.shortcut.weight
+        return F.conv2d(x, weight[:, : x.shape[1]]) + F.conv2d(skip, weight[:, x.shape[1] :], self.shortcut.bias)
+
+
+class SelfAttention(nn.Module):
+    """x + proj(attention(GroupNorm(x))) over the H*W positions."""
+
+    def __init__(self, channels: int, num_heads: int, num_groups: int):
+        super().__init__()
+        self.backend = "reference"
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_groups, channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
+        rows = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
+        q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
+        rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        return x + rows.transpose(1, 2).reshape(x.shape)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the description's token rows and a GEGLU feed-forward, between two 1x1 projections.
+
+    The layout of Stable Diffusion's spatial transformer (arXiv 2112.10752): pre-norm, residual around each part and around the whole.
+    """
+
+    def __init__(self, channels: int, num_heads: int, cross_attention_dim: int, num_groups: int):
+        super().__init__()
+        self.backend = "reference"
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out1 = nn.Linear(channels, channels)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_kv = nn.Linear(cross_attention_dim, 2 * channels, bias=False)
+        self.to_out2 = nn.Linear(channels, channels)
+        self.ff_in = nn.Linear(channels, 8 * channels)
+        self.ff_out = nn.Linear(4 * channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def keys_values(self, token_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (split_heads(part, self.num_heads) for part in self.to_kv(token_rows).chunk(2, -1))
+        return k, v
+
+    def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        norm = self.norm
+        h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
+        h = self.proj_in(h.flatten(2).transpose(1, 2))  # [N, H*W, C]
+        q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(self.norm1(h)).chunk(3, -1))
+        h = h + self.to_out1(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        q = split_heads(self.to_q(self.norm2(h)), self.num_heads)
+        attention_mask = None if mask is None else mask[:, None, None, :]
+        h = h + self.to_out2(merge_heads(F.scaled_dot_product_attention(q, *keys_values, attn_mask=attention_mask)))
+        value, gate = self.ff_in(self.norm3(h)).chunk(2, -1)
+        h = h + self.ff_out(value * F.gelu(gate))
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
+
+
+def split_heads(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(N, L, C) -> (N, heads, L, C/heads)."""
+    return rows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(rows: torch.Tensor) -> torch.Tensor:
+    """(N, heads, L, D) -> (N, L, heads*D)."""
+    return rows.transpose(1, 2).flatten(2)
+
+
+class CoalescerUNet(ModelMixin, ConfigMixin):
+    r"""Maps a latent point R and a description to a target direction and a target distance. There is no timestep.
+
+    A UNet of residual blocks whose second norm is conditioned by the description (scale and shift), self-attention (or, with
+    ``cross_attention_dim``, transformer blocks that also attend to token rows) at ``attention_levels``, and two heads
+    (`ops.dual_head`). With ``anchor="mlp"`` a small MLP gives p, the mean latent of the description; the network then sees [R, p] and
+    its heads are residual to the way from R to p.
+
+    Args:
+        sample_size: H = W of the latents trained on; other sizes run too, unless there is an anchor.
+        latent_channels: Cz, channels of R and of the direction.
+        block_out_channels: channels of each resolution level, from the finest.
+        layers_per_block: residual blocks a level on the way down (one more on the way up).
+        norm_num_groups: groups of every GroupNorm.
+        attention_levels: levels whose residual blocks are each followed by attention.
+        mid_attention: whether there is attention between the two residual blocks at the bottom.
+        num_attention_heads: heads of every attention.
+        cross_attention_dim: width of the token rows, or None for no cross-attention.
+        description_dim: D, width of a description vector; the all-zero vector is the empty description.
+        embedding_dim: width of the embedding that scales and shifts are projected from.
+        anchor: "mlp" or None.
+        anchor_hidden_dim: width of the anchor's MLP.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 8,
+        latent_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (96, 128, 160),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 8,
+        attention_levels: tuple[int, ...] = (1,),
+        mid_attention: bool = True,
+        num_attention_heads: int = 4,
+        cross_attention_dim: int | None = None,
+        description_dim: int = 128,
+        embedding_dim: int = 256,
+        anchor: str | None = None,
+        anchor_hidden_dim: int = 1024,
+    ):
+        super().__init__()
+        if anchor not in ("mlp", None):
+            raise ValueError(f"anchor is {anchor!r}; use 'mlp' or None")
+        channels = list(block_out_channels)
+        groups = norm_num_groups
+
+        def attention(width: int) -> nn.Module:
+            if cross_attention_dim is None:
+                return SelfAttention(width, num_attention_heads, groups)
+            return TransformerBlock(width, num_attention_heads, cross_attention_dim, groups)
+
+        def residual(width_in: int, width_out: int) -> ResidualBlock:
+            return ResidualBlock(width_in, width_out, embedding_dim, groups)
+
+        self.anchor_mlp = AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
+        self.null = nn.Parameter(torch.zeros(description_dim))
+        self.embedding = nn.Sequential(nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+        self.conv_in = nn.Conv2d(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
+
+        # The network as three flat lists of (kind, module): down keeps what comes out of each entry, up takes it back.
+        self.down = nn.ModuleList()
+        width, skips = channels[0], [channels[0]]
+        for level, out in enumerate(channels):
+            for _ in range(layers_per_block):
+                self.down.append(nn.ModuleList([residual(width, out), *([attention(out)] if level in attention_levels else [])]))
+                width = out
+                skips.append(width)
+            if level < len(channels) - 1:
+                self.down.append(nn.ModuleList([nn.Conv2d(width, width, 3, stride=2, padding=1)]))
+                skips.append(width)
+        self.mid = nn.ModuleList([residual(width, width), *([attention(width)] if mid_attention else []), residual(width, width)])
+        self.up = nn.ModuleList()
+        for level, out in reversed(list(enumerate(channels))):
+            for _ in range(layers_per_block + 1):
+                self.up.append(nn.ModuleList([residual(width + skips.pop(), out), *([attention(out)] if level in attention_levels else [])]))
+                width = out
+            if level:
+                self.up.append(nn.ModuleList([nn.Conv2d(width, width, 3, padding=1)]))
+
+        self.norm_out = nn.GroupNorm(groups, width)
+        self.direction_head = nn.Conv2d(width, latent_channels, 3, padding=1)
+        self.distance_head = nn.Linear(width, 1)
+        for parameter in (self.direction_head.weight, self.direction_head.bias, self.distance_head.weight):
+            nn.init.zeros_(parameter)
+        nn.init.constant_(self.distance_head.bias, SOFTPLUS_INVERSE_OF_1)
+
+    @classmethod
+    def named(cls, name: str) -> CoalescerUNet:
+        """An untrained network of a named configuration: emoji-64, m or l."""
+        if name not in CONFIGURATIONS:
+            raise ValueError(f"configuration {name!r} is unknown: use {', '.join(CONFIGURATIONS)}")
+        return cls(**CONFIGURATIONS[name])
+
+    @property
+    def residual_blocks(self) -> list[ResidualBlock]:
+        """All residual blocks in the order in which they run."""
+        return [m for m in self._in_order() if isinstance(m, ResidualBlock)]
+
+    @property
+    def downsampling(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def _in_order(self) -> list[nn.Module]:
+        return [m for part in (*self.down, self.mid, *self.up) for m in part]
+
+    def set_backend(self, backend: str) -> None:
+        """Run every op of the network on ``backend``."""
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+        self.backend = backend
+
+    backend = "reference"
+
+    def embed(self, description: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, E), the activated embedding that scales and shifts are projected from."""
+        return F.silu(self.embedding(replace_empty(description, self.null)))
+
+    def condition(
+        self,
+        description: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        anchor: torch.Tensor | None = None,
+    ) -> Conditioning:
+        """What the network needs of descriptions (N, D) and, with cross-attention, of their token rows (N, L, D') and mask (N, L).
+
+        ``anchor`` overrides the anchor MLP's output, (N, Cz, H, W).
+        """
+        if description.ndim != 2 or description.shape[1] != self.config.description_dim:
+            raise ValueError(f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})")
+        description = description.to(self.dtype)
+        embedding = self.embed(description)
+        film = [tuple(block.film(embedding).chunk(2, 1)) for block in self.residual_blocks]
+        if self.anchor_mlp is not None and anchor is None:
+            anchor = self.anchor_mlp(description)
+        keys_values = []
+        if self.config.cross_attention_dim is not None:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_hidden_states is missing: this network attends to the description's token rows")
+            rows = encoder_hidden_states.to(self.dtype)
+            keys_values = [m.keys_values(rows) for m in self._in_order() if isinstance(m, TransformerBlock)]
+        return Conditioning(film, anchor, keys_values, encoder_attention_mask)
+
+    def features(self, sample: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The activated features (N, C, H, W) that both heads read, for R (N, Cz, H, W)."""
+        film, keys_values = iter(conditioning.film), iter(conditioning.keys_values)
+
+        def run(part: nn.ModuleList, h: torch.Tensor, skips: list[torch.Tensor] | None = None) -> torch.Tensor:
+            for module in part:
+                if isinstance(module, ResidualBlock):
+                    h = module(h, next(film), skips.pop() if skips is not None else None)
+                elif isinstance(module, TransformerBlock):
+                    h = module(h, next(keys_values), conditioning.mask)
+                elif skips is not None and isinstance(module, nn.Conv2d):
+                    h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                else:
+                    h = module(h)
+            return h
+
+        x = sample.to(self.dtype)
+        h = self.conv_in(x if conditioning.anchor is None else torch.cat([x, conditioning.anchor.to(x.dtype)], 1))
+        skips = [h]
+        for part in self.down:
+            h = run(part, h)
+            skips.append(h)
+        h = run(self.mid, h)
+        for part in self.up:
+            h = run(part, h, skips)
+        norm = self.norm_out
+        return ops.group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, norm.eps, backend=self.backend)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        description: torch.Tensor | Conditioning,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> CoalescerUNetOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Direction (N, Cz, H, W) and distance (N,) at R = ``sample`` (N, Cz, H, W) for descriptions (N, D), or their `condition`."""
+        if isinstance(description, Conditioning):
+            conditioning = description
+        else:
+            conditioning = self.condition(description, encoder_hidden_states, encoder_attention_mask)
+        direction, distance = ops.dual_head(
+            self.features(sample, conditioning),
+            self.direction_head.weight,
+            self.direction_head.bias,
+            self.distance_head.weight,
+            self.distance_head.bias,
+            sample=sample if conditioning.anchor is not None else None,
+            anchor=conditioning.anchor,
+            backend=self.backend,
+        )
+        return CoalescerUNetOutput(direction, distance) if return_dict else (direction, distance)
