@@ -1,0 +1,238 @@
+"""Text to picture in two network evaluations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+from .models.unet import Conditioning
+from .scheduler import CoalescerScheduler, guide
+
+WEIGHTS = Path(__file__).parent / "weights"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class TraceStep:
+    """One step of a call: sample, R (N, C, H, W) before it; distance (N,); direction_length, |direction| (N,) before any guidance."""
+
+    sample: torch.Tensor
+    distance: torch.Tensor
+    direction_length: torch.Tensor
+
+
+@dataclass
+class CoalescerPipelineOutput(BaseOutput):
+    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for."""
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    trace: list[TraceStep] | None = None
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that the package carries."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*/model_index.json"))
+
+
+class CoalescerPipeline(DiffusionPipeline):
+    r"""Draws pictures of descriptions: random R, a few steps of direction and distance, decode.
+
+    Components: `CoalescerUNet` unet, `CoalescerScheduler` scheduler, `DescriptionEncoder` description_encoder,
+    `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
+
+    def __init__(
+        self, unet: CoalescerUNet, scheduler: CoalescerScheduler, description_encoder: DescriptionEncoder, vae: CoalescerAutoencoder
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, description_encoder=description_encoder, vae=vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CoalescerPipeline:
+        """The pipeline of an embedded name ("emoji-64"), a folder, or a Hub id; safetensors only. Keywords as in diffusers.
+
+        Raises ValueError, in one sentence, for a folder that is damaged or holds something else.
+        """
+        name = str(pretrained_model_name_or_path)
+        if (WEIGHTS / name / "model_index.json").is_file() and name in embedded_models():
+            folder = WEIGHTS / name
+        else:
+            folder = Path(name)
+            if folder.is_dir():
+                _check_folder(folder)
+            elif name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
+                raise ValueError(f"there is no model {name!r}: give {', '.join(embedded_models())}, a folder, or a Hub id such as owner/name")
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            return super().from_pretrained(str(folder), **kwargs)
+        except Exception as error:
+            if kwargs.get("local_files_only") is False or folder.is_dir():
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ValueError(f"{name} cannot be loaded as a coalescer pipeline: {reason}") from error
+            raise ValueError(f"{name} is neither a local folder nor a reachable Hub model: check the name and the connection") from error
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 2,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_trace: bool = False,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> CoalescerPipelineOutput | tuple[Any, ...]:
+        r"""Draw ``num_images_per_prompt`` pictures of each prompt.
+
+        Args:
+            prompt: one description or a list. One that names no art style ("3d style") gets one of those that exist for what it
+                names, chosen by the mean of its R. The empty description draws any picture.
+            num_images_per_prompt: pictures a prompt; the result is prompt-major.
+            num_inference_steps: network evaluations of the description; 2 is what the model is made for.
+            guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's endpoint;
+                None is the model's own. Applies to the steps that the scheduler says (the last one).
+            generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every device.
+            latents: R to start from, (pictures, C, h, w), instead of noise.
+            height, width: size in pixels; the model's own if None. A model with an anchor has one size.
+            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
+            return_trace: also return R, distance and |direction| of every step.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go on from.
+
+        Raises: TypeError or ValueError, in one sentence, for anything else.
+        """
+        prompts = self._check_prompts(prompt, num_images_per_prompt)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed: {self._callback_tensor_inputs}")
+        scale = self.scheduler.config.guidance_scale if guidance_scale is None else float(guidance_scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number, 1 for none")
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = self._initial_sample(len(prompts), height, width, generator, latents)
+        conditioning, empty = self._condition(prompts, sample, guided=scale != 1)
+
+        trace = []
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for i, t in enumerate(self.scheduler.timesteps.tolist()):
+                direction, distance = self.unet(sample, conditioning, return_dict=False)
+                if return_trace:
+                    length = direction.float().square().mean((1, 2, 3)).sqrt()
+                    trace.append(TraceStep(sample, distance, length))
+                if empty is not None and self.scheduler.is_guided(t):
+                    direction = guide(direction, distance, *self.unet(sample, empty, return_dict=False), scale)
+                sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.unet.backend)[0]
+                if callback_on_step_end is not None:
+                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
+                bar.update()
+
+        images = sample if output_type == "latent" else self._decode(sample, output_type)
+        self.maybe_free_model_hooks()
+        output = CoalescerPipelineOutput(images, trace if return_trace else None)
+        return output if return_dict else output.to_tuple()
+
+    def _check_prompts(self, prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise TypeError(f"prompt is {prompt!r:.80}; expected a string or a list of strings")
+        if not prompts:
+            raise ValueError("prompt is an empty list; give at least one description")
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
+        return [p for p in prompts for _ in range(num_images_per_prompt)]
+
+    def _initial_sample(
+        self,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        config, factor = self.unet.config, self.vae.scale_factor
+        native = config.sample_size * factor
+        sides = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = native if pixels is None else pixels
+            multiple = factor * self.unet.downsampling
+            if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1 or pixels % multiple:
+                raise ValueError(f"{name} is {pixels!r}; expected a positive multiple of {multiple}")
+            if config.anchor is not None and pixels != native:
+                raise ValueError(f"{name} is {pixels}; this model has an anchor and draws {native} pixels only")
+            sides.append(pixels // factor)
+        shape = (batch_size, config.latent_channels, *sides)
+        device = self._execution_device
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != batch_size:
+                raise ValueError(f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures")
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+            raise TypeError(f"latents is {getattr(latents, 'dtype', type(latents).__name__)}; expected a floating-point tensor")
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
+        return latents.to(device, torch.float32)
+
+    def _condition(self, prompts: list[str], sample: torch.Tensor, guided: bool) -> tuple[Conditioning, Conditioning | None]:
+        # The style is a function of R alone, so that a sample depends neither on its neighbours nor on the backend: the mean of R,
+        # scaled to a standard normal, mapped to (0, 1).
+        means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
+        uniform = torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist()
+        encoder = self.description_encoder
+        texts = encoder.with_styles(prompts, uniform)
+        rows = mask = None
+        device = sample.device
+
+        def condition(texts: list[str]) -> Conditioning:
+            nonlocal rows, mask
+            if self.unet.config.cross_attention_dim is not None:
+                rows, mask = (x.to(device) for x in encoder.token_rows(texts))
+            return self.unet.condition(encoder(texts).to(device), rows, mask)
+
+        return condition(texts), condition([""]).expand(len(texts)) if guided else None
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        pictures = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return self.image_processor.postprocess(pictures.float(), output_type=output_type)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError if ``folder`` is not a saved coalescer pipeline with all its files."""
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise ValueError(f"{folder} is not a saved pipeline: it has no model_index.json")
+    try:
+        index = json.loads(index_path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index_path} is damaged: {error}") from error
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != CoalescerPipeline.__name__:
+        raise ValueError(f"{folder} holds a {kind}, not a {CoalescerPipeline.__name__}")
+    for component in ("unet", "description_encoder", "vae"):
+        if component not in index:
+            raise ValueError(f"{index_path} is damaged: it names no {component}")
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            if not (folder / component / file).is_file():
+                raise ValueError(f"{folder} is incomplete: {component}/{file} is missing")
