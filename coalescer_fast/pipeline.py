@@ -78,12 +78,13 @@ class CoalescerPipeline(DiffusionPipeline):
             if folder.is_dir():
                 _check_folder(folder)
             elif name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
-                raise ValueError(f"there is no model {name!r}: give {', '.join(embedded_models())}, a folder, or a Hub id such as owner/name")
+                known = ", ".join(embedded_models())
+                raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
         kwargs.setdefault("use_safetensors", True)
         try:
             return super().from_pretrained(str(folder), **kwargs)
         except Exception as error:
-            if kwargs.get("local_files_only") is False or folder.is_dir():
+            if folder.is_dir():
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ValueError(f"{name} cannot be loaded as a coalescer pipeline: {reason}") from error
             raise ValueError(f"{name} is neither a local folder nor a reachable Hub model: check the name and the connection") from error
@@ -143,7 +144,8 @@ class CoalescerPipeline(DiffusionPipeline):
                     length = direction.float().square().mean((1, 2, 3)).sqrt()
                     trace.append(TraceStep(sample, distance, length))
                 if empty is not None and self.scheduler.is_guided(t):
-                    direction = guide(direction, distance, *self.unet(sample, empty, return_dict=False), scale)
+                    empty_direction, empty_distance = self.unet(sample, empty, return_dict=False)
+                    direction = guide(direction, distance, empty_direction, empty_distance, scale)
                 sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.unet.backend)[0]
                 if callback_on_step_end is not None:
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)

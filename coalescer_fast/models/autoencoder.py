@@ -15,8 +15,9 @@ from torch import nn
 class CoalescerAutoencoder(ModelMixin, ConfigMixin):
     r"""The encoder and decoder of diffusers' AutoencoderTiny between two pixel (un)shuffles, the latents standardised.
 
-    ``z = (E(unshuffle_p(x)) - mean_c) / sqrt(var_c + 1e-5)`` and ``x' = shuffle_p(D(z))`` with E and D the two networks. ``mean_c`` and ``var_c`` are running statistics of the training pictures, one a latent channel, stored
-    with the weights; the decoder takes the standardised latent, so nothing has to be scaled between the two.
+    ``z = (E(unshuffle_p(x)) - mean_c) / sqrt(var_c + 1e-5)`` and ``x' = shuffle_p(D(z))`` with E and D the two networks. ``mean_c`` and
+    ``var_c`` are statistics of the training pictures, one a latent channel, stored with the weights; the decoder takes the
+    standardised latent, so nothing has to be scaled between the two.
 
     Args:
         patch_size: side p of the pixel blocks that become channels before the encoder and blocks again after the decoder.

@@ -58,7 +58,10 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         names: Sequence[str] = (),
         name_styles: np.ndarray | None = None,
     ) -> DescriptionEncoder:
-        """An encoder of the arrays that `build_text_table` writes; name_styles: (len(names), len(styles)), non-zero where a style exists."""
+        """An encoder of the arrays that `build_text_table` writes.
+
+        ``name_styles``: (len(names), len(styles)), non-zero where a style exists for a name.
+        """
         names_utf8 = "\n".join(names).encode("utf-8")
         encoder = cls(*table.shape, len(vocab), tuple(styles), len(names), len(names_utf8))
         encoder.table.copy_(torch.from_numpy(table))
@@ -85,8 +88,12 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Description vectors (N, D), float32, of RMS 1 or 0."""
-        pooled = torch.stack([self._rows(self.token_ids(text)).sum(0) for text in descriptions])
+        pooled = torch.stack([self.token_sum(text) for text in descriptions])
         return pooled / pooled.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+
+    def token_sum(self, text: str) -> torch.Tensor:
+        """The sum of the rows of a text's tokens, (D,): what `forward` scales; sums of phrases add up to that of the whole."""
+        return self._rows(self.token_ids(text)).sum(0)
 
     def token_rows(self, descriptions: Sequence[str], max_length: int = 77) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N, max_length, D), float32, for cross-attention, and the mask (N, max_length), True where there is a token.
@@ -114,7 +121,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         styles = list(self.config.styles)
         if not self.config.num_names:
             return styles
-        nearest = int((self._name_vectors @ self([description])[0]).argmax())
+        nearest = int((self._name_vectors @ self([description])[0].cpu()).argmax())
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
@@ -132,4 +139,4 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     @cached_property
     def _name_vectors(self) -> torch.Tensor:
-        return self(bytes(self.names.cpu().numpy()).decode("utf-8").split("\n"))
+        return self(bytes(self.names.cpu().numpy()).decode("utf-8").split("\n")).cpu()

@@ -101,6 +101,13 @@ def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor
     return torch.where((description == 0).all(1, keepdim=True), null.to(description.dtype), description)
 
 
+def zero_initialise(*modules: nn.Module) -> None:
+    """Set all parameters to 0: a residual branch that ends in such a layer starts as the identity."""
+    for module in modules:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+
 class AnchorMLP(nn.Module):
     """The mean latent p of a description: (N, D) -> (N, Cz, S, S) by two residual LayerNorm-Linear-SiLU blocks."""
 
@@ -112,8 +119,7 @@ class AnchorMLP(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(2))
         self.linears = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(2))
         self.linear_out = nn.Linear(hidden_dim, latent_channels * sample_size**2)
-        nn.init.zeros_(self.linear_out.weight)
-        nn.init.zeros_(self.linear_out.bias)
+        zero_initialise(self.linear_out)
 
     def forward(self, description: torch.Tensor) -> torch.Tensor:
         h = F.silu(self.linear_in(replace_empty(description, self.null)))
@@ -134,9 +140,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        for layer in (self.film, self.conv2):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        zero_initialise(self.film, self.conv2)
 
     def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
         norm1, norm2 = self.norm1, self.norm2
@@ -176,8 +180,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.GroupNorm(num_groups, channels)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
+        zero_initialise(self.to_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.norm
@@ -298,12 +301,13 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         self.embedding = nn.Sequential(nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
         self.conv_in = nn.Conv2d(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
 
-        # The network as three flat lists of (kind, module): down keeps what comes out of each entry, up takes it back.
+        # Entries of modules that run in turn: what comes out of each entry of down is kept, and taken back by up's residual blocks.
         self.down = nn.ModuleList()
         width, skips = channels[0], [channels[0]]
         for level, out in enumerate(channels):
             for _ in range(layers_per_block):
-                self.down.append(nn.ModuleList([residual(width, out), *([attention(out)] if level in attention_levels else [])]))
+                block = residual(width, out)
+                self.down.append(nn.ModuleList([block, *([attention(out)] if level in attention_levels else [])]))
                 width = out
                 skips.append(width)
             if level < len(channels) - 1:
@@ -313,7 +317,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
             for _ in range(layers_per_block + 1):
-                self.up.append(nn.ModuleList([residual(width + skips.pop(), out), *([attention(out)] if level in attention_levels else [])]))
+                block = residual(width + skips.pop(), out)
+                self.up.append(nn.ModuleList([block, *([attention(out)] if level in attention_levels else [])]))
                 width = out
             if level:
                 self.up.append(nn.ModuleList([nn.Conv2d(width, width, 3, padding=1)]))
@@ -321,8 +326,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         self.norm_out = nn.GroupNorm(groups, width)
         self.direction_head = nn.Conv2d(width, latent_channels, 3, padding=1)
         self.distance_head = nn.Linear(width, 1)
-        for parameter in (self.direction_head.weight, self.direction_head.bias, self.distance_head.weight):
-            nn.init.zeros_(parameter)
+        zero_initialise(self.direction_head, self.distance_head)
         nn.init.constant_(self.distance_head.bias, SOFTPLUS_INVERSE_OF_1)
 
     @classmethod
@@ -388,7 +392,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         """The activated features (N, C, H, W) that both heads read, for R (N, Cz, H, W)."""
         film, keys_values = iter(conditioning.film), iter(conditioning.keys_values)
 
-        def run(part: nn.ModuleList, h: torch.Tensor, skips: list[torch.Tensor] | None = None) -> torch.Tensor:
+        def run(part: Any, h: torch.Tensor, skips: list[torch.Tensor] | None = None) -> torch.Tensor:
             for module in part:
                 if isinstance(module, ResidualBlock):
                     h = module(h, next(film), skips.pop() if skips is not None else None)
@@ -425,6 +429,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             conditioning = description
         else:
             conditioning = self.condition(description, encoder_hidden_states, encoder_attention_mask)
+        assert self.direction_head.bias is not None
         direction, distance = ops.dual_head(
             self.features(sample, conditioning),
             self.direction_head.weight,

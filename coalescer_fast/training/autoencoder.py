@@ -84,8 +84,10 @@ def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_di
         return value, {}
 
     @torch.no_grad()
-    def on_sample(averaged: CoalescerAutoencoder, step: int) -> None:
-        set_latent_statistics(averaged, training.take(np.arange(0, len(training), max(1, len(training) // 512))))
+    def on_sample(averaged: nn.Module, step: int) -> None:
+        assert isinstance(averaged, CoalescerAutoencoder)
+        if config.train_encoder:  # the averaged encoder's statistics are not the running ones
+            set_latent_statistics(averaged, training.take(np.arange(0, len(training), max(1, len(training) // 512))))
         reconstruction = averaged(probe.to(accelerator.device)).sample.cpu()
         logger.info("step %d: %.2f dB on %d held-out pictures", step, psnr(reconstruction, probe).mean(), len(probe))
         rows = [Image.fromarray(p) for pair in zip(to_uint8(probe), to_uint8(reconstruction)) for p in pair]
@@ -109,9 +111,11 @@ def set_latent_statistics(model: CoalescerAutoencoder, data: PictureDataset, bat
         model.encoder(F.pixel_unshuffle(to_tensor(data.images[i : i + batch_size]).to(device), model.patch_size)).double()
         for i in range(0, len(data), batch_size)
     ]
-    latents = torch.cat(parts)
-    model.latent_norm.running_mean.copy_(latents.mean((0, 2, 3)))
-    model.latent_norm.running_var.copy_(latents.var((0, 2, 3), correction=0))
+    latents, norm = torch.cat(parts), model.latent_norm
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(latents.mean((0, 2, 3)))
+    norm.running_var.copy_(latents.var((0, 2, 3), correction=0))
 
 
 @torch.no_grad()

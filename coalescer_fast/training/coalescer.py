@@ -225,7 +225,7 @@ def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: P
 
     def on_sample(network: nn.Module, step: int) -> None:
         if config.sheet and isinstance(network, CoalescerUNet) and config.objective == "coalescer":
-            pipe = pipeline(network)
+            pipe: Any = pipeline(network)
             pipe.set_progress_bar_config(disable=True)
             pictures = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed)).images
             sheet(pictures, config.sheet, columns=10).save(output_dir / f"coalescer-{step:06d}.png")

@@ -29,7 +29,8 @@ def find(name: str | Path) -> Path:
     for path in (Path(name), CONFIGS / f"{name}.toml"):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"there is no configuration {name}: give a TOML file, or {', '.join(sorted(p.stem for p in CONFIGS.glob('*.toml')))}")
+    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.toml")))
+    raise FileNotFoundError(f"there is no configuration {name}: give a TOML file, or {known}")
 
 
 def read(path: str | Path, kind: type[T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,13 +84,15 @@ def load(path: str | Path, size: int | None = None) -> PictureDataset:
     if path.is_dir():
         return load_folder(path, size or 64)
     if not path.exists():
-        raise FileNotFoundError(f"there is no data set at {path}: give an .npz file made by 'coalescer-fast build-data', or a folder of pictures")
+        raise FileNotFoundError(f"there is no data set at {path}: give an .npz file made by 'coalescer-fast build-data', or a folder")
     if path.suffix != ".npz":
         raise ValueError(f"{path} is neither a folder nor an .npz file")
     return load_npz(path)
 
 
 def load_npz(path: Path) -> PictureDataset:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged, or no .npz file")
     with np.load(path) as file:
         missing = {"images", "emoji_id", "style_id", "split", "meta_json"} - set(file.files)
         if missing:

@@ -16,7 +16,7 @@ class FlowMatchingUNet(CoalescerUNet):
     """The same UNet as a velocity field v(x_t, t, description), x_t = (1 - t) noise + t picture.
 
     The time is embedded by sinusoids and added to the description's embedding. With an anchor p the output is residual to the velocity
-    that leads onto p, ``v = net + (1 - t) (p - x_t) + t x_t``. The distance head is there but unused.
+    that leads onto p, ``v = net + (1 - t) (p - x_t) + t x_t``. The distance head is there, unused and frozen.
     """
 
     frequencies = 64
@@ -25,6 +25,7 @@ class FlowMatchingUNet(CoalescerUNet):
         super().__init__(**config)
         width = self.config.embedding_dim
         self.time_embedding = nn.Sequential(nn.Linear(2 * self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.distance_head.requires_grad_(False)
         self._time: torch.Tensor | None = None
 
     def embed(self, description: torch.Tensor) -> torch.Tensor:

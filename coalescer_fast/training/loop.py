@@ -87,7 +87,9 @@ class Trainer:
         self.path = output_dir / f"{name}.pt"
         self.step = 0
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, schedule.learning_rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True)
+        optimizer = torch.optim.AdamW(
+            parameters, schedule.learning_rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True
+        )
         self.ema = EMA(model.to(accelerator.device), schedule.ema_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if self.path.exists():

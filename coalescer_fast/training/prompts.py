@@ -89,7 +89,7 @@ class PromptSampler:
 
     def _phrase(self, phrase: str) -> np.ndarray:
         if phrase not in self._phrases:
-            self._phrases[phrase] = self.encoder._rows(self.encoder.token_ids(phrase)).sum(0).numpy()
+            self._phrases[phrase] = self.encoder.token_sum(phrase).numpy()
         return self._phrases[phrase]
 
     def groups(self, rng: random.Random) -> list[Group]:

@@ -51,8 +51,10 @@ def group_norm_silu(
     checks.floating("x", x)
     if not 3 <= x.ndim <= 5:
         raise ValueError(f"x has {x.ndim} dimensions; expected (N, C, *spatial) with one to three spatial dimensions")
-    if skip is not None and (skip.ndim != x.ndim or skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dtype != x.dtype):
-        raise ValueError(f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and shape, {x.dtype} {tuple(x.shape)}, but for the channels")
+    if skip is not None and (skip.dtype != x.dtype or skip.ndim != x.ndim or _but_channels(skip) != _but_channels(x)):
+        raise ValueError(
+            f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
+        )
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
@@ -65,3 +67,7 @@ def group_norm_silu(
     checks.device(x, skip=skip, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, shift=shift)
     checks.choice("activation", activation, ("silu", None))
     return implementation("group_norm_silu", backend)(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+
+
+def _but_channels(x: torch.Tensor) -> tuple[int, ...]:
+    return (x.shape[0], *x.shape[2:])

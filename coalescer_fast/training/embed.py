@@ -1,0 +1,33 @@
+"""Put trained parts together into a pipeline folder with half-precision weights, as the package embeds one.
+
+python -m coalescer_fast.training.embed RUN_OF_COALESCER RUN_OF_DECODER OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..models import CoalescerAutoencoder
+from ..pipeline import CoalescerPipeline
+
+
+def embed(coalescer_run: Path, decoder_run: Path, out: Path) -> None:
+    """Save the pipeline of ``coalescer_run`` with the autoencoder of ``decoder_run`` (same encoder, better decoder) to ``out`` in fp16."""
+    pipe = CoalescerPipeline.from_pretrained(coalescer_run / "pipeline")
+    vae = CoalescerAutoencoder.from_pretrained(decoder_run / "autoencoder")
+    latent_of = vae.state_dict()
+    for name, tensor in pipe.vae.state_dict().items():
+        if not name.startswith("decoder.") and not tensor.equal(latent_of[name]):
+            raise ValueError(f"the encoder of {decoder_run} is not the one that {coalescer_run} was trained on")
+    pipe.register_modules(vae=vae)
+    pipe.unet.half()
+    pipe.vae.half()
+    pipe.save_pretrained(out)
+    for file in out.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes 0600, which an installed package must not keep
+
+
+if __name__ == "__main__":
+    embed(*map(Path, sys.argv[1:4]))

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coalescer_fast import __version__, cli
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command line in an empty folder; returns (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(argv)
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def assert_one_sentence(error: str, *words: str) -> None:
+    assert error.startswith("coalescer-fast: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+# what a user can get wrong
+
+
+def test_no_command(run):
+    status, _, error = run()
+    assert status == 2
+    assert_one_sentence(error, "COMMAND", "--help")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [("--steps", "0"), ("--steps", "two"), ("--steps", "1.5"), ("-n", "0"), ("-n", "-1"), ("--seed", "-1"), ("--seed", str(2**63))],
+)
+def test_bad_number(run, argv):
+    status, _, error = run("sample", "octopus", *argv)
+    assert status == 2
+    assert_one_sentence(error, argv[0], repr(argv[1]), "whole number")
+
+
+def test_output_is_checked_before_the_model_is_loaded(run, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for out in ("no/such/folder/octopus.png", "folder.png"):
+        status, _, error = run("sample", "octopus", "-o", out, "--model", "no-such-model")
+        assert status == 1
+        assert_one_sentence(error, out, "cannot be written", "name a file")
+
+
+def test_output_of_no_picture_format(run, tmp_path):
+    status, _, error = run("sample", "octopus", "-o", "octopus.txt")
+    assert status == 1
+    assert_one_sentence(error, "octopus.txt", ".png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_model(run, tmp_path):
+    status, _, error = run("sample", "octopus", "--model", "no-such-model")
+    assert status == 1
+    assert_one_sentence(error, "no-such-model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_is_found_before_the_model_is_loaded(run):
+    status, _, error = run("evaluate", "--data", "missing.npz", "--model", "no-such-model")
+    assert status == 1
+    assert_one_sentence(error, "missing.npz", "build-data")
+
+
+def test_unwritable_csv_is_found_before_the_data(run):
+    status, _, error = run("evaluate", "--data", "missing.npz", "--csv", "no/folder/rows.csv")
+    assert status == 1
+    assert_one_sentence(error, "rows.csv", "cannot be written")
+
+
+def test_unknown_config(run, tmp_path):
+    status, _, error = run("train", "coalescer", "--config", "no-such-config", "--data", "digits", "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert_one_sentence(error, "no-such-config")
+
+
+def test_unknown_style(run):
+    status, _, error = run("build-data", "--out", "data", "--styles", "cubist")
+    assert status == 1
+    assert_one_sentence(error, "cubist", "noto")
+
+
+def test_missing_package(run, monkeypatch):
+    monkeypatch.setattr(cli, "info", lambda args: __import__("coalescer_fast_no_such_package"))
+    status, _, error = run("info")
+    assert status == 1
+    assert_one_sentence(error, "coalescer_fast_no_such_package", "pip install")
+
+
+def test_long_message_becomes_one_line(run, monkeypatch):
+    def fail(args):
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr(cli, "info", fail)
+    assert run("info") == (1, "", "coalescer-fast: first second\n")
+    with pytest.raises(ValueError, match="first"):
+        run("--debug", "info")
+
+
+def test_interrupt(run, monkeypatch):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "info", stop)
+    assert run("info")[0] == 130
+
+
+# what works
+
+
+def test_version(run):
+    assert run("--version") == (0, __version__ + "\n", "")
+
+
+def test_info(run):
+    status, out, _ = run("info", "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["coalescer_fast"] == __version__
+    assert facts["threads"] >= 1
+    assert facts["models"]["emoji-64"] > 1e5
+    status, out, _ = run("info")
+    assert status == 0
+    assert "emoji-64" in out
+
+
+def test_sample_one(run, tmp_path):
+    status, out, error = run("sample", "octopus", "--seed", "1", "-o", "one.png")
+    assert (status, out) == (0, "one.png\n")
+    assert "1 picture in " in error
+    assert "seed 1" in error
+    with Image.open(tmp_path / "one.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 64))
+
+
+def test_sample_repeats_and_names_its_file(run, tmp_path):
+    status, out, error = run("sample", "Red octopus!")
+    assert (status, out) == (0, "red-octopus.png\n")
+    seed = error.rpartition("seed ")[2].strip()
+    assert run("sample", "Red octopus!", "--seed", seed, "-o", "again.png")[0] == 0
+    first, second = (np.asarray(Image.open(tmp_path / name)) for name in ("red-octopus.png", "again.png"))
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("argv", "cells"), [(("-n", "4"), (4, 1)), (("cat", "frog", "-n", "2"), (2, 3)), (("cat", "--guidance", "1", "--steps", "1"), (2, 1))]
+)
+def test_sample_several(run, tmp_path, argv, cells):
+    assert run("sample", "octopus", *argv, "-o", "many.png")[0] == 0
+    with Image.open(tmp_path / "many.png") as picture:
+        assert picture.width == cells[0] * (96 + 4) + 4
+        assert picture.height == cells[1] * (96 + 4 + 38) + 4
+
+
+def test_evaluate_prints_a_table_and_writes_it(run, monkeypatch, tmp_path):
+    rows = [{"steps": 1, "distance": 12.34567, "name": "a"}, {"steps": 2, "distance": 1.0, "name": "bc"}]
+    asked = []
+
+    def evaluate(pipe, data, steps):
+        asked.append((pipe, data, steps))
+        return rows
+
+    pipeline = SimpleNamespace(CoalescerPipeline=SimpleNamespace(from_pretrained=lambda name: f"pipe of {name}"))
+    monkeypatch.setitem(sys.modules, "coalescer_fast.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "coalescer_fast.training.evaluation", SimpleNamespace(evaluate=evaluate))
+    monkeypatch.setattr("coalescer_fast.training.data.load", lambda path: f"data of {path}")
+    status, out, _ = run("evaluate", "--data", "some.npz", "--steps", "1,2", "--csv", "rows.csv")
+    assert status == 0
+    assert asked == [("pipe of emoji-64", "data of some.npz", (1, 2))]
+    assert out.splitlines() == ["steps  distance  name", "    1     12.35     a", "    2         1    bc"]
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert [row["distance"] for row in csv.DictReader(file)] == ["12.34567", "1.0"]

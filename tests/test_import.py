@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coalescer_fast
+
+HEAVY = {"torch", "torch._dynamo", "numpy", "PIL", "diffusers", "transformers", "triton", "onnx", "onnxruntime", "tensorrt"}
+
+
+def python(code: str, folder: Path) -> str:
+    """What ``code`` prints in a fresh interpreter that imports the same copy of the package as this one."""
+    env = {**os.environ, "PYTHONPATH": str(Path(coalescer_fast.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_loads_nothing_heavy(tmp_path):
+    assert python(f"import sys, coalescer_fast; print(sorted({HEAVY} & set(sys.modules)))", tmp_path) == "[]"
+
+
+def test_ops_need_torch_alone(tmp_path):
+    code = f"import sys, coalescer_fast; coalescer_fast.ops; print(sorted({HEAVY - {'torch', 'numpy'}} & set(sys.modules)))"
+    assert python(code, tmp_path) == "[]"
+
+
+def test_import_costs_less_than_a_tenth_of_a_second_beyond_torch(tmp_path):
+    # The best of several imports, each with everything to do again that the first one did.
+    code = """
+import sys, time, torch
+before, seconds = set(sys.modules), []
+for _ in range(7):
+    start = time.perf_counter()
+    import coalescer_fast
+    seconds.append(time.perf_counter() - start)
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+print(min(seconds))
+"""
+    assert float(python(code, tmp_path)) < 0.1
+
+
+@pytest.mark.parametrize("name", coalescer_fast.__all__)
+def test_public_names(name):
+    pytest.importorskip("diffusers")
+    value = getattr(coalescer_fast, name)
+    assert name in dir(coalescer_fast)
+    if isinstance(value, type):
+        assert value.__name__ == name
+
+
+def test_ops_is_the_module():
+    assert coalescer_fast.ops is importlib.import_module("coalescer_fast.ops")
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = coalescer_fast.nothing
+
+
+def test_version_is_that_of_pyproject():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == coalescer_fast.__version__

