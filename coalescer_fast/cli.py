@@ -218,10 +218,11 @@ def check_writable(path: Path) -> None:
 
 
 def aligned(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a plain table, numbers to four digits and to the right."""
-    cells = [list(rows[0]), *([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+    """A plain table, a line a figure and a column a row, numbers to four digits and to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [[name, *(f"{row.get(name, ''):.4g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for row in rows)] for name in names]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def cpu_name() -> str:

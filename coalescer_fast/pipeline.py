@@ -134,7 +134,8 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number, 1 for none")
         self.scheduler.set_timesteps(num_inference_steps)
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
-        conditioning, empty = self._condition(prompts, sample, guided=scale != 1)
+        conditioning = self._condition(self.with_styles(prompts, sample), sample.device)
+        empty = self._condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
 
         trace = []
         with self.progress_bar(total=num_inference_steps) as bar:
@@ -197,23 +198,20 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
         return latents.to(device, torch.float32)
 
-    def _condition(self, prompts: list[str], sample: torch.Tensor, guided: bool) -> tuple[Conditioning, Conditioning | None]:
-        # The style is a function of R alone, so that a sample depends neither on its neighbours nor on the backend: the mean of R,
-        # scaled to a standard normal, mapped to (0, 1).
+    def with_styles(self, prompts: list[str], sample: torch.Tensor) -> list[str]:
+        """Each prompt as it is encoded: with one of the existing styles if it names none, chosen by its R (N, C, h, w) alone.
+
+        The choice is ``Phi(sqrt(C h w) mean(R))``, uniform on (0, 1) for a normal R: it depends neither on a sample's neighbours nor
+        on the device or backend.
+        """
         means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
-        uniform = torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist()
-        encoder = self.description_encoder
-        texts = encoder.with_styles(prompts, uniform)
+        return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
+
+    def _condition(self, texts: list[str], device: torch.device) -> Conditioning:
         rows = mask = None
-        device = sample.device
-
-        def condition(texts: list[str]) -> Conditioning:
-            nonlocal rows, mask
-            if self.unet.config.cross_attention_dim is not None:
-                rows, mask = (x.to(device) for x in encoder.token_rows(texts))
-            return self.unet.condition(encoder(texts).to(device), rows, mask)
-
-        return condition(texts), condition([""]).expand(len(texts)) if guided else None
+        if self.unet.config.cross_attention_dim is not None:
+            rows, mask = (x.to(device) for x in self.description_encoder.token_rows(texts))
+        return self.unet.condition(self.description_encoder(texts).to(device), rows, mask)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         pictures = self.vae.decode(latents.to(self.vae.dtype)).sample

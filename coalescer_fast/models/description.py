@@ -112,6 +112,11 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         index = torch.tensor(ids, dtype=torch.long, device=self.table.device)
         return self.table[index].float() * self.scale.float()
 
+    @property
+    def known_names(self) -> list[str]:
+        """The names that the model was trained on, in the order of ``name_styles``."""
+        return bytes(self.names.cpu().numpy()).decode("utf-8").split("\n") if self.config.num_names else []
+
     def names_style(self, description: str) -> bool:
         """Whether the description says "<word> style" with one of the encoder's style words."""
         return any(re.search(rf"\b{re.escape(word)} style\b", description, re.IGNORECASE) for word in self.config.styles)
@@ -139,4 +144,4 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     @cached_property
     def _name_vectors(self) -> torch.Tensor:
-        return self(bytes(self.names.cpu().numpy()).decode("utf-8").split("\n")).cpu()
+        return self(self.known_names).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ class FlowMatchingUNet(CoalescerUNet):
 
     frequencies = 64
 
+    @functools.wraps(CoalescerUNet.__init__)  # from_pretrained reads the arguments off the signature
     def __init__(self, **config: Any):
         super().__init__(**config)
         width = self.config.embedding_dim
