@@ -219,8 +219,12 @@ def check_writable(path: Path) -> None:
 
 def aligned(rows: Sequence[dict[str, Any]]) -> str:
     """A plain table, a line a figure and a column a row, numbers to four digits and to the right."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [[name, *(f"{row.get(name, ''):.4g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for row in rows)] for name in names]
+
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    lines = [[name, *(cell(row.get(name, "")) for row in rows)] for name in names]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import safe_open
 
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .scheduler import CoalescerScheduler, guide
 
 WEIGHTS = Path(__file__).parent / "weights"
+NETWORKS = ("unet", "description_encoder", "vae")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -82,7 +84,10 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
         kwargs.setdefault("use_safetensors", True)
         try:
-            return super().from_pretrained(str(folder), **kwargs)
+            pipe = super().from_pretrained(str(folder), **kwargs)
+            if folder.is_dir():
+                _check_weights(pipe, folder)
+            return pipe
         except Exception as error:
             if folder.is_dir():
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -129,9 +134,9 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed: {self._callback_tensor_inputs}")
-        scale = self.scheduler.config.guidance_scale if guidance_scale is None else float(guidance_scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; expected a finite number, 1 for none")
+        scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, 1 for none")
         self.scheduler.set_timesteps(num_inference_steps)
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
         conditioning = self._condition(self.with_styles(prompts, sample), sample.device)
@@ -189,13 +194,19 @@ class CoalescerPipeline(DiffusionPipeline):
         shape = (batch_size, config.latent_channels, *sides)
         device = self._execution_device
         if latents is None:
+            for one in generator if isinstance(generator, list) else [generator]:
+                if not isinstance(one, (torch.Generator, type(None))):
+                    raise TypeError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture")
             if isinstance(generator, list) and len(generator) != batch_size:
                 raise ValueError(f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures")
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-            raise TypeError(f"latents is {getattr(latents, 'dtype', type(latents).__name__)}; expected a floating-point tensor")
+            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise TypeError(f"latents is {kind}; expected a floating-point tensor")
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
+        if not latents.isfinite().all():
+            raise ValueError("latents holds numbers that are not finite; expected noise, about N(0, 1)")
         return latents.to(device, torch.float32)
 
     def with_styles(self, prompts: list[str], sample: torch.Tensor) -> list[str]:
@@ -218,6 +229,15 @@ class CoalescerPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(pictures.float(), output_type=output_type)
 
 
+def _check_weights(pipe: CoalescerPipeline, folder: Path) -> None:
+    """Raise ValueError if a file lacked a tensor, in whose place diffusers leaves a random one."""
+    for component in NETWORKS:
+        with safe_open(folder / component / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            missing = set(getattr(pipe, component).state_dict()) - set(file.keys())
+        if missing:
+            raise ValueError(f"{component}/{SAFETENSORS_WEIGHTS_NAME} lacks {sorted(missing)[0]}")
+
+
 def _check_folder(folder: Path) -> None:
     """Raise ValueError if ``folder`` is not a saved coalescer pipeline with all its files."""
     index_path = folder / "model_index.json"
@@ -230,9 +250,9 @@ def _check_folder(folder: Path) -> None:
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != CoalescerPipeline.__name__:
         raise ValueError(f"{folder} holds a {kind}, not a {CoalescerPipeline.__name__}")
-    for component in ("unet", "description_encoder", "vae"):
+    for component in NETWORKS:
         if component not in index:
             raise ValueError(f"{index_path} is damaged: it names no {component}")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        for file in ("config.json", SAFETENSORS_WEIGHTS_NAME):
             if not (folder / component / file).is_file():
                 raise ValueError(f"{folder} is incomplete: {component}/{file} is missing")

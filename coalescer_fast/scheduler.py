@@ -52,6 +52,14 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     ):
         if guided_steps not in ("last", "all"):
             raise ValueError(f"guided_steps is {guided_steps!r}; use 'last' or 'all'")
+        for name, row_etas, row_modes in [("", etas, modes), *((f"rows[{n!r}]: ", *row) for n, row in (rows or {}).items())]:
+            if len(row_etas) != len(row_modes) or not len(row_etas):
+                raise ValueError(f"{name}etas {tuple(row_etas)} and modes {tuple(row_modes)} must have one entry a step, and at least one")
+            if unknown := set(row_modes) - {"unit", "raw"}:
+                raise ValueError(f"{name}modes has {sorted(unknown)[0]!r}; use 'unit' or 'raw'")
+        for n, (row_etas, _) in (rows or {}).items():
+            if n != str(len(row_etas)):
+                raise ValueError(f"rows[{n!r}] has {len(row_etas)} entries; expected {n}")
         self.set_timesteps(len(etas))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

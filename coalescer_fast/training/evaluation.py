@@ -5,8 +5,9 @@ columns:
 
 - ``name_top1``, ``name_top10``: over all training concepts, prompt = name: the real training picture nearest to the sample, or one of
   the ten nearest, shows the concept. Nearest in latents by ||a - b||_2; ``name_top1_pixels``: in pictures of 4x4 means instead.
-- ``name_style_top1``: the same for "name, style" of training pictures. ``keyword_top1``, ``keyword_top10``: for three of a concept's
-  keywords. As the concepts were trained on, a hit says that the model knows the picture, not that it composes one.
+- ``name_style_top1``: the same for "name, style" of random training pictures; ``name_style_all_top1``: of every one.
+  ``keyword_top1``, ``keyword_top10``: for three of a concept's keywords. As the concepts were trained on, a hit says that the model
+  knows the picture, not that it composes one.
 - ``held_out_group``: over concepts kept out of training, the nearest training picture is of the right group; by chance
   ``held_out_group_chance`` = sum_g p_train(g) p_held_out(g).
 - ``fd_name``, ``fd_name_style``: `frechet_distance` between samples for the descriptions of random training pictures and all training
@@ -89,7 +90,7 @@ def evaluate(
     """
     if without is None:
         without = exclusions(pipe.description_encoder, data)
-    real = RealPictures(data, pipe.vae, classifier, without, limit, progress)
+    real = RealPictures(data, pipe.vae, classifier, without, limit, progress, every_pair=limit is None)
     scale = pipe.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
     rows: list[Row] = []
     with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0) as bar:
@@ -159,6 +160,7 @@ class RealPictures:
         without: Mapping[str, Any] | None = None,
         limit: int | None = None,
         progress: bool = True,
+        every_pair: bool = False,
     ):
         self.vae = vae.eval()
         self.classifier = (classifier or PictureClassifier.from_pretrained(WEIGHTS / "emoji-64" / "classifier")).eval()
@@ -180,11 +182,11 @@ class RealPictures:
         self.shape = stacked.shape[1:]
         self.latents, self.small, self.features = stacked.flatten(1), torch.cat(small), torch.cat(features)
         self.leave_one_out = nearest(self.latents, self.latents, 2)[0][:, 1]
-        self._draw_prompts(subset, limit)
+        self._draw_prompts(subset, limit, every_pair)
         self.floors = self._floors(data, limit)
 
-    def _draw_prompts(self, data: PictureDataset, limit: int | None) -> None:
-        """names, keywords, described, held_out, variety: what is asked for; always the same for the same data and limit."""
+    def _draw_prompts(self, data: PictureDataset, limit: int | None, every_pair: bool) -> None:
+        """names, keywords, described, pairs, held_out, variety: what is asked for; always the same for the same data and limit."""
         rng = random.Random(0)
 
         def some(items: list[T], most: int | None = None) -> list[T]:
@@ -200,12 +202,13 @@ class RealPictures:
         styled = torch.nonzero(self.style >= 0).flatten().tolist()
         self.has_styles = bool(styled)
         self.described = some(styled or list(range(len(self.training))), NUM_DESCRIBED)
+        self.pairs = styled if every_pair else []
         new = sorted(set(data.held().concept.tolist()) - set(concepts))
         self.held_out = [c for c in some([c for c in new if data.concepts[c].group]) for _ in range(HELD_OUT_SEEDS)]
         styles_of = {c: self.style[(self.concept == c) & (self.style >= 0)].unique() for c in (concepts if styled else [])}
         self.variety = some([c for c, styles in styles_of.items() if len(styles) >= MIN_STYLES], NUM_VARIETY)
-        lists = (self.names, self.keywords, self.described, self.described * self.has_styles, self.held_out, self.variety * VARIETY_SEEDS)
-        self.num_samples = sum(map(len, lists))
+        lists = (self.names, self.keywords, self.described, self.described * self.has_styles, self.pairs, self.held_out)
+        self.num_samples = sum(map(len, lists)) + len(self.variety) * VARIETY_SEEDS
 
     @torch.no_grad()
     def _floors(self, data: PictureDataset, limit: int | None) -> Row:
@@ -238,6 +241,11 @@ class RealPictures:
         """The classifier's features (N, 64), float32 on the CPU, of pictures (N, 3, H, W) in [-1, 1]."""
         device = next(self.classifier.parameters()).device
         return torch.cat([self.classifier.features(part.to(device)).float().cpu() for part in pictures.split(CHUNK)])
+
+    def prompts_of(self, pictures: Sequence[int]) -> list[str]:
+        """"name, style" of training pictures that have a style."""
+        t = self.training
+        return [f"{t.concepts[c].name}, {t.styles[s]} style" for c, s in zip(t.concept[pictures].tolist(), t.style[pictures].tolist())]
 
     def groups_of(self, concepts: Sequence[int]) -> np.ndarray:
         return np.array([self.training.concepts[c].group for c in concepts])
@@ -272,11 +280,15 @@ def measure(sample: Sampler, real: RealPictures, seed: int = 0, first_step: Firs
     described = training.concept[real.described].tolist()
     by_name, _ = draw([name[c] for c in described], 1)
     if real.has_styles:
-        styles = [training.styles[s] for s in training.style[real.described].tolist()]
-        prompts = [f"{name[c]}, {style} style" for c, style in zip(described, styles)]
+        prompts = real.prompts_of(real.described)
         by_style, noise = draw(prompts, 2)
         _, index = nearest(by_style.flatten(1), real.latents, 1)
         out["name_style_top1"], _ = hits(real.concept[index], torch.tensor(described))
+
+    if real.pairs:
+        samples, _ = draw(real.prompts_of(real.pairs), 7)
+        _, index = nearest(samples.flatten(1), real.latents, 1)
+        out["name_style_all_top1"], _ = hits(real.concept[index], real.concept[real.pairs])
 
     if real.keywords:
         samples, _ = draw([prompt for _, prompt in real.keywords], 3)

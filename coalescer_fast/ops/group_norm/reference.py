@@ -24,7 +24,8 @@ def group_norm_silu(
     z = x if skip is None else torch.cat([x, skip], 1)
     if pre_bias is not None:
         z = z + per_channel(pre_bias)
-    y = F.group_norm(z, num_groups, _like(weight, z), _like(bias, z), eps)
+    # not F.group_norm, which refuses a group of one element: its normalised value is 0
+    y = torch.group_norm(z, num_groups, _like(weight, z), _like(bias, z), eps)
     if scale is not None:
         y = y * (1 + per_channel(scale))
     if shift is not None:

@@ -42,6 +42,8 @@ def coalesce_step(
     Raises: ValueError for other shapes, devices or values.
     """
     checks.floating("sample", sample)
+    if sample.ndim < 2:
+        raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
     checks.floating("direction", direction)
     checks.floating("distance", distance)
     checks.shape("direction", direction, tuple(sample.shape))
