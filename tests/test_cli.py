@@ -187,6 +187,6 @@ def test_evaluate_prints_a_table_and_writes_it(run, monkeypatch, tmp_path):
     status, out, _ = run("evaluate", "--data", "some.npz", "--steps", "1,2", "--csv", "rows.csv")
     assert status == 0
     assert asked == [("pipe of emoji-64", "data of some.npz", (1, 2))]
-    assert out.splitlines() == ["steps  distance  name", "    1     12.35     a", "    2         1    bc"]
+    assert out.splitlines() == ["steps         1   2", "distance  12.35   1", "name          a  bc"]
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert [row["distance"] for row in csv.DictReader(file)] == ["12.34567", "1.0"]

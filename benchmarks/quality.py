@@ -1,0 +1,179 @@
+"""Sample quality against network evaluations: the coalescer beside flow matching, on the same prompts and noise.
+
+    python -m benchmarks.quality --data emoji_64.npz --flow-matching runs/flow-matching/unet --plot quality.png
+
+The baseline has the coalescer's network, anchor, descriptions and automatic styles, and is integrated by equal Euler steps. A row of
+the CSV is a sampler at a step count and a guidance scale, with the columns of `coalescer_fast.training.evaluation`; the plot is drawn
+from the CSV alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from coalescer_fast.cli import check_writable, cpu_name, step_counts
+from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.training.data import PictureDataset, load
+from coalescer_fast.training.evaluation import (
+    FirstStep,
+    RealPictures,
+    Row,
+    Sampler,
+    coalescer_sampler,
+    exclusions,
+    first_step_of,
+    measure,
+    quiet,
+)
+from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
+
+RESULTS = Path(__file__).parent / "results" / "quality.csv"
+FLOW_MATCHING_GUIDANCE = (1.0, 1.5)
+QUICK_LIMIT = 40
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", metavar="FILE", help="the data set, as for coalescer-fast evaluate")
+    parser.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    parser.add_argument("--flow-matching", metavar="DIR", help="saved FlowMatchingUNet (the unet folder of its training)")
+    parser.add_argument("--steps", type=step_counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)")
+    parser.add_argument(
+        "--guided-steps", type=step_counts, metavar="N,N", help="step counts that are measured with guidance, too (default: as --steps)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare")
+    parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE.csv", help="results (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument("--plot-only", action="store_true", help="draw the results that the CSV holds, measure nothing")
+    args = parser.parse_args(argv)
+    if args.plot_only and args.plot is None:
+        parser.error("--plot-only needs --plot FILE.png")
+    if not args.plot_only:
+        if args.data is None:
+            parser.error("--data is missing: give the data set that the model was trained on")
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.csv)
+        pipe = CoalescerPipeline.from_pretrained(args.model)
+        flow = FlowMatchingUNet.from_pretrained(args.flow_matching).eval() if args.flow_matching else None
+        rows: list[Row] = []
+        limit = QUICK_LIMIT if args.quick else None
+        for row in compare(pipe, load(args.data), args.steps, flow, args.seed, limit, guided_steps=args.guided_steps):
+            rows.append(row)
+            write(args.csv, rows)  # after every row: a run is long
+    if args.plot is not None:
+        plot(args.csv, args.plot)
+
+
+def compare(
+    pipe: CoalescerPipeline,
+    data: PictureDataset,
+    steps: Sequence[int],
+    flow: FlowMatchingUNet | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: bool = True,
+    guided_steps: Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[Row]:
+    """One row a sampler, guidance scale and step count, as they are measured; options: further arguments of `RealPictures`."""
+    options.setdefault("without", exclusions(pipe.description_encoder, data))
+    runs = list(samplers(pipe, flow, steps, guided_steps))
+    real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
+    with quiet(pipe), tqdm(total=len(runs) * real.num_samples, desc="quality", disable=not progress, mininterval=1.0) as bar:
+        for labels, sample, first_step in runs:
+            bar.set_postfix(labels)
+            yield {**labels, **measure(sample, real, seed, first_step, bar), **real.floors, **environment(), "prompts": limit or "all"}
+
+
+def samplers(
+    pipe: CoalescerPipeline, flow: FlowMatchingUNet | None, steps: Sequence[int], guided_steps: Sequence[int] | None = None
+) -> Iterator[tuple[Row, Sampler, FirstStep | None]]:
+    """What is compared: labels, sampler and, of a coalescer, what its heads say first. nfe: network evaluations a picture."""
+    scheduler, guided_steps = pipe.scheduler.config, steps if guided_steps is None else guided_steps
+    for scale in sorted({1.0, float(scheduler.guidance_scale)}):
+        for n in steps if scale == 1 else guided_steps:
+            guided = 0 if scale == 1 else n if scheduler.guided_steps == "all" else 1
+            labels: Row = {"sampler": "coalescer", "steps": n, "guidance_scale": scale, "nfe": n + guided}
+            yield labels, coalescer_sampler(pipe, n, scale), first_step_of(pipe)
+    if flow is None:
+        return
+    for scale in FLOW_MATCHING_GUIDANCE:
+        for n in steps if scale == 1 else guided_steps:
+            labels = {"sampler": "flow matching", "steps": n, "guidance_scale": scale, "nfe": n if scale == 1 else 2 * n}
+            yield labels, flow_matching_sampler(pipe, flow, n, scale), None
+
+
+def flow_matching_sampler(pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps: int, guidance_scale: float) -> Sampler:
+    """The baseline as a `Sampler`, with the descriptions, automatic styles included, that the pipeline has for the same noise."""
+
+    def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
+        noise = noise.to(flow.device)
+        description = pipe.description_encoder(pipe.with_styles(prompts, noise)).to(flow.device)
+        return euler(flow, noise, description, steps, guidance_scale)
+
+    return sample
+
+
+def environment() -> Row:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions: Row = {"torch": str(torch.__version__), "python": platform.python_version()}
+    return {**versions, "cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        table.writeheader()
+        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+PANELS = {"fd_name": "name alone", "fd_name_style": "name and style"}
+
+
+def plot(source: Path, target: Path) -> None:
+    """Fréchet distance against network evaluations a picture: a panel a kind of prompt, a line a sampler and guidance scale."""
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+    from matplotlib.ticker import NullLocator
+
+    rows = read(source)
+    panels = {column: title for column, title in PANELS.items() if rows and rows[0].get(column)}
+    if not panels:
+        raise ValueError(f"{source} has no row with a Fréchet distance: measure first")
+    figure = Figure(figsize=(1.8 + 4 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    lines = list(dict.fromkeys((row["sampler"], row["guidance_scale"]) for row in rows))
+    colours = {sampler: f"C{i}" for i, sampler in enumerate(dict.fromkeys(sampler for sampler, _ in lines))}
+    for axis, (column, title) in zip(axes, panels.items()):
+        for sampler, scale in lines:
+            mine = [row for row in rows if (row["sampler"], row["guidance_scale"]) == (sampler, scale)]
+            points = sorted((int(row["nfe"]), float(row[column])) for row in mine)
+            style, label = ("o--", f"{sampler}, no guidance") if float(scale) == 1 else ("o-", f"{sampler}, guidance {scale}")
+            axis.plot(*zip(*points), style, color=colours[sampler], label=label, markersize=4)
+        axis.axhline(float(rows[0]["fd_floor_autoencoder"]), color="grey", linewidth=0.8, linestyle=":", label="autoencoder's floor")
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations a picture", title=title)
+        for side, ticks in ((axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128)), (axis.yaxis, (10, 20, 50, 100, 200, 500, 1000, 2000))):
+            low, high = side.get_view_interval()
+            side.set_ticks([n for n in ticks if low <= n <= high], labels=[str(n) for n in ticks if low <= n <= high])
+            side.set_minor_locator(NullLocator())
+    axes[0].set_ylabel("Fréchet distance to the training pictures")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(target, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

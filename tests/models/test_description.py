@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import BertWordPieceTokenizer
+
+from coalescer_fast import DescriptionEncoder
+
+TOKENS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "octopus",
+    "cat",
+    "##s",
+    "red",
+    "style",
+    "3d",
+    "flat",
+    "noto",
+    "dog",
+    "é",
+    "海",
+    "cafe",
+    "-",
+)
+STYLES = ("3d", "flat", "noto")
+NAMES = ("octopus", "red cat", "dog")
+EXISTS = np.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]])
+DIM = 12
+
+
+def encoder(styles=STYLES, names=NAMES, exists=EXISTS) -> DescriptionEncoder:
+    random = np.random.default_rng(0)
+    table = random.integers(-127, 128, (len(TOKENS), DIM)).astype(np.int8)
+    vocab = np.frombuffer("\n".join(TOKENS).encode("utf-8"), np.uint8)
+    return DescriptionEncoder.from_table(table, random.random(DIM).astype(np.float32), vocab, styles, names, exists)
+
+
+def test_tokenizer_is_that_of_the_vocabulary():
+    mine = BertWordPieceTokenizer({token: i for i, token in enumerate(TOKENS)}, lowercase=True)
+    for text in ("octopus", "Red CATS", "3d style", "cafe Café", "catsup", "海 é", "cat-dog", "", "  red  "):
+        assert encoder().tokenizer.encode(text).ids == mine.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("octopus", ["octopus"]),
+        ("Red CATS", ["red", "cat", "##s"]),
+        ("cat, dog;red", ["cat", "dog", "red"]),  # commas and semicolons only separate
+        ("Café", ["cafe"]),  # BERT's normaliser strips accents
+        ("cat zebra", ["cat"]),  # the unknown is left out
+        ("海海", ["海", "海"]),
+        ("[PAD] cat [MASK]", ["cat"]),
+        ("", []),
+        ("zebra ∞ 🐙", []),
+    ],
+)
+def test_token_ids(text, tokens):
+    assert encoder().token_ids(text) == [TOKENS.index(token) for token in tokens]
+
+
+def test_vector_is_the_normalised_sum_of_scaled_rows():
+    model = encoder()
+    rows = model.table.double() * model.scale.double()
+    total = rows[TOKENS.index("red")] + rows[TOKENS.index("cat")] + rows[TOKENS.index("##s")]
+    expected = total / total.square().mean().sqrt()
+    torch.testing.assert_close(model(["red cats"])[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_have_rms_one():
+    vectors = encoder()(["octopus", "red cat, 3d style", "海", "dog " * 500])
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.square().mean(1).sqrt(), torch.ones(4))
+
+
+@pytest.mark.parametrize("text", ["", "   ", ",;,", "zebra", "∞ 🐙", "[CLS]"])
+def test_nothing_known_is_the_zero_vector(text):
+    assert torch.equal(encoder()([text]), torch.zeros(1, DIM))
+
+
+def test_order_does_not_matter():
+    a, b = encoder()(["red cat, 3d style", "style 3d cat red"])
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # a float32 sum in another order
+
+
+def test_batch_equals_single_descriptions():
+    texts = ["octopus", "", "red cat", "dog " * 100]
+    model = encoder()
+    assert torch.equal(model(texts), torch.cat([model([text]) for text in texts]))
+
+
+def test_very_long_descriptions():
+    model = encoder()
+    torch.testing.assert_close(model(["cat " * 20_000]), model(["cat"]), rtol=1e-4, atol=1e-4)  # 20,000 float32 additions
+    rows, mask = model.token_rows(["cat " * 20_000])
+    assert rows.shape == (1, 77, DIM)
+    assert mask.all()
+
+
+def test_token_rows_and_mask():
+    model = encoder()
+    rows, mask = model.token_rows(["red cats", "", "zebra", "dog"], max_length=5)
+    assert rows.shape == (4, 5, DIM)
+    assert rows.dtype == torch.float32
+    assert mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [3, 1, 1, 1]
+    assert mask[:, 0].all()
+    ids = [TOKENS.index(token) for token in ("red", "cat", "##s")]
+    assert torch.equal(rows[0, :3], model.table[ids].float() * model.scale)
+    assert not rows[0, 3:].any()
+    assert not rows[1:3].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("cat, 3d style", True),
+        ("3D Style cat", True),
+        ("noto style", True),
+        ("cat", False),
+        ("3d cat", False),
+        ("x3d style", False),
+        ("flat stylestone", False),
+        ("pixel style", False),
+        ("", False),
+    ],
+)
+def test_names_style(text, named):
+    assert encoder().names_style(text) is named
+
+
+def test_style_words_are_no_patterns():
+    model = encoder(styles=("a.b", "c++"), exists=np.ones((3, 2)))
+    assert model.names_style("cat, a.b style")
+    assert not model.names_style("cat, axb style")
+
+
+def test_styles_of_the_nearest_name():
+    model = encoder()
+    assert model.styles_of("octopus") == ["3d", "flat"]
+    assert model.styles_of("cat red") == ["noto"]
+    assert model.styles_of("dog") == ["3d", "flat", "noto"]  # none is recorded: all are allowed
+    assert encoder(names=(), exists=None).styles_of("octopus") == ["3d", "flat", "noto"]
+
+
+UNIFORM = (0.0, 0.25, 0.4999, 0.5, 0.75, 1 - 1e-9)
+
+
+def test_styles_are_drawn_among_those_that_exist():
+    drawn = encoder().with_styles(["octopus"] * len(UNIFORM), UNIFORM)
+    assert drawn == ["octopus, 3d style"] * 3 + ["octopus, flat style"] * 3
+    assert encoder().with_styles(["red cat"] * len(UNIFORM), UNIFORM) == ["red cat, noto style"] * len(UNIFORM)
+
+
+def test_uniform_numbers_cover_all_styles_evenly():
+    drawn = encoder().with_styles(["dog"] * 300, [i / 300 for i in range(300)])
+    assert {text: drawn.count(text) for text in drawn} == {f"dog, {style} style": 100 for style in STYLES}
+
+
+def test_a_named_style_is_kept_even_if_it_does_not_exist():
+    texts = ["octopus, noto style", "red cat in flat style", "3d style"]
+    assert encoder().with_styles(texts, [0.9] * 3) == texts
+
+
+@pytest.mark.parametrize("text", ["", "zebra", "   "])
+def test_nothing_known_stays_without_a_style(text):
+    assert encoder().with_styles([text], [0.5]) == [text]
+
+
+def test_without_styles_nothing_is_added():
+    assert encoder(styles=(), names=(), exists=None).with_styles(["octopus"], [0.5]) == ["octopus"]
+
+
+def test_named_styles_move_the_vector():
+    model = encoder()
+    plain, styled = model(["octopus", *model.with_styles(["octopus"], [0.0])])
+    assert not torch.allclose(plain, styled)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = encoder()
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded = DescriptionEncoder.from_pretrained(tmp_path)
+    assert loaded.table.dtype == torch.int8
+    assert tuple(loaded.config.styles) == STYLES
+    texts = ["octopus", "Red cats, 3d style", "海", ""]
+    assert torch.equal(loaded(texts), model(texts))
+    assert loaded.with_styles(texts, [0.1, 0.2, 0.3, 0.4]) == model.with_styles(texts, [0.1, 0.2, 0.3, 0.4])
+
+
+def test_names_of_other_scripts_survive(tmp_path):
+    model = encoder(names=("海", "café", "dog"))
+    model.save_pretrained(tmp_path)
+    loaded = DescriptionEncoder.from_pretrained(tmp_path)
+    assert loaded.styles_of("海") == ["3d", "flat"]
+    assert loaded.styles_of("Café") == ["noto"]
+
+
+def test_lower_precision_does_not_touch_the_table():
+    model = encoder()
+    expected = model(["red cat"])
+    half = model.to(torch.bfloat16)
+    assert half.table.dtype == torch.int8
+    vectors = half(["red cat"])
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)  # only the 12 scales are rounded
+
+
+@pytest.mark.gpu
+def test_moving_after_use_takes_everything_along():
+    """What was computed from the names on one device is not used on another."""
+    model = encoder()
+    texts = ["octopus", "red cat", "dog"]
+    expected = [model.styles_of(text) for text in texts]
+    assert [model.to("cuda").styles_of(text) for text in texts] == expected
+    assert [model.to("cpu").styles_of(text) for text in texts] == expected
