@@ -77,12 +77,12 @@ def test_prompts_matter(pipe):
     assert difference(pipe("octopus", latents=same).images[0], pipe("pizza", latents=same).images[0]) > 10
 
 
-def test_colours_are_those_of_the_words(pipe):
-    """A red heart is red in the middle, in most of eight drawings; a green one would not pass."""
-    hearts = np.stack([np.asarray(p).astype(int) for p in draw(pipe, "red heart", num_images_per_prompt=8)])
-    red, green, blue = np.moveaxis(hearts[:, 24:44, 20:44].mean((1, 2)), -1, 0)
-    assert np.median(red - green) > 40
-    assert np.median(red - blue) > 40
+@pytest.mark.parametrize(("prompt", "more", "less"), [("tomato", 0, 1), ("broccoli", 1, 0), ("blue book", 2, 0), ("lemon", 0, 2)])
+def test_things_have_their_colour(pipe, prompt, more, less):
+    """In the median of sixteen drawings, on what is not white; channels are red, green, blue. Measured: 142, 54, 140 and 160 of 255."""
+    pictures = pipe(prompt, 16, generator=torch.Generator().manual_seed(0), output_type="np").images * 255
+    colours = [picture[(picture < 215).any(2)].mean(0) for picture in pictures]
+    assert np.median([colour[more] - colour[less] for colour in colours]) > 25
 
 
 def test_same_seed_same_bits(pipe):

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 from ..models.autoencoder import CoalescerAutoencoder
 from .data import PictureDataset
-from .loop import Schedule, Trainer
+from .loop import Schedule, Trainer, make_accelerator
 from .pictures import sheet, to_tensor, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator:
 
 def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_dir: Path) -> CoalescerAutoencoder:
     """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there."""
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = CoalescerAutoencoder.from_pretrained(config.init) if config.init else CoalescerAutoencoder(**config.model)

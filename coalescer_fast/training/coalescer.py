@@ -25,7 +25,7 @@ from . import pairing
 from .autoencoder import encode
 from .data import PictureDataset
 from .flow_matching import FlowMatchingUNet
-from .loop import Schedule, Trainer
+from .loop import Schedule, Trainer, make_accelerator
 from .losses import coalescer_loss, flow_matching_loss, mean_square
 from .pictures import sheet
 from .prompts import PromptConfig, PromptSampler
@@ -169,7 +169,7 @@ def train_anchor(
 
 def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: Path) -> CoalescerUNet:
     """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network."""
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     training = data.train().without(**config.without)
     vae = CoalescerAutoencoder.from_pretrained(config.autoencoder).eval()
     latents = encode(vae.to(accelerator.device), training)

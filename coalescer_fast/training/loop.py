@@ -68,11 +68,17 @@ class EMA:
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator that is a function of the seed and of a key, such as (step, process)."""
-    state = seed & 0xFFFFFFFF
+    """A CPU generator that is a function of the seed and of a key, such as (step, process); keys of one length do not meet."""
+    # torch's CPU generator takes the low 32 bits: the odd factor keeps seeds apart there, whatever step they are combined with
+    state = (seed * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
     for part in key:  # FNV-1a over 64-bit words
         state = ((state ^ (part & 0xFFFFFFFF)) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
     return torch.Generator().manual_seed(state)
+
+
+def make_accelerator() -> Accelerator:
+    """HF accelerate's device, precision (bf16 autocast) and processes; on a machine without a GPU, torchrun's processes too."""
+    return Accelerator(mixed_precision="bf16", cpu=not torch.accelerator.is_available())
 
 
 class Trainer:
@@ -134,6 +140,7 @@ class Trainer:
             if on_sample and self.accelerator.is_main_process and (self.step % schedule.sample_every == 0 or self.finished):
                 on_sample(self.ema.model, self.step)
         bar.close()
+        self.optimizer.zero_grad(set_to_none=True)  # a network trained in parts must not clip the next part by these
         return self.ema.model
 
     def _save(self) -> None:

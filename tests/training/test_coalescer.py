@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import coalescer_fast
+from coalescer_fast import CoalescerPipeline
+from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, psnr, train_autoencoder
+from coalescer_fast.training.coalescer import PAIRINGS, CoalescerConfig, PromptSampler, description_encoder, fill_queue, train_coalescer
+from coalescer_fast.training.data import Concept, PictureDataset
+from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
+from coalescer_fast.training.loop import Schedule, generator
+from coalescer_fast.training.pictures import to_tensor
+from coalescer_fast.training.prompts import PromptConfig
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (20, 20, 20)}
+OVERRIDES = {
+    "sample_size": 4,
+    "latent_channels": 4,
+    "block_out_channels": (16, 16),
+    "norm_num_groups": 4,
+    "attention_levels": (),
+    "embedding_dim": 16,
+    "anchor_hidden_dim": 32,
+}
+
+
+def squares() -> PictureDataset:
+    """Sixteen 16x16 pictures: a square of each of four colours in two styles, slightly different each time."""
+    rng = np.random.default_rng(0)
+    images, concept, style = [], [], []
+    for c, colour in enumerate(COLOURS.values()):
+        for s in range(2):
+            for _ in range(2):
+                picture = np.full((16, 16, 3), 255, np.uint8)
+                inset = 2 + 3 * s
+                picture[inset:-inset, inset:-inset] = np.clip(np.array(colour) + rng.integers(-15, 15, 3), 0, 255)
+                images.append(picture)
+                concept.append(c)
+                style.append(s)
+    concepts = tuple(Concept(name, ("square", f"{name}ish"), "shapes") for name in COLOURS)
+    return PictureDataset(np.stack(images), concepts, np.array(concept), ("flat", "3d"), np.array(style))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoencoder")
+    config = AutoencoderConfig(
+        Schedule(steps=500, batch_size=8, learning_rate=4e-3, ema_decay=0.95, checkpoint_every=250, sample_every=250),
+        model={"latent_channels": 4, "width": 32, "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)},
+        latent_noise=0.1,
+        permute_colours=0.0,
+    )
+    model = train_autoencoder(config, squares(), folder)
+    return folder, model
+
+
+def configuration(folder: Path, **changes) -> CoalescerConfig:
+    base = CoalescerConfig(
+        schedule=Schedule(steps=16, batch_size=8, learning_rate=2e-3, warmup_steps=1, ema_decay=0.9, checkpoint_every=8, sample_every=8),
+        autoencoder=str(folder / "autoencoder"),
+        anchor=Schedule(steps=20, batch_size=16, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=10),
+        overrides=OVERRIDES,
+        pairing_warmup=4,
+        prompts=PromptConfig(queue_size=32, min_group=4),
+        sheet=("red", "blue, flat style"),
+    )
+    return replace(base, **changes)
+
+
+def test_autoencoder_learns_and_standardises(autoencoder):
+    folder, model = autoencoder
+    pictures = to_tensor(squares().images)
+    with torch.no_grad():
+        assert float(psnr(model(pictures).sample, pictures).mean()) > 22  # white alone gives 4 dB
+    latents = encode(model, squares())
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4
+    torch.testing.assert_close(latents.square().mean((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+    assert (folder / "autoencoder-000250.png").exists()
+
+
+def test_decoder_alone_keeps_the_latents(autoencoder, tmp_path):
+    folder, model = autoencoder
+    config = AutoencoderConfig(
+        Schedule(steps=10, batch_size=8, learning_rate=5e-3, checkpoint_every=10, sample_every=5),
+        init=str(folder / "autoencoder"),
+        train_encoder=False,
+    )
+    tuned = train_autoencoder(config, squares(), tmp_path)
+    assert torch.equal(encode(tuned, squares()), encode(model, squares()))
+    assert not torch.equal(tuned.decoder.layers[0].weight, model.decoder.layers[0].weight)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_every_pairing_trains_and_saves_a_pipeline(autoencoder, tmp_path, pairing):
+    loss = {"nearest": "mse", "paired": "distance_marching"}.get(pairing, "sqrt")
+    train_coalescer(configuration(autoencoder[0], pairing=pairing, direction_loss=loss), squares(), tmp_path)
+    pipe = CoalescerPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe("red", generator=torch.Generator().manual_seed(0)).images[0].size == (16, 16)
+    assert (tmp_path / "coalescer-000016.png").exists()
+
+
+def test_queue(autoencoder):
+    """Sources and close pictures fit the description that was drawn for them; half of the radii are the prior's."""
+    data = squares()
+    encoder = description_encoder(data)
+    prompts = PromptConfig(name_style=1.0, missing_style=0, keyword=0, style=0, empty=0, queue_size=400)
+    config = configuration(autoencoder[0], prompts=prompts, schedule=Schedule(16, 8, 1e-3, checkpoint_every=50))
+    sampler, latents = PromptSampler(data, encoder, config.prompts), encode(autoencoder[1], data)
+    looks = {}
+    for i in range(len(data)):
+        looks.setdefault((int(data.concept[i]), int(data.style[i])), set()).add(i)
+    landings = []
+
+    def endpoint(noise, description):
+        landings.append(len(noise))
+        return noise
+
+    queue = fill_queue(sampler, latents, config, generator(0, 1), 400, endpoint)
+    assert len(queue.noise) == 400
+    assert landings == [400]
+    assert 0.4 < float((queue.radius == 1).double().mean()) < 0.6
+    for close, source in zip(queue.close.tolist(), queue.source.tolist()):
+        look = (int(data.concept[close]), int(data.style[close]))
+        assert source in looks[look]
+    again = fill_queue(sampler, latents, config, generator(0, 1), 400, endpoint)
+    assert all(torch.equal(a, b) for a, b in zip(vars(queue).values(), vars(again).values()))
+
+
+def test_it_learns_two_steps(autoencoder, tmp_path):
+    """Two steps from noise land nearer to the described colour than to any other."""
+    schedule = Schedule(steps=160, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=160, sample_every=1000)
+    anchor = Schedule(steps=150, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=150)
+    config = configuration(autoencoder[0], schedule=schedule, anchor=anchor, prompts=PromptConfig(queue_size=128, min_group=4))
+    data = squares()
+    train_coalescer(config, data, tmp_path)
+    pipe = CoalescerPipeline.from_pretrained(tmp_path / "pipeline")
+    pictures = pipe(list(COLOURS), num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    middle = pictures[:, 7:9, 7:9].mean((1, 2)) * 255
+    distance = np.linalg.norm(middle[:, None] - np.array(list(COLOURS.values()))[None], axis=2)
+    assert distance.argmin(1).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_flow_matching_baseline(autoencoder, tmp_path):
+    train_coalescer(configuration(autoencoder[0]), squares(), tmp_path / "coalescer")
+    config = configuration(autoencoder[0], objective="flow_matching", pairing="paired", anchor_from=str(tmp_path / "coalescer"))
+    model = train_coalescer(config, squares(), tmp_path / "flow")
+    anchor = torch.load(tmp_path / "coalescer" / "anchor.pt", weights_only=True)["ema"]
+    assert all(torch.equal(model.anchor_mlp.state_dict()[key], anchor[key]) for key in anchor)
+    loaded = FlowMatchingUNet.from_pretrained(tmp_path / "flow" / "unet").eval()
+    noise, description = torch.randn(2, 4, 4, 4), torch.randn(2, 128)
+    drawn = euler(loaded, noise, description, 4)
+    assert torch.equal(drawn, euler(model.eval(), noise, description, 4))
+    assert not torch.equal(drawn, euler(loaded, noise, description, 4, guidance_scale=2.0))
+
+
+def test_euler_integrates_a_constant_velocity():
+    class Constant:
+        def __call__(self, x, description, time):
+            return torch.full_like(x, 3.0)
+
+    torch.testing.assert_close(euler(Constant(), torch.zeros(2, 1, 2, 2), torch.zeros(2, 1), 5), torch.full((2, 1, 2, 2), 3.0))
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from dataclasses import replace
+from pathlib import Path
+from test_coalescer import configuration, squares
+from coalescer_fast.training.coalescer import train_coalescer
+from coalescer_fast.training.loop import Schedule
+schedule = Schedule(steps=64, batch_size=8, learning_rate=2e-3, ema_decay=0.9, checkpoint_every=8, sample_every=1000)
+train_coalescer(configuration(Path(sys.argv[2]), schedule=schedule), squares(), Path(sys.argv[3]))
+"""
+
+
+def script(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(coalescer_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_resumed_equals_undisturbed(autoencoder, tmp_path):
+    """SIGKILL somewhere in the UNet's training; resumed, every weight has the bits of a run that was left alone."""
+    subprocess.run(script(autoencoder[0], tmp_path / "a"), env=environment(), check=True, capture_output=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = subprocess.Popen(script(autoencoder[0], tmp_path / "b"), env=environment(), **quiet)
+    checkpoint = tmp_path / "b" / "coalescer.pt"
+    until = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert torch.load(checkpoint, weights_only=True)["step"] < 64
+    subprocess.run(script(autoencoder[0], tmp_path / "b"), env=environment(), check=True, capture_output=True)
+    a, b = (torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in "ab")
+    assert a["step"] == b["step"] == 64
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"), [("accelerate.commands.launch --cpu", 1), ("torch.distributed.run --nproc_per_node", 2)]
+)
+def test_launchers(autoencoder, tmp_path, launcher, processes):
+    """accelerate launch runs the training; torchrun's two processes train one model, each on batches of its own."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", *launcher.split(), *(["2"] if processes == 2 else [])]
+    arguments = [tmp_path / "train.py", Path(__file__).parent, autoencoder[0], tmp_path / "launched"]
+    done = subprocess.run([*command, *map(str, arguments)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    subprocess.run(script(autoencoder[0], tmp_path / "alone"), env=environment(), check=True, capture_output=True)
+    launched, alone = (torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in ("launched", "alone"))
+    assert launched["step"] == 64
+    assert torch.equal(launched["model"]["conv_in.weight"], alone["model"]["conv_in.weight"]) == (processes == 1)
+    assert CoalescerPipeline.from_pretrained(tmp_path / "launched" / "pipeline")("red").images[0].size == (16, 16)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from coalescer_fast.training.autoencoder import AutoencoderConfig
+from coalescer_fast.training.coalescer import CoalescerConfig
+from coalescer_fast.training.config import CONFIGS, find, read, run
+
+SCHEDULE = "[schedule]\nsteps = 10\nbatch_size = 4\nlearning_rate = 1e-3\n"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
+def test_committed_configurations(path):
+    kind = AutoencoderConfig if path.stem.endswith(("autoencoder", "decoder")) else CoalescerConfig
+    assert read(path, kind) == read(path.stem, kind)
+
+
+def test_values_and_nesting(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        'autoencoder = "ae"\nsheet = ["owl"]\npairing = "nearest"\n[prompts]\nempty = 0.5\nqueue_size = 1024\n'
+        "[schedule]\nsteps = 10\nbatch_size = 4\nlearning_rate = 1e-3\ncheckpoint_every = 256\n[anchor]\nsteps = 3\nbatch_size = 2\n"
+        "learning_rate = 1.0\n[without]\ngroups = ['flags']\n"
+    )
+    config = read(file, CoalescerConfig)
+    assert (config.pairing, config.sheet, config.prompts.empty, config.anchor.steps) == ("nearest", ("owl",), 0.5, 3)
+    assert config.without == {"groups": ["flags"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("latent_nose = 1.0\n" + SCHEDULE, ("unknown key latent_nose", "latent_noise")),
+        (SCHEDULE + "step = 3\n", ("unknown key schedule.step", "steps")),
+        ("latent_noise = 0.1\n", ("key schedule is missing",)),
+        ("[schedule]\nsteps = 10\nbatch_size = 4\n", ("key schedule.learning_rate is missing",)),
+        ("latent_noise = \n", ("c.toml",)),
+    ],
+)
+def test_mistakes(tmp_path, text, words):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"c\.toml") as caught:
+        read(file, AutoencoderConfig)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('pairing = "farthest"\n', ("'farthest'", "output_transport")),
+        ('objective = "diffusion"\n', ("'diffusion'", "coalescer")),
+        ("[prompts]\nqueue_size = 2\n", ("checkpoint_every is 512",)),
+        ("[prompts]\nqueue_size = 28\n", ("checkpoint_every is 512", "multiple of the 7 steps")),
+    ],
+)
+def test_mistakes_of_a_coalescer(tmp_path, text, words):
+    file = tmp_path / "c.toml"
+    file.write_text('autoencoder = "ae"\n' + text + SCHEDULE)
+    with pytest.raises(ValueError, match=r"c\.toml") as caught:
+        read(file, CoalescerConfig)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_find(tmp_path):
+    assert find("emoji-64") == CONFIGS / "emoji-64.toml"
+    with pytest.raises(FileNotFoundError, match="no configuration nothing: give a TOML file, or emoji-64"):
+        find("nothing")
+
+
+def test_unknown_training(tmp_path):
+    with pytest.raises(ValueError, match="no training of a decoder"):
+        run("decoder", "emoji-64", "digits", tmp_path)
