@@ -61,6 +61,8 @@ def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator:
 
 def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_dir: Path) -> CoalescerAutoencoder:
     """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there."""
+    if config.init and not (Path(config.init) / "config.json").is_file():
+        raise ValueError(f"init is {config.init!r}, where there is no autoencoder: train that first, or give another folder")
     accelerator = make_accelerator()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -26,7 +26,7 @@ from .autoencoder import encode
 from .data import PictureDataset
 from .flow_matching import FlowMatchingUNet
 from .loop import Schedule, Trainer, make_accelerator
-from .losses import coalescer_loss, flow_matching_loss, mean_square
+from .losses import DIRECTION_LOSSES, coalescer_loss, flow_matching_loss, mean_square
 from .pictures import sheet
 from .prompts import PromptConfig, PromptSampler
 
@@ -63,9 +63,12 @@ class CoalescerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("pairing", self.pairing, PAIRINGS), ("objective", self.objective, OBJECTIVES)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
+        choices = {"pairing": PAIRINGS, "objective": OBJECTIVES, "direction_loss": DIRECTION_LOSSES, "model": CONFIGURATIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        if self.anchor is not None and self.anchor.batch_size > self.prompts.queue_size:
+            raise ValueError(f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {self.prompts.queue_size}")
         period = self.prompts.queue_size // self.schedule.batch_size
         if period < 1 or self.schedule.checkpoint_every % period:
             raise ValueError(
@@ -169,6 +172,10 @@ def train_anchor(
 
 def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: Path) -> CoalescerUNet:
     """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network."""
+    for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
+        folder = getattr(config, name)
+        if folder and not (Path(folder) / part).is_file():
+            raise ValueError(f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder")
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
     vae = CoalescerAutoencoder.from_pretrained(config.autoencoder).eval()
@@ -204,10 +211,10 @@ def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: P
 
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         nonlocal queue
-        if step % period == 0:
+        if step % period == 0 or step == trainer.first_step:
             warm = config.objective == "flow_matching" or step < config.pairing_warmup
             queue = fill_queue(
-                sampler, latents, config, trainer.generator(2, step), config.prompts.queue_size, None if warm else endpoint
+                sampler, latents, config, trainer.generator(2, step // period), config.prompts.queue_size, None if warm else endpoint
             )
         item = queue.batch(step % period * schedule.batch_size, schedule.batch_size)
         device = accelerator.device

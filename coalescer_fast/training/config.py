@@ -54,7 +54,9 @@ def _build(table: dict[str, Any], kind: Any, where: str) -> Any:
     values = {}
     for name, value in table.items():
         nested = next((t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
-        if nested is not None and isinstance(value, dict):
+        if nested is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}{name} is {value!r}; expected a table, [{where}{name}]")
             value = _build(value, nested, f"{where}{name}.")
         values[name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

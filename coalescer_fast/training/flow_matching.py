@@ -22,7 +22,7 @@ class FlowMatchingUNet(CoalescerUNet):
 
     frequencies = 64
 
-    @functools.wraps(CoalescerUNet.__init__)  # from_pretrained reads the arguments off the signature
+    @functools.wraps(CoalescerUNet.__init__)  # type: ignore[misc]  # from_pretrained reads the arguments off the signature
     def __init__(self, **config: Any):
         super().__init__(**config)
         width = self.config.embedding_dim

@@ -7,12 +7,15 @@ that was killed and resumed takes the same steps as one that was not.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +44,11 @@ class Schedule:
     checkpoint_every: int = 512
     sample_every: int = 2048
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number from 1 up")
+
     def rate(self, step: int) -> float:
         """The learning rate of ``step`` (from 0)."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -68,12 +76,9 @@ class EMA:
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator that is a function of the seed and of a key, such as (step, process); keys of one length do not meet."""
-    # torch's CPU generator takes the low 32 bits: the odd factor keeps seeds apart there, whatever step they are combined with
-    state = (seed * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
-    for part in key:  # FNV-1a over 64-bit words
-        state = ((state ^ (part & 0xFFFFFFFF)) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(state)
+    """A CPU generator that is a function of the seed and of a key, such as (step, process), through a hash that keeps all apart."""
+    digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=4).digest()  # of a seed, torch uses 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def make_accelerator() -> Accelerator:
@@ -160,7 +165,10 @@ class Trainer:
         os.replace(partial, self.path)
 
     def _load(self) -> None:
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            raise ValueError(f"{self.path} is damaged: remove it to begin anew") from error
         try:
             self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])

@@ -109,6 +109,16 @@ def test_every_pairing_trains_and_saves_a_pipeline(autoencoder, tmp_path, pairin
     assert (tmp_path / "coalescer-000016.png").exists()
 
 
+def test_missing_parts(autoencoder, tmp_path):
+    config = configuration(autoencoder[0], autoencoder="nowhere")
+    with pytest.raises(ValueError, match="autoencoder is 'nowhere', where there is no config.json: train that first"):
+        train_coalescer(config, squares(), tmp_path)
+    with pytest.raises(ValueError, match=r"anchor_from is 'nowhere', where there is no anchor\.pt"):
+        train_coalescer(configuration(autoencoder[0], anchor_from="nowhere"), squares(), tmp_path)
+    with pytest.raises(ValueError, match="init is 'nowhere'"):
+        train_autoencoder(AutoencoderConfig(Schedule(1, 1, 1.0), init="nowhere"), squares(), tmp_path)
+
+
 def test_queue(autoencoder):
     """Sources and close pictures fit the description that was drawn for them; half of the radii are the prior's."""
     data = squares()
@@ -169,6 +179,14 @@ def test_euler_integrates_a_constant_velocity():
             return torch.full_like(x, 3.0)
 
     torch.testing.assert_close(euler(Constant(), torch.zeros(2, 1, 2, 2), torch.zeros(2, 1), 5), torch.full((2, 1, 2, 2), 3.0))
+
+
+def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
+    """Also from a last step in the middle of a pairing's time: six steps, of pairings that last four."""
+    base = configuration(autoencoder[0], sheet=())
+    for steps in (6, 16):
+        train_coalescer(replace(base, schedule=replace(base.schedule, steps=steps)), squares(), tmp_path)
+        assert torch.load(tmp_path / "coalescer.pt", weights_only=True)["step"] == steps
 
 
 SCRIPT = """

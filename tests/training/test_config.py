@@ -51,13 +51,35 @@ def test_mistakes(tmp_path, text, words):
     [
         ('pairing = "farthest"\n', ("'farthest'", "output_transport")),
         ('objective = "diffusion"\n', ("'diffusion'", "coalescer")),
-        ("[prompts]\nqueue_size = 2\n", ("checkpoint_every is 512",)),
+        ("[prompts]\nqueue_size = 2\n", ("queue_size",)),
         ("[prompts]\nqueue_size = 28\n", ("checkpoint_every is 512", "multiple of the 7 steps")),
     ],
 )
 def test_mistakes_of_a_coalescer(tmp_path, text, words):
     file = tmp_path / "c.toml"
     file.write_text('autoencoder = "ae"\n' + text + SCHEDULE)
+    with pytest.raises(ValueError, match=r"c\.toml") as caught:
+        read(file, CoalescerConfig)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("schedule = 3\n", ("schedule",)),
+        ("prompts = 3\n" + SCHEDULE, ("prompts",)),
+        ('direction_loss = "huber"\n' + SCHEDULE, ("'huber'", "sqrt")),
+        ('model = "xl"\n' + SCHEDULE, ("'xl'", "emoji-64")),
+        (SCHEDULE.replace("batch_size = 4", "batch_size = 0"), ("batch_size", "0")),
+        (SCHEDULE + "[anchor]\nsteps = 10\nbatch_size = 4096\nlearning_rate = 1e-3\n", ("anchor", "4096")),
+    ],
+    ids=["schedule is no table", "prompts is no table", "direction loss", "model", "empty batch", "batch larger than the queue"],
+)
+def test_values_that_no_training_can_use(tmp_path, text, words):
+    """Found on reading, not after the minutes that the pictures' encoding and the anchor take."""
+    file = tmp_path / "c.toml"
+    file.write_text('autoencoder = "ae"\n' + text)
     with pytest.raises(ValueError, match=r"c\.toml") as caught:
         read(file, CoalescerConfig)
     for word in words:

@@ -19,8 +19,7 @@ from coalescer_fast.training import evaluation
 from coalescer_fast.training.classifier import PictureClassifier
 from coalescer_fast.training.coalescer import description_encoder
 from coalescer_fast.training.data import Concept, PictureDataset
-from coalescer_fast.training.evaluation import RealPictures, evaluate, exclusions, frechet_distance, measure
-from coalescer_fast.training.loop import generator
+from coalescer_fast.training.evaluation import RealPictures, evaluate, exclusions, frechet_distance, measure, seeded
 
 STYLES = ("3d", "flat", "noto", "blob")
 UNET = dict(
@@ -197,7 +196,7 @@ def test_an_oracle_scores_what_is_known(real):
 
 def test_floors_of_a_lossless_autoencoder(real):
     assert real.floors["psnr_autoencoder_held_out"] == real.floors["psnr_autoencoder_train"] > 99
-    order = torch.randperm(24, generator=generator(0))
+    order = torch.randperm(24, generator=seeded(0))
     half, others = real.features[order[:12]], real.features[order[12:]]
     assert real.floors["fd_floor_autoencoder"] == pytest.approx(frechet_distance(half, real.features), rel=1e-3)
     assert real.floors["fd_floor_real"] == frechet_distance(half, others)

@@ -69,6 +69,13 @@ def test_generators_are_a_function_of_seed_and_key():
     assert len({draw(*k) for k in keys}) == len(keys)
 
 
+def test_streams_of_a_training_do_not_meet():
+    """Keys of (stream, step), as a training draws them: torch seeds its CPU generator with 32 bits, and a shared one repeats all draws."""
+    keys = [(seed, stream, step, 0) for seed in (0, 1) for stream in (1, 2, 3) for step in range(1500)]
+    states = {generator(*key).initial_seed() & 0xFFFFFFFF for key in keys}
+    assert len(states) >= len(keys) - 1  # 9,000 random 32-bit numbers hold a pair once in a hundred times
+
+
 def test_it_learns_and_reports(tmp_path):
     run = trainer(tmp_path, Schedule(steps=300, batch_size=4, learning_rate=0.02, checkpoint_every=300, sample_every=100))
     seen = []
@@ -119,4 +126,15 @@ def test_checkpoint_of_another_model(tmp_path):
     run.run(loss_of(run))
     with pytest.raises(ValueError, match="written for another model: train into another folder") as caught:
         trainer(tmp_path, width=5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None], ids=["empty", "no archive", "truncated"])
+def test_damaged_checkpoint(tmp_path, content):
+    run = trainer(tmp_path)
+    run.run(loss_of(run))
+    path = tmp_path / "net.pt"
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(ValueError, match=r"net\.pt") as caught:
+        trainer(tmp_path)
     assert "\n" not in str(caught.value)

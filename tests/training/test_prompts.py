@@ -46,6 +46,23 @@ def test_shares(data, encoder):
     assert keyword >= 0.9 * config.keyword * 1000
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_every_kind_has_its_share(data, encoder, seed):
+    """By pictures; a kind's last group may go beyond its share, by less than that group."""
+    shares = {"name_style": 0.4, "missing_style": 0.1, "keyword": 0.2, "style": 0.1, "empty": 0.2}
+    config = PromptConfig(**shares, queue_size=1000, min_group=4, with_keywords=0.0, keywords_only=0.0)
+    missing, styles = {("whale", "flat style"), ("pizza", "3d style")}, {("3d style",), ("flat style",)}
+    count, largest = dict.fromkeys(shares, 0), dict.fromkeys(shares, 0)
+    for g in PromptSampler(data, encoder, config).groups(random.Random(seed)):
+        named = bool(g.phrases) and g.phrases[0] in ("octopus", "whale", "pizza")
+        kind = "missing_style" if g.phrases in missing else "name_style" if named else "keyword"
+        kind = "style" if g.phrases in styles else kind if g.phrases else "empty"
+        count[kind] += len(g.pictures)
+        largest[kind] = max(largest[kind], len(g.pictures))
+    for kind, share in shares.items():
+        assert share * 1000 <= count[kind] < share * 1000 + largest[kind], kind
+
+
 def test_name_and_style_fit_their_pictures(data, encoder):
     for g in groups(data, encoder, name_style=1.0, with_keywords=0.0, keywords_only=0.0):
         name, style = g.phrases
