@@ -111,7 +111,7 @@ def test_every_pairing_trains_and_saves_a_pipeline(autoencoder, tmp_path, pairin
 
 def test_missing_parts(autoencoder, tmp_path):
     config = configuration(autoencoder[0], autoencoder="nowhere")
-    with pytest.raises(ValueError, match="autoencoder is 'nowhere', where there is no config.json: train that first"):
+    with pytest.raises(ValueError, match=r"autoencoder is 'nowhere', where there is no config\.json: train that first"):
         train_coalescer(config, squares(), tmp_path)
     with pytest.raises(ValueError, match=r"anchor_from is 'nowhere', where there is no anchor\.pt"):
         train_coalescer(configuration(autoencoder[0], anchor_from="nowhere"), squares(), tmp_path)
