@@ -55,7 +55,7 @@ def squares() -> PictureDataset:
 def autoencoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
     config = AutoencoderConfig(
-        Schedule(steps=500, batch_size=8, learning_rate=4e-3, ema_decay=0.95, checkpoint_every=250, sample_every=250),
+        Schedule(steps=800, batch_size=8, learning_rate=2e-3, ema_decay=0.98, checkpoint_every=400, sample_every=400),
         model={"latent_channels": 4, "width": 32, "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)},
         latent_noise=0.1,
         permute_colours=0.0,
@@ -85,7 +85,7 @@ def test_autoencoder_learns_and_standardises(autoencoder):
     latents = encode(model, squares())
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(latents.square().mean((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
-    assert (folder / "autoencoder-000250.png").exists()
+    assert (folder / "autoencoder-000400.png").exists()
 
 
 def test_decoder_alone_keeps_the_latents(autoencoder, tmp_path):
@@ -148,16 +148,16 @@ def test_queue(autoencoder):
 
 def test_it_learns_two_steps(autoencoder, tmp_path):
     """Two steps from noise land nearer to the described colour than to any other."""
-    schedule = Schedule(steps=160, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=160, sample_every=1000)
-    anchor = Schedule(steps=150, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=150)
+    schedule = Schedule(steps=240, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=240, sample_every=1000)
+    anchor = Schedule(steps=300, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=300)
     config = configuration(autoencoder[0], schedule=schedule, anchor=anchor, prompts=PromptConfig(queue_size=128, min_group=4))
     data = squares()
     train_coalescer(config, data, tmp_path)
     pipe = CoalescerPipeline.from_pretrained(tmp_path / "pipeline")
-    pictures = pipe(list(COLOURS), num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    pictures = pipe(list(COLOURS), num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), output_type="np").images
     middle = pictures[:, 7:9, 7:9].mean((1, 2)) * 255
     distance = np.linalg.norm(middle[:, None] - np.array(list(COLOURS.values()))[None], axis=2)
-    assert distance.argmin(1).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (distance.argmin(1) == np.arange(4).repeat(8)).mean() >= 0.9  # .25 by chance
 
 
 def test_flow_matching_baseline(autoencoder, tmp_path):
