@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,13 +176,3 @@ class Trainer:
             raise ValueError(f"{self.path} was written for another model: train into another folder, or remove it") from error
         self.ema.updates = state["ema_updates"]
         self.step = state["step"]
-
-
-class Stopwatch:
-    """Seconds of wall clock and of this process's CPU since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def __str__(self) -> str:
-        return f"{time.perf_counter() - self._wall:.0f} s, {time.process_time() - self._cpu:.0f} CPU s"

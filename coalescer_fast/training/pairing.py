@@ -9,12 +9,9 @@ The seed says "vector search" and leaves the rest open: the pairings below are a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from scipy.optimize import linear_sum_assignment
 
-Endpoint = Callable[[torch.Tensor], torch.Tensor]
 Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
