@@ -1,30 +1,195 @@
-"""Which implementation of an op runs: the explicit backend that was asked for, or the fastest one that supports the call."""
+"""Which backend runs an op, and why not a faster one.
+
+"auto" takes the first of `PREFERENCE` that can run the call and says so in the log, once for every kind of call; a backend that was asked
+for by name runs or raises. With ``COALESCER_FAST_STRICT=1`` "auto" raises where it would have to pass over a backend made for the device.
+
+Every op is also ``torch.ops.coalescer_fast.NAME`` with the same arguments: that is what compilers, exporters and dispatch modes see. Plain
+eager calls go to the backend directly, for torch's dispatcher would cost as much as a small kernel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+import torch
+
+logger = logging.getLogger(__name__)
+
+FLOAT_AT_MOST_32 = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def register(op: str, backend: str, function: Callable[..., Any]) -> None:
-    """Make ``function`` the implementation of ``op`` on ``backend``; later ones are preferred by "auto"."""
-    _implementations.setdefault(op, {})[backend] = function
+@dataclass(frozen=True)
+class Backend:
+    """module: the file of an op's folder that implements it; device: the device type it is made for (None: any); dtypes: what every tensor
+    may be (None: anything); runtime: the module beside this one whose ``unavailable()`` says why it cannot run here at all."""
+
+    module: str
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    runtime: str | None = None
+
+    def refusal(self, tensors: dict[str, torch.Tensor]) -> str:
+        """Why it cannot run on these arguments, or ""."""
+        runtime = None if self.runtime is None else importlib.import_module(f".{self.runtime}", __package__)
+        for name, tensor in tensors.items():
+            # Triton's interpreter runs GPU kernels on CPU tensors
+            if self.device not in (None, tensor.device.type) and not getattr(runtime, "INTERPRETED", False):
+                return f"{name} is on {tensor.device}; expected a {self.device} device"
+        if runtime is not None and (reason := runtime.unavailable()):
+            return reason
+        for name, tensor in tensors.items():
+            if self.dtypes is not None and tensor.dtype not in self.dtypes:
+                return f"{name} has dtype {tensor.dtype}; expected {', '.join(map(str, self.dtypes))}"
+        if self.runtime is not None and torch.is_grad_enabled():
+            for name, tensor in tensors.items():
+                if tensor.requires_grad:
+                    return f"{name} needs a gradient, which only reference has; expected a call under torch.no_grad()"
+        return ""
 
 
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that runs ``op`` on ``backend`` ("auto": the fastest). Raises ValueError for a backend that does not exist."""
-    known = _implementations[op]
-    if backend == "auto":
-        return next(reversed(known.values()))
-    if backend not in known:
-        raise ValueError(f"backend {backend!r} is unknown to {op}: use auto or {', '.join(known)}")
-    return known[backend]
+BACKENDS = {
+    "reference": Backend("reference"),
+    "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "library"),
+    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime"),
+}
+# what "auto" tries, fastest first
+PREFERENCE = ("triton", "cpu", "reference")
+
+
+@dataclass
+class Op:
+    """A registered op: its public function, its overload in torch.ops, the names of its arguments but the backend, and its folder."""
+
+    function: Callable[..., Any]
+    overload: Any
+    names: tuple[str, ...]
+    package: str
+
+
+_ops: dict[str, Op] = {}
+_library = torch.library.Library("coalescer_fast", "DEF")
+_chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_logged: set[str] = set()
+_thread = threading.local()
+
+
+def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make the public ``function`` an op, ``torch.ops.coalescer_fast.NAME``.
+
+    ``schema`` has the function's arguments and defaults; ``fake`` gives the outputs' shapes, dtypes and strides from them. The
+    implementations are the functions called NAME in the modules `Backend.module` beside ``function``, imported when first used; they take
+    the arguments in the schema's order, without the backend.
+    """
+    name = _library.define(schema)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        _thread.in_kernel = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.in_kernel = False
+
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coalescer_fast::{name}", fake, lib=_library)
+    overload = getattr(torch.ops.coalescer_fast, name).default
+    names = tuple(argument.name for argument in overload._schema.arguments if argument.name != "backend")
+    _ops[name] = Op(function, overload, names, function.__module__)
+
+
+def run(name: str, backend: str, *args: Any) -> Any:
+    """Run the op on the backend; ``args`` are checked, and in the schema's order."""
+    x = args[0]
+    if (
+        (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
+    ):
+        return _choose(name, backend, args)(*args)
+    known(name, backend)
+    if backend == "reference" or (backend == "auto" and _needs_grad(args)):
+        return _implementation(name, "reference")(*args)
+    if not torch.compiler.is_compiling() and getattr(_thread, "in_kernel", False):
+        return _choose(name, backend, args)(*args)
+    return _ops[name].overload(**dict(zip(_ops[name].names, args)), backend=backend)
+
+
+def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The function that runs this call, remembered for every kind of call: op, backend, device, dtypes, and whether a gradient is needed."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    key = (name, backend, grad, args[0].device, *[t.dtype for t in tensors])
+    function = _chosen.get(key)
+    if function is None:
+        function = _chosen[key] = _implementation(name, _resolve(name, backend, args))
+    return function
+
+
+def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
+    """The backend's name for this call. Raises ValueError if the backend asked for cannot run it."""
+    known(name, backend)
+    tensors = {n: a for n, a in zip(_ops[name].names, args) if isinstance(a, torch.Tensor)}
+    if backend != "auto":
+        if reason := BACKENDS[backend].refusal(tensors):
+            raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
+        return backend
+    passed_over = []
+    for candidate in PREFERENCE:
+        if BACKENDS[candidate].device not in (None, args[0].device.type):
+            continue
+        reason = BACKENDS[candidate].refusal(tensors)
+        if not reason:
+            break
+        passed_over.append(f"not on {candidate}: {reason}")
+    if passed_over and os.environ.get("COALESCER_FAST_STRICT") == "1":
+        raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {name} to fall back to {candidate}; {'; '.join(passed_over)}")
+    _log_once("; ".join([f"{name} runs on {candidate}", *passed_over]), logging.WARNING if passed_over else logging.INFO)
+    return candidate
+
+
+def _needs_grad(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+
+
+def _implementation(name: str, backend: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{_ops[name].package}.{BACKENDS[backend].module}"), name)
+
+
+def known(name: str, backend: str) -> None:
+    """Raise ValueError unless there is such a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown to {name}; use one of auto, {', '.join(BACKENDS)}")
 
 
 def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
-    """For every backend of ``op``: whether it can run the call with these arguments, and if not, why."""
-    if op not in _implementations:
-        raise ValueError(f"op {op!r} is unknown: use {', '.join(_implementations)}")
-    return {name: (True, "") for name in _implementations[op]}
+    """For every backend of ``op``: whether it can run the call with these arguments, and if not, why.
+
+    Args: the op's name and the arguments that it would be called with; without arguments, whether the backend can run here at all.
+
+    Raises: ValueError for an op that does not exist; TypeError for arguments that the op does not take.
+    """
+    if op not in _ops:
+        raise ValueError(f"op {op!r} is unknown: use {', '.join(_ops)}")
+    given = inspect.signature(_ops[op].function).bind(*args, **kwargs).arguments if args or kwargs else {}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    reasons = {name: backend.refusal(tensors) for name, backend in BACKENDS.items()}
+    return {name: (not reason, reason) for name, reason in reasons.items()}
+
+
+def _log_once(message: str, level: int) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.log(level, message)
+
+
+def forget() -> None:
+    """Choose anew, and log anew, from the next calls on: after a change of the environment."""
+    _chosen.clear()
+    _logged.clear()

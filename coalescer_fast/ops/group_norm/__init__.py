@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
-from ..dispatch import implementation, register
-from . import reference
-
-register("group_norm_silu", "reference", reference.group_norm_silu)
+from .. import checks, layout
+from ..dispatch import register, run
 
 
 def group_norm_silu(
@@ -42,9 +39,9 @@ def group_norm_silu(
         activation: "silu", ``v * sigmoid(v)``, or None for the identity.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: (N, C, *spatial) of x's dtype.
+    Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are float32 at least.
 
-    Raises: ValueError for shapes, devices or values other than these.
+    Raises: ValueError for shapes, devices or values other than these, and for a backend that cannot run the call.
 
     Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
@@ -66,8 +63,20 @@ def group_norm_silu(
         checks.shape(name, parameter, (x.shape[0], channels))
     checks.device(x, skip=skip, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, shift=shift)
     checks.choice("activation", activation, ("silu", None))
-    return implementation("group_norm_silu", backend)(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
 
 
 def _but_channels(x: torch.Tensor) -> tuple[int, ...]:
     return (x.shape[0], *x.shape[2:])
+
+
+def _fake(x: torch.Tensor, *args: object, skip: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
+    return layout.empty(x, x.shape[1] + (0 if skip is None else skip.shape[1]), x.dtype)
+
+
+register(
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, Tensor? scale=None, "
+    "Tensor? shift=None, Tensor? skip=None, Tensor? pre_bias=None, str? activation='silu', str backend='auto') -> Tensor",
+    group_norm_silu,
+    _fake,
+)

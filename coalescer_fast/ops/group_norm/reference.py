@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import layout
+
 
 def group_norm_silu(
     x: torch.Tensor,
@@ -30,7 +32,7 @@ def group_norm_silu(
         y = y * (1 + per_channel(scale))
     if shift is not None:
         y = y + per_channel(shift)
-    return F.silu(y) if activation == "silu" else y
+    return layout.arrange(F.silu(y) if activation == "silu" else y, layout.is_channels_last(x))
 
 
 def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

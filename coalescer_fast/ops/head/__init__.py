@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
-from ..dispatch import implementation, register
-from . import reference
-
-register("dual_head", "reference", reference.dual_head)
+from .. import checks, layout
+from ..dispatch import register, run
 
 
 def dual_head(
@@ -35,9 +32,10 @@ def dual_head(
         sample, anchor: (N, Cz, H, W), both or neither.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: direction (N, Cz, H, W) of h's dtype, or the wider of it and sample's; distance (N,), float32 (float64 for float64 h).
+    Returns: direction (N, Cz, H, W) of h's dtype, or the wider of it and sample's, channels innermost in memory if h's are, else
+    contiguous; distance (N,), float32 (float64 for float64 h).
 
-    Raises: ValueError for other shapes or devices, or one of sample and anchor alone.
+    Raises: ValueError for other shapes or devices, one of sample and anchor alone, and a backend that cannot run the call.
     """
     checks.floating("h", h)
     if h.ndim != 4:
@@ -62,4 +60,23 @@ def dual_head(
         sample=sample,
         anchor=anchor,
     )
-    return implementation("dual_head", backend)(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+    return run("dual_head", backend, h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+
+
+def direction_dtype(h: torch.Tensor, sample: torch.Tensor | None) -> torch.dtype:
+    return h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype)
+
+
+def _fake(
+    h: torch.Tensor, direction_weight: torch.Tensor, *args: object, sample: torch.Tensor | None = None, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    direction = layout.empty(h, direction_weight.shape[0], direction_dtype(h, sample))
+    return direction, h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+register(
+    "dual_head(Tensor h, Tensor direction_weight, Tensor direction_bias, Tensor distance_weight, Tensor distance_bias, *, "
+    "Tensor? sample=None, Tensor? anchor=None, str backend='auto') -> (Tensor, Tensor)",
+    dual_head,
+    _fake,
+)

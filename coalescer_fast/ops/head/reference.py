@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import layout
+
 
 def dual_head(
     h: torch.Tensor,
@@ -24,4 +26,4 @@ def dual_head(
         length = offset.square().mean((1, 2, 3)).sqrt()
         direction = direction + (offset / length.clamp_min(1e-6)[:, None, None, None]).to(torch.promote_types(h.dtype, sample.dtype))
         distance = distance * length
-    return direction, distance
+    return layout.arrange(direction, layout.is_channels_last(h)), distance

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
-from ..dispatch import implementation, register
-from . import reference
-
-register("bias_residual", "reference", reference.bias_residual)
+from .. import checks, layout
+from ..dispatch import register, run
 
 
 def bias_residual(
@@ -22,9 +19,9 @@ def bias_residual(
         residual: of x's shape and dtype, 0 if None.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: (N, C, *spatial) of x's dtype; never x itself.
+    Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous; never x itself.
 
-    Raises: ValueError for other shapes, dtypes or devices.
+    Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call.
     """
     checks.floating("x", x)
     if x.ndim < 2:
@@ -34,4 +31,11 @@ def bias_residual(
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual has dtype {residual.dtype}; expected x's, {x.dtype}")
     checks.device(x, bias=bias, residual=residual)
-    return implementation("bias_residual", backend)(x, bias, residual)
+    return run("bias_residual", backend, x, bias, residual)
+
+
+def _fake(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return layout.empty(x, x.shape[1], x.dtype)
+
+
+register("bias_residual(Tensor x, Tensor? bias=None, Tensor? residual=None, *, str backend='auto') -> Tensor", bias_residual, _fake)

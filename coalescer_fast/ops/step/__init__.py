@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
-from ..dispatch import implementation, register
-from . import reference
-
-register("coalesce_step", "reference", reference.coalesce_step)
+from .. import checks, layout
+from ..dispatch import register, run
 
 
 def coalesce_step(
@@ -37,9 +34,9 @@ def coalesce_step(
         eps: smallest length to divide by; above 0.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: the new R, of sample's shape and dtype.
+    Returns: the new R, of sample's shape and dtype, channels innermost in memory if sample's are, else contiguous.
 
-    Raises: ValueError for other shapes, devices or values.
+    Raises: ValueError for other shapes, devices or values, and for a backend that cannot run the call.
     """
     checks.floating("sample", sample)
     if sample.ndim < 2:
@@ -52,4 +49,16 @@ def coalesce_step(
     checks.choice("mode", mode, ("unit", "raw"))
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")
-    return implementation("coalesce_step", backend)(sample, direction, distance, eta, mode, eps)
+    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps)
+
+
+def _fake(sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return layout.empty(sample, sample.shape[1], sample.dtype)
+
+
+register(
+    "coalesce_step(Tensor sample, Tensor direction, Tensor distance, *, float eta=1.0, str mode='unit', float eps=1e-06, "
+    "str backend='auto') -> Tensor",
+    coalesce_step,
+    _fake,
+)

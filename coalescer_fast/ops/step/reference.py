@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import layout
+
 
 def coalesce_step(
     sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float
@@ -13,4 +15,5 @@ def coalesce_step(
     v = direction.to(wide)
     if mode == "unit":
         length = length / v.flatten(1).square().mean(1).sqrt().clamp_min(eps)
-    return (sample.to(wide) + length.view(-1, *[1] * (sample.ndim - 1)) * v).to(sample.dtype)
+    moved = (sample.to(wide) + length.view(-1, *[1] * (sample.ndim - 1)) * v).to(sample.dtype)
+    return layout.arrange(moved, layout.is_channels_last(sample))

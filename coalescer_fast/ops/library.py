@@ -1,0 +1,3 @@
+"""placeholder"""
+def unavailable():
+    return "not yet"
