@@ -97,9 +97,7 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     ) -> CoalescerSchedulerOutput | tuple[torch.Tensor]:
         """One update of R = ``sample`` (N, C, H, W) by direction (N, C, H, W) and distance (N,)."""
         i = int(timestep)
-        moved = ops.coalesce_step(
-            sample, direction, distance, eta=self.etas[i], mode=self.modes[i], eps=self.config.eps, backend=backend
-        )
+        moved = ops.coalesce_step(sample, direction, distance, eta=self.etas[i], mode=self.modes[i], eps=self.config.eps, backend=backend)
         return CoalescerSchedulerOutput(moved) if return_dict else (moved,)
 
 

@@ -122,7 +122,7 @@ def run(name: str, backend: str, *args: Any) -> Any:
 
 
 def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function that runs this call, remembered for every kind of call: op, backend, device, dtypes, and whether a gradient is needed."""
+    """The function that runs this call, remembered by op, backend, device, dtypes, and whether a gradient is needed."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
     key = (name, backend, grad, args[0].device, *[t.dtype for t in tensors])

@@ -10,7 +10,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether x (N, C, *spatial) is dense with its channels innermost. False where that is also contiguous, as for C = 1."""
     if x.ndim == 3:
-        n, channels, length = x.shape
+        _, channels, length = x.shape
         return channels > 1 and x.stride() == (channels * length, 1, channels)
     memory_format = _FORMATS.get(x.ndim)
     return memory_format is not None and x.stride(-1) != 1 and x.is_contiguous(memory_format=memory_format)

@@ -1,3 +1,5 @@
 """placeholder"""
+
+
 def unavailable():
     return "not yet"

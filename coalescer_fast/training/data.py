@@ -51,9 +51,7 @@ class PictureDataset:
 
     def take(self, index: np.ndarray) -> PictureDataset:
         """The pictures of ``index`` (integers or a mask), all concepts and styles kept."""
-        return replace(
-            self, images=self.images[index], concept=self.concept[index], style=self.style[index], held_out=self.held_out[index]
-        )
+        return replace(self, images=self.images[index], concept=self.concept[index], style=self.style[index], held_out=self.held_out[index])
 
     def train(self) -> PictureDataset:
         return self.take(~self.held_out)
@@ -65,10 +63,7 @@ class PictureDataset:
         """Leave out pictures whose group or subgroup is listed or whose name matches the regular expression ``names``."""
         pattern = re.compile(names, re.IGNORECASE) if names else None
         keep = np.array(
-            [
-                c.group not in groups and c.subgroup not in subgroups and not (pattern and pattern.search(c.name))
-                for c in self.concepts
-            ]
+            [c.group not in groups and c.subgroup not in subgroups and not (pattern and pattern.search(c.name)) for c in self.concepts]
         )
         return self.take(keep[self.concept])
 

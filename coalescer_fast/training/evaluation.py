@@ -243,7 +243,7 @@ class RealPictures:
         return torch.cat([self.classifier.features(part.to(device)).float().cpu() for part in pictures.split(CHUNK)])
 
     def prompts_of(self, pictures: Sequence[int]) -> list[str]:
-        """"name, style" of training pictures that have a style."""
+        """ "name, style" of training pictures that have a style."""
         t = self.training
         return [f"{t.concepts[c].name}, {t.styles[s]} style" for c, s in zip(t.concept[pictures].tolist(), t.style[pictures].tolist())]
 

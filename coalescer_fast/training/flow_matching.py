@@ -49,9 +49,7 @@ class FlowMatchingUNet(CoalescerUNet):
 
 
 @torch.no_grad()
-def euler(
-    model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tensor, steps: int, guidance_scale: float = 1.0
-) -> torch.Tensor:
+def euler(model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tensor, steps: int, guidance_scale: float = 1.0) -> torch.Tensor:
     """Integrate the velocity from t = 0 to 1 in equal Euler steps; guidance_scale as in classifier-free guidance, 1 for none."""
     x = noise
     for i in range(steps):

@@ -1,12 +1,30 @@
-"""A test of an op that asks for ``backend`` runs once for every backend of its module's ``OP``."""
+"""A test of an op that asks for ``backend`` runs once for every backend of its module's ``OP``, with the dtypes that the backend takes.
+
+Triton's kernels run in its interpreter where there is no GPU, and on the GPU, marked `gpu`, where there is one.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from coalescer_fast import ops
+
+from .numerics import ON_GPU, takes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", list(ops.backends(metafunc.module.OP)))
+        names = ops.backends(metafunc.module.OP)
+        metafunc.parametrize("backend", [pytest.param(b, marks=pytest.mark.gpu) if b in ON_GPU else b for b in names])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if not _refused(item)]
+
+
+def _refused(item: pytest.Item) -> bool:
+    """Whether the test is for a backend and a dtype that do not go together; test_dispatch shows that those are refused."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    dtypes = [value for value in parameters.values() if isinstance(value, torch.dtype)]
+    return "backend" in parameters and not takes(parameters["backend"], *dtypes)

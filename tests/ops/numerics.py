@@ -7,10 +7,14 @@ torch in the same dtype, and one ulp more, and also below an absolute cap for th
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from coalescer_fast import ops
+from coalescer_fast.ops.dispatch import FLOAT_AT_MOST_32
+from coalescer_fast.ops.triton_runtime import INTERPRETED
+
+# backends whose tests run on CUDA tensors
+ON_GPU = () if INTERPRETED else ("triton",)
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,18 +58,35 @@ def statistics_eps(dtype: torch.dtype) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def takes(backend: str, *dtypes: torch.dtype) -> bool:
+    """Whether the backend runs on all these dtypes here: no native code for float64, no bfloat16 in Triton's interpreter."""
+    if backend == "reference":
+        return True
+    allowed = (torch.float32, torch.float16) if backend == "triton" and INTERPRETED else FLOAT_AT_MOST_32
+    return all(dtype in allowed for dtype in dtypes)
+
+
+def able(op: str, *dtypes: torch.dtype) -> list[str]:
+    """The backends of ``op`` that run on CPU tensors of all these dtypes here."""
+    return [backend for backend in ops.backends(op) if backend not in ON_GPU and takes(backend, *dtypes)]
+
+
+def widest(backend: str) -> torch.dtype:
+    return torch.float64 if takes(backend, torch.float64) else torch.float32
+
+
 def call(op: str, backend: str, *args, **kwargs):
-    """The op on the backend, its inputs checked to be untouched; skipped where the backend cannot run the call."""
-    able, why_not = ops.backends(op, *args, **kwargs)[backend]
-    if not able:
-        pytest.skip(f"{backend}: {why_not}")
+    """The op on the backend, on the device that it is made for, its inputs checked to be untouched; results on the CPU."""
+    if backend in ON_GPU:
+        args = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)
+        kwargs = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in tensors]
     result = getattr(ops, op)(*args, **kwargs, backend=backend)
     for x, copy in zip(tensors, before):
         assert torch.equal(x.isnan(), copy.isnan()), "an input was modified"
         assert torch.equal(x.nan_to_num(), copy.nan_to_num()), "an input was modified"
-    return result
+    return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

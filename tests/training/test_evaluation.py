@@ -272,9 +272,7 @@ def test_the_first_step_is_the_pipelines():
 def test_exclusions_are_those_that_leave_only_names_the_model_knows(caplog):
     data = tiny_data()
     flag = Concept("flag: Togo", (), "flags", "country-flag")
-    more = PictureDataset(
-        data.images, (*data.concepts[:3], flag, *data.concepts[4:]), data.concept, data.styles, data.style, data.held_out
-    )
+    more = PictureDataset(data.images, (*data.concepts[:3], flag, *data.concepts[4:]), data.concept, data.styles, data.style, data.held_out)
     knows_all = description_encoder(more.train())
     knows_no_flags = description_encoder(more.without(groups=("flags",)).train())
     assert exclusions(knows_all, more) == {}
