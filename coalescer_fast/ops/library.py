@@ -1,5 +1,116 @@
-"""placeholder"""
+"""Loads the native library of csrc (see csrc/abi.h), and what its bindings share."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parents[1] / "lib"
+ABI_VERSION = 1
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STATUS = {1: "an argument that it does not take", 2: "out of memory"}
+OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
-def unavailable():
-    return "not yet"
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The CPU library, or None and why there is none."""
+    path = FOLDER / "libcoalescer_fast_cpu.so"
+    if not path.is_file():
+        try:
+            reason = json.loads((FOLDER / "build.json").read_text("utf-8"))["cpu"]
+        except (OSError, ValueError, KeyError):
+            reason = "this checkout has not been installed"
+        return None, f"the library of CPU kernels is not there: {reason}; install coalescer_fast again to build it"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} cannot be loaded: {error}"
+    if (version := library.cf_abi_version()) != ABI_VERSION:
+        return None, f"{path.name} has interface version {version}; expected {ABI_VERSION}: install coalescer_fast again"
+    library.cf_cpu_isa.restype = ctypes.c_char_p
+    library.cf_cpu_set_openmp(*_openmp())
+    return library, ""
+
+
+def unavailable() -> str:
+    """Why the native CPU kernels cannot run in this process, or ""."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use: "avx512", "avx2" or "portable"."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library.cf_cpu_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, to test or measure it. Raises ValueError if there is none such here."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    if library.cf_cpu_set_isa(name.encode()):
+        raise ValueError(f"isa is {name!r}; expected one that this processor has, of avx512, avx2, portable")
+
+
+def _openmp() -> list[Any]:
+    """`OPENMP_FUNCTIONS` of the OpenMP runtime that torch has loaded; null pointers if it has none.
+
+    The library links to no OpenMP runtime of its own: two in a process would each start as many threads as there are cores.
+    """
+    candidates = [str(path) for pattern in ("libgomp*", "libiomp5*", "libomp*") for path in Path(torch.__file__).parent.glob(f"lib/{pattern}")]
+    try:
+        mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    except OSError:
+        mapped = set()
+    candidates += sorted(p for p in mapped if Path(p).name.startswith(("libgomp", "libiomp5", "libomp")))
+    for path in candidates:
+        try:
+            runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            return [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in OPENMP_FUNCTIONS]
+        except (OSError, AttributeError):
+            continue
+    return [None] * len(OPENMP_FUNCTIONS)
+
+
+def function(name: str) -> Callable[[bytes], None]:
+    """The library's function ``name``, to be called with its packed arguments; raises RuntimeError if it reports a failure."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    native = library[name]
+    native.argtypes = [ctypes.c_char_p]
+    native.restype = ctypes.c_int
+
+    def call(arguments: bytes) -> None:
+        if status := native(arguments):
+            raise RuntimeError(f"{name} reports {STATUS.get(status, f'status {status}')}")
+
+    return call
+
+
+def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """A one-dimensional parameter as the library takes it: what must be kept until the call, its address, its dtype's code."""
+    if v is None:
+        return None, 0, 0
+    if not v.is_contiguous():
+        v = v.contiguous()
+    return v, v.data_ptr(), DTYPES[v.dtype]
+
+
+def rows(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int, int]:
+    """A matrix with contiguous rows: as `vector`, and the elements from row to row."""
+    if v is None:
+        return None, 0, 0, 0
+    if v.stride(1) != 1:
+        v = v.contiguous()
+    return v, v.data_ptr(), DTYPES[v.dtype], v.stride(0)

@@ -1,0 +1,126 @@
+/* The C interface of the native kernels: every function, its arguments and its status codes.
+ *
+ * Plain C, no framework: a library built from it loads beside any torch and any Python. A function takes one structure of 64-bit fields
+ * (integers and pointers first, doubles last, so that there is no padding) and returns a status. It allocates nothing that outlives the
+ * call but a scratch buffer a thread, modifies no input, and keeps no pointer. Formulas are those of the Python functions of the same name.
+ *
+ * Shapes: x (n, c1, spatial) with channels innermost in memory (channels_last = 1) or contiguous (0); nothing is broadcast.
+ * A null pointer stands for an argument that was not given. Pointers need the alignment of their element type only. */
+#ifndef COALESCER_FAST_ABI_H
+#define COALESCER_FAST_ABI_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define CF_API __declspec(dllexport)
+#else
+#define CF_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
+#define CF_ABI_VERSION 1
+
+enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2 };
+
+enum cf_status {
+    CF_OK = 0,
+    CF_INVALID_ARGUMENT = 1, /* a size, dtype or pointer that the function does not take */
+    CF_OUT_OF_MEMORY = 2     /* no memory for the scratch buffer */
+};
+
+/* A one-dimensional parameter: contiguous, of the length that the function says. */
+typedef struct {
+    const void* data;
+    int64_t dtype;
+} cf_vector;
+
+typedef struct {
+    const void* x;    /* (n, c1, spatial) */
+    const void* skip; /* (n, c2, spatial), or null with c2 = 0 */
+    void* y;          /* (n, c1 + c2, spatial) */
+    int64_t dtype;    /* of x, skip and y */
+    int64_t channels_last;
+    int64_t n, c1, c2, spatial, groups;
+    int64_t silu;       /* 1: SiLU, 0: identity */
+    cf_vector weight;   /* (c1 + c2), or null */
+    cf_vector bias;     /* likewise */
+    cf_vector pre_bias; /* likewise */
+    cf_vector scale;    /* (n, c1 + c2), rows scale_stride elements apart, or null */
+    int64_t scale_stride;
+    cf_vector shift; /* likewise */
+    int64_t shift_stride;
+    int64_t threads; /* how many may be used */
+    double eps;
+} cf_group_norm_silu_args;
+
+typedef struct {
+    const void* x; /* (n, c, spatial) */
+    const void* residual; /* of x's shape, dtype and layout, or null */
+    void* y;
+    int64_t dtype;
+    int64_t channels_last;
+    int64_t n, c, spatial;
+    cf_vector bias; /* (c), or null */
+    int64_t threads;
+} cf_bias_residual_args;
+
+/* A four-dimensional tensor with any strides, in elements. */
+typedef struct {
+    const void* data;
+    int64_t dtype;
+    int64_t strides[4];
+} cf_tensor4;
+
+typedef struct {
+    const void* h; /* (n, c, height, width), channels innermost */
+    int64_t dtype;
+    int64_t n, c, cz, height, width;
+    cf_vector direction_weight; /* (cz, 3, 3, c) in memory */
+    cf_vector direction_bias;   /* (cz) */
+    cf_vector distance_weight;  /* (c) */
+    cf_vector distance_bias;    /* (1) */
+    cf_tensor4 sample;          /* (n, cz, height, width), or null */
+    cf_tensor4 anchor;          /* likewise */
+    cf_tensor4 direction;       /* result, (n, cz, height, width), no two elements at one address */
+    float* distance;            /* result, (n) */
+    int64_t threads;
+} cf_dual_head_args;
+
+typedef struct {
+    const void* sample; /* (n, size) */
+    int64_t dtype;      /* of sample and y */
+    const void* direction; /* (n, size), elements in sample's order */
+    int64_t direction_dtype;
+    cf_vector distance; /* (n) */
+    void* y;
+    int64_t n, size;
+    int64_t unit; /* 1: unit, 0: raw */
+    int64_t threads;
+    double eta, eps;
+} cf_coalesce_step_args;
+
+CF_API int cf_abi_version(void);
+
+/* The OpenMP runtime that the process has already: GOMP_parallel, omp_get_thread_num and omp_get_num_threads of one library, which all
+ * runtimes export. Until it is given, and for null pointers, everything runs on the calling thread. Not to be called beside a kernel. */
+CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void), int (*num_threads)(void));
+
+/* The instruction set in use: "avx512", "avx2" or "portable"; the best that the processor has, unless another is chosen. */
+CF_API const char* cf_cpu_isa(void);
+/* CF_INVALID_ARGUMENT if the processor or the library does not have it. Not to be called beside a kernel. */
+CF_API int cf_cpu_set_isa(const char* isa);
+
+CF_API int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args);
+CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
+CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
+CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,203 @@
+// dual_head: an item of work is a few rows of a sample. Every row of features is read once from memory: converted to float32 with a border of
+// zeros into a ring of three rows, and multiplied with the distance's weights on the way. The direction's convolution is then a product of
+// ROWS x 4 vectors that stay in registers: channels run along the vectors, and are summed at the end.
+#pragma once
+
+#include <math.h>
+
+#include "simd.h"
+
+namespace cf {
+namespace {
+
+constexpr int OUT = 4;                // output channels a register block
+constexpr int PIXELS = W == 16 ? 4 : 2;  // positions a register block
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// out[c, x] = t[n, c, y, x] for one row of pixels, or, with SUBTRACT, out[c, x] -= that.
+template <bool SUBTRACT>
+void read_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, int64_t width, float* out) {
+    with_type(t.dtype, [&](auto type) {
+        typedef decltype(type) T;
+        const T* row = static_cast<const T*>(t.data) + n * t.strides[0] + y * t.strides[2];
+        for (int64_t c = 0; c < channels; ++c)
+            for (int64_t x = 0; x < width; ++x) {
+                const float value = to_float(row[c * t.strides[1] + x * t.strides[3]]);
+                out[c * width + x] = SUBTRACT ? out[c * width + x] - value : value;
+            }
+        return 0;
+    });
+}
+
+// The way from the sample to the anchor, (cz, width), in row y of sample n.
+inline void offset_row(const cf_dual_head_args& a, int64_t n, int64_t y, float* out) {
+    read_row<false>(a.anchor, n, y, a.cz, a.width, out);
+    read_row<true>(a.sample, n, y, a.cz, a.width, out);
+}
+
+inline void assign(float& to, float value) { to = value; }
+inline void assign(bfloat& to, float value) {
+    bfloat padded[W];
+    store(padded, broadcast(value));
+    to = padded[0];
+}
+inline void assign(half& to, float value) { to = to_half(value); }
+
+// Sums of PIXELS neighbouring positions and OUT output channels: `rows` point at the first position's left neighbour in three rows of
+// `padded` channels a position; the weights are (3 rows, 3 positions, padded / W, OUT, W).
+inline void convolve(const float* const rows[3], int64_t padded, const float* weights, float out[OUT][PIXELS]) {
+    vf sums[PIXELS][OUT] = {};
+    for (int i = 0; i < 3; ++i) {
+        const float* in = rows[i];
+        for (int64_t k = 0; k < 3 * padded; k += W, weights += OUT * W) {
+            vf w[OUT];
+            for (int o = 0; o < OUT; ++o) w[o] = load(weights + o * W);
+            for (int p = 0; p < PIXELS; ++p) {
+                const vf value = load(in + p * padded + k);
+                for (int o = 0; o < OUT; ++o) sums[p][o] += value * w[o];
+            }
+        }
+    }
+    for (int o = 0; o < OUT; ++o)
+        for (int p = 0; p < PIXELS; ++p) out[o][p] = sum(sums[p][o]);
+}
+
+// Row `y` of sample n with zeros around it, and its product with the distance's weights.
+template <class T>
+double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width, const float* weights, float* row) {
+    const size_t pixel = static_cast<size_t>(padded) * sizeof(float);
+    if (y < 0 || y >= a.height) {
+        memset(row, 0, pixel * (padded_width + 2));
+        return 0;
+    }
+    memset(row, 0, pixel);
+    memset(row + (a.width + 1) * padded, 0, pixel * (padded_width + 1 - a.width));
+    const T* h = static_cast<const T*>(a.h) + (n * a.height + y) * a.width * a.c;
+    vf even = {}, odd = {};
+    for (int64_t x = 0; x < a.width; ++x, h += a.c) {
+        float* to = row + (x + 1) * padded;
+        for (int64_t c = 0; c < padded; c += W) {
+            const vf value = a.c - c < W ? load_part(h + c, a.c - c) : load(h + c);
+            store(to + c, value);
+            (x & 1 ? odd : even) += value * load(weights + c);
+        }
+    }
+    return sum(even + odd);
+}
+
+template <class T>
+int dual_head_typed(const cf_dual_head_args& a) {
+    const int64_t padded = round_up(a.c, W), padded_width = round_up(a.width, PIXELS), outs = round_up(a.cz, OUT);
+    const int64_t rows = a.height < 64 ? 4 : (a.height + 15) / 16, items = (a.height + rows - 1) / rows;  // by the shape alone
+    const int64_t taps = 9 * padded * outs;
+    const bool anchored = a.anchor.data;
+
+    double* partial = static_cast<double*>(
+        scratch(0, static_cast<size_t>(a.n * items) * sizeof(double) + static_cast<size_t>(taps + padded + outs + a.n + a.c) * sizeof(float)));
+    if (!partial) return CF_OUT_OF_MEMORY;
+    float* weights = reinterpret_cast<float*>(partial + a.n * items);
+    float* distance_weights = weights + taps;
+    float* biases = distance_weights + padded;
+    float* lengths = biases + outs;
+    float* channel = lengths + a.n;
+
+    memset(weights, 0, static_cast<size_t>(taps + padded + outs) * sizeof(float));
+    for (int64_t o = 0; o < a.cz; ++o)
+        for (int64_t tap = 0; tap < 9; ++tap) {
+            widen(a.direction_weight, (o * 9 + tap) * a.c, channel, a.c);
+            float* to = weights + (o / OUT * 9 + tap) * padded * OUT + o % OUT * W;
+            for (int64_t c = 0; c < a.c; c += W) memcpy(to + c * OUT, channel + c, (a.c - c < W ? a.c - c : W) * sizeof(float));
+        }
+    widen(a.distance_weight, 0, distance_weights, a.c);
+    widen(a.direction_bias, 0, biases, a.cz);
+
+    int status = CF_OK;
+    const int64_t row_values = a.cz * a.width;
+    if (anchored)
+        parallel_for(a.n, a.n * row_values * a.height < 16384 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
+            float* offset = static_cast<float*>(scratch(1, static_cast<size_t>(row_values) * sizeof(float)));
+            if (!offset) {
+                status = CF_OUT_OF_MEMORY;
+                return;
+            }
+            for (int64_t n = begin; n < end; ++n) {
+                double square = 0;
+                for (int64_t y = 0; y < a.height; ++y) {
+                    offset_row(a, n, y, offset);
+                    for (int64_t i = 0; i < row_values; ++i) square += offset[i] * offset[i];
+                }
+                lengths[n] = sqrtf(static_cast<float>(square / static_cast<double>(row_values * a.height)));
+            }
+        });
+    if (status != CF_OK) return status;
+
+    const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
+    parallel_for(a.n * items, a.threads, [&](int64_t begin, int64_t end) {
+        const size_t floats = 3 * row_size + static_cast<size_t>(outs * padded_width + row_values);
+        float* ring = static_cast<float*>(scratch(1, floats * sizeof(float)));
+        if (!ring) {
+            status = CF_OUT_OF_MEMORY;
+            return;
+        }
+        float* result = ring + 3 * row_size;            // (outs, padded_width)
+        float* offset = result + outs * padded_width;  // (cz, width)
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / items, first = item % items * rows, last = first + rows < a.height ? first + rows : a.height;
+            const auto fill = [&](int64_t y) {
+                return fill_row<T>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
+            };
+            double pooled = 0;
+            fill(first - 1);
+            pooled += fill(first);
+            for (int64_t y = first; y < last; ++y) {
+                const double next = fill(y + 1);
+                if (y + 1 < last) pooled += next;
+                for (int64_t o = 0; o < outs; o += OUT)
+                    for (int64_t x = 0; x < padded_width; x += PIXELS) {
+                        const float* rows_at[3];
+                        for (int i = 0; i < 3; ++i) rows_at[i] = ring + (y + i + 2) % 3 * row_size + x * padded;
+                        float block[OUT][PIXELS];
+                        convolve(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
+                        for (int i = 0; i < OUT; ++i) memcpy(result + (o + i) * padded_width + x, block[i], sizeof block[i]);
+                    }
+                for (int64_t o = 0; o < a.cz; ++o)
+                    for (int64_t x = 0; x < a.width; ++x) result[o * padded_width + x] += biases[o];
+                if (anchored) {
+                    offset_row(a, n, y, offset);
+                    const float length = lengths[n] < 1e-6f ? 1e-6f : lengths[n];
+                    for (int64_t o = 0; o < a.cz; ++o)
+                        for (int64_t x = 0; x < a.width; ++x) result[o * padded_width + x] += offset[o * a.width + x] / length;
+                }
+                with_type(a.direction.dtype, [&](auto type) {
+                    typedef decltype(type) D;
+                    const int64_t* s = a.direction.strides;
+                    D* to = const_cast<D*>(static_cast<const D*>(a.direction.data)) + n * s[0] + y * s[2];
+                    for (int64_t c = 0; c < a.cz; ++c)
+                        for (int64_t x = 0; x < a.width; ++x) assign(to[c * s[1] + x * s[3]], result[c * padded_width + x]);
+                    return 0;
+                });
+            }
+            partial[item] = pooled;
+        }
+    });
+    if (status != CF_OK) return status;
+
+    const double bias = element(a.distance_bias, 0);
+    for (int64_t n = 0; n < a.n; ++n) {
+        double logit = 0;
+        for (int64_t i = 0; i < items; ++i) logit += partial[n * items + i];
+        logit = logit / static_cast<double>(a.height * a.width) + bias;
+        const double positive = logit > 0 ? logit : 0;
+        const double softplus = logit == logit ? positive + log1p(exp(logit > 0 ? -logit : logit)) : logit;
+        a.distance[n] = static_cast<float>(anchored ? softplus * lengths[n] : softplus);
+    }
+    return CF_OK;
+}
+
+inline int dual_head(const cf_dual_head_args& a) {
+    return with_type(a.dtype, [&](auto type) { return dual_head_typed<decltype(type)>(a); });
+}
+
+}  // namespace
+}  // namespace cf

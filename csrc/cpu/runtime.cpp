@@ -1,0 +1,142 @@
+#include "runtime.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace cf {
+namespace {
+
+void (*omp_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+int (*omp_thread_num)(void) = nullptr;
+int (*omp_num_threads)(void) = nullptr;
+
+struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { free(data); }
+};
+thread_local Buffer buffers[2];
+
+struct Ranges {
+    int64_t items;
+    void (*task)(void*, int64_t, int64_t);
+    void* context;
+};
+
+void run_range(void* pointer) {
+    const Ranges& ranges = *static_cast<const Ranges*>(pointer);
+    const int64_t team = omp_num_threads(), rank = omp_thread_num();
+    const int64_t begin = ranges.items * rank / team, end = ranges.items * (rank + 1) / team;
+    if (begin < end) ranges.task(ranges.context, begin, end);
+}
+
+const Kernels* find(const char* isa) {
+#if defined(__x86_64__) && !defined(CF_PORTABLE_ONLY)
+    __builtin_cpu_init();
+    if (!strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return &avx512_kernels;
+    // every processor with AVX2 and FMA has F16C
+    if (!strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
+#endif
+    return strcmp(isa, "portable") ? nullptr : &portable_kernels;
+}
+
+const Kernels* best() {
+    const Kernels* found = find("avx512");
+    if (!found) found = find("avx2");
+    return found ? found : &portable_kernels;
+}
+
+const Kernels* current = best();
+
+bool valid(int64_t dtype) { return dtype == CF_FLOAT32 || dtype == CF_FLOAT16 || dtype == CF_BFLOAT16; }
+bool valid(const cf_vector& v) { return valid(v.dtype) || !v.data; }
+bool valid(const cf_tensor4& t) { return valid(t.dtype) || !t.data; }
+
+}  // namespace
+
+void* scratch(int slot, size_t bytes) {
+    Buffer& buffer = buffers[slot];
+    if (buffer.size < bytes) {
+        free(buffer.data);
+        buffer.size = 0;
+        if (posix_memalign(&buffer.data, 64, bytes)) return buffer.data = nullptr;
+        buffer.size = bytes;
+    }
+    return buffer.data;
+}
+
+int64_t last_level_cache() {
+    static const int64_t bytes = [] {
+        int64_t size = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+        size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+        return size > 0 ? size : int64_t{32} << 20;
+    }();
+    return bytes;
+}
+
+void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {
+    if (threads > items) threads = items;
+    if (threads <= 1 || !omp_parallel) {
+        task(context, 0, items);
+        return;
+    }
+    Ranges ranges{items, task, context};
+    omp_parallel(run_range, &ranges, static_cast<unsigned>(threads), 0);
+}
+
+}  // namespace cf
+
+using namespace cf;
+
+int cf_abi_version(void) { return CF_ABI_VERSION; }
+
+void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void), int (*num_threads)(void)) {
+    const bool complete = parallel && thread_num && num_threads;
+    omp_thread_num = thread_num;
+    omp_num_threads = num_threads;
+    omp_parallel = complete ? parallel : nullptr;
+}
+
+const char* cf_cpu_isa(void) { return current->isa; }
+
+int cf_cpu_set_isa(const char* isa) {
+    const Kernels* found = find(isa);
+    if (found) current = found;
+    return found ? CF_OK : CF_INVALID_ARGUMENT;
+}
+
+int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* a) {
+    const int64_t channels = a->c1 + a->c2;
+    if (!valid(a->dtype) || !valid(a->weight) || !valid(a->bias) || !valid(a->pre_bias) || !valid(a->scale) || !valid(a->shift) ||
+        a->n < 0 || a->c1 < 1 || a->c2 < 0 || a->spatial < 0 || a->groups < 1 || channels % a->groups || !(a->eps >= 0) ||
+        (a->c2 > 0 && !a->skip && a->n * a->spatial > 0))
+        return CF_INVALID_ARGUMENT;
+    return a->n * a->spatial > 0 ? current->group_norm_silu(*a) : CF_OK;
+}
+
+int cf_cpu_bias_residual(const cf_bias_residual_args* a) {
+    if (!valid(a->dtype) || !valid(a->bias) || a->n < 0 || a->c < 0 || a->spatial < 0) return CF_INVALID_ARGUMENT;
+    return a->n * a->c * a->spatial > 0 ? current->bias_residual(*a) : CF_OK;
+}
+
+int cf_cpu_dual_head(const cf_dual_head_args* a) {
+    if (!valid(a->dtype) || !valid(a->direction_weight) || !valid(a->direction_bias) || !valid(a->distance_weight) ||
+        !valid(a->distance_bias) || !valid(a->sample) || !valid(a->anchor) || !valid(a->direction) || !a->sample.data != !a->anchor.data ||
+        a->n < 0 || a->c < 1 || a->cz < 1 || a->height < 1 || a->width < 1)
+        return CF_INVALID_ARGUMENT;
+    return a->n > 0 ? current->dual_head(*a) : CF_OK;
+}
+
+int cf_cpu_coalesce_step(const cf_coalesce_step_args* a) {
+    if (!valid(a->dtype) || !valid(a->direction_dtype) || !valid(a->distance) || a->n < 0 || a->size < 0 || !(a->eps > 0))
+        return CF_INVALID_ARGUMENT;
+    return a->n * a->size > 0 ? current->coalesce_step(*a) : CF_OK;
+}
