@@ -24,11 +24,10 @@ ROOT = Path(__file__).parent
 CHOICES = ("auto", "off", "require")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets are chosen at run time, so each has its own file and flags.
-X86_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    # -Wno-...: the compiler's own intrinsics
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-}
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+# -Wno-...: the compiler's own intrinsics
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 
 
 def chosen() -> str:

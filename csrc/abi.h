@@ -109,7 +109,7 @@ CF_API int cf_abi_version(void);
  * runtimes export. Until it is given, and for null pointers, everything runs on the calling thread. Not to be called beside a kernel. */
 CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void), int (*num_threads)(void));
 
-/* The instruction set in use: "avx512", "avx2" or "portable"; the best that the processor has, unless another is chosen. */
+/* The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable"; the best that the processor has, unless another is chosen. */
 CF_API const char* cf_cpu_isa(void);
 /* CF_INVALID_ARGUMENT if the processor or the library does not have it. Not to be called beside a kernel. */
 CF_API int cf_cpu_set_isa(const char* isa);

@@ -5,22 +5,18 @@ from __future__ import annotations
 import torch
 
 
-def shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]) -> None:
-    """``tensor``, unless None, has exactly the shape ``expected``."""
-    if tensor is not None and tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+def tensor(name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:
+    """``value``, unless None, has exactly the shape ``expected`` and lies on ``device``, the first argument's."""
+    if value is None or (value.shape == expected and value.device == device):
+        return
+    if value.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(expected)}")
+    raise ValueError(f"{name} is on {value.device}; expected {device}, where the first argument is")
 
 
-def device(reference: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """All ``tensors`` that are not None lie on the device of ``reference``."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != reference.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {reference.device}, where the first argument is")
-
-
-def floating(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+def floating(name: str, value: torch.Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{name} has dtype {value.dtype}; expected a floating-point dtype")
 
 
 def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     runtime: str | None = None
 
-    def refusal(self, tensors: dict[str, torch.Tensor]) -> str:
+    def refusal(self, tensors: dict[str, Tensor]) -> str:
         """Why it cannot run on these arguments, or ""."""
         runtime = None if self.runtime is None else importlib.import_module(f".{self.runtime}", __package__)
         for name, tensor in tensors.items():
@@ -78,6 +79,8 @@ _library = torch.library.Library("coalescer_fast", "DEF")
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _logged: set[str] = set()
 _thread = threading.local()
+_PLAIN = (Tensor, torch.nn.Parameter)
+_SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -105,9 +108,8 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
 
 def run(name: str, backend: str, *args: Any) -> Any:
     """Run the op on the backend; ``args`` are checked, and in the schema's order."""
-    x = args[0]
     if (
-        (type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
+        type(args[0]) in _PLAIN
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._get_tracing_state()
@@ -123,9 +125,8 @@ def run(name: str, backend: str, *args: Any) -> Any:
 
 def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The function that runs this call, remembered by op, backend, device, dtypes, and whether a gradient is needed."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-    key = (name, backend, grad, args[0].device, *[t.dtype for t in tensors])
+    dtypes = [a.dtype for a in args if type(a) not in _SCALARS]
+    key = (name, backend, args[0].device, torch.is_grad_enabled() and _needs_grad(args), *dtypes)
     function = _chosen.get(key)
     if function is None:
         function = _chosen[key] = _implementation(name, _resolve(name, backend, args))
@@ -135,7 +136,7 @@ def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
 def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
     """The backend's name for this call. Raises ValueError if the backend asked for cannot run it."""
     known(name, backend)
-    tensors = {n: a for n, a in zip(_ops[name].names, args) if isinstance(a, torch.Tensor)}
+    tensors = {n: a for n, a in zip(_ops[name].names, args) if isinstance(a, Tensor)}
     if backend != "auto":
         if reason := BACKENDS[backend].refusal(tensors):
             raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
@@ -155,7 +156,7 @@ def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
 
 
 def _needs_grad(args: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+    return torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
 
 
 def _implementation(name: str, backend: str) -> Callable[..., Any]:
@@ -178,7 +179,7 @@ def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
     if op not in _ops:
         raise ValueError(f"op {op!r} is unknown: use {', '.join(_ops)}")
     given = inspect.signature(_ops[op].function).bind(*args, **kwargs).arguments if args or kwargs else {}
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     reasons = {name: backend.refusal(tensors) for name, backend in BACKENDS.items()}
     return {name: (not reason, reason) for name, reason in reasons.items()}
 

@@ -8,21 +8,12 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether x (N, C, *spatial) is dense with its channels innermost. False where that is also contiguous, as for C = 1."""
+    """Whether x (N, C, *spatial) is dense with its channels innermost, and not contiguous as well (as it is for C = 1)."""
+    if x.is_contiguous():
+        return False
     if x.ndim == 3:
-        _, channels, length = x.shape
-        return channels > 1 and x.stride() == (channels * length, 1, channels)
-    memory_format = _FORMATS.get(x.ndim)
-    return memory_format is not None and x.stride(-1) != 1 and x.is_contiguous(memory_format=memory_format)
-
-
-def empty(x: torch.Tensor, channels: int, dtype: torch.dtype, channels_last: bool | None = None) -> torch.Tensor:
-    """Uninitialised (N, channels, *spatial) in the layout, and on the device, of x."""
-    if not (is_channels_last(x) if channels_last is None else channels_last):
-        return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype, device=x.device)
-    if x.ndim == 3:
-        return torch.empty((x.shape[0], x.shape[2], channels), dtype=dtype, device=x.device).transpose(1, 2)
-    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=_FORMATS[x.ndim])
+        return x.transpose(1, 2).is_contiguous()
+    return x.ndim in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.ndim])
 
 
 def arrange(y: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -32,3 +23,12 @@ def arrange(y: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if y.ndim == 3:
         return y.transpose(1, 2).contiguous().transpose(1, 2)
     return y.contiguous(memory_format=_FORMATS[y.ndim])
+
+
+def empty(x: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised (N, channels, *spatial) in the layout, and on the device, of x."""
+    channels_last = is_channels_last(x)
+    if channels_last and x.ndim == 3:
+        return torch.empty((x.shape[0], x.shape[2], channels), dtype=dtype, device=x.device).transpose(1, 2)
+    memory_format = _FORMATS[x.ndim] if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=memory_format)

@@ -46,7 +46,7 @@ def unavailable() -> str:
 
 
 def isa() -> str:
-    """The instruction set that the CPU kernels use: "avx512", "avx2" or "portable"."""
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable"."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
@@ -59,7 +59,7 @@ def set_isa(name: str) -> None:
     if library is None:
         raise RuntimeError(reason)
     if library.cf_cpu_set_isa(name.encode()):
-        raise ValueError(f"isa is {name!r}; expected one that this processor has, of avx512, avx2, portable")
+        raise ValueError(f"isa is {name!r}; expected one that this processor has, of avx512_bf16, avx512, avx2, portable")
 
 
 def _openmp() -> list[Any]:
@@ -102,8 +102,7 @@ def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """A one-dimensional parameter as the library takes it: what must be kept until the call, its address, its dtype's code."""
     if v is None:
         return None, 0, 0
-    if not v.is_contiguous():
-        v = v.contiguous()
+    v = v.contiguous()
     return v, v.data_ptr(), DTYPES[v.dtype]
 
 

@@ -10,9 +10,8 @@
 namespace cf {
 namespace {
 
-constexpr int64_t CHUNK = 32;         // positions a partial mean is taken over, channels innermost
+constexpr int64_t CHUNK = 64;         // positions a partial sum is taken over, channels innermost
 constexpr int64_t RUN = 1024;         // the same, contiguous
-constexpr int64_t SLAB = 512 << 10;   // bytes of a block that stay in a second-level cache
 constexpr int64_t SERIAL = 32 << 10;  // bytes below which a second thread costs more than it saves
 
 struct Channel {
@@ -24,105 +23,94 @@ struct Coefficients {
     float *mean, *factor, *offset;
 };
 
+// `added` more positions of another mean and m2.
 inline void merge(Channel& c, double count, double mean, double m2, double added) {
-    const double total = count + added, delta = mean - c.mean;
-    c.mean += delta * (added / total);
-    c.m2 += m2 + delta * delta * (count * added / total);
+    const double share = added / (count + added), delta = mean - c.mean;
+    c.mean += delta * share;
+    c.m2 += m2 + delta * delta * (count * share);
 }
 
-// Statistics of `width` <= V * W neighbouring channels over all positions, rows `stride` elements apart.
-template <class T, int V>
-void column_statistics(const T* x, int64_t stride, int64_t positions, int64_t width, Channel* channels) {
-    float start[V * W], mean[V * W], m2[V * W];
-    const int64_t part = width - (V - 1) * W;  // of the last vector; W if it is whole
-    const auto get = [part](const T* p, int v) { return v < V - 1 || part == W ? load(p + v * W) : load_part(p + v * W, part); };
-    vf base[V];
-    for (int v = 0; v < V; ++v) {
-        base[v] = get(x, v);
-        store(start + v * W, base[v]);
-    }
-    for (int64_t i = 0; i < width; ++i) channels[i] = {0, 0};
-    for (int64_t begin = 0; begin < positions; begin += CHUNK) {
-        const int64_t count = positions - begin < CHUNK ? positions - begin : CHUNK;
-        const T* rows = x + begin * stride;
-        vf even[V] = {}, odd[V] = {};
-        int64_t r = 0;
-        for (; r + 2 <= count; r += 2)
-            for (int v = 0; v < V; ++v) {
-                even[v] += get(rows + r * stride, v) - base[v];
-                odd[v] += get(rows + (r + 1) * stride, v) - base[v];
-            }
-        if (r < count)
-            for (int v = 0; v < V; ++v) even[v] += get(rows + r * stride, v) - base[v];
-        vf centre[V];
-        for (int v = 0; v < V; ++v) {
-            centre[v] = (even[v] + odd[v]) / static_cast<float>(count);
-            store(mean + v * W, centre[v]);
-            even[v] = odd[v] = vf{};
-        }
-        r = 0;
-        for (; r + 2 <= count; r += 2)
-            for (int v = 0; v < V; ++v) {
-                const vf d = (get(rows + r * stride, v) - base[v]) - centre[v];
-                const vf e = (get(rows + (r + 1) * stride, v) - base[v]) - centre[v];
-                even[v] += d * d;
-                odd[v] += e * e;
-            }
-        if (r < count)
-            for (int v = 0; v < V; ++v) {
-                const vf d = (get(rows + r * stride, v) - base[v]) - centre[v];
-                even[v] += d * d;
-            }
-        for (int v = 0; v < V; ++v) store(m2 + v * W, even[v] + odd[v]);
-        for (int64_t i = 0; i < width; ++i) merge(channels[i], begin, mean[i], m2[i], count);
-    }
-    for (int64_t i = 0; i < width; ++i) channels[i].mean += start[i];
-}
+// Arrays as long as a block, in scratch memory.
+struct Workspace {
+    Channel* channels;
+    float *shift, *sums, *squares;
+};
 
+// Statistics of `width` neighbouring channels over all positions, rows `stride` elements apart.
 template <class T>
-void statistics_channels_last(const T* x, int64_t stride, int64_t positions, int64_t width, Channel* channels) {
-    int64_t c = 0;
-    for (; c + 4 * W <= width; c += 4 * W) column_statistics<T, 4>(x + c, stride, positions, 4 * W, channels + c);
-    for (; c < width; c += W)
-        column_statistics<T, 1>(x + c, stride, positions, width - c < W ? width - c : W, channels + c);
+void statistics_channels_last(const T* x, int64_t stride, int64_t positions, int64_t width, Workspace ws) {
+    const int64_t whole = width / W * W, part = width - whole, few = positions < 4 ? positions : 4;
+    const auto each = [=](const auto& body) {  // body(c, get): get(r) is the vector of channels c.. at position r
+        for (int64_t c = 0; c < whole; c += W) body(c, [=](int64_t r) { return load(x + r * stride + c); });
+        if (part) body(whole, [=](int64_t r) { return load_part(x + r * stride + whole, part); });
+    };
+    each([=](int64_t c, const auto& get) {
+        vf sum = {};
+        for (int64_t r = 0; r < few; ++r) sum += get(r);
+        store(ws.shift + c, sum / static_cast<float>(few));
+    });
+    for (int64_t i = 0; i < width; ++i) ws.channels[i] = {0, 0};
+    for (int64_t begin = 0; begin < positions; begin += CHUNK) {
+        const int64_t end = positions - begin < CHUNK ? positions : begin + CHUNK;
+        memset(ws.sums, 0, static_cast<size_t>(whole + W) * sizeof(float));
+        memset(ws.squares, 0, static_cast<size_t>(whole + W) * sizeof(float));
+        int64_t r = begin;
+        for (; r + 8 <= end; r += 8)  // eight rows at a time, each read from left to right
+            each([=](int64_t c, const auto& get) {
+                const vf shift = load(ws.shift + c);
+                vf sums[2] = {}, squares[2] = {};
+                for (int i = 0; i < 8; ++i) {
+                    const vf d = get(r + i) - shift;
+                    sums[i & 1] += d;
+                    squares[i & 1] += d * d;
+                }
+                store(ws.sums + c, load(ws.sums + c) + (sums[0] + sums[1]));
+                store(ws.squares + c, load(ws.squares + c) + (squares[0] + squares[1]));
+            });
+        for (; r < end; ++r)
+            each([=](int64_t c, const auto& get) {
+                const vf d = get(r) - load(ws.shift + c);
+                store(ws.sums + c, load(ws.sums + c) + d);
+                store(ws.squares + c, load(ws.squares + c) + d * d);
+            });
+        const float inverse = 1 / static_cast<float>(end - begin);
+        for (int64_t i = 0; i < width; ++i) {
+            const float mean = ws.sums[i] * inverse;
+            merge(ws.channels[i], begin, static_cast<double>(ws.shift[i]) + mean, ws.squares[i] - ws.sums[i] * mean, end - begin);
+            ws.shift[i] = static_cast<float>(ws.channels[i].mean);
+        }
+    }
 }
 
 template <class T>
 Channel statistics_contiguous(const T* x, int64_t positions) {
     Channel channel{0, 0};
-    const float start = to_float(x[0]);
-    const vf base = broadcast(start);
+    const int64_t few = positions < 4 ? positions : 4;
+    for (int64_t i = 0; i < few; ++i) channel.mean += to_float(x[i]) / static_cast<double>(few);
     for (int64_t begin = 0; begin < positions; begin += RUN) {
         const int64_t count = positions - begin < RUN ? positions - begin : RUN, whole = count / W * W, part = count - whole;
         const T* run = x + begin;
-        vf lanes;  // which lanes of the last vector count
-        for (int i = 0; i < W; ++i) lanes[i] = i < part ? 1.0f : 0.0f;
-        vf sums[4] = {};
+        const float shift = static_cast<float>(channel.mean);
+        const vf base = broadcast(shift);
+        vf sums[4] = {}, squares[4] = {};
+        const auto add = [&](vf d, int v) {
+            sums[v] += d;
+            squares[v] += d * d;
+        };
         int64_t i = 0;
         for (; i + 4 * W <= whole; i += 4 * W)
-            for (int v = 0; v < 4; ++v) sums[v] += load(run + i + v * W) - base;
-        for (; i < whole; i += W) sums[0] += load(run + i) - base;
-        if (part) sums[1] += (load_part(run + whole, part) - base) * lanes;
-        const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(count);
-        const vf centre = broadcast(mean);
-        for (auto& s : sums) s = vf{};
-        const auto deviation = [=](vf value) { return (value - base) - centre; };
-        for (i = 0; i + 4 * W <= whole; i += 4 * W)
-            for (int v = 0; v < 4; ++v) {
-                const vf d = deviation(load(run + i + v * W));
-                sums[v] += d * d;
-            }
-        for (; i < whole; i += W) {
-            const vf d = deviation(load(run + i));
-            sums[0] += d * d;
-        }
+            for (int v = 0; v < 4; ++v) add(load(run + i + v * W) - base, v);
+        for (; i < whole; i += W) add(load(run + i) - base, 0);
         if (part) {
-            const vf d = deviation(load_part(run + whole, part)) * lanes;
-            sums[1] += d * d;
+            vf lanes;
+            for (int lane = 0; lane < W; ++lane) lanes[lane] = lane < part ? 1.0f : 0.0f;
+            add((load_part(run + whole, part) - base) * lanes, 1);
         }
-        merge(channel, begin, mean, sum((sums[0] + sums[1]) + (sums[2] + sums[3])), count);
+        const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3])), mean = total / static_cast<float>(count);
+        const float m2 = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) - total * mean;
+        if (begin == 0) channel.mean = 0;
+        merge(channel, begin, static_cast<double>(shift) + mean, m2, count);
     }
-    channel.mean += start;
     return channel;
 }
 
@@ -196,32 +184,32 @@ int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
     const int64_t bytes = a.n * channels * a.spatial * static_cast<int64_t>(sizeof(T));
     const int64_t threads = bytes < SERIAL ? 1 : a.threads;
 
-    // Channels a block: whole groups and, if it can be, whole vectors; as many as a cache holds, but no fewer blocks than threads.
+    // Channels a block: all, for rows that are read from end to end are read fastest, but for a share of the work for every thread, and for
+    // blocks that the threads' shares of the last-level cache hold; whole groups and, if it can be, whole vectors.
     int64_t block = per_group;
     if (a.channels_last) {
         int64_t step = per_group;
         while (step % (2 * W) && step < channels) step += per_group;
-        if (step > channels) step = channels;
-        const int64_t row_bytes = a.spatial * static_cast<int64_t>(sizeof(T));
-        block = SLAB / row_bytes / step * step;
-        const int64_t blocks = (threads + a.n - 1) / a.n, share = (a.groups + blocks - 1) / blocks * per_group;
-        if (block < step) block = step;
-        if (block > share) block = share < step ? share : share / step * step;
+        const int64_t parts = (threads + a.n - 1) / a.n, share = (a.groups + parts - 1) / parts * per_group;
+        const int64_t cached = last_level_cache() / (2 * threads * a.spatial * static_cast<int64_t>(sizeof(T)));
+        const int64_t wanted = share < cached ? share : cached;
+        block = wanted >= step ? wanted / step * step : (share < step ? share : step);
         if (block > channels) block = channels;
     }
     const int64_t blocks = (channels + block - 1) / block;
     const size_t padded = static_cast<size_t>(block + W);
-    const size_t scratch_bytes = padded * (sizeof(Channel) + 3 * sizeof(float));
+    const size_t scratch_bytes = padded * (sizeof(Channel) + 6 * sizeof(float));
     int status = CF_OK;
 
     parallel_for(a.n * blocks, threads, [&](int64_t begin, int64_t end) {
-        Channel* stats = static_cast<Channel*>(scratch(1, scratch_bytes));
-        if (!stats) {
+        Channel* channel = static_cast<Channel*>(scratch(1, scratch_bytes));
+        if (!channel) {
             status = CF_OUT_OF_MEMORY;
             return;
         }
-        float* floats = reinterpret_cast<float*>(stats + padded);
+        float* floats = reinterpret_cast<float*>(channel + padded);
         const Coefficients k{floats, floats + padded, floats + 2 * padded};
+        const Workspace ws{channel, floats + 3 * padded, floats + 4 * padded, floats + 5 * padded};
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / blocks, first = item % blocks * block;
             const int64_t width = channels - first < block ? channels - first : block;
@@ -230,9 +218,10 @@ int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
             if (a.channels_last) {
                 const T* from_x = x + n * a.spatial * a.c1 + first;
                 const T* from_skip = in_skip ? skip + n * a.spatial * a.c2 + (first + in_x - a.c1) : nullptr;
-                if (in_x) statistics_channels_last(from_x, a.c1, a.spatial, in_x, stats);
-                if (in_skip) statistics_channels_last(from_skip, a.c2, a.spatial, in_skip, stats + in_x);
-                coefficients(a, n, first, width, stats, k);
+                if (in_x) statistics_channels_last(from_x, a.c1, a.spatial, in_x, ws);
+                const Workspace ws_skip{channel + in_x, ws.shift, ws.sums, ws.squares};
+                if (in_skip) statistics_channels_last(from_skip, a.c2, a.spatial, in_skip, ws_skip);
+                coefficients(a, n, first, width, channel, k);
                 T* to = y + n * a.spatial * channels + first;
                 if (in_x) apply_channels_last<T, SILU, STREAM>(from_x, a.c1, to, channels, a.spatial, in_x, k);
                 const Coefficients behind{k.mean + in_x, k.factor + in_x, k.offset + in_x};
@@ -242,8 +231,8 @@ int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
                     const int64_t c = first + i;
                     return c < a.c1 ? x + (n * a.c1 + c) * a.spatial : skip + (n * a.c2 + c - a.c1) * a.spatial;
                 };
-                for (int64_t i = 0; i < width; ++i) stats[i] = statistics_contiguous(row(i), a.spatial);
-                coefficients(a, n, first, width, stats, k);
+                for (int64_t i = 0; i < width; ++i) channel[i] = statistics_contiguous(row(i), a.spatial);
+                coefficients(a, n, first, width, channel, k);
                 T* to = y + (n * channels + first) * a.spatial;
                 for (int64_t i = 0; i < width; ++i)
                     apply_contiguous<T, SILU, STREAM>(row(i), to + i * a.spatial, a.spatial, k.mean[i], k.factor[i], k.offset[i]);
@@ -261,7 +250,9 @@ inline int group_norm_silu(const cf_group_norm_silu_args& a) {
         // Streaming stores need every row of every block to start on a whole vector.
         const bool aligned = reinterpret_cast<uintptr_t>(a.y) % vector == 0 &&
                              (a.channels_last ? channels % W == 0 && a.c1 % W == 0 && channels / a.groups % W == 0 : a.spatial % W == 0);
-        const bool stream = aligned && a.n * channels * a.spatial * size > last_level_cache();
+        const int64_t bytes = a.n * channels * a.spatial * size;
+        const bool stream = aligned && bytes > last_level_cache();
+        prepare_output(a.y, bytes);
         if (a.silu) return stream ? group_norm_silu_typed<T, true, true>(a) : group_norm_silu_typed<T, true, false>(a);
         return stream ? group_norm_silu_typed<T, false, true>(a) : group_norm_silu_typed<T, false, false>(a);
     });

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -37,9 +38,10 @@ void run_range(void* pointer) {
 const Kernels* find(const char* isa) {
 #if defined(__x86_64__) && !defined(CF_PORTABLE_ONLY)
     __builtin_cpu_init();
-    if (!strcmp(isa, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return &avx512_kernels;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (!strcmp(isa, "avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels;
+    if (!strcmp(isa, "avx512") && avx512) return &avx512_kernels;
     // every processor with AVX2 and FMA has F16C
     if (!strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
 #endif
@@ -47,9 +49,10 @@ const Kernels* find(const char* isa) {
 }
 
 const Kernels* best() {
-    const Kernels* found = find("avx512");
-    if (!found) found = find("avx2");
-    return found ? found : &portable_kernels;
+    const char* const faster[] = {"avx512_bf16", "avx512", "avx2"};
+    for (const char* isa : faster)
+        if (const Kernels* found = find(isa)) return found;
+    return &portable_kernels;
 }
 
 const Kernels* current = best();
@@ -80,6 +83,18 @@ int64_t last_level_cache() {
         return size > 0 ? size : int64_t{32} << 20;
     }();
     return bytes;
+}
+
+void prepare_output(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    if (bytes < 16 * static_cast<int64_t>(PAGE)) return;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {

@@ -23,6 +23,7 @@ struct Kernels {
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 
 // Memory of the calling thread, at least `bytes`, aligned to 64 bytes, until its next call; null if there is none.
 // `slot` 0 is for the thread that runs an op, `slot` 1 for the workers' parts of it.
@@ -30,6 +31,10 @@ void* scratch(int slot, size_t bytes);
 
 // Bytes of the last-level cache.
 int64_t last_level_cache();
+
+// To be called before an output of so many bytes is written. Large ones are new memory, whose pages the system provides when they are first
+// touched, in 4 KiB steps that cost more than the op: ask for huge pages.
+void prepare_output(void* data, int64_t bytes);
 
 // Run task(context, begin, end) over a partition of [0, items) into one range a thread. The partition depends on the number of threads:
 // what an item computes must not.

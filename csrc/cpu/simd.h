@@ -46,16 +46,33 @@ inline vf load(const float* p) {
     return v;
 }
 
+#if CF_WIDTH == 16
+inline vf load(const bfloat* p) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)load_bits(p)), 16); }
+#else
 inline vf load(const bfloat* p) { return (vf)(__builtin_convertvector(load_bits(p), vu) << 16); }
+#endif
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 // To the nearest, ties to even; a NaN stays one.
-inline void store(bfloat* p, vf v) {
+inline vh narrow(vf v) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
     const vu bits = (vu)v;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu nan = (bits >> 16) | 0x40;
-    const vh out = __builtin_convertvector(v == v ? rounded : nan, vh);
+    const vu chosen = v == v ? rounded : nan;
+#if CF_WIDTH == 16
+    return (vh)_mm512_cvtepi32_epi16((__m512i)chosen);
+#else
+    return __builtin_convertvector(chosen, vh);
+#endif
+#endif
+}
+
+inline void store(bfloat* p, vf v) {
+    const vh out = narrow(v);
     memcpy(p, &out, sizeof out);
 }
 
@@ -150,9 +167,7 @@ inline void store_streaming(float* p, vf v) {
 }
 template <>
 inline void store_streaming(bfloat* p, vf v) {
-    bfloat padded[W];
-    store(padded, v);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)load_bits(padded));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v));
 }
 template <>
 inline void store_streaming(half* p, vf v) {
@@ -183,26 +198,35 @@ inline float sum(vf v) {
 #endif
 }
 
-// e^x to about one ulp: 2^n e^r with |r| <= ln(2) / 2 and e^r by its Taylor series. Arguments are clamped to where the result is a normal
-// number; NaN stays NaN.
-inline vf exponential(vf x) {
-    x = x < -87.0f ? broadcast(-87.0f) : x;
-    x = x > 88.0f ? broadcast(88.0f) : x;
-    const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part is in the low bits
-    const vf n = shifted - 12582912.0f;
-    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = broadcast(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
+// x * sigmoid(x) = x / (1 + 2^t) with t = -x log2(e), to one or two ulps of the result (of 0.1, where it is smaller). NaN stays NaN.
+inline vf silu(vf x) {
+#if CF_WIDTH == 16
+    // 2^t = 2^floor(n) 2^(n - floor(n)) 2^r with n a multiple of 1/16: a shift of the exponent, a table, and a polynomial in |r| <= 1/32
+    static const float table[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                                    1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+    const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100), 2);  // the smaller in size, with x's sign: 2^t is 0 or inf beyond
+    const vf shifted = near * -1.44269504f + 786432.0f;                      // 1.5 * 2^19: the last bit is worth 1/16
+    const vf n = shifted - 786432.0f, r = near * -1.44269504f - n;
+    const vf step = (vf)_mm512_permutexvar_ps((__m512i)shifted, _mm512_loadu_ps(table));
+    const vf p = ((5.5504109e-2f * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r;
+    return x / (1.0f + (vf)_mm512_scalef_ps((__m512)(step * p + step), (__m512)n));
+#else
+    // 2^t = 2^n 2^r with n an integer, and 2^r by the polynomial of the least relative error, 2e-9
+    vf t = x * -1.44269504f;
+    t = t < -126.0f ? broadcast(-126.0f) : t;
+    t = t > 126.0f ? broadcast(126.0f) : t;
+    const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+    const vf r = t - (shifted - 12582912.0f);
+    vf p = broadcast(1.5345811e-4f);
+    p = p * r + 1.3399931e-3f;
+    p = p * r + 9.6184891e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.9314718e-1f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
+    return x / (1.0f + p * (vf)(((vi)shifted << 23) + 0x3f800000));
+#endif
 }
-
-inline vf silu(vf x) { return x / (1.0f + exponential(-x)); }
 
 inline float element(const cf_vector& v, int64_t i) {
     switch (v.dtype) {

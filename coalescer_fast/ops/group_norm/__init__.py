@@ -46,28 +46,29 @@ def group_norm_silu(
     Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
     checks.floating("x", x)
-    if not 3 <= x.ndim <= 5:
+    n, channels, *spatial = x.shape
+    if not 1 <= len(spatial) <= 3:
         raise ValueError(f"x has {x.ndim} dimensions; expected (N, C, *spatial) with one to three spatial dimensions")
-    if skip is not None and (skip.dtype != x.dtype or skip.ndim != x.ndim or _but_channels(skip) != _but_channels(x)):
-        raise ValueError(
-            f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
-        )
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    device = x.device
+    if skip is not None:
+        if skip.dtype != x.dtype or skip.ndim != x.ndim or skip.shape[0] != n or list(skip.shape[2:]) != spatial:
+            raise ValueError(
+                f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
+            )
+        checks.tensor("skip", skip, skip.shape, device)
+        channels += skip.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; expected a number not below 0")
-    for name, parameter in (("weight", weight), ("bias", bias), ("pre_bias", pre_bias)):
-        checks.shape(name, parameter, (channels,))
-    for name, parameter in (("scale", scale), ("shift", shift)):
-        checks.shape(name, parameter, (x.shape[0], channels))
-    checks.device(x, skip=skip, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, shift=shift)
+    per_channel, per_sample = (channels,), (n, channels)
+    checks.tensor("weight", weight, per_channel, device)
+    checks.tensor("bias", bias, per_channel, device)
+    checks.tensor("pre_bias", pre_bias, per_channel, device)
+    checks.tensor("scale", scale, per_sample, device)
+    checks.tensor("shift", shift, per_sample, device)
     checks.choice("activation", activation, ("silu", None))
     return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
-
-
-def _but_channels(x: torch.Tensor) -> tuple[int, ...]:
-    return (x.shape[0], *x.shape[2:])
 
 
 def _fake(x: torch.Tensor, *args: object, skip: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:

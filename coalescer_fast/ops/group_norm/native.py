@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
@@ -25,14 +26,15 @@ def group_norm_silu(
     activation: str | None,
 ) -> torch.Tensor:
     channels_last = layout.is_channels_last(x)
-    n, c1 = x.shape[:2]
-    spatial = x.shape[2:].numel()
+    n, c1, *spatial = x.shape
     x = layout.arrange(x, channels_last)
-    c2, skip_data = 0, 0
-    if skip is not None:
+    if skip is None:
+        c2, skip_data = 0, 0
+        y = torch.empty_like(x)
+    else:
         c2, skip = skip.shape[1], layout.arrange(skip, channels_last)
         skip_data = skip.data_ptr()
-    y = layout.empty(x, c1 + c2, x.dtype, channels_last)
+        y = layout.empty(x, c1 + c2, x.dtype)
     weight, weight_data, weight_dtype = library.vector(weight)
     bias, bias_data, bias_dtype = library.vector(bias)
     pre_bias, pre_bias_data, pre_bias_dtype = library.vector(pre_bias)
@@ -40,10 +42,29 @@ def group_norm_silu(
     shift, shift_data, shift_dtype, shift_stride = library.rows(shift)
     _call(
         _pack(
-            *(x.data_ptr(), skip_data, y.data_ptr(), library.DTYPES[x.dtype], channels_last),
-            *(n, c1, c2, spatial, num_groups, activation == "silu"),
-            *(weight_data, weight_dtype, bias_data, bias_dtype, pre_bias_data, pre_bias_dtype),
-            *(scale_data, scale_dtype, scale_stride, shift_data, shift_dtype, shift_stride),
+            x.data_ptr(),
+            skip_data,
+            y.data_ptr(),
+            library.DTYPES[x.dtype],
+            channels_last,
+            n,
+            c1,
+            c2,
+            math.prod(spatial),
+            num_groups,
+            activation == "silu",
+            weight_data,
+            weight_dtype,
+            bias_data,
+            bias_dtype,
+            pre_bias_data,
+            pre_bias_dtype,
+            scale_data,
+            scale_dtype,
+            scale_stride,
+            shift_data,
+            shift_dtype,
+            shift_stride,
             torch.get_num_threads(),
             eps,
         )

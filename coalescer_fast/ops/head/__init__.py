@@ -41,25 +41,17 @@ def dual_head(
     if h.ndim != 4:
         raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")
     n, channels, height, width = h.shape
-    latent = direction_weight.shape[0]
-    checks.shape("direction_weight", direction_weight, (latent, channels, 3, 3))
-    checks.shape("direction_bias", direction_bias, (latent,))
-    if distance_weight.numel() != channels or distance_weight.shape not in ((channels,), (1, channels)):
+    latent, device = direction_weight.shape[0], h.device
+    checks.tensor("direction_weight", direction_weight, (latent, channels, 3, 3), device)
+    checks.tensor("direction_bias", direction_bias, (latent,), device)
+    if distance_weight.shape not in ((channels,), (1, channels)):
         raise ValueError(f"distance_weight has shape {tuple(distance_weight.shape)}; expected ({channels},) or (1, {channels})")
-    checks.shape("distance_bias", distance_bias, (1,))
+    checks.tensor("distance_weight", distance_weight, distance_weight.shape, device)
+    checks.tensor("distance_bias", distance_bias, (1,), device)
     if (sample is None) != (anchor is None):
         raise ValueError(f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither")
-    checks.shape("sample", sample, (n, latent, height, width))
-    checks.shape("anchor", anchor, (n, latent, height, width))
-    checks.device(
-        h,
-        direction_weight=direction_weight,
-        direction_bias=direction_bias,
-        distance_weight=distance_weight,
-        distance_bias=distance_bias,
-        sample=sample,
-        anchor=anchor,
-    )
+    checks.tensor("sample", sample, (n, latent, height, width), device)
+    checks.tensor("anchor", anchor, (n, latent, height, width), device)
     return run("dual_head", backend, h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
 
 

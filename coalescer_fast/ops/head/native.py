@@ -33,13 +33,26 @@ def dual_head(
     distance_bias, distance_bias_data, distance_bias_dtype = library.vector(distance_bias)
     _call(
         _pack(
-            *(features.data_ptr(), library.DTYPES[features.dtype], n, channels, latent, height, width),
-            *(taps.data_ptr(), library.DTYPES[taps.dtype], direction_bias_data, direction_bias_dtype),
-            *(distance_weight_data, distance_weight_dtype, distance_bias_data, distance_bias_dtype),
+            features.data_ptr(),
+            library.DTYPES[features.dtype],
+            n,
+            channels,
+            latent,
+            height,
+            width,
+            taps.data_ptr(),
+            library.DTYPES[taps.dtype],
+            direction_bias_data,
+            direction_bias_dtype,
+            distance_weight_data,
+            distance_weight_dtype,
+            distance_bias_data,
+            distance_bias_dtype,
             *_strided(sample),
             *_strided(anchor),
             *_strided(direction),
-            *(distance.data_ptr(), torch.get_num_threads()),
+            distance.data_ptr(),
+            torch.get_num_threads(),
         )
     )
     return direction, distance

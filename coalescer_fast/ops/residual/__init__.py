@@ -24,13 +24,13 @@ def bias_residual(
     Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call.
     """
     checks.floating("x", x)
-    if x.ndim < 2:
-        raise ValueError(f"x has {x.ndim} dimensions; expected (N, C, *spatial)")
-    checks.shape("bias", bias, (x.shape[1],))
-    checks.shape("residual", residual, tuple(x.shape))
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"x has {len(shape)} dimensions; expected (N, C, *spatial)")
+    checks.tensor("bias", bias, (shape[1],), x.device)
+    checks.tensor("residual", residual, shape, x.device)
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual has dtype {residual.dtype}; expected x's, {x.dtype}")
-    checks.device(x, bias=bias, residual=residual)
     return run("bias_residual", backend, x, bias, residual)
 
 

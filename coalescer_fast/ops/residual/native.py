@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
@@ -19,12 +20,22 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Te
     if residual is not None:
         residual = layout.arrange(residual, channels_last)
         residual_data = residual.data_ptr()
-    y = layout.empty(x, x.shape[1], x.dtype, channels_last)
+    y = torch.empty_like(x)
     bias, bias_data, bias_dtype = library.vector(bias)
+    n, c, *spatial = x.shape
     _call(
         _pack(
-            *(x.data_ptr(), residual_data, y.data_ptr(), library.DTYPES[x.dtype], channels_last),
-            *(*x.shape[:2], x.shape[2:].numel(), bias_data, bias_dtype, torch.get_num_threads()),
+            x.data_ptr(),
+            residual_data,
+            y.data_ptr(),
+            library.DTYPES[x.dtype],
+            channels_last,
+            n,
+            c,
+            math.prod(spatial),
+            bias_data,
+            bias_dtype,
+            torch.get_num_threads(),
         )
     )
     return y

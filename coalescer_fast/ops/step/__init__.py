@@ -43,9 +43,8 @@ def coalesce_step(
         raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
     checks.floating("direction", direction)
     checks.floating("distance", distance)
-    checks.shape("direction", direction, tuple(sample.shape))
-    checks.shape("distance", distance, tuple(sample.shape[:1]))
-    checks.device(sample, direction=direction, distance=distance)
+    checks.tensor("direction", direction, sample.shape, sample.device)
+    checks.tensor("distance", distance, sample.shape[:1], sample.device)
     checks.choice("mode", mode, ("unit", "raw"))
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")

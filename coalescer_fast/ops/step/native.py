@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
@@ -15,13 +16,24 @@ _call = library.function("cf_cpu_coalesce_step")
 def coalesce_step(sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float) -> torch.Tensor:
     channels_last = layout.is_channels_last(sample)
     sample, direction = layout.arrange(sample, channels_last), layout.arrange(direction, channels_last)
-    y = layout.empty(sample, sample.shape[1], sample.dtype, channels_last)
+    y = torch.empty_like(sample)
     distance, distance_data, distance_dtype = library.vector(distance)
+    n, *shape = sample.shape
     _call(
         _pack(
-            *(sample.data_ptr(), library.DTYPES[sample.dtype], direction.data_ptr(), library.DTYPES[direction.dtype]),
-            *(distance_data, distance_dtype, y.data_ptr(), sample.shape[0], sample.shape[1:].numel()),
-            *(mode == "unit", torch.get_num_threads(), eta, eps),
+            sample.data_ptr(),
+            library.DTYPES[sample.dtype],
+            direction.data_ptr(),
+            library.DTYPES[direction.dtype],
+            distance_data,
+            distance_dtype,
+            y.data_ptr(),
+            n,
+            math.prod(shape),
+            mode == "unit",
+            torch.get_num_threads(),
+            eta,
+            eps,
         )
     )
     return y

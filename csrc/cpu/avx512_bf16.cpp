@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+CF_KERNELS(avx512_bf16)
