@@ -204,7 +204,7 @@ int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
     parallel_for(a.n * blocks, threads, [&](int64_t begin, int64_t end) {
         Channel* channel = static_cast<Channel*>(scratch(1, scratch_bytes));
         if (!channel) {
-            status = CF_OUT_OF_MEMORY;
+            __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
         float* floats = reinterpret_cast<float*>(channel + padded);

@@ -15,38 +15,55 @@ constexpr int PIXELS = W == 16 ? 4 : 2;  // positions a register block
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// out[c, x] = t[n, c, y, x] for one row of pixels, or, with SUBTRACT, out[c, x] -= that.
-template <bool SUBTRACT>
-void read_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, int64_t width, float* out) {
+// f(pointer to t[n, 0, y, 0], whether the row's elements lie in memory as (x, c) without gaps) with the dtype's type.
+template <class F>
+void with_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, const F& f) {
     with_type(t.dtype, [&](auto type) {
         typedef decltype(type) T;
-        const T* row = static_cast<const T*>(t.data) + n * t.strides[0] + y * t.strides[2];
-        for (int64_t c = 0; c < channels; ++c)
-            for (int64_t x = 0; x < width; ++x) {
-                const float value = to_float(row[c * t.strides[1] + x * t.strides[3]]);
-                out[c * width + x] = SUBTRACT ? out[c * width + x] - value : value;
-            }
+        T* row = const_cast<T*>(static_cast<const T*>(t.data)) + n * t.strides[0] + y * t.strides[2];
+        f(row, t.strides[1] == 1 && t.strides[3] == channels);
         return 0;
     });
 }
 
-// The way from the sample to the anchor, (cz, width), in row y of sample n.
-inline void offset_row(const cf_dual_head_args& a, int64_t n, int64_t y, float* out) {
-    read_row<false>(a.anchor, n, y, a.cz, a.width, out);
-    read_row<true>(a.sample, n, y, a.cz, a.width, out);
+// out[x, c] = t[n, c, y, x] for one row of pixels.
+inline void read_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, int64_t width, float* out) {
+    with_row(t, n, y, channels, [&](auto* row, bool dense) {
+        if (dense) return widen(row, out, width * channels);
+        for (int64_t c = 0; c < channels; ++c)
+            for (int64_t x = 0; x < width; ++x) out[x * channels + c] = to_float(row[c * t.strides[1] + x * t.strides[3]]);
+    });
 }
 
 inline void assign(float& to, float value) { to = value; }
-inline void assign(bfloat& to, float value) {
-    bfloat padded[W];
-    store(padded, broadcast(value));
-    to = padded[0];
-}
 inline void assign(half& to, float value) { to = to_half(value); }
+inline void assign(bfloat& to, float value) { to = {narrow(broadcast(value))[0]}; }
+
+// t[n, c, y, x] = values[x, c] for one row of pixels.
+inline void write_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, int64_t width, const float* values) {
+    with_row(t, n, y, channels, [&](auto* row, bool dense) {
+        if (!dense) {
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t x = 0; x < width; ++x) assign(row[c * t.strides[1] + x * t.strides[3]], values[x * channels + c]);
+            return;
+        }
+        const int64_t size = width * channels;
+        int64_t i = 0;
+        for (; i + W <= size; i += W) store(row + i, load(values + i));
+        if (i < size) store_part(row + i, load_part(values + i, size - i), size - i);
+    });
+}
+
+// The way from the sample to the anchor, (width, cz), in row y of sample n; `other` is as large.
+inline void offset_row(const cf_dual_head_args& a, int64_t n, int64_t y, float* out, float* other) {
+    read_row(a.anchor, n, y, a.cz, a.width, out);
+    read_row(a.sample, n, y, a.cz, a.width, other);
+    for (int64_t i = 0; i < a.cz * a.width; ++i) out[i] -= other[i];
+}
 
 // Sums of PIXELS neighbouring positions and OUT output channels: `rows` point at the first position's left neighbour in three rows of
 // `padded` channels a position; the weights are (3 rows, 3 positions, padded / W, OUT, W).
-inline void convolve(const float* const rows[3], int64_t padded, const float* weights, float out[OUT][PIXELS]) {
+inline void convolve(const float* const rows[3], int64_t padded, const float* weights, float out[PIXELS][OUT]) {
     vf sums[PIXELS][OUT] = {};
     for (int i = 0; i < 3; ++i) {
         const float* in = rows[i];
@@ -59,8 +76,28 @@ inline void convolve(const float* const rows[3], int64_t padded, const float* we
             }
         }
     }
-    for (int o = 0; o < OUT; ++o)
-        for (int p = 0; p < PIXELS; ++p) out[o][p] = sum(sums[p][o]);
+#if CF_WIDTH == 16
+    // sixteen sums at once: every step adds the halves of two vectors into one
+    static_assert(OUT == 4 && PIXELS == 4, "");
+    __m512 quads[4], eights[2];
+    for (int p = 0; p < PIXELS; ++p) {
+        __m512d pairs[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m512 a = (__m512)sums[p][2 * i], b = (__m512)sums[p][2 * i + 1];
+            pairs[i] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        quads[p] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+    }
+    for (int i = 0; i < 2; ++i)
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    _mm512_storeu_ps(out[0], _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                                           _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd)));
+#else
+    for (int p = 0; p < PIXELS; ++p)
+        for (int o = 0; o < OUT; ++o) out[p][o] = sum(sums[p][o]);
+#endif
 }
 
 // Row `y` of sample n with zeros around it, and its product with the distance's weights.
@@ -116,15 +153,15 @@ int dual_head_typed(const cf_dual_head_args& a) {
     const int64_t row_values = a.cz * a.width;
     if (anchored)
         parallel_for(a.n, a.n * row_values * a.height < 16384 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
-            float* offset = static_cast<float*>(scratch(1, static_cast<size_t>(row_values) * sizeof(float)));
+            float* offset = static_cast<float*>(scratch(1, 2 * static_cast<size_t>(row_values) * sizeof(float)));
             if (!offset) {
-                status = CF_OUT_OF_MEMORY;
+                __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
                 return;
             }
             for (int64_t n = begin; n < end; ++n) {
                 double square = 0;
                 for (int64_t y = 0; y < a.height; ++y) {
-                    offset_row(a, n, y, offset);
+                    offset_row(a, n, y, offset, offset + row_values);
                     for (int64_t i = 0; i < row_values; ++i) square += offset[i] * offset[i];
                 }
                 lengths[n] = sqrtf(static_cast<float>(square / static_cast<double>(row_values * a.height)));
@@ -134,14 +171,15 @@ int dual_head_typed(const cf_dual_head_args& a) {
 
     const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
     parallel_for(a.n * items, a.threads, [&](int64_t begin, int64_t end) {
-        const size_t floats = 3 * row_size + static_cast<size_t>(outs * padded_width + row_values);
+        const size_t floats = 3 * row_size + static_cast<size_t>(outs * padded_width + 2 * row_values);
         float* ring = static_cast<float*>(scratch(1, floats * sizeof(float)));
         if (!ring) {
-            status = CF_OUT_OF_MEMORY;
+            __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        float* result = ring + 3 * row_size;            // (outs, padded_width)
-        float* offset = result + outs * padded_width;  // (cz, width)
+        float* result = ring + 3 * row_size;           // (padded_width, outs)
+        float* values = result + outs * padded_width;  // (width, cz)
+        float* other = values + row_values;
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / items, first = item % items * rows, last = first + rows < a.height ? first + rows : a.height;
             const auto fill = [&](int64_t y) {
@@ -157,26 +195,21 @@ int dual_head_typed(const cf_dual_head_args& a) {
                     for (int64_t x = 0; x < padded_width; x += PIXELS) {
                         const float* rows_at[3];
                         for (int i = 0; i < 3; ++i) rows_at[i] = ring + (y + i + 2) % 3 * row_size + x * padded;
-                        float block[OUT][PIXELS];
+                        float block[PIXELS][OUT];
                         convolve(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
-                        for (int i = 0; i < OUT; ++i) memcpy(result + (o + i) * padded_width + x, block[i], sizeof block[i]);
+                        for (int i = 0; i < PIXELS; ++i) memcpy(result + (x + i) * outs + o, block[i], sizeof block[i]);
                     }
-                for (int64_t o = 0; o < a.cz; ++o)
-                    for (int64_t x = 0; x < a.width; ++x) result[o * padded_width + x] += biases[o];
+                float inverse = 0;
                 if (anchored) {
-                    offset_row(a, n, y, offset);
-                    const float length = lengths[n] < 1e-6f ? 1e-6f : lengths[n];
-                    for (int64_t o = 0; o < a.cz; ++o)
-                        for (int64_t x = 0; x < a.width; ++x) result[o * padded_width + x] += offset[o * a.width + x] / length;
+                    offset_row(a, n, y, values, other);
+                    inverse = 1 / (lengths[n] < 1e-6f ? 1e-6f : lengths[n]);
+                } else {
+                    memset(values, 0, static_cast<size_t>(row_values) * sizeof(float));
                 }
-                with_type(a.direction.dtype, [&](auto type) {
-                    typedef decltype(type) D;
-                    const int64_t* s = a.direction.strides;
-                    D* to = const_cast<D*>(static_cast<const D*>(a.direction.data)) + n * s[0] + y * s[2];
-                    for (int64_t c = 0; c < a.cz; ++c)
-                        for (int64_t x = 0; x < a.width; ++x) assign(to[c * s[1] + x * s[3]], result[c * padded_width + x]);
-                    return 0;
-                });
+                for (int64_t x = 0; x < a.width; ++x)
+                    for (int64_t o = 0; o < a.cz; ++o)
+                        values[x * a.cz + o] = result[x * outs + o] + biases[o] + values[x * a.cz + o] * inverse;
+                write_row(a.direction, n, y, a.cz, a.width, values);
             }
             partial[item] = pooled;
         }
