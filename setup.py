@@ -22,7 +22,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "off", "require")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets are chosen at run time, so each has its own file and flags.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # -Wno-...: the compiler's own intrinsics

@@ -66,9 +66,11 @@ PREFERENCE = ("triton", "cpu", "reference")
 
 @dataclass
 class Op:
-    """A registered op: its public function, its overload in torch.ops, the names of its arguments but the backend, and its folder."""
+    """A registered op: its public function, its reference implementation, its overload in torch.ops, the names of its arguments but the
+    backend, and its folder."""
 
     function: Callable[..., Any]
+    reference: Callable[..., Any]
     overload: Any
     names: tuple[str, ...]
     package: str
@@ -103,7 +105,7 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     torch.library.register_fake(f"coalescer_fast::{name}", fake, lib=_library)
     overload = getattr(torch.ops.coalescer_fast, name).default
     names = tuple(argument.name for argument in overload._schema.arguments if argument.name != "backend")
-    _ops[name] = Op(function, overload, names, function.__module__)
+    _ops[name] = Op(function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__)
 
 
 def run(name: str, backend: str, *args: Any) -> Any:
@@ -117,7 +119,7 @@ def run(name: str, backend: str, *args: Any) -> Any:
         return _choose(name, backend, args)(*args)
     known(name, backend)
     if backend == "reference" or (backend == "auto" and _needs_grad(args)):
-        return _implementation(name, "reference")(*args)
+        return _ops[name].reference(*args)  # a compiler looks into it
     if not torch.compiler.is_compiling() and getattr(_thread, "in_kernel", False):
         return _choose(name, backend, args)(*args)
     return _ops[name].overload(**dict(zip(_ops[name].names, args)), backend=backend)
@@ -129,7 +131,7 @@ def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
     key = (name, backend, args[0].device, torch.is_grad_enabled() and _needs_grad(args), *dtypes)
     function = _chosen.get(key)
     if function is None:
-        function = _chosen[key] = _implementation(name, _resolve(name, backend, args))
+        function = _chosen[key] = _implementation(_ops[name].package, name, _resolve(name, backend, args))
     return function
 
 
@@ -159,8 +161,8 @@ def _needs_grad(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
 
 
-def _implementation(name: str, backend: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{_ops[name].package}.{BACKENDS[backend].module}"), name)
+def _implementation(package: str, name: str, backend: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{package}.{BACKENDS[backend].module}"), name)
 
 
 def known(name: str, backend: str) -> None:

@@ -67,7 +67,9 @@ def _openmp() -> list[Any]:
 
     The library links to no OpenMP runtime of its own: two in a process would each start as many threads as there are cores.
     """
-    candidates = [str(path) for pattern in ("libgomp*", "libiomp5*", "libomp*") for path in Path(torch.__file__).parent.glob(f"lib/{pattern}")]
+    candidates = [
+        str(path) for pattern in ("libgomp*", "libiomp5*", "libomp*") for path in Path(torch.__file__).parent.glob(f"lib/{pattern}")
+    ]
     try:
         mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
     except OSError:

@@ -62,7 +62,7 @@ void statistics_channels_last(const T* x, int64_t stride, int64_t positions, int
                 for (int i = 0; i < 8; ++i) {
                     const vf d = get(r + i) - shift;
                     sums[i & 1] += d;
-                    squares[i & 1] += d * d;
+                    squares[i & 1] = fma(d, d, squares[i & 1]);
                 }
                 store(ws.sums + c, load(ws.sums + c) + (sums[0] + sums[1]));
                 store(ws.squares + c, load(ws.squares + c) + (squares[0] + squares[1]));
@@ -71,7 +71,7 @@ void statistics_channels_last(const T* x, int64_t stride, int64_t positions, int
             each([=](int64_t c, const auto& get) {
                 const vf d = get(r) - load(ws.shift + c);
                 store(ws.sums + c, load(ws.sums + c) + d);
-                store(ws.squares + c, load(ws.squares + c) + d * d);
+                store(ws.squares + c, fma(d, d, load(ws.squares + c)));
             });
         const float inverse = 1 / static_cast<float>(end - begin);
         for (int64_t i = 0; i < width; ++i) {
@@ -95,7 +95,7 @@ Channel statistics_contiguous(const T* x, int64_t positions) {
         vf sums[4] = {}, squares[4] = {};
         const auto add = [&](vf d, int v) {
             sums[v] += d;
-            squares[v] += d * d;
+            squares[v] = fma(d, d, squares[v]);
         };
         int64_t i = 0;
         for (; i + 4 * W <= whole; i += 4 * W)
@@ -146,7 +146,7 @@ inline void coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t fi
 
 template <bool SILU>
 inline vf apply(vf x, vf mean, vf factor, vf offset) {
-    const vf y = (x - mean) * factor + offset;
+    const vf y = fma(x - mean, factor, offset);
     return SILU ? silu(y) : y;
 }
 

@@ -72,7 +72,7 @@ inline void convolve(const float* const rows[3], int64_t padded, const float* we
             for (int o = 0; o < OUT; ++o) w[o] = load(weights + o * W);
             for (int p = 0; p < PIXELS; ++p) {
                 const vf value = load(in + p * padded + k);
-                for (int o = 0; o < OUT; ++o) sums[p][o] += value * w[o];
+                for (int o = 0; o < OUT; ++o) sums[p][o] = fma(value, w[o], sums[p][o]);
             }
         }
     }
@@ -117,7 +117,8 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
         for (int64_t c = 0; c < padded; c += W) {
             const vf value = a.c - c < W ? load_part(h + c, a.c - c) : load(h + c);
             store(to + c, value);
-            (x & 1 ? odd : even) += value * load(weights + c);
+            vf& sum = x & 1 ? odd : even;
+            sum = fma(value, load(weights + c), sum);
         }
     }
     return sum(even + odd);

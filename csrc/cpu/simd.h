@@ -34,6 +34,19 @@ struct bfloat {
 
 inline vf broadcast(float value) { return vf{} + value; }
 
+// a * b + c. The compiler is told not to form these by itself: it does so in one loop and not in the next, and results would depend on how
+// many channels a thread has.
+inline vf fma(vf a, vf b, vf c) {
+#if CF_WIDTH == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif CF_WIDTH == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+inline vf fma(vf a, vf b, float c) { return fma(a, b, broadcast(c)); }
+
 inline vh load_bits(const void* p) {
     vh v;
     memcpy(&v, p, sizeof v);
@@ -205,11 +218,11 @@ inline vf silu(vf x) {
     static const float table[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
                                     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
     const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100), 2);  // the smaller in size, with x's sign: 2^t is 0 or inf beyond
-    const vf shifted = near * -1.44269504f + 786432.0f;                      // 1.5 * 2^19: the last bit is worth 1/16
-    const vf n = shifted - 786432.0f, r = near * -1.44269504f - n;
+    const vf scale = broadcast(-1.44269504f), shifted = fma(near, scale, 786432.0f);  // 1.5 * 2^19: the last bit is worth 1/16
+    const vf n = shifted - 786432.0f, r = fma(near, scale, -n);
     const vf step = (vf)_mm512_permutexvar_ps((__m512i)shifted, _mm512_loadu_ps(table));
-    const vf p = ((5.5504109e-2f * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r;
-    return x / (1.0f + (vf)_mm512_scalef_ps((__m512)(step * p + step), (__m512)n));
+    const vf p = fma(fma(broadcast(5.5504109e-2f), r, 2.4022651e-1f), r, 6.9314718e-1f) * r;
+    return x / (1.0f + (vf)_mm512_scalef_ps((__m512)fma(step, p, step), (__m512)n));
 #else
     // 2^t = 2^n 2^r with n an integer, and 2^r by the polynomial of the least relative error, 2e-9
     vf t = x * -1.44269504f;
@@ -218,12 +231,12 @@ inline vf silu(vf x) {
     const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
     const vf r = t - (shifted - 12582912.0f);
     vf p = broadcast(1.5345811e-4f);
-    p = p * r + 1.3399931e-3f;
-    p = p * r + 9.6184891e-3f;
-    p = p * r + 5.5503286e-2f;
-    p = p * r + 2.4022646e-1f;
-    p = p * r + 6.9314718e-1f;
-    p = p * r + 1.0f;
+    p = fma(p, r, 1.3399931e-3f);
+    p = fma(p, r, 9.6184891e-3f);
+    p = fma(p, r, 5.5503286e-2f);
+    p = fma(p, r, 2.4022646e-1f);
+    p = fma(p, r, 6.9314718e-1f);
+    p = fma(p, r, 1.0f);
     return x / (1.0f + p * (vf)(((vi)shifted << 23) + 0x3f800000));
 #endif
 }

@@ -19,11 +19,11 @@ float mean_square(const T* x, int64_t size) {
         for (; i + 4 * W <= end; i += 4 * W)
             for (int v = 0; v < 4; ++v) {
                 const vf value = load(x + i + v * W);
-                sums[v] += value * value;
+                sums[v] = fma(value, value, sums[v]);
             }
         for (; i < end; i += W) {
             const vf value = end - i < W ? load_part(x + i, end - i) : load(x + i);
-            sums[0] += value * value;
+            sums[0] = fma(value, value, sums[0]);
         }
         total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
@@ -45,10 +45,10 @@ int coalesce_step_typed(const cf_coalesce_step_args& a) {
             }
             const vf factor = broadcast(length);
             int64_t i = 0;
-            for (; i + W <= a.size; i += W) store(y + i, load(sample + i) + factor * load(direction + i));
+            for (; i + W <= a.size; i += W) store(y + i, fma(factor, load(direction + i), load(sample + i)));
             if (i < a.size) {
                 const int64_t part = a.size - i;
-                store_part(y + i, load_part(sample + i, part) + factor * load_part(direction + i, part), part);
+                store_part(y + i, fma(factor, load_part(direction + i, part), load_part(sample + i, part)), part);
             }
         }
     });

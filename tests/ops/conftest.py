@@ -14,7 +14,7 @@ from .numerics import ON_GPU, takes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         names = ops.backends(metafunc.module.OP)
         metafunc.parametrize("backend", [pytest.param(b, marks=pytest.mark.gpu) if b in ON_GPU else b for b in names])
 
@@ -27,4 +27,4 @@ def _refused(item: pytest.Item) -> bool:
     """Whether the test is for a backend and a dtype that do not go together; test_dispatch shows that those are refused."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     dtypes = [value for value in parameters.values() if isinstance(value, torch.dtype)]
-    return "backend" in parameters and not takes(parameters["backend"], *dtypes)
+    return hasattr(item.module, "OP") and "backend" in parameters and not takes(parameters["backend"], *dtypes)

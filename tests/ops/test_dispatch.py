@@ -1,33 +1,62 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.ops import dispatch
+from coalescer_fast.ops import dispatch, library
+
+from .numerics import FLOAT_AT_MOST_32, takes
 
 OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
+X = torch.zeros(2, 4, 3, 3)
+CALLS = {
+    "bias_residual": (X,),
+    "coalesce_step": (X, X, torch.zeros(2)),
+    "dual_head": (X, torch.zeros(2, 4, 3, 3), torch.zeros(2), torch.zeros(4), torch.zeros(1)),
+    "group_norm_silu": (X, 2),
+}
+
+
+def cast(args: tuple, dtype: torch.dtype) -> tuple:
+    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    dispatch.forget()
+    yield
+    dispatch.forget()
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    """A registry of one op with two backends, in place of the real one."""
-    monkeypatch.setattr(dispatch, "_implementations", {})
-    dispatch.register("double", "reference", lambda x: x + x)
-    dispatch.register("double", "fast", lambda x: 2 * x)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_every_op_has_its_reference(op):
-    assert ops.backends(op)["reference"] == (True, "")
+def no_library(monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: "there is no compiler")
 
 
 def test_all_public_ops_are_registered():
     assert set(ops.__all__) == {*OPS, "backends"}
+    for op in OPS:
+        assert hasattr(torch.ops.coalescer_fast, op)
 
 
-def test_backends_take_the_arguments_of_the_call():
-    assert ops.backends("group_norm_silu", torch.zeros(1, 4, 2, 2), 2, skip=None)["reference"] == (True, "")
+@pytest.mark.parametrize("op", OPS)
+def test_backends_of_a_call(op):
+    on_cpu = ops.backends(op, *CALLS[op])
+    assert list(on_cpu) == ["reference", "cpu", "triton"]
+    assert on_cpu["reference"] == on_cpu["cpu"] == (True, "")
+
+
+def test_backends_without_arguments_says_what_can_run_here_at_all():
+    assert ops.backends("group_norm_silu")["cpu"] == (True, "")
+
+
+def test_backends_takes_keywords_and_names_the_argument_that_is_refused():
+    able, reason = ops.backends("group_norm_silu", X, 2, scale=torch.zeros(2, 4, dtype=torch.float64))["cpu"]
+    assert not able
+    assert reason == "scale has dtype torch.float64; expected torch.float32, torch.float16, torch.bfloat16"
 
 
 def test_backends_of_an_unknown_op():
@@ -37,25 +66,186 @@ def test_backends_of_an_unknown_op():
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_backend(op):
-    with pytest.raises(ValueError, match=f"backend 'magic' is unknown to {op}: use auto or reference"):
-        dispatch.implementation(op, "magic")
+    with pytest.raises(ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton"):
+        getattr(ops, op)(*CALLS[op], backend="magic")
 
 
-def test_auto_prefers_the_backend_that_was_registered_last(registry):
-    assert dispatch.implementation("double", "auto") is dispatch.implementation("double", "fast")
-    assert dispatch.implementation("double", "reference") is not dispatch.implementation("double", "fast")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", [b for b in dispatch.BACKENDS if b != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOAT_AT_MOST_32], ids=str)
+def test_a_dtype_that_a_backend_does_not_take_is_refused_by_name(op, backend, dtype):
+    able, reason = ops.backends(op, *cast(CALLS[op], dtype))[backend]
+    if dispatch.BACKENDS[backend].device == "cuda" and not torch.cuda.is_available():
+        assert able == takes(backend, dtype)  # in the interpreter
+    if able:
+        return
+    assert reason
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this {op}: ") as caught:
+        getattr(ops, op)(*cast(CALLS[op], dtype), backend=backend)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_explicit_backends_are_listed_in_the_error(registry):
-    with pytest.raises(ValueError, match="use auto or reference, fast"):
-        dispatch.implementation("double", "slow")
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_the_native_code_and_says_so_once(op, caplog):
+    with caplog.at_level(logging.INFO, "coalescer_fast"):
+        for _ in range(3):
+            getattr(ops, op)(*CALLS[op])
+    assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", f"{op} runs on cpu")]
 
 
-def test_backends_lists_every_backend_in_order_of_registration(registry):
-    assert list(dispatch.backends("double")) == ["reference", "fast"]
+def test_a_fallback_warns_once_with_its_reason(caplog, no_library):
+    with caplog.at_level(logging.INFO, "coalescer_fast"):
+        for _ in range(3):
+            ops.group_norm_silu(X, 2)
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("WARNING", "group_norm_silu runs on reference; not on cpu: there is no compiler")
+    ]
 
 
-def test_registering_again_replaces(registry):
-    dispatch.register("double", "fast", lambda x: x * 2.0)
-    assert list(dispatch.backends("double")) == ["reference", "fast"]
-    assert dispatch.implementation("double", "fast")(3) == 6.0
+def test_strict_mode_makes_a_fallback_an_error(monkeypatch, no_library):
+    monkeypatch.setenv("COALESCER_FAST_STRICT", "1")
+    message = "COALESCER_FAST_STRICT=1 forbids group_norm_silu to fall back to reference; not on cpu: there is no compiler"
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(X, 2)
+    ops.group_norm_silu(X, 2, backend="reference")  # asked for, not fallen back to
+
+
+def test_strict_mode_lets_the_fastest_run(monkeypatch):
+    monkeypatch.setenv("COALESCER_FAST_STRICT", "1")
+    ops.group_norm_silu(X, 2)
+
+
+def test_an_explicit_backend_never_falls_back(no_library):
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this group_norm_silu: there is no compiler"):
+        ops.group_norm_silu(X, 2, backend="cpu")
+
+
+def test_where_a_gradient_is_needed_auto_takes_the_reference_and_others_refuse():
+    weight = torch.ones(4, requires_grad=True)
+    ops.group_norm_silu(X, 2, weight).sum().backward()
+    assert weight.grad is not None
+    with pytest.raises(ValueError, match=r"backend 'cpu' .* weight needs a gradient, which only reference has; expected .*no_grad"):
+        ops.group_norm_silu(X, 2, weight, backend="cpu")
+    with torch.no_grad():
+        ops.group_norm_silu(X, 2, weight, backend="cpu")
+
+
+def test_another_device_takes_the_reference():
+    assert ops.group_norm_silu(X.to("meta"), 2).is_meta
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_wants_a_gpu_outside_its_interpreter(op, monkeypatch):
+    monkeypatch.setattr("coalescer_fast.ops.triton_runtime.INTERPRETED", False)
+    first = {"dual_head": "h", "coalesce_step": "sample"}.get(op, "x")
+    assert ops.backends(op, *CALLS[op])["triton"] == (False, f"{first} is on cpu; expected a cuda device")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+def test_opcheck(op, backend):
+    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, CALLS[op], {"backend": backend})
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def everything(memory_format: torch.memory_format) -> dict[str, tuple[tuple, dict]]:
+    """A call of every op with all its arguments."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator)
+        return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+
+    x, point = rand(2, 6, 4, 5), rand(2, 3, 4, 5)
+    film = {"scale": rand(2, 12), "shift": rand(2, 12), "skip": rand(2, 6, 4, 5), "pre_bias": rand(12)}
+    heads = (rand(3, 6, 3, 3), rand(3), rand(1, 6), rand(1))
+    return {
+        "bias_residual": ((x, rand(6), rand(2, 6, 4, 5)), {}),
+        "coalesce_step": ((point, rand(2, 3, 4, 5), rand(2).abs()), {"eta": 0.5, "mode": "unit"}),
+        "dual_head": ((x, *heads), {"sample": point, "anchor": rand(2, 3, 4, 5)}),
+        "group_norm_silu": ((x, 3, rand(12), rand(12)), film),
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_opcheck_with_all_arguments(op, memory_format):
+    args, kwargs = everything(memory_format)[op]
+    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {**kwargs, "backend": "cpu"})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_compiles_into_one_graph(op, memory_format, backend):
+    torch._dynamo.reset()
+    args, kwargs = everything(memory_format)[op]
+    function = getattr(ops, op)
+    with torch.no_grad():
+        explanation = torch._dynamo.explain(lambda *a, **k: function(*a, **k, backend=backend))(*args, **kwargs)
+        assert (explanation.graph_break_count, explanation.graph_count) == (0, 1)
+        compiled = torch.compile(lambda *a, **k: function(*a, **k, backend=backend), backend="aot_eager", fullgraph=True)
+        results, expected = compiled(*args, **kwargs), function(*args, **kwargs, backend=backend)
+    for result, truth in zip(_tuple(results), _tuple(expected)):
+        torch.testing.assert_close(result, truth)
+        assert result.stride() == truth.stride()
+
+
+def test_compiles_with_inductor_and_dynamic_batch():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: ops.group_norm_silu(2 * x, 2, w) + 1, fullgraph=True, dynamic=True)
+    w = torch.rand(4)
+    with torch.no_grad():
+        for n in (2, 3, 5):
+            x = torch.rand(n, 4, 5, 5).to(memory_format=torch.channels_last)
+            torch.testing.assert_close(compiled(x, w), ops.group_norm_silu(2 * x, 2, w) + 1)
+
+
+def test_compiled_code_that_needs_a_gradient_has_one():
+    torch._dynamo.reset()
+    weight = torch.rand(4, requires_grad=True)
+    torch.compile(lambda w: ops.group_norm_silu(X + 1, 2, w).sum(), backend="aot_eager", fullgraph=True)(weight).backward()
+    assert weight.grad is not None
+
+
+class Everything(torch.nn.Module):
+    def __init__(self, op: str, kwargs: dict):
+        super().__init__()
+        self.op, self.kwargs = op, kwargs
+
+    def forward(self, *args):
+        return getattr(ops, self.op)(*args, **self.kwargs, backend="cpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports(op, strict):
+    args, kwargs = everything(torch.channels_last)[op]
+    with torch.no_grad():
+        program = torch.export.export(Everything(op, kwargs), args, strict=strict)
+        assert [n for n in program.graph.nodes if n.target is getattr(torch.ops.coalescer_fast, op).default]
+        for result, truth in zip(_tuple(program.module()(*args)), _tuple(getattr(ops, op)(*args, **kwargs, backend="cpu"))):
+            torch.testing.assert_close(result, truth, rtol=0, atol=0)
+
+
+def test_tensor_modes_and_subclasses_see_the_op():
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    names: list[str] = []
+    with Seen():
+        ops.bias_residual(X, backend="cpu")
+    assert "coalescer_fast.bias_residual.default" in names
+    assert torch.equal(ops.bias_residual(X.as_subclass(Subclass), backend="cpu"), X)
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)
