@@ -144,8 +144,8 @@ int cf_cpu_bias_residual(const cf_bias_residual_args* a) {
 
 int cf_cpu_dual_head(const cf_dual_head_args* a) {
     if (!valid(a->dtype) || !valid(a->direction_weight) || !valid(a->direction_bias) || !valid(a->distance_weight) ||
-        !valid(a->distance_bias) || !valid(a->sample) || !valid(a->anchor) || !valid(a->direction) || !a->sample.data != !a->anchor.data ||
-        a->n < 0 || a->c < 1 || a->cz < 1 || a->height < 1 || a->width < 1)
+        !valid(a->distance_bias) || !valid(a->sample) || !valid(a->anchor) || !valid(a->direction) || a->n < 0 || a->c < 1 || a->cz < 1 ||
+        a->height < 1 || a->width < 1 || (a->n > 0 && !a->sample.data != !a->anchor.data))  // an empty tensor has any address
         return CF_INVALID_ARGUMENT;
     return a->n > 0 ? current->dual_head(*a) : CF_OK;
 }

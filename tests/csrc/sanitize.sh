@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The native CPU kernels under the address and undefined-behaviour sanitizers, and under the thread sanitizer: sanitize.sh [ROUNDS]
+# Needs g++ or clang++ (CXX) with their sanitizers. Exits with a failure at the first report.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+cxx=${CXX:-c++} rounds=${1:-300}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+declare -A flags=([runtime]= [portable]= [avx2]="-mavx2 -mfma -mf16c")
+flags[avx512]="${flags[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+flags[avx512_bf16]="${flags[avx512]} -mavx512bf16"
+files=(runtime portable avx2 avx512 avx512_bf16)
+[[ $(uname -m) == x86_64 ]] || files=(runtime portable)
+
+for sanitizers in address,undefined thread; do
+    common=(-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -w "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    for file in "${files[@]}"; do
+        "$cxx" "${common[@]}" ${flags[$file]} -c "csrc/cpu/$file.cpp" -o "$scratch/$file.o" &
+    done
+    wait
+    "$cxx" "${common[@]}" tests/csrc/random_calls.cpp $(printf "$scratch/%s.o " "${files[@]}") -o "$scratch/random_calls" -pthread
+    echo "== $sanitizers"
+    "$scratch/random_calls" "$rounds"
+done
