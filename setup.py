@@ -1,8 +1,8 @@
 """Builds the native kernels where they can be built; everything else stands in pyproject.toml.
 
 The library is plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every torch and Python.
-COALESCER_FAST_BUILD=off builds nothing, =require makes a part that cannot be built fail the installation; else it is left out, with one
-line that says why, which `coalescer_fast.ops.backends` repeats.
+COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =auto (the default) what can be built, and =require makes a part that cannot
+be built fail the installation; else it is left out, with one line that says why, which `coalescer_fast.ops.backends` repeats.
 """
 
 import json
@@ -21,7 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-CHOICES = ("auto", "off", "require")
+CHOICES = ("auto", "off", "cpu", "require")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets are chosen at run time, so each has its own file and flags.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
