@@ -50,7 +50,7 @@ def groups(rows: Sequence[Text]) -> list[Group]:
     found: dict[tuple[str, ...], Group] = {}
     of_a_cell = ("kernel_name", "metric_name", "shapes", "extra_benchmark_config_str", "batch", "dtype", "cache", *MACHINE)
     for row in rows:
-        if missing := [name for name in (*of_a_cell, "timestamp", "kernel_provider", "x_value", "llc_bytes") if name not in row]:
+        if missing := [name for name in (*of_a_cell, "timestamp", "kernel_provider", "x_value", "llc_bytes", "quiet") if name not in row]:
             raise ValueError(f"the column {missing[0]} is missing: give a CSV file that benchmarks.kernels has written")
         key = tuple(row[name] for name in of_a_cell)
         if key not in found or found[key].labels["timestamp"] < row["timestamp"]:
@@ -80,6 +80,9 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
             yield from targets(times)
             yield from slower(times)
         yield from overheads([group for group in mine if group.labels["metric_name"] == "overhead"])
+        disturbed = sum(row["quiet"] == "0" for group in mine for row in group.rows.values())
+        if disturbed:
+            yield f"  {disturbed} of {sum(len(group.rows) for group in mine)} times were disturbed by other processes: measure those again"
         failures = [(group, name, row) for group in mine for name, row in group.rows.items() if row["status"] != "ok"]
         for group, name, row in failures:
             yield f"  {name} {row['status']} ({group})"

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,11 +299,41 @@ def test_a_file_without_results(tmp_path, capsys):
 
 def test_measurements_are_taken_in_turn():
     taken = []
-    samples = {name: lambda name=name: taken.append(name) or float(len(taken)) for name in "abc"}
-    times = timing.interleave(samples, 0.0)
+
+    def sample(name: str) -> timing.Measurement:
+        taken.append(name)
+        return timing.Measurement(float(len(taken)))
+
+    times = timing.interleave({name: partial(sample, name) for name in "abc"}, 0.0)
     assert "".join(taken) == "abcbca"
-    assert times["a"] == [1.0, 6.0]
-    assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
+    assert [m.seconds for m in times["a"]] == [1.0, 6.0]
+    six = [timing.Measurement(float(n)) for n in range(1, 7)]
+    assert timing.quantiles(six) == pytest.approx((3.5, 2.0, 5.0))
+
+
+def test_disturbed_measurements_are_set_aside_if_there_are_others(monkeypatch):
+    monkeypatch.setattr(timing, "ROUNDS", (2, 6))
+    seen = iter(range(100))
+    often = timing.interleave({"a": lambda: timing.Measurement(1.0, next(seen) % 3 == 2)}, 0.01)
+    assert [m.quiet for m in often["a"]] == [True, True]
+    always = timing.interleave({"a": lambda: timing.Measurement(1.0, False)}, 0.01)
+    assert len(always["a"]) == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux with scheduler statistics")
+def test_waiting_for_a_cpu_is_noticed():
+    """Two processes bound to one CPU wait for each other."""
+    cpus = os.sched_getaffinity(0)
+    code = f"import os; os.sched_setaffinity(0, [{min(cpus)}])\nprint(flush=True)\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        os.sched_setaffinity(0, {min(cpus)})
+        assert not timing.CpuTimer().measure(lambda: sum(range(3_000_000)), 1).quiet
+    finally:
+        os.sched_setaffinity(0, cpus)
+        other.kill()
+        other.wait()
 
 
 def test_a_sample_is_long_enough_to_time():
