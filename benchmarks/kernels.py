@@ -14,8 +14,8 @@ Providers of a call are measured in turn, in one run: the backends that can run 
 
 Every result is held against the reference in float64; a provider that fails has no time. With --csv, rows are added to the file, which
 must have the same columns; of a call measured twice, the summary and the plot take the later run. The column quiet is 0 for a time taken
-while other processes had the CPUs. On Linux, memory that is freed stays with the process unless --allocator is system: see
-`benchmarks.timing.keep_freed_memory`.
+while other processes had the CPUs; the summary and the plot leave it out, and --again measures it again. On Linux, memory that is freed
+stays with the process unless --allocator is system: see `benchmarks.timing.keep_freed_memory`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -121,6 +123,9 @@ def parser() -> Parser:
     top.add_argument("--quick", action="store_true", help="few calls, briefly: to see it run, not to compare")
     top.add_argument("--overhead", action="store_true", help="measure instead what a call costs on 1x8x2x2")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
+    top.add_argument(
+        "--again", action="store_true", help="measure only what the file of --csv lacks, or has with times that were disturbed"
+    )
     top.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
     top.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
     top.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
@@ -144,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
             if not able or BACKENDS[name].device not in (None, args.device):
                 reason = reason or f"it is made for a {BACKENDS[name].device} device"
                 raise ValueError(f"--backends {name} cannot run {op} here: {reason}")
+    if args.again and args.csv is None:
+        raise ValueError("--again needs --csv: name the file whose gaps are to be filled")
     if args.csv is not None:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         check_writable(args.csv)
@@ -155,10 +162,13 @@ def run(args: argparse.Namespace) -> int:
     if args.allocator == "keep":
         timing.keep_freed_memory()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), compiler(args):
             rows = benchmark(args)
     finally:
         torch.set_num_threads(before)
+    if not rows:
+        print("Nothing is left to measure.")
+        return 0
     print()
     print("\n".join(report.summary([{key: str(value) for key, value in row.items()} for row in rows])))
     failures = [row for row in rows if row["status"] != "ok"]
@@ -183,6 +193,11 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     print(f"{'op':15} {'shapes':8} {'call':30} {'batch':>5} dtype cache" + "".join(f"{name:>18}" for name in columns))
     rows: list[Row] = []
     grid = list(cells(args))
+    if args.again and args.csv.exists():
+        done = finished(args.csv, caches, common)
+        grid = [cell for cell in grid if key_of(cell) not in done]
+    if "compile" in args.peers:
+        compiled(torch.neg, device)(torch.ones(1, device=device))  # the compiler's own start is no call's time
     for cell in tqdm(grid, desc="kernels", mininterval=1.0):
         providers = prepare(cell, device, args)
         for cache in caches:
@@ -214,6 +229,22 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                     for batch in batches:
                         for dtype in args.dtypes or (["fp32"] if quick else ["fp32", "bf16"]):
                             yield Cell(name, call, count, batch, dtype)
+
+
+def key_of(cell: Cell) -> tuple[str, ...]:
+    return cell.call.op, cell.network, str(cell.call), str(cell.batch), cell.dtype
+
+
+def finished(path: Path, caches: Sequence[str], common: Row) -> set[tuple[str, ...]]:
+    """Cells that the file has, on this machine with as many threads, in all these states of the caches and without a disturbed time."""
+    here = [str(common[name]) for name in report.MACHINE]
+    quiet: Counter[tuple[str, ...]] = Counter()
+    for group in report.groups(read(path)) if path.stat().st_size else []:
+        labels = group.labels
+        if [labels[name] for name in report.MACHINE] == here and labels["cache"] in caches and not group.disturbed:
+            call = json.loads(labels["extra_benchmark_config_str"])["call"]
+            quiet[labels["kernel_name"], labels["shapes"], call, labels["batch"], labels["dtype"]] += 1
+    return {cell for cell, count in quiet.items() if count == len(caches)}
 
 
 def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[str, Provider]:
@@ -255,6 +286,15 @@ def contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, torch.Tensor) and value.ndim == 4 else value
 
 
+def compiler(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """No compiled results of earlier runs, so that seconds to compile are those of a first time. Nothing is done without that peer."""
+    if "compile" not in args.peers:
+        return nullcontext()
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()
+
+
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """torch.compile of a function that dynamo takes for a new one, so that it makes no shape dynamic and reaches no limit."""
     torch._dynamo.reset()
@@ -264,26 +304,35 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 
 class Check:
     """The rule of the tests: an error of at most twice that of the reference in the same dtype and one ulp more, and below an absolute
-    cap. Truth is the reference in float64; ulps are those of the largest value, or of 1."""
+    cap. Truth is the reference in float64; ulps are those of the largest value, or of 1; the reference's error is the larger one of its
+    errors on both layouts, for which torch has other algorithms."""
 
     def __init__(self, cell: Cell, inputs: shapes.Inputs):
         n = max(2, min(cell.batch, CHECKED_ELEMENTS // cell.call.elements))
         samples = torch.linspace(0, cell.batch - 1, n).round().long().unique()
         self.samples = samples.to(next(x for x in inputs.values() if isinstance(x, torch.Tensor)).device)
-        inputs = {key: x.index_select(0, self.samples) if key in shapes.BATCHED and x is not None else x for key, x in inputs.items()}
+        inputs = {key: self.select(x) if key in shapes.BATCHED else x for key, x in inputs.items()}
         exact = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
         op = partial(getattr(ops, cell.call.op), backend="reference")
-        self.truth, self.plain = several(op(**exact)), several(op(**inputs))
+        self.truth = several(op(**exact))
+        plain = [several(op(**inputs)), several(op(**{key: contiguous(x) for key, x in inputs.items()}))]
+        self.dtypes = [output.dtype for output in plain[0]]
+        self.plain = [max(largest(output - truth) for output in both) for *both, truth in zip(*plain, self.truth)]
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """The samples that are checked."""
+        rows = x.index_select(0, self.samples)
+        return rows.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else rows
 
     def __call__(self, result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[float, str]:
         """The largest error, and what is wrong or ""."""
         errors, wrong = [], []
-        for output, truth, plain in zip(several(result), self.truth, self.plain):
-            if output.shape[1:] != truth.shape[1:] or output.dtype != plain.dtype:
-                return float("nan"), f"result is {output.dtype} {tuple(output.shape)}; expected {plain.dtype} (N, {tuple(truth.shape[1:])})"
-            error = largest(output.index_select(0, self.samples) - truth)
+        for output, truth, plain, dtype in zip(several(result), self.truth, self.plain, self.dtypes):
+            if output.shape[1:] != truth.shape[1:] or output.dtype != dtype:
+                return float("nan"), f"result is {output.dtype} {tuple(output.shape)}; expected {dtype} (N, {tuple(truth.shape[1:])})"
+            error = largest(self.select(output) - truth)
             ulp = torch.finfo(output.dtype).eps * max(1.0, largest(truth))
-            limit = min(2 * largest(plain - truth) + ulp, CAP_ULPS[output.dtype] * ulp)
+            limit = min(2 * plain + ulp, CAP_ULPS[output.dtype] * ulp)
             if not error <= limit:  # so that NaN is wrong
                 wrong.append(f"error {error:.3g} is above {limit:.3g}")
             errors.append(error)

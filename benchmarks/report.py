@@ -29,15 +29,26 @@ class Group:
         return self.quantile(provider, "50")
 
     def quantile(self, provider: str, percent: str) -> float:
-        """Microseconds; NaN for a provider that was not measured, or failed."""
-        return float(self.rows.get(provider, {}).get(f"y_value_{percent}") or "nan")
+        """Microseconds; NaN for a provider that was not measured, failed, or was disturbed."""
+        row = self.rows.get(provider, {})
+        return float(row[f"y_value_{percent}"]) if row.get("quiet") == "1" else math.nan
 
     def ratio(self, peer: str, provider: str) -> float:
         return self.time(peer) / self.time(provider)
 
     @property
+    def disturbed(self) -> int:
+        """How many of the times were taken while other processes had the CPUs."""
+        return sum(row["quiet"] == "0" for row in self.rows.values())
+
+    @property
     def beyond_cache(self) -> bool:
         return float(self.labels["x_value"]) > float(self.labels["llc_bytes"])
+
+    def of_copy(self, provider: str) -> float:
+        """Percent of the copy's rate; NaN where either has no time."""
+        known = not math.isnan(self.time(provider) + self.time("copy"))
+        return float(self.rows[provider]["percent_of_copy"]) if known else math.nan
 
     def __str__(self) -> str:
         labels = self.labels
@@ -80,9 +91,9 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
             yield from targets(times)
             yield from slower(times)
         yield from overheads([group for group in mine if group.labels["metric_name"] == "overhead"])
-        disturbed = sum(row["quiet"] == "0" for group in mine for row in group.rows.values())
-        if disturbed:
-            yield f"  {disturbed} of {sum(len(group.rows) for group in mine)} times were disturbed by other processes: measure those again"
+        if disturbed := sum(group.disturbed for group in mine):
+            every = sum(len(group.rows) for group in mine)
+            yield f"  {disturbed} of {every} times were disturbed by other processes and are left out: measure them again, with --again"
         failures = [(group, name, row) for group in mine for name, row in group.rows.items() if row["status"] != "ok"]
         for group, name, row in failures:
             yield f"  {name} {row['status']} ({group})"
@@ -122,7 +133,7 @@ def targets(times: Sequence[Group]) -> Iterator[str]:
         for (op, dtype, cache), mine in split(times, "kernel_name", "dtype", "cache").items():
             eager = [r for group in mine if not math.isnan(r := group.ratio("eager", name))]
             compiled = [r for group in mine if not math.isnan(r := group.ratio("compile", name))]
-            large = [group.rows[name] for group in mine if group.beyond_cache and not math.isnan(group.time(name))]
+            large = [share for group in mine if group.beyond_cache and not math.isnan(share := group.of_copy(name))]
             kept: list[tuple[str, bool]] = []
             if op == "group_norm_silu":
                 if eager:
@@ -130,8 +141,7 @@ def targets(times: Sequence[Group]) -> Iterator[str]:
                 if compiled:
                     kept.append(("never slower than compile", min(compiled) >= 1))
                 if large:
-                    share = median(float(row["percent_of_copy"]) for row in large)
-                    kept.append((f"{TARGET_OF_COPY:g} % of copy beyond the cache, the median", share >= TARGET_OF_COPY))
+                    kept.append((f"{TARGET_OF_COPY:g} % of copy beyond the cache, the median", median(large) >= TARGET_OF_COPY))
             if eager:
                 kept.append(("never slower than eager", min(eager) >= 1))
             if kept:
@@ -185,6 +195,7 @@ def plot(rows: Sequence[Text], target: Path) -> None:
         names.remove("reference")  # plain torch, as eager is
     if not names:
         raise ValueError("nothing was measured beside eager: measure with the peer eager first")
+    mine = [group for group in mine if any(not math.isnan(group.ratio("eager", name)) for name in names)]
     dtypes = list(dict.fromkeys(group.labels["dtype"] for group in mine))
     markers = {dtype: marker for dtype, marker in zip(dtypes, "osD")}
     panels = split(mine, "kernel_name")
@@ -195,10 +206,10 @@ def plot(rows: Sequence[Text], target: Path) -> None:
         for name in reversed(names):
             for dtype, marker in markers.items():
                 points = [(float(g.labels["x_value"]), g.ratio("eager", name)) for g in parts if g.labels["dtype"] == dtype]
-                face = "none" if dtype != dtypes[0] else COLOURS[name]
-                axis.plot(
-                    *zip(*points), marker, color=COLOURS[name], markerfacecolor=face, markersize=3.5, markeredgewidth=0.7, alpha=0.75
-                ) if points else None
+                points = [point for point in points if not math.isnan(point[1])]
+                face = COLOURS[name] if dtype == dtypes[0] else "none"
+                style = {"linestyle": "", "marker": marker, "markersize": 3.5, "markeredgewidth": 0.7, "alpha": 0.75}
+                axis.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[name], markerfacecolor=face, **style)
         axis.axhline(1, color="black", linewidth=0.8)
         cached = float(parts[0].labels["llc_bytes"])
         axis.set(xscale="log", yscale="log", title=op, xlabel="size of the tensor", ylabel="times as fast as eager")

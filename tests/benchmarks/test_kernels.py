@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,7 +53,9 @@ def measured(small, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def table(measured, tmp_path) -> Path:
-    return Path(shutil.copy(measured, tmp_path))
+    path = tmp_path / "kernels.csv"
+    common.write(path, [{**row, "quiet": "1"} for row in common.read(measured)])
+    return path
 
 
 def test_a_row_for_every_measurement(table, capsys):
@@ -150,6 +151,26 @@ def test_of_two_runs_the_later_counts(table):
     assert all(group.time("eager") == 7 for group in both)
     elsewhere = [{**row, "threads": "99"} for row in rows]
     assert len(report.groups(rows + elsewhere)) == 80
+
+
+def test_disturbed_times_are_left_out_and_measured_again(table, capsys):
+    rows = common.read(table)
+    first = next(row for row in rows if row["kernel_provider"] == "eager" and row["kernel_name"] == "bias_residual")
+    common.write(table, [{**row, "quiet": "0"} if row == first else dict(row) for row in rows])
+    kernels.main(["--summary", str(table)])
+    assert "1 of 160 times were disturbed" in capsys.readouterr().out
+    groups = report.groups(common.read(table))
+    assert sum(math.isnan(group.time("eager")) for group in groups) == 1
+    assert sum(math.isnan(group.of_copy("eager")) for group in groups) == 1
+    argv = [*COMMON, "--peers", "eager,eager_contiguous", "--batch", "1,3", "--dtypes", "fp32,bf16", "--again", "--csv", str(table)]
+    assert kernels.main(argv) == 0
+    added = common.read(table)[len(rows) :]
+    assert len(added) == 8  # one call, warm and cold
+    assert {row["kernel_name"] for row in added} == {"bias_residual"}
+    common.write(table, [{**row, "quiet": "1"} for row in common.read(table)])
+    capsys.readouterr()
+    assert kernels.main(argv) == 0
+    assert "Nothing is left to measure" in capsys.readouterr().out
 
 
 def test_rows_are_added_to_a_file_of_the_same_columns(table, tmp_path, capsys):
@@ -268,6 +289,7 @@ def test_plot_is_drawn_from_the_csv_alone(table, tmp_path):
         (["--peers", "jax"], "'jax' is unknown"),
         (["--plot", "out.png"], "--plot and --from go together"),
         (["--from", "in.csv"], "--plot and --from go together"),
+        (["--again"], "--again needs --csv"),
         (["--summary", "missing.csv"], "missing.csv"),
         (["--backends", "triton"], "--backends triton cannot run group_norm_silu here"),
         (["--csv", "/dev/null/kernels.csv"], "/dev/null"),
