@@ -196,12 +196,12 @@ def plot(rows: Sequence[Text], target: Path) -> None:
     if not names:
         raise ValueError("nothing was measured beside eager: measure with the peer eager first")
     mine = [group for group in mine if any(not math.isnan(group.ratio("eager", name)) for name in names)]
-    dtypes = list(dict.fromkeys(group.labels["dtype"] for group in mine))
+    dtypes = sorted({group.labels["dtype"] for group in mine}, reverse=True)  # fp32 first
     markers = {dtype: marker for dtype, marker in zip(dtypes, "osD")}
     panels = split(mine, "kernel_name")
     columns = min(2, len(panels))
     figure = Figure(figsize=(1 + 4.6 * columns, 1.2 + 3.1 * math.ceil(len(panels) / columns)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat
+    axes = list(figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, sharex=True).flat)
     for axis, ((op,), parts) in zip(axes, panels.items()):
         for name in reversed(names):
             for dtype, marker in markers.items():
@@ -212,19 +212,26 @@ def plot(rows: Sequence[Text], target: Path) -> None:
                 axis.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[name], markerfacecolor=face, **style)
         axis.axhline(1, color="black", linewidth=0.8)
         cached = float(parts[0].labels["llc_bytes"])
-        axis.set(xscale="log", yscale="log", title=op, xlabel="size of the tensor", ylabel="times as fast as eager")
+        axis.set(xscale="log", yscale="log", xlabel="size of the tensor", ylabel="times as fast as eager")
+        axis.xaxis.set_tick_params(labelbottom=True)
+        ours = [name for name in names if name in BACKENDS]
+        medians = [(name, [r for g in parts if not math.isnan(r := g.ratio("eager", name))]) for name in ours]
+        axis.set_title(op + "".join(f", {name} {median(ratios):.1f}× at the median" for name, ratios in medians if ratios), fontsize=10)
         if axis.get_xlim()[0] < cached < axis.get_xlim()[1]:
             axis.axvline(cached, color="grey", linewidth=0.8, linestyle=":")
             axis.text(cached, 0.98, " beyond\n the cache", transform=axis.get_xaxis_transform(), va="top", fontsize=7, color="grey")
         low, high = axis.get_ylim()
-        ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= t <= high]
+        fine = high < 300 * low
+        ticks = [
+            t for t in ((0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if fine else (1e-3, 0.01, 0.1, 1, 10, 100)) if low <= t <= high
+        ]
         axis.yaxis.set_ticks(ticks, labels=[f"{t:g}×" for t in ticks])
         axis.yaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_locator(LogLocator(10))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size(x)))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(color="0.92")
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     gpu, device, threads, torch = machine
     where = gpu or f"{device}, {threads} thread{'s' if threads != '1' else ''}"

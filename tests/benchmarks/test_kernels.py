@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ SMALL: dict[str, dict[shapes.Call, int]] = {
         shapes.CoalesceStep(3, size=4, mode="unit"): 1,
     }
 }
-COMMON = ["--backends", "reference", "--shapes", "m", "--budget", "0.001"]
+COMMON = ["--backends", "reference", "--shapes", "m", "--budget", "0.001", "--allocator", "system"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -258,7 +259,7 @@ def test_compile_is_a_peer_with_seconds_of_its_own(monkeypatch, tmp_path):
 
 def test_overhead(tmp_path, capsys):
     path = tmp_path / "overhead.csv"
-    argv = ["--overhead", "--backends", "reference", "--peers", "eager", "--dtypes", "fp32", "--budget", "0.001", "--csv", str(path)]
+    argv = [*COMMON, "--overhead", "--peers", "eager", "--dtypes", "fp32", "--csv", str(path)]
     assert kernels.main(argv) == 0
     rows = common.read(path)
     assert {row["metric_name"] for row in rows} == {"overhead"}
@@ -371,6 +372,26 @@ def test_needs_no_diffusers():
         [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    code = """
+import resource, sys, torch
+from benchmarks import timing
+assert timing.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults() < 1000)  # 32768 pages, were they new
+"""
+    folder = str(Path(benchmarks.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){code}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
 
 
 def test_every_runnable_backend_is_measured():
