@@ -123,9 +123,7 @@ def parser() -> Parser:
     top.add_argument("--quick", action="store_true", help="few calls, briefly: to see it run, not to compare")
     top.add_argument("--overhead", action="store_true", help="measure instead what a call costs on 1x8x2x2")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
-    top.add_argument(
-        "--again", action="store_true", help="measure only what the file of --csv lacks, or has with times that were disturbed"
-    )
+    top.add_argument("--again", action="store_true", help="measure only what the file of --csv lacks, or has wrong or disturbed")
     top.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
     top.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
     top.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
@@ -194,7 +192,7 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     grid = list(cells(args))
     if args.again and args.csv.exists():
-        done = finished(args.csv, caches, common)
+        done = finished(args.csv, caches, common, columns)
         grid = [cell for cell in grid if key_of(cell) not in done]
     if "compile" in args.peers:
         compiled(torch.neg, device)(torch.ones(1, device=device))  # the compiler's own start is no call's time
@@ -206,9 +204,8 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
             rows += new
             if args.csv is not None:
                 append(args.csv, [{key: row[key] for key in COLUMNS} for row in new], COLUMNS)
-        for name, provider in providers.items():
-            if provider.failure:
-                tqdm.write(f"FAIL {cell} {name}: {provider.failure}", file=sys.stderr)
+        for failure in [f"FAIL {cell} {name}: {provider.failure}" for name, provider in providers.items() if provider.failure]:
+            tqdm.write(failure, file=sys.stderr)
         del providers
         gc.collect()  # compiled functions are in cycles, and hold on to tensors
     return rows
@@ -235,16 +232,19 @@ def key_of(cell: Cell) -> tuple[str, ...]:
     return cell.call.op, cell.network, str(cell.call), str(cell.batch), cell.dtype
 
 
-def finished(path: Path, caches: Sequence[str], common: Row) -> set[tuple[str, ...]]:
-    """Cells that the file has, on this machine with as many threads, in all these states of the caches and without a disturbed time."""
+def finished(path: Path, caches: Sequence[str], common: Row, columns: Sequence[str]) -> set[tuple[str, ...]]:
+    """Cells that the file has, on this machine with as many threads, in all these states of the caches, with a right result and an
+    undisturbed time of all these providers that can run here."""
     here = [str(common[name]) for name in report.MACHINE]
-    quiet: Counter[tuple[str, ...]] = Counter()
+    wanted = {op: {name for name in columns if name not in BACKENDS or ops.backends(op)[name][0]} for op in peers.EAGER}
+    count: Counter[tuple[str, ...]] = Counter()
     for group in report.groups(read(path)) if path.stat().st_size else []:
         labels = group.labels
-        if [labels[name] for name in report.MACHINE] == here and labels["cache"] in caches and not group.disturbed:
+        times = {name for name, row in group.rows.items() if row["quiet"] == "1"}
+        if [labels[name] for name in report.MACHINE] == here and labels["cache"] in caches and times >= wanted[labels["kernel_name"]]:
             call = json.loads(labels["extra_benchmark_config_str"])["call"]
-            quiet[labels["kernel_name"], labels["shapes"], call, labels["batch"], labels["dtype"]] += 1
-    return {cell for cell, count in quiet.items() if count == len(caches)}
+            count[labels["kernel_name"], labels["shapes"], call, labels["batch"], labels["dtype"]] += 1
+    return {cell for cell, times in count.items() if times == len(caches)}
 
 
 def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[str, Provider]:

@@ -184,8 +184,8 @@ def last_level_cache() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed, as torch does on a GPU: else every result above its threshold is new pages from the system, whose
-    faults can cost ten times a copy, and depend on what was freed before. Returns whether it could be done."""
+    """Have glibc keep what is freed, as torch does on a GPU: else every large result is new pages from the system, whose faults can cost
+    ten times a copy. After a call or two most results then lie in known pages. Returns whether it could be done."""
     if not sys.platform.startswith("linux"):
         return False
     m_trim_threshold, m_mmap_max = -1, -4

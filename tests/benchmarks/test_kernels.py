@@ -172,6 +172,11 @@ def test_disturbed_times_are_left_out_and_measured_again(table, capsys):
     capsys.readouterr()
     assert kernels.main(argv) == 0
     assert "Nothing is left to measure" in capsys.readouterr().out
+    rows = common.read(table)
+    without = [dict(row) for row in rows if row["kernel_name"] != "dual_head" or row["kernel_provider"] != "eager"]
+    common.write(table, without)
+    assert kernels.main([*argv, "--op", "dual_head", "coalesce_step"]) == 0
+    assert len(common.read(table)) - len(without) == 2 * 2 * 2 * 4  # batches, dtypes, states of the caches, providers
 
 
 def test_rows_are_added_to_a_file_of_the_same_columns(table, tmp_path, capsys):
@@ -382,10 +387,9 @@ from benchmarks import timing
 assert timing.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**25)
+    torch.ones(2**21)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults() < 1000)  # 32768 pages, were they new
+print(sum(faults() < 100 for _ in range(40)) >= 20)  # 2048 pages, were they new
 """
     folder = str(Path(benchmarks.__file__).parents[1])
     done = subprocess.run(
