@@ -10,8 +10,6 @@ from the CSV alone.
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from coalescer_fast.cli import check_writable, cpu_name, step_counts
+from coalescer_fast.cli import check_writable, step_counts
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import (
     FirstStep,
     RealPictures,
-    Row,
     Sampler,
     coalescer_sampler,
     exclusions,
@@ -34,6 +31,8 @@ from coalescer_fast.training.evaluation import (
     quiet,
 )
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
+
+from .common import Row, environment, read, write
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 FLOW_MATCHING_GUIDANCE = (1.0, 1.5)
@@ -121,25 +120,6 @@ def flow_matching_sampler(pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps
         return euler(flow, noise, description, steps, guidance_scale)
 
     return sample
-
-
-def environment() -> Row:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions: Row = {"torch": str(torch.__version__), "python": platform.python_version()}
-    return {**versions, "cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(key for row in rows for key in row)
-        table = csv.DictWriter(file, list(columns), lineterminator="\n")
-        table.writeheader()
-        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 PANELS = {"fd_name": "name alone", "fd_name_style": "name and style"}

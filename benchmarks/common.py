@@ -1,0 +1,62 @@
+"""What the benchmarks share: their rows, the environment that those were measured in, CSV files, and how a user's mistake is said."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from coalescer_fast.cli import cpu_name
+
+Row = dict[str, float | int | str]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def environment() -> Row:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions: Row = {"torch": str(torch.__version__), "python": platform.python_version()}
+    return {**versions, "cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def text(row: Row) -> dict[str, str | int]:
+    """The row as a CSV file holds it: numbers to six digits."""
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """A file of these rows; its columns are all that occur."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        table.writeheader()
+        table.writerows(text(row) for row in rows)
+
+
+def append(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Add rows to a file of these columns, made if there is none. Raises ValueError if the file has other columns."""
+    new = not path.exists() or not path.stat().st_size
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            if next(csv.reader(file), []) != list(columns):
+                raise ValueError(f"{path} has other columns than this benchmark writes: name another file, or remove it")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerows(text(row) for row in rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,196 @@
+"""Seconds a call, of several functions side by side: on the CPU by the clock, on a GPU by events.
+
+A timer makes of a function another one, which measures it once: ``warm`` on caches that the function itself has just filled, ``cold`` on
+caches filled with something else. `interleave` takes such measurements in turn, so that whatever disturbs the machine disturbs all alike,
+and sets aside those during which a thread of this process had to wait for a CPU: with OpenMP, one thread that waits holds up all, for
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Function = Callable[[], object]
+
+SAMPLE_SECONDS = 200e-6  # shortest stretch to time: the clock and the loop are below a hundredth of it
+LONG_SECONDS = 5e-3  # a call of this length has no use for caches filled beforehand
+ROUNDS = (5, 200)  # at least and at most
+PATIENCE = 4  # budgets to spend where most measurements are disturbed
+DISTURBED = 0.02  # share of a measurement that was spent waiting for a CPU
+DEFAULT_CACHE = 32 * 2**20
+
+
+@dataclass
+class Measurement:
+    """seconds: a call; quiet: whether nothing else had the CPUs meanwhile, as far as the system says."""
+
+    seconds: float
+    quiet: bool = True
+
+
+Sample = Callable[[], Measurement]
+
+
+class CpuTimer:
+    """By the clock, which ``synchronize`` makes wait for a GPU: then it is what calls cost on the host."""
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None):
+        self.synchronize = synchronize
+        self.cache_bytes = last_level_cache()
+        self.evictor = torch.empty(0)
+
+    def measure(self, function: Function, calls: int, fill: bool = False) -> Measurement:
+        """fill: call it once before the clock starts."""
+        waited = seconds_waited()
+        if fill:
+            function()
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        self.synchronize()
+        seconds = time.perf_counter() - start
+        return Measurement(seconds / calls, seconds_waited() - waited <= DISTURBED * seconds)
+
+    def warm(self, function: Function) -> Sample:
+        once = math.inf
+        for n in range(4):  # the shortest: a disturbed one would say that a short call is long
+            once = min(once, self.measure(function, 1).seconds)
+            if n and once > LONG_SECONDS:
+                break
+        calls, fill = calls_for(once), once < LONG_SECONDS
+        return lambda: self.measure(function, calls, fill)
+
+    def cold(self, function: Function) -> Sample:
+        if not self.evictor.numel():
+            self.evictor = torch.ones(2 * self.cache_bytes // 4 + 2**20)
+
+        def sample() -> Measurement:
+            self.evictor.sum()  # reads only: dirty lines would be written back at the function's expense
+            return self.measure(function, 1)
+
+        return sample
+
+
+class CudaTimer:
+    """By CUDA events around the replay of a CUDA graph, so that launches from the host are not in the time. Not yet run on a GPU."""
+
+    def __init__(self) -> None:
+        self.cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.evictor = torch.empty(2 * self.cache_bytes, dtype=torch.int8, device="cuda")
+
+    def capture(self, function: Function, calls: int) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is done once, such as workspaces, is not for the graph
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                function()
+        return graph
+
+    def measure(self, graph: torch.cuda.CUDAGraph, calls: int) -> Measurement:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return Measurement(start.elapsed_time(end) / 1e3 / calls)
+
+    def warm(self, function: Function) -> Sample:
+        graph = self.capture(function, 1)
+        self.measure(graph, 1)
+        calls = calls_for(self.measure(graph, 1).seconds)
+        graph = self.capture(function, calls)
+
+        def sample() -> Measurement:
+            graph.replay()
+            return self.measure(graph, calls)
+
+        return sample
+
+    def cold(self, function: Function) -> Sample:
+        graph = self.capture(function, 1)
+
+        def sample() -> Measurement:
+            self.evictor.zero_()
+            return self.measure(graph, 1)
+
+        return sample
+
+
+def calls_for(seconds: float) -> int:
+    return max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+
+
+def interleave(samples: dict[str, Sample], budget: float) -> dict[str, list[Measurement]]:
+    """Measurements in turn, each round beginning with another, for ``budget`` seconds, longer as long as few are quiet. Of a function
+    with enough quiet ones, only those are given back; else all."""
+    names, taken = list(samples), {name: list[Measurement]() for name in samples}
+    least, most = ROUNDS
+    start = time.perf_counter()
+    for n in range(most):
+        spent = time.perf_counter() - start
+        enough = all(sum(m.quiet for m in mine) >= least for mine in taken.values())
+        if n >= least and spent > (budget if enough else PATIENCE * budget):
+            break
+        first = n % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(samples[name]())
+    quiet = {name: [m for m in mine if m.quiet] for name, mine in taken.items()}
+    return {name: quiet[name] if len(quiet[name]) >= least else mine for name, mine in taken.items()}
+
+
+def seconds_waited() -> float:
+    """How long the threads of this process have been ready to run without a CPU so far; 0 where the system does not say."""
+    waited = 0
+    try:
+        for thread in os.scandir("/proc/self/task"):
+            with open(f"{thread.path}/schedstat", "rb") as file:
+                waited += int(file.read().split()[1])
+    except OSError:  # not Linux, or a thread that has just ended
+        pass
+    return waited * 1e-9
+
+
+def quantiles(taken: list[Measurement]) -> tuple[float, float, float]:
+    """The 50, 20 and 80 % quantiles of the seconds."""
+    median, low, high = (
+        torch.tensor([m.seconds for m in taken], dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    )
+    return median, low, high
+
+
+def last_level_cache() -> int:
+    """Bytes of the first CPU's largest cache, 32 MiB where nothing says."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        if match := re.fullmatch(r"(\d+)([KM])", path.read_text("utf-8").strip()):
+            sizes.append(int(match[1]) * {"K": 2**10, "M": 2**20}[match[2]])
+    return max(sizes, default=DEFAULT_CACHE)
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, as torch does on a GPU: else every large result is new pages from the system, whose faults can cost
+    ten times a copy. After a call or two most results then lie in known pages. Returns whether it could be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
