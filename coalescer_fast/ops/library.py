@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -100,6 +100,10 @@ def function(name: str) -> Callable[[bytes], None]:
     return call
 
 
+@overload
+def vector(v: torch.Tensor) -> tuple[torch.Tensor, int, int]: ...
+@overload
+def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]: ...
 def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """A one-dimensional parameter as the library takes it: what must be kept until the call, its address, its dtype's code."""
     if v is None:
