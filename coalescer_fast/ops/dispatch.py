@@ -80,6 +80,9 @@ _ops: dict[str, Op] = {}
 _library = torch.library.Library("coalescer_fast", "DEF")
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _logged: set[str] = set()
+# By op, backend, signature and scalars: what runs a call that was checked once, given the same arguments but the backend.
+launchers: dict[Any, Callable[..., Any]] = {}
+MOST_LAUNCHERS = 4096
 _thread = threading.local()
 _PLAIN = (Tensor, torch.nn.Parameter)
 _SCALARS = frozenset({type(None), bool, int, float, str})
@@ -108,15 +111,38 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     _ops[name] = Op(function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__)
 
 
-def run(name: str, backend: str, *args: Any) -> Any:
-    """Run the op on the backend; ``args`` are checked, and in the schema's order."""
-    if (
+def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All that a launcher may depend on of tensors but their addresses."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
+def eager(x: Tensor) -> bool:
+    """Whether a call on x is plain and needs no gradient: nobody traces, compiles or watches it. Only then may `launchers` be used."""
+    return (
+        type(x) in _PLAIN
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
+    )
+
+
+def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
+    """Run the op on the backend; ``args`` are checked, and in the schema's order. If ``key`` is given, the call is `eager`, and a backend
+    that can prepare a launcher for calls of this key leaves it in `launchers`."""
+    if key is not None or (
         type(args[0]) in _PLAIN
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._get_tracing_state()
     ):
-        return _choose(name, backend, args)(*args)
+        function = _choose(name, backend, args)
+        prepare = getattr(function, "prepare", None)
+        if key is not None and prepare is not None and (launcher := prepare(*args)) is not None:
+            if len(launchers) >= MOST_LAUNCHERS:
+                launchers.clear()
+            launchers[key] = launcher
+        return function(*args)
     known(name, backend)
     if backend == "reference" or (backend == "auto" and _needs_grad(args)):
         return _ops[name].reference(*args)  # a compiler looks into it
@@ -196,3 +222,4 @@ def forget() -> None:
     """Choose anew, and log anew, from the next calls on: after a change of the environment."""
     _chosen.clear()
     _logged.clear()
+    launchers.clear()

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -100,22 +100,36 @@ def function(name: str) -> Callable[[bytes], None]:
     return call
 
 
-@overload
-def vector(v: torch.Tensor) -> tuple[torch.Tensor, int, int]: ...
-@overload
-def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]: ...
-def vector(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
-    """A one-dimensional parameter as the library takes it: what must be kept until the call, its address, its dtype's code."""
-    if v is None:
-        return None, 0, 0
-    v = v.contiguous()
-    return v, v.data_ptr(), DTYPES[v.dtype]
+Arrange = Callable[..., tuple[Any, ...]]
+Prepare = Callable[..., Callable[..., Any]]
 
 
-def rows(v: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int, int]:
-    """A matrix with contiguous rows: as `vector`, and the elements from row to row."""
-    if v is None:
-        return None, 0, 0, 0
-    if v.stride(1) != 1:
-        v = v.contiguous()
-    return v, v.data_ptr(), DTYPES[v.dtype], v.stride(0)
+def implementation(arrange: Arrange, prepare: Prepare) -> Callable[..., Any]:
+    """An op's function made of two: ``arrange`` gives the arguments with the memory layout that the library takes, tensors that have it
+    being themselves; ``prepare`` gives a launcher for such arguments and all others with their `dispatch.signature` and scalars."""
+
+    def run(*args: Any) -> Any:
+        arranged = arrange(*args)
+        return prepare(*arranged)(*arranged)
+
+    def prepare_if_arranged(*args: Any) -> Callable[..., Any] | None:
+        arranged = arrange(*args)
+        return prepare(*args) if all(one is other for one, other in zip(args, arranged)) else None
+
+    run.prepare = prepare_if_arranged  # type: ignore[attr-defined]
+    return run
+
+
+def dtype(x: torch.Tensor | None) -> int:
+    """The code of the tensor's dtype in the interface."""
+    return 0 if x is None else DTYPES[x.dtype]
+
+
+def vector(v: torch.Tensor | None) -> torch.Tensor | None:
+    """A one-dimensional parameter as the library takes it."""
+    return None if v is None else v.contiguous()
+
+
+def rows(v: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix as the library takes it: whatever is between its rows, each is contiguous."""
+    return v if v is None or v.stride(1) == 1 else v.contiguous()

@@ -66,8 +66,8 @@ def check(backend: str, h: torch.Tensor, heads: tuple[torch.Tensor, ...], sample
     wide = torch.promote_types(h.dtype, torch.float32)
     assert direction.dtype == (h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype))
     assert distance.dtype == wide
-    # the sum of 9 C products rounds by its terms, not by its result
-    assert_accurate("direction", direction, plain_direction, truth_direction, h.dtype, size)
+    # the sum of 9 C products rounds by its terms, not by its result, and 9 C times, at random: torch begins some with the bias
+    assert_accurate("direction", direction, plain_direction, truth_direction, h.dtype, size * max(1.0, (9 * h.shape[1]) ** 0.5 / 4))
     terms = (exact(h).mean((2, 3)) * exact(heads[2]).reshape(-1)).astype(float)
     size = float(np.abs(terms).sum(1).max(initial=1)) * float(truth_distance.max(initial=1))
     condition = float(np.abs(exact(h)).max(initial=0)) * statistics_eps(wide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import register, run
+from ..dispatch import eager, launchers, register, run, signature
 
 
 def group_norm_silu(
@@ -45,6 +45,13 @@ def group_norm_silu(
 
     Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
+    key = (
+        ("group_norm_silu", backend, num_groups, eps, activation, signature(x, weight, bias, scale, shift, skip, pre_bias))
+        if eager(x)
+        else None
+    )
+    if key in launchers:
+        return launchers[key](x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
     checks.floating("x", x)
     n, channels, *spatial = x.shape
     if not 1 <= len(spatial) <= 3:
@@ -68,7 +75,7 @@ def group_norm_silu(
     checks.tensor("scale", scale, per_sample, device)
     checks.tensor("shift", shift, per_sample, device)
     checks.choice("activation", activation, ("silu", None))
-    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation, key=key)
 
 
 def _fake(x: torch.Tensor, *args: object, skip: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import layout, library
 
@@ -13,60 +16,81 @@ _pack = struct.Struct("24qd").pack  # cf_group_norm_silu_args
 _call = library.function("cf_cpu_group_norm_silu")
 
 
-def group_norm_silu(
-    x: torch.Tensor,
+def arrange(
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    pre_bias: torch.Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+    pre_bias: Tensor | None,
     activation: str | None,
-) -> torch.Tensor:
+) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(x)
+    x, skip = layout.arrange(x, channels_last), None if skip is None else layout.arrange(skip, channels_last)
+    weight, bias, pre_bias = (library.vector(v) for v in (weight, bias, pre_bias))
+    return x, num_groups, weight, bias, eps, library.rows(scale), library.rows(shift), skip, pre_bias, activation
+
+
+def prepare(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+    pre_bias: Tensor | None,
+    activation: str | None,
+) -> Callable[..., Tensor]:
     n, c1, *spatial = x.shape
-    x = layout.arrange(x, channels_last)
-    if skip is None:
-        c2, skip_data = 0, 0
-        y = torch.empty_like(x)
-    else:
-        c2, skip = skip.shape[1], layout.arrange(skip, channels_last)
-        skip_data = skip.data_ptr()
-        y = layout.empty(x, c1 + c2, x.dtype)
-    weight, weight_data, weight_dtype = library.vector(weight)
-    bias, bias_data, bias_dtype = library.vector(bias)
-    pre_bias, pre_bias_data, pre_bias_dtype = library.vector(pre_bias)
-    scale, scale_data, scale_dtype, scale_stride = library.rows(scale)
-    shift, shift_data, shift_dtype, shift_stride = library.rows(shift)
-    _call(
-        _pack(
-            x.data_ptr(),
-            skip_data,
-            y.data_ptr(),
-            library.DTYPES[x.dtype],
-            channels_last,
-            n,
-            c1,
-            c2,
-            math.prod(spatial),
-            num_groups,
-            activation == "silu",
-            weight_data,
-            weight_dtype,
-            bias_data,
-            bias_dtype,
-            pre_bias_data,
-            pre_bias_dtype,
-            scale_data,
-            scale_dtype,
-            scale_stride,
-            shift_data,
-            shift_dtype,
-            shift_stride,
-            torch.get_num_threads(),
-            eps,
+    c2 = 0 if skip is None else skip.shape[1]
+    channels_last = layout.is_channels_last(x)
+    shape = library.DTYPES[x.dtype], channels_last, n, c1, c2, math.prod(spatial), num_groups, activation == "silu"
+    weight_dtype, bias_dtype, pre_bias_dtype, scale_dtype, shift_dtype = map(library.dtype, (weight, bias, pre_bias, scale, shift))
+    scale_stride, shift_stride = (0 if v is None else v.stride(0) for v in (scale, shift))
+
+    def launch(
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        skip: Tensor | None,
+        pre_bias: Tensor | None,
+        activation: str | None,
+    ) -> Tensor:
+        y = torch.empty_like(x) if skip is None else layout.empty(x, c1 + c2, x.dtype)
+        _call(
+            _pack(
+                x.data_ptr(),
+                0 if skip is None else skip.data_ptr(),
+                y.data_ptr(),
+                *shape,
+                0 if weight is None else weight.data_ptr(),
+                weight_dtype,
+                0 if bias is None else bias.data_ptr(),
+                bias_dtype,
+                0 if pre_bias is None else pre_bias.data_ptr(),
+                pre_bias_dtype,
+                0 if scale is None else scale.data_ptr(),
+                scale_dtype,
+                scale_stride,
+                0 if shift is None else shift.data_ptr(),
+                shift_dtype,
+                shift_stride,
+                torch.get_num_threads(),
+                eps,
+            )
         )
-    )
-    return y
+        return y
+
+    return launch
+
+
+group_norm_silu = library.implementation(arrange, prepare)

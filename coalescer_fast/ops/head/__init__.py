@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import register, run
+from ..dispatch import eager, launchers, register, run, signature
 
 
 def dual_head(
@@ -37,6 +37,13 @@ def dual_head(
 
     Raises: ValueError for other shapes or devices, one of sample and anchor alone, and a backend that cannot run the call.
     """
+    key = (
+        ("dual_head", backend, signature(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor))
+        if eager(h)
+        else None
+    )
+    if key in launchers:
+        return launchers[key](h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
     checks.floating("h", h)
     if h.ndim != 4:
         raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")
@@ -52,7 +59,7 @@ def dual_head(
         raise ValueError(f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither")
     checks.tensor("sample", sample, (n, latent, height, width), device)
     checks.tensor("anchor", anchor, (n, latent, height, width), device)
-    return run("dual_head", backend, h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+    return run("dual_head", backend, h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor, key=key)
 
 
 def direction_dtype(h: torch.Tensor, sample: torch.Tensor | None) -> torch.dtype:

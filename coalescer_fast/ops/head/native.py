@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import layout, library
 from . import direction_dtype
@@ -13,51 +16,91 @@ _pack = struct.Struct("35q").pack  # cf_dual_head_args
 _call = library.function("cf_cpu_dual_head")
 
 
-def dual_head(
-    h: torch.Tensor,
-    direction_weight: torch.Tensor,
-    direction_bias: torch.Tensor,
-    distance_weight: torch.Tensor,
-    distance_bias: torch.Tensor,
-    sample: torch.Tensor | None,
-    anchor: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def arrange(
+    h: Tensor,
+    direction_weight: Tensor,
+    direction_bias: Tensor,
+    distance_weight: Tensor,
+    distance_bias: Tensor,
+    sample: Tensor | None,
+    anchor: Tensor | None,
+) -> tuple[Any, ...]:
+    """Features and taps with channels innermost; sample and anchor may have any strides."""
+    vectors = direction_bias.contiguous(), distance_weight.contiguous(), distance_bias.contiguous()
+    return _channels_innermost(h), _channels_innermost(direction_weight), *vectors, sample, anchor
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def prepare(
+    h: Tensor,
+    direction_weight: Tensor,
+    direction_bias: Tensor,
+    distance_weight: Tensor,
+    distance_bias: Tensor,
+    sample: Tensor | None,
+    anchor: Tensor | None,
+) -> Callable[..., tuple[Tensor, Tensor]]:
     n, channels, height, width = h.shape
     latent = direction_weight.shape[0]
-    direction = layout.empty(h, latent, direction_dtype(h, sample))
-    distance = torch.empty(n, dtype=torch.float32)
-    features = h.contiguous(memory_format=torch.channels_last)
-    taps = direction_weight.contiguous(memory_format=torch.channels_last)
-    direction_bias, direction_bias_data, direction_bias_dtype = library.vector(direction_bias)
-    distance_weight, distance_weight_data, distance_weight_dtype = library.vector(distance_weight)
-    distance_bias, distance_bias_data, distance_bias_dtype = library.vector(distance_bias)
-    _call(
-        _pack(
-            features.data_ptr(),
-            library.DTYPES[features.dtype],
-            n,
-            channels,
-            latent,
-            height,
-            width,
-            taps.data_ptr(),
-            library.DTYPES[taps.dtype],
-            direction_bias_data,
-            direction_bias_dtype,
-            distance_weight_data,
-            distance_weight_dtype,
-            distance_bias_data,
-            distance_bias_dtype,
-            *_strided(sample),
-            *_strided(anchor),
-            *_strided(direction),
-            distance.data_ptr(),
-            torch.get_num_threads(),
+    shape = library.dtype(h), n, channels, latent, height, width
+    dtypes = [library.dtype(v) for v in (direction_weight, direction_bias, distance_weight, distance_bias)]
+    sample_layout, anchor_layout = _layout(sample), _layout(anchor)
+    model = layout.empty(h, latent, direction_dtype(h, sample))
+    direction_layout = _layout(model)
+    result = dict(size=tuple(model.shape), stride=model.stride(), dtype=model.dtype)
+
+    def launch(
+        h: Tensor,
+        direction_weight: Tensor,
+        direction_bias: Tensor,
+        distance_weight: Tensor,
+        distance_bias: Tensor,
+        sample: Tensor | None,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        direction = torch.empty_strided(**result)
+        distance = torch.empty(n)
+        _call(
+            _pack(
+                h.data_ptr(),
+                *shape,
+                direction_weight.data_ptr(),
+                dtypes[0],
+                direction_bias.data_ptr(),
+                dtypes[1],
+                distance_weight.data_ptr(),
+                dtypes[2],
+                distance_bias.data_ptr(),
+                dtypes[3],
+                0 if sample is None else sample.data_ptr(),
+                *sample_layout,
+                0 if anchor is None else anchor.data_ptr(),
+                *anchor_layout,
+                direction.data_ptr(),
+                *direction_layout,
+                distance.data_ptr(),
+                torch.get_num_threads(),
+            )
         )
-    )
-    return direction, distance
+        return direction, distance
+
+    return launch
 
 
-def _strided(x: torch.Tensor | None) -> tuple[int, ...]:
-    """cf_tensor4"""
-    return (0,) * 6 if x is None else (x.data_ptr(), library.DTYPES[x.dtype], *x.stride())
+def _layout(x: Tensor | None) -> tuple[int, ...]:
+    """cf_tensor4 without the address."""
+    return (0,) * 5 if x is None else (library.DTYPES[x.dtype], *x.stride())
+
+
+_channels_innermost_head = library.implementation(arrange, prepare)
+
+
+def dual_head(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    direction, distance = _channels_innermost_head(h, *others)
+    return layout.arrange(direction, layout.is_channels_last(h)), distance
+
+
+dual_head.prepare = _channels_innermost_head.prepare  # type: ignore[attr-defined]

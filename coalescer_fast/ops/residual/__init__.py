@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import register, run
+from ..dispatch import eager, launchers, register, run, signature
 
 
 def bias_residual(
@@ -23,6 +23,9 @@ def bias_residual(
 
     Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call.
     """
+    key = ("bias_residual", backend, signature(x, bias, residual)) if eager(x) else None
+    if key in launchers:
+        return launchers[key](x, bias, residual)
     checks.floating("x", x)
     shape = x.shape
     if len(shape) < 2:
@@ -31,7 +34,7 @@ def bias_residual(
     checks.tensor("residual", residual, shape, x.device)
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual has dtype {residual.dtype}; expected x's, {x.dtype}")
-    return run("bias_residual", backend, x, bias, residual)
+    return run("bias_residual", backend, x, bias, residual, key=key)
 
 
 def _fake(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import layout, library
 
@@ -13,29 +16,24 @@ _pack = struct.Struct("11q").pack  # cf_bias_residual_args
 _call = library.function("cf_cpu_bias_residual")
 
 
-def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(x)
-    x = layout.arrange(x, channels_last)
-    residual_data = 0
-    if residual is not None:
-        residual = layout.arrange(residual, channels_last)
-        residual_data = residual.data_ptr()
-    y = torch.empty_like(x)
-    bias, bias_data, bias_dtype = library.vector(bias)
+    return layout.arrange(x, channels_last), library.vector(bias), None if residual is None else layout.arrange(residual, channels_last)
+
+
+def prepare(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable[..., Tensor]:
     n, c, *spatial = x.shape
-    _call(
-        _pack(
-            x.data_ptr(),
-            residual_data,
-            y.data_ptr(),
-            library.DTYPES[x.dtype],
-            channels_last,
-            n,
-            c,
-            math.prod(spatial),
-            bias_data,
-            bias_dtype,
-            torch.get_num_threads(),
-        )
-    )
-    return y
+    shape = library.DTYPES[x.dtype], layout.is_channels_last(x), n, c, math.prod(spatial)
+    bias_dtype = library.dtype(bias)
+
+    def launch(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = torch.empty_like(x)
+        residual_data = 0 if residual is None else residual.data_ptr()
+        bias_data = 0 if bias is None else bias.data_ptr()
+        _call(_pack(x.data_ptr(), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
+        return y
+
+    return launch
+
+
+bias_residual = library.implementation(arrange, prepare)

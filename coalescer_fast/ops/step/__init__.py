@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import register, run
+from ..dispatch import eager, launchers, register, run, signature
 
 
 def coalesce_step(
@@ -38,6 +38,9 @@ def coalesce_step(
 
     Raises: ValueError for other shapes, devices or values, and for a backend that cannot run the call.
     """
+    key = ("coalesce_step", backend, signature(sample, direction, distance), eta, mode, eps) if eager(sample) else None
+    if key in launchers:
+        return launchers[key](sample, direction, distance, eta, mode, eps)
     checks.floating("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
@@ -48,7 +51,7 @@ def coalesce_step(
     checks.choice("mode", mode, ("unit", "raw"))
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")
-    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps)
+    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps, key=key)
 
 
 def _fake(sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import layout, library
 
@@ -13,27 +16,38 @@ _pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
 _call = library.function("cf_cpu_coalesce_step")
 
 
-def coalesce_step(sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float) -> torch.Tensor:
+def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(sample)
-    sample, direction = layout.arrange(sample, channels_last), layout.arrange(direction, channels_last)
-    y = torch.empty_like(sample)
-    distance, distance_data, distance_dtype = library.vector(distance)
+    return layout.arrange(sample, channels_last), layout.arrange(direction, channels_last), distance.contiguous(), eta, mode, eps
+
+
+def prepare(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> Callable[..., Tensor]:
+    sample_dtype, direction_dtype, distance_dtype = (library.dtype(x) for x in (sample, direction, distance))
     n, *shape = sample.shape
-    _call(
-        _pack(
-            sample.data_ptr(),
-            library.DTYPES[sample.dtype],
-            direction.data_ptr(),
-            library.DTYPES[direction.dtype],
-            distance_data,
-            distance_dtype,
-            y.data_ptr(),
-            n,
-            math.prod(shape),
-            mode == "unit",
-            torch.get_num_threads(),
-            eta,
-            eps,
+    size, unit = math.prod(shape), mode == "unit"
+
+    def launch(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> Tensor:
+        y = torch.empty_like(sample)
+        _call(
+            _pack(
+                sample.data_ptr(),
+                sample_dtype,
+                direction.data_ptr(),
+                direction_dtype,
+                distance.data_ptr(),
+                distance_dtype,
+                y.data_ptr(),
+                n,
+                size,
+                unit,
+                torch.get_num_threads(),
+                eta,
+                eps,
+            )
         )
-    )
-    return y
+        return y
+
+    return launch
+
+
+coalesce_step = library.implementation(arrange, prepare)
