@@ -153,7 +153,7 @@ int dual_head_typed(const cf_dual_head_args& a) {
     int status = CF_OK;
     const int64_t row_values = a.cz * a.width;
     if (anchored)
-        parallel_for(a.n, a.n * row_values * a.height < 16384 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
+        parallel_for(a.n, a.n * row_values * a.height < 64 << 10 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
             float* offset = static_cast<float*>(scratch(1, 2 * static_cast<size_t>(row_values) * sizeof(float)));
             if (!offset) {
                 __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
@@ -171,7 +171,8 @@ int dual_head_typed(const cf_dual_head_args& a) {
     if (status != CF_OK) return status;
 
     const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
-    parallel_for(a.n * items, a.threads, [&](int64_t begin, int64_t end) {
+    const int64_t threads = a.n * a.height * a.width * taps < 512 << 10 ? 1 : a.threads;  // a second one costs as much
+    parallel_for(a.n * items, threads, [&](int64_t begin, int64_t end) {
         const size_t floats = 3 * row_size + static_cast<size_t>(outs * padded_width + 2 * row_values);
         float* ring = static_cast<float*>(scratch(1, floats * sizeof(float)));
         if (!ring) {

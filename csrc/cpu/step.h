@@ -32,8 +32,8 @@ float mean_square(const T* x, int64_t size) {
 
 template <class T, class D>
 int coalesce_step_typed(const cf_coalesce_step_args& a) {
-    const int64_t serial = 16 << 10;
-    parallel_for(a.n, a.n * a.size < serial ? 1 : a.threads, [&](int64_t begin, int64_t end) {
+    const int64_t threads = a.n * a.size < 64 << 10 ? 1 : a.threads;  // a second one costs as much
+    parallel_for(a.n, threads, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             const T* sample = static_cast<const T*>(a.sample) + n * a.size;
             const D* direction = static_cast<const D*>(a.direction) + n * a.size;

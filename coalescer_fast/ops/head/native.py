@@ -50,7 +50,7 @@ def prepare(
     sample_layout, anchor_layout = _layout(sample), _layout(anchor)
     model = layout.empty(h, latent, direction_dtype(h, sample))
     direction_layout = _layout(model)
-    result = dict(size=tuple(model.shape), stride=model.stride(), dtype=model.dtype)
+    size, strides, dtype = tuple(model.shape), model.stride(), model.dtype
 
     def launch(
         h: Tensor,
@@ -61,7 +61,7 @@ def prepare(
         sample: Tensor | None,
         anchor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        direction = torch.empty_strided(**result)
+        direction = torch.empty_strided(size, strides, dtype=dtype)
         distance = torch.empty(n)
         _call(
             _pack(
