@@ -15,6 +15,8 @@ configuration of `triton_configs.json`, one set of dtypes, layout and flags, on 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import re
@@ -22,13 +24,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from coalescer_fast.ops import triton_runtime
 
+FOLDERS = {"group_norm_silu": "group_norm", "dual_head": "head", "bias_residual": "residual", "coalesce_step": "step"}
 TARGETS = (80, 90, 100, 120)
 # what a program may have of shared memory, kilobytes (CUDA C++ Programming Guide, table of compute capabilities)
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}
@@ -41,43 +46,52 @@ STREAMS = {
     "heads_kernel": ("h", "direction_weight"),
 }
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+class Launch(NamedTuple):
+    """What an op would launch: the kernel, its arguments, its block sizes and the compiler's options, and their place in the table."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    key: tuple[str, str, str]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The options that are the kernel's own."""
+        return {name: value for name, value in self.options.items() if name in self.kernel.arg_names}
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
-    """The launches that ``call`` would make on a GPU with 132 multiprocessors: kernel, arguments, and block sizes and options."""
-    from coalescer_fast.ops.group_norm import triton as group_norm
-    from coalescer_fast.ops.head import triton as head
-    from coalescer_fast.ops.residual import triton as residual
-    from coalescer_fast.ops.step import triton as step
-
+    """The launches that ``call`` would make on a GPU with 132 multiprocessors."""
     launches: list[Launch] = []
+    key = ("", "", "")
+
+    def look_up(*place: str) -> dict[str, int]:
+        nonlocal key
+        key = place  # type: ignore[assignment]
+        return triton_runtime.configuration(*place)
 
     def note(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-        launches.append((kernel, args, options))
+        launches.append(Launch(kernel, args, options, key))
 
-    modules: tuple[Any, ...] = (group_norm, head, residual, step)
-    try:
-        for module in modules:
-            module.launch = note
-        group_norm.multiprocessors = lambda device: 132
+    with ExitStack() as stack:
+        for folder in FOLDERS.values():
+            stack.enter_context(mock.patch(f"coalescer_fast.ops.{folder}.triton.launch", note))
+            stack.enter_context(mock.patch(f"coalescer_fast.ops.{folder}.triton.configuration", look_up))
+        stack.enter_context(mock.patch("coalescer_fast.ops.group_norm.triton.multiprocessors", return_value=132))
         call()
-    finally:
-        for module in modules:
-            module.launch = triton_runtime.launch
-        group_norm.multiprocessors = triton_runtime.multiprocessors
     return launches
 
 
-def calls(dtype: torch.dtype, all_flags: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that between them reach every configuration, with the most demanding flags, or with every set of flags that a UNet uses."""
-    from coalescer_fast.ops.group_norm import triton as group_norm
-    from coalescer_fast.ops.head import triton as head
-    from coalescer_fast.ops.residual import triton as residual
-    from coalescer_fast.ops.step import triton as step
+def calls(dtype: torch.dtype, all_flags: bool = False, device: str = "meta") -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Calls that between them reach every configuration: what is called, the op, and its arguments but the backend, in canonical order.
+
+    With the most demanding flags, or with every set of flags that a UNet uses.
+    """
 
     def tensor(*shape: int, channels_last: bool = False, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).normal_()
 
     for layout in ("channels_last", "contiguous"):
         nhwc = layout == "channels_last"
@@ -98,34 +112,38 @@ def calls(dtype: torch.dtype, all_flags: bool) -> Iterator[tuple[str, Callable[[
                     "C groups": (one, c, *affine, 1e-5, None, None, None, None, "silu"),
                 }
             for name, args in flags.items():
-                yield f"{layout} {side}x{side} {name}", lambda args=args: group_norm.group_norm_silu(*args)
+                yield f"{layout} {side}x{side} {name}", "group_norm_silu", args
         x = tensor(2, 320, 64, 64, channels_last=nhwc)
-        yield layout, lambda x=x: residual.bias_residual(x, tensor(320), x)
+        yield layout, "bias_residual", (x, tensor(320), x)
         if all_flags:
-            yield f"{layout} residual", lambda x=x: residual.bias_residual(x, None, x)
-            yield f"{layout} bias", lambda x=x: residual.bias_residual(x, tensor(320), None)
+            yield f"{layout} residual", "bias_residual", (x, None, x)
+            yield f"{layout} bias", "bias_residual", (x, tensor(320), None)
         for side, channels, latent in ((8, 96, 16), (64, 320, 4)):
             h = tensor(2, channels, side, side, channels_last=nhwc)
             weights = (tensor(latent, channels, 3, 3, channels_last=True), tensor(latent), tensor(1, channels), tensor(1))
             point = tensor(2, latent, side, side, channels_last=nhwc, dtype=torch.float32)
-            yield f"{layout} {side}x{side} anchor", lambda h=h, w=weights, p=point: head.dual_head(h, *w, p, p)
+            yield f"{layout} {side}x{side} anchor", "dual_head", (h, *weights, point, point + 1)
             if all_flags:
-                yield f"{layout} {side}x{side}", lambda h=h, w=weights: head.dual_head(h, *w, None, None)
+                yield f"{layout} {side}x{side}", "dual_head", (h, *weights, None, None)
     for shape in ((4, 16, 8, 8), (4, 4, 32, 32), (4, 4, 64, 64)):
         r, direction, distance = tensor(*shape, dtype=torch.float32), tensor(*shape), tensor(4, dtype=torch.float32)
         for mode in ("unit", "raw") if all_flags else ("unit",):
-            name = f"{'x'.join(map(str, shape[1:]))} {mode}"
-            yield name, lambda a=(r, direction, distance), mode=mode: step.coalesce_step(*a, 1.0, mode, 1e-6)
+            yield f"{'x'.join(map(str, shape[1:]))} {mode}", "coalesce_step", (r, direction, distance, 1.0, mode, 1e-6)
 
 
-def specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def implementation(op: str, file: str = "triton") -> Callable[..., Any]:
+    """The op's function in that file of its folder."""
+    return getattr(importlib.import_module(f"coalescer_fast.ops.{FOLDERS[op]}.{file}"), op)
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes of the launch, as the just-in-time compiler derives them."""
     types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    values = dict(zip(kernel.arg_names, args)) | options
-    for parameter in kernel.params:
+    values = dict(zip(launch.kernel.arg_names, launch.args)) | launch.constants
+    for parameter in launch.kernel.params:
         name, value = parameter.name, values[parameter.name]
         free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and free):
@@ -149,11 +167,9 @@ def compile_launch(launch: Launch, target: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, args, options = launch
-    compiler = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    signature, constexprs, attrs = specialise(kernel, args, constants)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    signature, constexprs, attrs = specialise(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    compiler = {name: value for name, value in launch.options.items() if name not in launch.constants}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=compiler)
 
 
@@ -234,22 +250,23 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def row(launch: Launch, dtype: str, call: str, target: int) -> dict[str, Any]:
+    """Compile the launch and say what became of it."""
+    what = {"kernel": launch.kernel.__name__, "key": launch.key, "dtype": dtype, "call": call, "options": launch.options, "target": target}
+    result = what | inspect(compile_launch(launch, target))
+    return result | {"faults": faults(result)}
+
+
 def report(targets: tuple[int, ...], dtypes: tuple[str, ...], all_flags: bool = False) -> Iterator[dict[str, Any]]:
     """The rows, compiled one after another; what several calls launch alike is compiled once."""
     seen = set()
     for dtype in dtypes:
-        for name, call in calls(getattr(torch, dtype), all_flags):
-            for launch in record(call):
-                kernel, args, options = launch
-                constants = {k: v for k, v in options.items() if k in kernel.arg_names}
-                key = (kernel.__name__, str(specialise(kernel, args, constants)), str(options))
-                if key in seen:
-                    continue
-                seen.add(key)
-                for target in targets:
-                    row = {"kernel": kernel.__name__, "dtype": dtype, "call": name, "options": options, "target": target}
-                    row |= inspect(compile_launch(launch, target))
-                    yield row | {"faults": faults(row)}
+        for call, op, args in calls(getattr(torch, dtype), all_flags):
+            for launch in record(functools.partial(implementation(op), *args)):
+                key = (launch.kernel.__name__, str(specialise(launch)), str(launch.options))
+                if key not in seen:
+                    seen.add(key)
+                    yield from (row(launch, dtype, call, target) for target in targets)
 
 
 def main() -> int:
@@ -264,13 +281,13 @@ def main() -> int:
         return 2
     rows = []
     print(f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} {'load':>4} {'store':>5}  call")
-    for row in report(tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags):
-        rows.append(row)
-        cells = f"{row['kernel']:22} {row['target']:6} {row['dtype']:9} {row['shared']:6} {row['registers']:4} {row['spills']:6}"
-        print(f"{cells} {row['load']:4} {row['store']:5}  {row['call']}", *row["faults"], sep="  ! " if row["faults"] else "", flush=True)
+    for each in report(tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags):
+        rows.append(each)
+        cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} {each['registers']:4} {each['spills']:6}"
+        print(f"{cells} {each['load']:4} {each['store']:5}  {each['call']}", *each["faults"], sep="  ! ", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    return 1 if any(row["faults"] for row in rows) else 0
+    return 1 if any(each["faults"] for each in rows) else 0
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ BLOCK_W = 64
 
 
 @triton.jit
-def load_tile(
-    x, skip, n, row, r, c, spatial, channels1, channels2, CHANNELS_LAST: tl.constexpr, HAS_SKIP: tl.constexpr
-):
+def load_tile(x, skip, n, row, r, c, spatial, channels1, channels2, CHANNELS_LAST: tl.constexpr, HAS_SKIP: tl.constexpr):
     """cat([x, skip], 1)[n, c, row + r] in float32, 0 outside; r is (R, 1) and c (1, C)."""
     inside = (row + r < spatial) & (c < channels1)
     if CHANNELS_LAST:
@@ -184,7 +182,10 @@ def apply_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = act((x - high) * a + (b - low * a)) with the group's mean = high + low, a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift."""
+    """y = act((x - high) * a + (b - low * a)) with the group's mean = high + low, high being x at the group's first channel and position.
+
+    a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift.
+    """
     # backwards: what the statistics read last is still in the cache
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = program // channel_tiles % chunks
@@ -202,7 +203,7 @@ def apply_kernel(
     group_mean, variance = group_statistics(
         workspace, pre_bias, groups, begin, end, spatial, channels, channels_per_group, splits, rows_per_split, BLOCK_G, BLOCK_S, BLOCK_W
     )
-    rstd = tl.div_rn(tl.full([BLOCK_G], 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    rstd = tl.rsqrt(variance + eps)
 
     group = c // channels_per_group
     belongs = groups[:, None] == group[None, :]

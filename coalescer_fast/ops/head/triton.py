@@ -53,27 +53,24 @@ def heads_kernel(
         down, right = tap // 3 - 1, tap % 3 - 1
         inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
         known = start + k < channels
-        a = tl.load(
-            h + ((p + (down * width + right)) * channels)[:, None] + (start + k)[None, :], mask=inside[:, None] & known[None, :], other=0
-        )
-        b = tl.load(
-            direction_weight + (o * (9 * channels) + tap * channels)[None, :] + (start + k)[:, None],
-            mask=known[:, None] & (o < latent)[None, :],
-            other=0,
-        )
+        neighbour = (p + (down * width + right)) * channels
+        a = tl.load(h + neighbour[:, None] + (start + k)[None, :], mask=inside[:, None] & known[None, :], other=0)
+        filter = (o * 9 + tap) * channels
+        b = tl.load(direction_weight + filter[None, :] + (start + k)[:, None], mask=known[:, None] & (o < latent)[None, :], other=0)
         total = tl.dot(a, b, total, input_precision="ieee")
     total += tl.load(direction_bias + o, mask=o < latent, other=0).to(tl.float32)[None, :]
-    out = direction + n * latent * positions + o.to(tl.int64)[None, :] * channel_stride + ((first + p).to(tl.int64) * position_stride)[:, None]
-    tl.store(out, total.to(direction.dtype.element_ty), mask=(first + p < positions)[:, None] & (o < latent)[None, :])
+    exists = first + p < positions
+    out = o.to(tl.int64)[None, :] * channel_stride + ((first + p).to(tl.int64) * position_stride)[:, None]
+    direction += n * latent * positions
+    tl.store(direction + out, total.to(direction.dtype.element_ty), mask=exists[:, None] & (o < latent)[None, :])
 
     if channel_tile == 0:
         pooled = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
         for start in range(0, channels, BLOCK_K):
             known = start + k < channels
-            a = tl.load(
-                h + (p * channels)[:, None] + (start + k)[None, :], mask=(first + p < positions)[:, None] & known[None, :], other=0
-            )
-            pooled += a.to(tl.float32) * tl.load(distance_weight + start + k, mask=known, other=0).to(tl.float32)[None, :]
+            a = tl.load(h + (p * channels)[:, None] + (start + k)[None, :], mask=exists[:, None] & known[None, :], other=0)
+            b = tl.load(distance_weight + start + k, mask=known, other=0)
+            pooled += a.to(tl.float32) * b.to(tl.float32)[None, :]
         tl.store(partials + n * tiles + tile, tl.sum(pooled))
 
 
@@ -121,7 +118,10 @@ def finish_kernel(
     BLOCK: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """distance = softplus(sum(partials) / HW + b); with an anchor, direction = unanchored + (p - R) / max(|p - R|, 1e-6), distance *= |p - R|."""
+    """distance = softplus(sum(partials) / HW + b), of one sample.
+
+    With an anchor, direction = unanchored + (p - R) / max(|p - R|, 1e-6) and distance *= |p - R|.
+    """
     BLOCK_P: tl.constexpr = BLOCK // BLOCK_O
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)

@@ -14,7 +14,7 @@ from ..triton_runtime import configuration, launch
 def bias_residual_kernel(
     x, bias, residual, y, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """y = x + bias + residual on (rows, columns): rows are (n, position) and columns channels, or rows (n, channel) and columns positions."""
+    """y = x + bias + residual on (rows, columns): (n, position) and channels if CHANNELS_LAST, else (n, channel) and positions."""
     program = tl.program_id(0)
     row = (program // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = program % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -49,7 +49,5 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Te
     column_tiles = triton.cdiv(columns, options["BLOCK_C"])
     programs = triton.cdiv(rows, options["BLOCK_R"]) * column_tiles
     bias = None if bias is None else bias.contiguous()
-    launch(
-        bias_residual_kernel, programs, x.device, x, bias, residual, y, rows, columns, channels, column_tiles, channels_last, **options
-    )
+    launch(bias_residual_kernel, programs, x.device, x, bias, residual, y, rows, columns, channels, column_tiles, channels_last, **options)
     return y
