@@ -122,14 +122,14 @@ def sparse(tmp_path):
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("n", [0, 1])
 def test_tile_beyond_2_to_the_31_elements(sparse, channels_last, n):
-    spatial, channels = 2**27 + 16, 16
+    spatial, channels = 2**27 + 16, 24
     x = sparse(2, *(spatial, channels) if channels_last else (channels, spatial))
     if channels_last:
         x = x.transpose(1, 2)
     tile = randn(4, 4, dtype=torch.float16)
-    x[n, 12:, -4:] = tile.t()
+    x[n, 20:, -4:] = tile.t()
     out = torch.zeros(4, 4)
-    copy_tile[(1,)](x, out, n, spatial - 4, 12, spatial, channels, channels_last, 4)
+    copy_tile[(1,)](x, out, n, spatial - 4, 20, spatial, channels, channels_last, 4)
     assert torch.equal(out, tile.float())
 
 
