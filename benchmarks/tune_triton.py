@@ -1,6 +1,6 @@
 """Chooses the configurations of the Triton kernels and writes `coalescer_fast/ops/triton_configs.json`.
 
-    python -m benchmarks.tune_triton [--output FILE]
+    python -m benchmarks.tune_triton [--output FILE] [--kernel NAME]
 
 With a CUDA device it times every candidate of every class of sizes (results checked against the reference, L2 cache cleared) and keeps the
 fastest. Without one nothing is measured: it keeps the candidate that spills no register on any target and has the most bytes of its
@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,22 @@ def rows(*candidates: tuple[int, int]) -> list[dict[str, int]]:
     return [{"BLOCK": b, "num_warps": w} for b, w in candidates]
 
 
+# Left out is what spills a register or two under one of Triton 3.5, 3.6 and 3.7, whose assemblers differ.
 CANDIDATES: dict[Key, list[dict[str, int]]] = {
     ("bias_residual", "channels_last", "any"): tiles((32, 64, 4), (64, 64, 4), (64, 64, 8)),
     ("bias_residual", "contiguous", "any"): tiles((32, 64, 4), (64, 64, 4), (64, 64, 8)),
     ("coalesce_step", "any", "small"): rows((1024, 4), (1024, 8)),
     ("coalesce_step", "any", "medium"): rows((4096, 8), (4096, 16)),
-    ("coalesce_step", "any", "large"): rows((16384, 16), (16384, 32), (8192, 16)),
+    ("coalesce_step", "any", "large"): rows((8192, 16), (8192, 8)),
     ("dual_head.finish", "any", "any"): rows((1024, 4), (2048, 8)),
     ("dual_head.heads", "float32", "large"): products((64, 32, 4, 3), (32, 32, 4, 3), (64, 32, 8, 3)),
     ("dual_head.heads", "float32", "small"): products((32, 32, 2, 3), (16, 32, 2, 3), (32, 32, 4, 3)),
-    ("dual_head.heads", "half", "large"): products((64, 64, 4, 4), (128, 64, 4, 3), (64, 32, 4, 4)),
+    ("dual_head.heads", "half", "large"): products((32, 64, 4, 4), (32, 64, 4, 3)),
     ("dual_head.heads", "half", "small"): products((32, 32, 2, 4), (16, 32, 1, 4), (32, 64, 2, 4)),
     ("group_norm_silu.apply", "channels_last", "large"): tiles((64, 64, 8), (64, 64, 4), (32, 64, 4)),
     ("group_norm_silu.apply", "channels_last", "small"): tiles((32, 64, 4), (16, 64, 4), (32, 32, 4)),
     ("group_norm_silu.apply", "contiguous", "large"): tiles((256, 16, 8), (128, 16, 4), (128, 32, 8)),
-    ("group_norm_silu.apply", "contiguous", "small"): tiles((64, 32, 4), (64, 16, 4), (64, 64, 8)),
+    ("group_norm_silu.apply", "contiguous", "small"): tiles((64, 32, 8), (64, 64, 8)),
     ("group_norm_silu.statistics", "channels_last", "large"): tiles((64, 64, 8), (64, 64, 4), (128, 64, 8)),
     ("group_norm_silu.statistics", "channels_last", "small"): tiles((64, 64, 8), (64, 32, 4), (64, 64, 4)),
     ("group_norm_silu.statistics", "contiguous", "large"): tiles((256, 16, 8), (128, 16, 4), (256, 16, 4)),
@@ -131,15 +131,17 @@ def choose(key: Key, candidates: list[dict[str, int]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_triton", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=triton_runtime.CONFIGURATIONS)
-    output = parser.parse_args().output
-    table: dict[str, Any] = defaultdict(dict)
-    for key, candidates in CANDIDATES.items():
+    parser.add_argument("--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone")
+    arguments = parser.parse_args()
+    table = json.loads(triton_runtime.CONFIGURATIONS.read_text("utf-8")) if arguments.kernel else {}
+    chosen = {key: candidates for key, candidates in CANDIDATES.items() if arguments.kernel in (None, key[0])}
+    for key, candidates in chosen.items():
         use(key, candidates[0])
-    for key, candidates in CANDIDATES.items():
+    for key, candidates in chosen.items():
         entry = choose(key, candidates)
         put(table, key, entry)
         print(*key, entry, flush=True)
-    output.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", "utf-8")
+    arguments.output.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

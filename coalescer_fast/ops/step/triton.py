@@ -26,8 +26,8 @@ def coalesce_step_kernel(sample, direction, distance, moved, distance_stride, si
         for start in range(BLOCK, size, BLOCK):
             w = tl.load(direction + start + offset, mask=start + offset < size, other=0).to(tl.float32)
             squares += w * w
-        rms = tl.sqrt_rn(tl.div_rn(tl.sum(squares), size.to(tl.float32)))
-        length = tl.div_rn(length, tl.where(rms < eps, eps, rms))  # NaN is kept
+        rms = tl.sqrt(tl.sum(squares) / size)
+        length /= tl.where(rms < eps, eps, rms)  # NaN is kept
     tl.store(moved + offset, (r + length * v).to(moved.dtype.element_ty), mask=offset < size)
     for start in range(BLOCK, size, BLOCK):
         inside = start + offset < size
