@@ -63,6 +63,11 @@ def configuration(kernel: str, layout: str, size: str) -> dict[str, int]:
     return _table()[kernel][layout][size]["configuration"]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own, made for kernels too, takes 1.5 us."""
+    return -(-a // b)
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
     """Run ``kernel`` in ``programs`` programs on the device's current stream."""
     if programs:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..triton_runtime import configuration, launch, multiprocessors
+from ..triton_runtime import cdiv, configuration, launch, multiprocessors
 
 # more would make the second kernel's merge as long as its work
 MOST_SPLITS = 64
@@ -244,8 +244,8 @@ def apply_kernel(
 
 def parts(blocks: int, wanted: int) -> tuple[int, int]:
     """Cut ``blocks`` into at most ``wanted`` parts, none of them empty: how many, and how many blocks each but the last has."""
-    each = triton.cdiv(blocks, max(1, min(blocks, wanted)))
-    return triton.cdiv(blocks, each), each
+    each = cdiv(blocks, max(1, min(blocks, wanted)))
+    return cdiv(blocks, each), each
 
 
 def group_norm_silu(
@@ -278,8 +278,8 @@ def group_norm_silu(
     fill = 2 * multiprocessors(x.device)
 
     options = configuration("group_norm_silu.statistics", *kind)
-    channel_tiles = triton.cdiv(channels, options["BLOCK_C"])
-    splits, blocks = parts(triton.cdiv(spatial, options["BLOCK_R"]), min(MOST_SPLITS, triton.cdiv(fill, n * channel_tiles)))
+    channel_tiles = cdiv(channels, options["BLOCK_C"])
+    splits, blocks = parts(cdiv(spatial, options["BLOCK_R"]), min(MOST_SPLITS, cdiv(fill, n * channel_tiles)))
     rows_per_split = blocks * options["BLOCK_R"]
     workspace = torch.empty(n * (2 * splits + 1) * channels, dtype=torch.float32, device=x.device)
     launch(
@@ -302,8 +302,8 @@ def group_norm_silu(
 
     options = configuration("group_norm_silu.apply", *kind)
     block_c = options["BLOCK_C"]
-    channel_tiles = triton.cdiv(channels, block_c)
-    chunks, blocks = parts(triton.cdiv(spatial, options["BLOCK_R"]), triton.cdiv(fill, n * channel_tiles))
+    channel_tiles = cdiv(channels, block_c)
+    chunks, blocks = parts(cdiv(spatial, options["BLOCK_R"]), cdiv(fill, n * channel_tiles))
     # few values, for each is a compilation: of the groups that a tile touches, and of the splits
     block_g = 16 if (block_c - 2) // channels_per_group + 2 <= 16 else block_c
     block_s = 1 if splits == 1 else 8 if splits <= 8 else MOST_SPLITS

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..triton_runtime import configuration, launch
+from ..triton_runtime import cdiv, configuration, launch
 from . import direction_dtype
 
 
@@ -187,11 +187,12 @@ def dual_head(
     unanchored = direction if sample is None else torch.empty(direction.numel(), dtype=torch.float32, device=h.device)
     h = layout.arrange(h, True)
     direction_weight = direction_weight.to(h.dtype).contiguous(memory_format=torch.channels_last)
-    block_o = min(64, max(16, triton.next_power_of_2(latent)))
+    padded = 1 << (latent - 1).bit_length()
+    block_o = min(64, max(16, padded))  # 16 is the narrowest product
 
     size = "small" if positions <= 256 else "large"
     options = configuration("dual_head.heads", "float32" if h.dtype == torch.float32 else "half", size)
-    channel_tiles, tiles = triton.cdiv(latent, block_o), triton.cdiv(positions, options["BLOCK_P"])
+    channel_tiles, tiles = cdiv(latent, block_o), cdiv(positions, options["BLOCK_P"])
     partials = torch.empty(n * tiles, dtype=torch.float32, device=h.device)
     launch(
         heads_kernel,
@@ -235,7 +236,7 @@ def dual_head(
         position_stride,
         *sample_strides,
         *anchor_strides,
-        BLOCK_O=min(64, triton.next_power_of_2(latent)),
+        BLOCK_O=min(64, padded),
         **configuration("dual_head.finish", "any", "any"),
     )
     return direction, distance

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..triton_runtime import configuration, launch
+from ..triton_runtime import cdiv, configuration, launch
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "column_tiles"])
@@ -46,8 +46,8 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Te
     channels_last |= positions == 1
     rows, columns = (n * positions, channels) if channels_last else (n * channels, positions)
     options = configuration("bias_residual", "channels_last" if channels_last else "contiguous", "any")
-    column_tiles = triton.cdiv(columns, options["BLOCK_C"])
-    programs = triton.cdiv(rows, options["BLOCK_R"]) * column_tiles
+    column_tiles = cdiv(columns, options["BLOCK_C"])
+    programs = cdiv(rows, options["BLOCK_R"]) * column_tiles
     bias = None if bias is None else bias.contiguous()
     launch(bias_residual_kernel, programs, x.device, x, bias, residual, y, rows, columns, channels, column_tiles, channels_last, **options)
     return y
