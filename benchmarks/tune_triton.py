@@ -51,7 +51,7 @@ CANDIDATES: dict[Key, list[dict[str, int]]] = {
     ("group_norm_silu.apply", "channels_last", "large"): tiles((64, 64, 8), (64, 64, 4), (32, 64, 4)),
     ("group_norm_silu.apply", "channels_last", "small"): tiles((32, 64, 4), (16, 64, 4), (32, 32, 4)),
     ("group_norm_silu.apply", "contiguous", "large"): tiles((256, 16, 8), (128, 16, 4), (128, 32, 8)),
-    ("group_norm_silu.apply", "contiguous", "small"): tiles((64, 32, 8), (64, 64, 8)),
+    ("group_norm_silu.apply", "contiguous", "small"): tiles((64, 32, 8), (32, 32, 4)),
     ("group_norm_silu.statistics", "channels_last", "large"): tiles((64, 64, 8), (64, 64, 4), (128, 64, 8)),
     ("group_norm_silu.statistics", "channels_last", "small"): tiles((64, 64, 8), (64, 32, 4), (64, 64, 4)),
     ("group_norm_silu.statistics", "contiguous", "large"): tiles((256, 16, 8), (128, 16, 4), (256, 16, 4)),
