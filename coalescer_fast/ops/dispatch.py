@@ -29,7 +29,8 @@ FLOAT_AT_MOST_32 = (torch.float32, torch.float16, torch.bfloat16)
 @dataclass(frozen=True)
 class Backend:
     """module: the file of an op's folder that implements it; device: the device type it is made for (None: any); dtypes: what every tensor
-    may be (None: anything); runtime: the module beside this one whose ``unavailable()`` says why it cannot run here at all."""
+    may be (None: anything); runtime: the module beside this one whose ``unavailable()`` says why it cannot run here at all, and whose
+    ``refusal(tensor)``, if it has one, why it cannot take a tensor all the same."""
 
     module: str
     device: str | None = None
@@ -48,6 +49,10 @@ class Backend:
         for name, tensor in tensors.items():
             if self.dtypes is not None and tensor.dtype not in self.dtypes:
                 return f"{name} has dtype {tensor.dtype}; expected {', '.join(map(str, self.dtypes))}"
+        if (refusal := getattr(runtime, "refusal", None)) is not None:
+            for name, tensor in tensors.items():
+                if reason := refusal(tensor):
+                    return f"{name} {reason}"
         if self.runtime is not None and torch.is_grad_enabled():
             for name, tensor in tensors.items():
                 if tensor.requires_grad:

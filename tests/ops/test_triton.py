@@ -1,0 +1,269 @@
+"""What the Triton backend does beyond the matrix of its ops: splits, tiles and seams, large indices, its table and its refusals."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from benchmarks import triton_aot, tune_triton  # noqa: E402
+from coalescer_fast import ops  # noqa: E402
+from coalescer_fast.ops import dispatch, layout, triton_runtime  # noqa: E402
+from coalescer_fast.ops.group_norm import triton as group_norm  # noqa: E402
+from coalescer_fast.ops.residual import triton as residual  # noqa: E402
+from coalescer_fast.ops.step import triton as step  # noqa: E402
+
+from . import test_group_norm, test_head  # noqa: E402
+from .numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
+
+on_gpu = pytest.mark.gpu if "triton" in ON_GPU else ()
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+
+
+def mark(*values):
+    return [pytest.param(value, marks=on_gpu) for value in values]
+
+
+@pytest.mark.parametrize("memory", mark("channels_last", "contiguous"))
+@pytest.mark.parametrize("multiprocessors", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("n", "spatial"),
+    [(1, (8, 25)), (2, (20, 20)), (3, (1, 193)), (1, (64, 8)), (1, (3, 10, 11))],
+    ids=["uneven last split", "uneven last block", "one row in the last block", "even", "3D"],
+)
+def test_splits(monkeypatch, n, spatial, multiprocessors, memory):
+    monkeypatch.setattr(group_norm, "multiprocessors", lambda device: multiprocessors)
+    x = arrange(make("off_centre", n, 12, *spatial), memory)
+    test_group_norm.check("triton", x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(n, 12, seed=3), shift=randn(n, 12, seed=4))
+
+
+def test_parts_are_never_empty():
+    for blocks in range(1, 70):
+        for wanted in range(70):
+            count, each = group_norm.parts(blocks, wanted)
+            assert 1 <= count <= max(wanted, 1)
+            assert (count - 1) * each < blocks <= count * each
+
+
+@pytest.mark.parametrize("memory", mark("channels_last", "contiguous"))
+@pytest.mark.parametrize(
+    ("channels", "skip", "num_groups"),
+    [(160, 0, 1), (160, 0, 2), (130, 0, 13), (130, 0, 130), (130, 0, 65), (40, 56, 8), (63, 66, 3), (1, 128, 43), (96, 160, 8)],
+    ids=lambda value: str(value),
+)
+def test_tiles_of_groups(memory, channels, skip, num_groups):
+    """Groups larger than a tile, several to a tile and across its edge; a seam within a tile and within a group."""
+    x, other = arrange(randn(2, channels, 3, 5), memory), arrange(5 + randn(2, skip, 3, 5, seed=1), memory) if skip else None
+    weight, bias, pre_bias = (randn(channels + skip, seed=seed) for seed in (2, 3, 4))
+    test_group_norm.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
+
+
+@pytest.mark.parametrize("rows", mark("chunk", "expand", "transposed"))
+def test_conditioning_with_any_strides(rows):
+    wide = randn(3, 24, seed=1)
+    film = {
+        "chunk": wide.chunk(2, 1),
+        "expand": (wide[:1, :12].expand(3, 12), wide[1:2, 12:].expand(3, 12)),
+        "transposed": (randn(12, 3, seed=2).t(), randn(12, 3, seed=3).t()),
+    }[rows]
+    test_group_norm.check("triton", randn(3, 12, 4, 5), 4, scale=film[0], shift=film[1])
+
+
+@pytest.mark.parametrize("latent", mark(16, 17, 70, 130))
+def test_heads_of_any_number_of_channels(latent):
+    points = [randn(2, latent, 3, 4, seed=seed) for seed in (1, 2)]
+    test_head.check("triton", randn(2, 40, 3, 4), test_head.parameters(40, latent), *points)
+
+
+@pytest.mark.parametrize("size", mark((17, 19), (1, 300), (300, 1)))
+def test_head_of_many_tiles_with_an_expanded_anchor(size):
+    point, anchor = randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last), randn(1, 3, *size, seed=2).expand(2, -1, -1, -1)
+    test_head.check("triton", randn(2, 5, *size), test_head.parameters(5, 3), point, anchor)
+
+
+@pytest.mark.parametrize("where", mark("sample", "anchor"))
+def test_nan_reaches_its_sample_alone(where):
+    points = {"sample": randn(2, 3, 4, 5, seed=1), "anchor": randn(2, 3, 4, 5, seed=2)}
+    points[where][1, 0, 0, 0] = torch.nan
+    direction, distance = ops.dual_head(randn(2, 6, 4, 5), *test_head.parameters(6, 3), **points, backend="triton")
+    assert direction[0].isfinite().all()
+    assert direction[1].isnan().all()
+    assert distance.isnan().tolist() == [False, True]
+
+
+@triton.jit
+def copy_tile(x, out, n, row, channel, spatial, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    z = group_norm.load_tile(x, None, tl.cast(n, tl.int64), row, r, channel + c, spatial, channels, 0, CHANNELS_LAST, False)
+    tl.store(out + r * BLOCK + c, z)
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Makes float16 tensors of more than 2^31 elements: holes of a file, of which only the pages in use take memory."""
+
+    def make(*shape: int) -> torch.Tensor:
+        numel = 1
+        for size in shape:
+            numel *= size
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        return torch.from_file(str(path), shared=True, size=numel, dtype=torch.float16).view(shape)
+
+    return make
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("n", [0, 1])
+def test_tile_beyond_2_to_the_31_elements(sparse, channels_last, n):
+    spatial, channels = 2**27 + 16, 24
+    x = sparse(2, *(spatial, channels) if channels_last else (channels, spatial))
+    if channels_last:
+        x = x.transpose(1, 2)
+    tile = randn(4, 4, dtype=torch.float16)
+    x[n, 20:, -4:] = tile.t()
+    out = torch.zeros(4, 4)
+    copy_tile[(1,)](x, out, n, spatial - 4, 20, spatial, channels, channels_last, 4)
+    assert torch.equal(out, tile.float())
+
+
+@interpreted
+@pytest.mark.parametrize("memory", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("op", ["bias_residual", "coalesce_step", "group_norm_silu"])
+def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory):
+    """Of each launch only the last program runs, which works on the last sample."""
+    from triton.runtime import interpreter
+
+    n, shape = 2**31 // 1024 + 8, (16, 8, 8)
+    x, y = (sparse(n, 8, 8, 16).permute(0, 3, 1, 2) if memory == "channels_last" else sparse(n, *shape) for _ in range(2))
+    x[-1] = randn(*shape, dtype=torch.float16)
+    last = x[-1:].clone(memory_format=torch.preserve_format)
+    builder = interpreter.interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+
+    def launch(kernel, programs, device, *args, **options):
+        # the second kernel of group_norm_silu counts backwards
+        program = 0 if kernel is group_norm.apply_kernel else programs - 1
+        monkeypatch.setattr(builder, "set_grid_idx", lambda *index: set_grid_idx(program, 0, 0))
+        monkeypatch.setattr(builder, "set_grid_dim", lambda *dims: setattr(builder, "grid_dim", (programs, 1, 1)))
+        kernel[(1,)](*args, **options)
+
+    for module in (group_norm, residual, step):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(layout, "empty", lambda *args: y)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(*size, **options))
+    if op == "bias_residual":
+        residual.bias_residual(x, None, x)
+        expected = last + last
+    elif op == "coalesce_step":
+        step.coalesce_step(x, x, torch.ones(1).expand(n), 1.0, "raw", 1e-6)
+        expected = last + last
+    else:
+        group_norm.group_norm_silu(x, 1, None, None, 1e-5, None, None, None, None, None)
+        expected = torch.nn.functional.group_norm(last.float(), 1).half()
+    written = y[-1:].abs() > 0
+    assert written.sum() >= 64  # its tile at least
+    torch.testing.assert_close(y[-1:][written], expected[written], rtol=2e-3, atol=2e-3)
+
+
+def test_table_has_every_class_and_no_other():
+    table = {
+        (kernel, memory, size): entry
+        for kernel, layouts in triton_runtime._table().items()
+        for memory, sizes in layouts.items()
+        for size, entry in sizes.items()
+    }
+    assert set(table) == set(tune_triton.CANDIDATES)
+    for key, entry in table.items():
+        assert entry["configuration"] in tune_triton.CANDIDATES[key]
+        assert entry["basis"] == "compiled, not measured" or entry["basis"].startswith("measured on ")
+    reached = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        for _, op, args in triton_aot.calls(dtype, all_flags=True):
+            reached |= {launch.key for launch in triton_aot.record(lambda op=op, args=args: triton_aot.implementation(op)(*args))}
+    assert reached == set(table)
+
+
+@pytest.mark.parametrize("name", ["emoji-64", "m", "l"])
+def test_table_serves_every_shape_of_a_unet(name):
+    pytest.importorskip("diffusers")
+    from coalescer_fast.models.unet import CONFIGURATIONS
+
+    config = CONFIGURATIONS[name]
+    levels = config["block_out_channels"]
+
+    def launched(op, *args):
+        return len(triton_aot.record(lambda: triton_aot.implementation(op)(*args)))
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for level, channels in enumerate(levels):
+                side = config["sample_size"] >> level
+                x = torch.empty(1, channels, side, side, dtype=dtype, device="meta").to(memory_format=memory_format)
+                for behind in {levels[max(level - 1, 0)], channels, levels[min(level + 1, len(levels) - 1)]}:
+                    skip = torch.empty(1, behind, side, side, dtype=dtype, device="meta").to(memory_format=memory_format)
+                    groups = config["norm_num_groups"]
+                    assert launched("group_norm_silu", x, groups, None, None, 1e-5, None, None, skip, None, "silu") == 2
+                assert launched("bias_residual", x, None, x) == 1
+            latent, side = config["latent_channels"], config["sample_size"]
+            h = torch.empty(1, levels[0], side, side, dtype=dtype, device="meta").to(memory_format=memory_format)
+            point = torch.empty(1, latent, side, side, device="meta")
+            weight = torch.empty(latent, levels[0], 3, 3, device="meta")
+            flat = [torch.empty(size, device="meta") for size in (latent, levels[0], 1)]
+            assert launched("dual_head", h, weight, *flat, point, point) == 2
+            assert launched("coalesce_step", point, point, flat[-1], 1.0, "unit", 1e-6) == 1
+
+
+def reason(**tensors: torch.Tensor) -> str:
+    return dispatch.BACKENDS["triton"].refusal(tensors)
+
+
+@interpreted
+def test_bfloat16_is_refused_in_the_interpreter_with_the_reason():
+    assert not reason(x=torch.zeros(1))
+    assert "x has dtype torch.bfloat16, to which Triton's interpreter truncates" in reason(x=torch.zeros(1, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"bias has dtype torch\.bfloat16"):
+        ops.bias_residual(torch.zeros(1, 2, 3), torch.zeros(2).bfloat16(), backend="triton")
+
+
+def test_float64_is_refused():
+    assert "x has dtype torch.float64" in ops.backends("bias_residual", torch.zeros(1, 2, 3, dtype=torch.float64))["triton"][1]
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "_capability", lambda device: (7, 5))
+    old = types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16)
+    assert triton_runtime.refusal(old) == "is on cuda:1 of compute capability 7.5; expected 8.0 or newer"
+    monkeypatch.setattr(triton_runtime, "_capability", lambda device: (8, 0))
+    assert triton_runtime.refusal(old) == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(None, "triton cannot be imported"), (types.SimpleNamespace(__version__="3.4.0"), "triton is 3.4.0; expected 3.5 or newer")],
+    ids=["missing", "old"],
+)
+def test_why_triton_cannot_run(monkeypatch, module, words):
+    monkeypatch.setitem(sys.modules, "triton", module)
+    triton_runtime.unavailable.cache_clear()
+    try:
+        assert words in triton_runtime.unavailable()
+        assert words in reason(x=torch.zeros(1, device="meta" if not INTERPRETED else "cpu")) or not INTERPRETED
+    finally:
+        triton_runtime.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["3.5.0", "3.10.1", "4.0.0+git1"])
+def test_newer_versions_can_run(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    triton_runtime.unavailable.cache_clear()
+    try:
+        assert triton_runtime.unavailable() == ""
+    finally:
+        triton_runtime.unavailable.cache_clear()
