@@ -266,7 +266,7 @@ def group_norm_silu(
     n, channels1 = x.shape[:2]
     channels2 = 0 if skip is None else skip.shape[1]
     channels = channels1 + channels2
-    y = layout.empty(x, channels, x.dtype, channels_last)
+    y = layout.empty(x, channels, x.dtype)
     if not y.numel():
         return y
     spatial = y.numel() // (n * channels)

@@ -179,7 +179,7 @@ def dual_head(
     latent = direction_weight.shape[0]
     positions = height * width
     channels_last = layout.is_channels_last(h)
-    direction = layout.empty(h, latent, direction_dtype(h, sample), channels_last)
+    direction = layout.empty(h, latent, direction_dtype(h, sample))
     distance = torch.empty(n, dtype=torch.float32, device=h.device)
     if not n:
         return direction, distance

@@ -37,7 +37,7 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Te
     channels_last = layout.is_channels_last(x)
     x = layout.arrange(x, channels_last)
     residual = None if residual is None else layout.arrange(residual, channels_last)
-    y = layout.empty(x, x.shape[1], x.dtype, channels_last)
+    y = layout.empty(x, x.shape[1], x.dtype)
     if not x.numel():
         return y
     n, channels = x.shape[:2]

@@ -39,7 +39,7 @@ def coalesce_step_kernel(sample, direction, distance, moved, distance_stride, si
 def coalesce_step(sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float) -> torch.Tensor:
     channels_last = layout.is_channels_last(sample)
     sample, direction = layout.arrange(sample, channels_last), layout.arrange(direction, channels_last)
-    moved = layout.empty(sample, sample.shape[1], sample.dtype, channels_last)
+    moved = layout.empty(sample, sample.shape[1], sample.dtype)
     if not moved.numel():
         return moved
     n = sample.shape[0]
