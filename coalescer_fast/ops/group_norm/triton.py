@@ -6,8 +6,8 @@ kernel merges them by
 
     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2                         (Chan, Golub and LeVeque 1983)
 
-first over the splits, then over the channels of a group. Everything is relative to the first element K_c of its channel, so that nothing
-is lost where the mean is large against the standard deviation.
+first over the splits, then over the channels of a group. Everything is relative to K_c, the mean of the channel's first eight elements, so
+that nothing is lost where the mean is large against the standard deviation.
 
 The workspace is (N, 2 splits + 1, C) in float32: the means of x - K_c, the M2, and K_c.
 """
@@ -71,7 +71,8 @@ def statistics_kernel(
     first = split * blocks_per_split
     blocks = tl.minimum(blocks_per_split, tl.cdiv(spatial, BLOCK_R) - first)
 
-    k = load_tile(x, skip, n, 0, tl.zeros([1, 1], tl.int32), c[None, :], spatial, channels1, channels2, CHANNELS_LAST, HAS_SKIP)
+    few = load_tile(x, skip, n, 0, tl.arange(0, 8)[:, None], c[None, :], spatial, channels1, channels2, CHANNELS_LAST, HAS_SKIP)
+    k = (tl.sum(few, 0) / tl.minimum(spatial, 8))[None, :]
     mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for i in range(blocks):
@@ -182,7 +183,7 @@ def apply_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = act((x - high) * a + (b - low * a)) with the group's mean = high + low, high being x at the group's first channel and position.
+    """y = act((x - high) * a + (b - low * a)) with the group's mean = high + low, high being its nearest float32.
 
     a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift.
     """
@@ -203,7 +204,7 @@ def apply_kernel(
     group_mean, variance = group_statistics(
         workspace, pre_bias, groups, begin, end, spatial, channels, channels_per_group, splits, rows_per_split, BLOCK_G, BLOCK_S, BLOCK_W
     )
-    rstd = tl.rsqrt(variance + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))  # rsqrt is off by two ulps on a GPU
 
     group = c // channels_per_group
     belongs = groups[:, None] == group[None, :]
@@ -213,6 +214,11 @@ def apply_kernel(
     high = tl.load(workspace + 2 * splits * channels + leader, mask=known, other=0)
     if pre_bias is not None:
         low += tl.load(pre_bias + leader, mask=known, other=0).to(tl.float32) - tl.load(pre_bias + c, mask=known, other=0).to(tl.float32)
+    # the same sum, high rounded and low what is lost by that (Knuth): relative to K of the group's first channel, low could be large
+    rounded = high + low
+    part = rounded - high
+    low = (high - (rounded - part)) + (low - part)
+    high = rounded
     b = tl.zeros([BLOCK_C], tl.float32)
     if weight is not None:
         a *= tl.load(weight + c, mask=known, other=0).to(tl.float32)
