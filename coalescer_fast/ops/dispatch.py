@@ -90,6 +90,8 @@ launchers: dict[Any, Callable[..., Any]] = {}
 MOST_LAUNCHERS = 4096
 _thread = threading.local()
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _SCALARS = frozenset({type(None), bool, int, float, str})
 
 
@@ -116,31 +118,25 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     _ops[name] = Op(function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__)
 
 
-def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """All that a launcher may depend on of tensors but their addresses."""
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+def signature(t: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a launcher may depend on of a tensor, but its address."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a call on x is an ordinary one: nobody traces, compiles or watches it."""
+    return type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
 
 
 def eager(x: Tensor) -> bool:
-    """Whether a call on x is plain and needs no gradient: nobody traces, compiles or watches it. Only then may `launchers` be used."""
-    return (
-        type(x) in _PLAIN
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._get_tracing_state()
-    )
+    """Whether a call on x is `plain`, on the CPU, and needs no gradient. Only then may `launchers` be used."""
+    return x.is_cpu and not _is_grad_enabled() and type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
 
 
 def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
     """Run the op on the backend; ``args`` are checked, and in the schema's order. If ``key`` is given, the call is `eager`, and a backend
     that can prepare a launcher for calls of this key leaves it in `launchers`."""
-    if key is not None or (
-        type(args[0]) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._get_tracing_state()
-    ):
+    if key is not None or plain(args[0]):
         function = _choose(name, backend, args)
         prepare = getattr(function, "prepare", None)
         if key is not None and prepare is not None and (launcher := prepare(*args)) is not None:
@@ -151,7 +147,7 @@ def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
     known(name, backend)
     if backend == "reference" or (backend == "auto" and _needs_grad(args)):
         return _ops[name].reference(*args)  # a compiler looks into it
-    if not torch.compiler.is_compiling() and getattr(_thread, "in_kernel", False):
+    if not _is_compiling() and getattr(_thread, "in_kernel", False):
         return _choose(name, backend, args)(*args)
     return _ops[name].overload(**dict(zip(_ops[name].names, args)), backend=backend)
 
@@ -159,7 +155,7 @@ def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
 def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The function that runs this call, remembered by op, backend, device, dtypes, and whether a gradient is needed."""
     dtypes = [a.dtype for a in args if type(a) not in _SCALARS]
-    key = (name, backend, args[0].device, torch.is_grad_enabled() and _needs_grad(args), *dtypes)
+    key = (name, backend, args[0].device, _is_grad_enabled() and _needs_grad(args), *dtypes)
     function = _chosen.get(key)
     if function is None:
         function = _chosen[key] = _implementation(_ops[name].package, name, _resolve(name, backend, args))

@@ -2,10 +2,10 @@
 // in the order of the chunks; then those of a group from its channels'. The shift is the mean of a few positions: so near to the channel's
 // mean, for all but a few values in a million, that the difference of the two sums loses nothing of the variance.
 //
-// Work is shared in one of two ways, which give the same bits. Where there are enough samples, or little of each, an item is a sample's block
-// of whole groups, read for its statistics and again, from a cache, to be applied. Else (channels innermost, few samples) all threads share
-// the positions of one sample, first for the statistics and then to apply them: neighbouring positions, for two threads that write every
-// other piece of a row take the cache lines out of each other's hands.
+// Work is shared in one of two ways, which give the same bits. Where there are enough samples, an item is a sample (channels innermost) or a
+// group (contiguous), read for its statistics and again, from a cache, to be applied. Where there are few, all threads share the positions
+// of one sample, first for the statistics and then to apply them. Channels are not shared: two threads that write every other piece of a
+// row take the cache lines out of each other's hands.
 #pragma once
 
 #include <math.h>
@@ -15,14 +15,16 @@
 namespace cf {
 namespace {
 
-constexpr int64_t CHUNK = 128;             // positions a partial sum is taken over, channels innermost
-constexpr int64_t RUN = 1024;              // the same, contiguous
-constexpr int64_t SERIAL = 32 << 10;       // elements below which a second thread costs more than it saves
-constexpr int64_t SLAB = 512 << 10;        // bytes of a block that stay in a second-level cache
-constexpr int64_t SHORT_ROW = 256;         // bytes of a row below which reading it apart from its neighbours costs more than that saves
+constexpr int64_t RUN = 1024;         // positions a partial sum is taken over, contiguous
+// Elements below which a second thread costs more than it saves, starting once (blocks) or twice (positions).
+constexpr int64_t SERIAL = 32 << 10, SERIAL_POSITIONS = 96 << 10;
 
-struct Channel {
-    double mean, m2;  // of a channel's positions: mean, sum of squared deviations
+// The same, channels innermost: enough chunks for threads to share, and not so many that merging them is work. By the shape alone.
+inline int64_t chunk_of(int64_t spatial) { return spatial < 1024 ? 32 : (spatial < 4096 ? 64 : 128); }
+
+// Of a block's channels: mean and sum of squared deviations over their positions.
+struct Channels {
+    double *mean, *m2;
 };
 
 // y = act((x - mean) * factor + offset), mean being rounded to float and the rest of it being in offset
@@ -30,12 +32,29 @@ struct Coefficients {
     float *mean, *factor, *offset;
 };
 
-// `added` more positions of another mean and m2.
-inline void merge(Channel& c, double count, double mean, double m2, double added) {
-    const double share = added / (count + added), delta = mean - c.mean;
-    c.mean += delta * share;
-    c.m2 += m2 + delta * delta * (count * share);
-}
+// Arrays as long as a block, in scratch memory.
+struct Workspace {
+    Channels channels;
+    float *shift, *sums, *squares;                         // of the statistics
+    float *weight, *bias, *pre_bias, *scale, *film_shift;  // the parameters
+    Coefficients coefficients;
+
+    static constexpr size_t DOUBLES = 2, FLOATS = 11;
+    static size_t bytes(int64_t width) { return static_cast<size_t>(width + W) * (DOUBLES * sizeof(double) + FLOATS * sizeof(float)); }
+
+    Workspace(void* memory, int64_t width) {
+        const int64_t length = width + W;
+        double* doubles = static_cast<double*>(memory);
+        channels = {doubles, doubles + length};
+        float* next = reinterpret_cast<float*>(doubles + DOUBLES * length);
+        float** const arrays[FLOATS] = {&shift, &sums,  &squares,    &weight,           &bias,               &pre_bias,
+                                        &scale, &film_shift, &coefficients.mean, &coefficients.factor, &coefficients.offset};
+        for (float** array : arrays) {
+            *array = next;
+            next += length;
+        }
+    }
+};
 
 // The channels [offset, offset + width) of a block, in x or in skip: rows of positions, `stride` elements apart.
 template <class T>
@@ -64,7 +83,7 @@ void find_shift(const Part<T>& part, int64_t positions, float* shift) {
     });
 }
 
-// Of the positions [begin, end), at most CHUNK of them.
+// Of the positions [begin, end), a chunk.
 template <class T>
 void chunk_sums(const Part<T>& part, int64_t begin, int64_t end, const float* shift, float* sums, float* squares) {
     part.each_vector([=](int64_t c, const auto&) {
@@ -92,25 +111,35 @@ void chunk_sums(const Part<T>& part, int64_t begin, int64_t end, const float* sh
         });
 }
 
+// `added` more positions of another mean and m2.
+inline void merge(double& mean, double& m2, double count, double other_mean, double other_m2, double added) {
+    const double share = added / (count + added), delta = other_mean - mean;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * (count * share);
+}
+
 // The next chunk of `width` channels, positions [begin, end).
-inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* shift, const float* sums, const float* squares, Channel* to) {
+inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* shift, const float* sums, const float* squares, Channels to) {
     const float inverse = 1 / static_cast<float>(end - begin);
+    const double count = begin, added = end - begin;
+    double *means = to.mean, *m2s = to.m2;
+    if (begin == 0)
+        for (int64_t i = 0; i < width; ++i) means[i] = m2s[i] = 0;
     for (int64_t i = 0; i < width; ++i) {
         const float mean = sums[i] * inverse;
-        if (begin == 0) to[i] = {0, 0};
-        merge(to[i], begin, static_cast<double>(shift[i]) + mean, squares[i] - sums[i] * mean, end - begin);
+        merge(means[i], m2s[i], count, static_cast<double>(shift[i]) + mean, squares[i] - sums[i] * mean, added);
     }
 }
 
 template <class T>
-Channel statistics_contiguous(const T* x, int64_t positions) {
-    Channel channel{0, 0};
+void statistics_contiguous(const T* x, int64_t positions, double& channel_mean, double& channel_m2) {
+    channel_mean = channel_m2 = 0;
     const int64_t few = positions < 4 ? positions : 4;
-    for (int64_t i = 0; i < few; ++i) channel.mean += to_float(x[i]) / static_cast<double>(few);
+    for (int64_t i = 0; i < few; ++i) channel_mean += to_float(x[i]) / static_cast<double>(few);
     for (int64_t begin = 0; begin < positions; begin += RUN) {
         const int64_t count = positions - begin < RUN ? positions - begin : RUN, whole = count / W * W, part = count - whole;
         const T* run = x + begin;
-        const float shift = static_cast<float>(channel.mean);
+        const float shift = static_cast<float>(channel_mean);
         const vf base = broadcast(shift);
         vf sums[4] = {}, squares[4] = {};
         const auto add = [&](vf d, int v) {
@@ -128,38 +157,43 @@ Channel statistics_contiguous(const T* x, int64_t positions) {
         }
         const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3])), mean = total / static_cast<float>(count);
         const float m2 = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) - total * mean;
-        if (begin == 0) channel.mean = 0;
-        merge(channel, begin, static_cast<double>(shift) + mean, m2, count);
+        if (begin == 0) channel_mean = 0;
+        merge(channel_mean, channel_m2, begin, static_cast<double>(shift) + mean, m2, count);
     }
-    return channel;
+}
+
+// `count` elements of a parameter from `offset` on, or `absent` in the place of each.
+inline void parameter(const cf_vector& v, int64_t offset, float absent, float* to, int64_t count) {
+    if (v.data) return widen(v, offset, to, count);
+    for (int64_t i = 0; i < count; ++i) to[i] = absent;
 }
 
 // From the statistics of the channels [first, first + width), whole groups, of sample n.
-inline void coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width, Channel* channels, Coefficients out) {
+inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width, const Workspace& ws) {
     const int64_t per_group = (a.c1 + a.c2) / a.groups;
+    parameter(a.weight, first, 1, ws.weight, width);
+    parameter(a.bias, first, 0, ws.bias, width);
+    parameter(a.pre_bias, first, 0, ws.pre_bias, width);
+    parameter(a.scale, n * a.scale_stride + first, 0, ws.scale, width);
+    parameter(a.shift, n * a.shift_stride + first, 0, ws.film_shift, width);
+    const double positions = static_cast<double>(a.spatial), per_channel = 1 / static_cast<double>(per_group);
     for (int64_t begin = 0; begin < width; begin += per_group) {
-        Channel* group = channels + begin;
+        const int64_t end = begin + per_group;
         double mean = 0, m2 = 0;
-        for (int64_t i = 0; i < per_group; ++i) {
-            if (a.pre_bias.data) group[i].mean += element(a.pre_bias, first + begin + i);
-            mean += group[i].mean;
+        for (int64_t i = begin; i < end; ++i) mean += ws.channels.mean[i] + ws.pre_bias[i];
+        mean *= per_channel;
+        for (int64_t i = begin; i < end; ++i) {
+            const double delta = ws.channels.mean[i] + ws.pre_bias[i] - mean;
+            m2 += ws.channels.m2[i] + positions * delta * delta;
         }
-        mean /= static_cast<double>(per_group);
-        for (int64_t i = 0; i < per_group; ++i) {
-            const double delta = group[i].mean - mean;
-            m2 += group[i].m2 + static_cast<double>(a.spatial) * delta * delta;
-        }
-        const double inverse = 1 / sqrt(m2 / static_cast<double>(per_group * a.spatial) + a.eps);
-        for (int64_t i = begin; i < begin + per_group; ++i) {
-            const int64_t c = first + i;
-            const double gain = 1 + (a.scale.data ? element(a.scale, n * a.scale_stride + c) : 0.0);
-            const double factor = inverse * (a.weight.data ? element(a.weight, c) : 1.0) * gain;
-            const double centre = mean - (a.pre_bias.data ? element(a.pre_bias, c) : 0.0);
-            out.mean[i] = static_cast<float>(centre);
-            out.factor[i] = static_cast<float>(factor);
-            out.offset[i] = static_cast<float>((a.bias.data ? element(a.bias, c) : 0.0) * gain +
-                                               (a.shift.data ? element(a.shift, n * a.shift_stride + c) : 0.0) -
-                                               (centre - out.mean[i]) * factor);
+        const double inverse = 1 / sqrt(m2 * per_channel / positions + a.eps);
+        for (int64_t i = begin; i < end; ++i) {
+            const double gain = 1 + static_cast<double>(ws.scale[i]), factor = inverse * ws.weight[i] * gain;
+            const double centre = mean - ws.pre_bias[i];
+            const float rounded = static_cast<float>(centre);
+            ws.coefficients.mean[i] = rounded;
+            ws.coefficients.factor[i] = static_cast<float>(factor);
+            ws.coefficients.offset[i] = static_cast<float>(ws.bias[i] * gain + ws.film_shift[i] - (centre - rounded) * factor);
         }
     }
 }
@@ -224,58 +258,56 @@ void apply_rows(const cf_group_norm_silu_args& a, const Block<T>& block, int64_t
 // All threads on the positions of one sample after another.
 template <class T, bool SILU, bool STREAM>
 int share_positions(const cf_group_norm_silu_args& a) {
-    const int64_t channels = a.c1 + a.c2, padded = channels + W, chunks = (a.spatial + CHUNK - 1) / CHUNK;
-    Channel* channel = static_cast<Channel*>(
-        scratch(0, static_cast<size_t>(padded) * (sizeof(Channel) + static_cast<size_t>(4 + 2 * chunks) * sizeof(float))));
-    if (!channel) return CF_OUT_OF_MEMORY;
-    float* shift = reinterpret_cast<float*>(channel + padded);
-    const Coefficients k{shift + padded, shift + 2 * padded, shift + 3 * padded};
-    float* sums = shift + 4 * padded;  // (chunks, 2, padded)
-    const auto end_of = [&](int64_t chunk) { return (chunk + 1) * CHUNK < a.spatial ? (chunk + 1) * CHUNK : a.spatial; };
+    const int64_t channels = a.c1 + a.c2, padded = channels + W;
+    const int64_t chunk = chunk_of(a.spatial), chunks = (a.spatial + chunk - 1) / chunk;
+    const size_t bytes = Workspace::bytes(channels);
+    char* memory = static_cast<char*>(scratch(0, bytes + static_cast<size_t>(2 * chunks * padded) * sizeof(float)));
+    if (!memory) return CF_OUT_OF_MEMORY;
+    const Workspace ws(memory, channels);
+    float* sums = reinterpret_cast<float*>(memory + bytes);  // (chunks, 2, padded)
+    const auto end_of = [&](int64_t i) { return (i + 1) * chunk < a.spatial ? (i + 1) * chunk : a.spatial; };
     for (int64_t n = 0; n < a.n; ++n) {
         const Block<T> block(a, n, 0, channels);
-        for (const Part<T>& part : block.parts) find_shift(part, a.spatial, shift);
+        for (const Part<T>& part : block.parts) find_shift(part, a.spatial, ws.shift);
         parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 for (const Part<T>& part : block.parts)
-                    chunk_sums(part, i * CHUNK, end_of(i), shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded);
+                    chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded);
         });
         for (int64_t i = 0; i < chunks; ++i)
-            merge_chunk(i * CHUNK, end_of(i), channels, shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, channel);
-        coefficients(a, n, 0, channels, channel, k);
+            merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, ws.channels);
+        find_coefficients(a, n, 0, channels, ws);
         parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
-            apply_rows<T, SILU, STREAM>(a, block, begin * CHUNK, end_of(end - 1), k);
+            apply_rows<T, SILU, STREAM>(a, block, begin * chunk, end_of(end - 1), ws.coefficients);
         });
     }
     return CF_OK;
 }
 
-// A sample's block of `width` channels at a time.
+// A sample's block of `width` channels at a time, each thread on its own.
 template <class T, bool SILU, bool STREAM>
 int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t threads) {
-    const int64_t channels = a.c1 + a.c2, blocks = (channels + width - 1) / width, padded = width + W;
+    const int64_t channels = a.c1 + a.c2, blocks = channels / width, chunk = chunk_of(a.spatial);
     int status = CF_OK;
     parallel_for(a.n * blocks, threads, [&](int64_t begin, int64_t end) {
-        Channel* channel = static_cast<Channel*>(scratch(1, static_cast<size_t>(padded) * (sizeof(Channel) + 6 * sizeof(float))));
-        if (!channel) {
+        void* memory = scratch(1, Workspace::bytes(width));
+        if (!memory) {
             __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        float* shift = reinterpret_cast<float*>(channel + padded);
-        float *sums = shift + padded, *squares = sums + padded;
-        const Coefficients k{squares + padded, squares + 2 * padded, squares + 3 * padded};
+        const Workspace ws(memory, width);
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / blocks, first = item % blocks * width;
-            const Block<T> block(a, n, first, channels - first < width ? channels - first : width);
+            const Block<T> block(a, n, first, width);
             if (a.channels_last) {
-                for (const Part<T>& part : block.parts) find_shift(part, a.spatial, shift);
-                for (int64_t r = 0; r < a.spatial; r += CHUNK) {
-                    const int64_t stop = r + CHUNK < a.spatial ? r + CHUNK : a.spatial;
-                    for (const Part<T>& part : block.parts) chunk_sums(part, r, stop, shift, sums, squares);
-                    merge_chunk(r, stop, block.width, shift, sums, squares, channel);
+                for (const Part<T>& part : block.parts) find_shift(part, a.spatial, ws.shift);
+                for (int64_t r = 0; r < a.spatial; r += chunk) {
+                    const int64_t stop = r + chunk < a.spatial ? r + chunk : a.spatial;
+                    for (const Part<T>& part : block.parts) chunk_sums(part, r, stop, ws.shift, ws.sums, ws.squares);
+                    merge_chunk(r, stop, block.width, ws.shift, ws.sums, ws.squares, ws.channels);
                 }
-                coefficients(a, n, first, block.width, channel, k);
-                apply_rows<T, SILU, STREAM>(a, block, 0, a.spatial, k);
+                find_coefficients(a, n, first, block.width, ws);
+                apply_rows<T, SILU, STREAM>(a, block, 0, a.spatial, ws.coefficients);
                 continue;
             }
             const auto row = [&](int64_t i) {
@@ -283,8 +315,9 @@ int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t thread
                 return c < a.c1 ? static_cast<const T*>(a.x) + (n * a.c1 + c) * a.spatial
                                 : static_cast<const T*>(a.skip) + (n * a.c2 + c - a.c1) * a.spatial;
             };
-            for (int64_t i = 0; i < block.width; ++i) channel[i] = statistics_contiguous(row(i), a.spatial);
-            coefficients(a, n, first, block.width, channel, k);
+            for (int64_t i = 0; i < block.width; ++i) statistics_contiguous(row(i), a.spatial, ws.channels.mean[i], ws.channels.m2[i]);
+            find_coefficients(a, n, first, block.width, ws);
+            const Coefficients& k = ws.coefficients;
             T* y = static_cast<T*>(a.y) + (n * channels + first) * a.spatial;
             for (int64_t i = 0; i < block.width; ++i)
                 apply_contiguous<T, SILU, STREAM>(row(i), y + i * a.spatial, a.spatial, k.mean[i], k.factor[i], k.offset[i]);
@@ -296,20 +329,11 @@ int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t thread
 
 template <class T, bool SILU, bool STREAM>
 int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
-    const int64_t channels = a.c1 + a.c2, per_group = channels / a.groups, size = static_cast<int64_t>(sizeof(T));
-    const int64_t threads = a.n * channels * a.spatial < SERIAL ? 1 : a.threads;
-    if (!a.channels_last) return share_blocks<T, SILU, STREAM>(a, per_group, threads);
-    if (threads > 1 && a.n % threads && a.n < 4 * threads && a.spatial >= 2 * CHUNK) return share_positions<T, SILU, STREAM>(a);
-    // Blocks of whole vectors, if it can be, and of what a cache holds, if their rows are not too short; at least as many as threads.
-    int64_t step = per_group;
-    while (step % (2 * W) && step < channels) step += per_group;
-    const int64_t parts = (threads + a.n - 1) / a.n, share = (a.groups + parts - 1) / parts * per_group;
-    const int64_t row = SLAB / (a.spatial * size) > SHORT_ROW / size ? SLAB / (a.spatial * size) : SHORT_ROW / size;
-    const int64_t wanted = share < row ? share : (row + step - 1) / step * step;
-    int64_t width = wanted >= step ? wanted / step * step : wanted / per_group * per_group;
-    if (width < per_group) width = per_group;
-    if (width > share) width = share;
-    return share_blocks<T, SILU, STREAM>(a, width, threads);
+    const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial, threads = size < SERIAL ? 1 : a.threads;
+    if (!a.channels_last) return share_blocks<T, SILU, STREAM>(a, channels / a.groups, threads);
+    const bool few = a.n % threads && a.n < 4 * threads;
+    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU, STREAM>(a);
+    return share_blocks<T, SILU, STREAM>(a, channels, threads);
 }
 
 inline int group_norm_silu(const cf_group_norm_silu_args& a) {
@@ -320,7 +344,7 @@ inline int group_norm_silu(const cf_group_norm_silu_args& a) {
         const bool aligned = reinterpret_cast<uintptr_t>(a.y) % vector == 0 &&
                              (a.channels_last ? channels % W == 0 && a.c1 % W == 0 && channels / a.groups % W == 0 : a.spatial % W == 0);
         const int64_t bytes = a.n * channels * a.spatial * size;
-        const bool stream = aligned && bytes > last_level_cache();
+        const bool stream = aligned && 2 * bytes > last_level_cache();  // input and output
         prepare_output(a.y, bytes);
         if (a.silu) return stream ? group_norm_silu_typed<T, true, true>(a) : group_norm_silu_typed<T, true, false>(a);
         return stream ? group_norm_silu_typed<T, false, true>(a) : group_norm_silu_typed<T, false, false>(a);

@@ -58,7 +58,8 @@ inline int bias_residual(const cf_bias_residual_args& a) {
         typedef decltype(type) T;
         const int64_t size = static_cast<int64_t>(sizeof(T)), width = a.channels_last ? a.c : a.spatial;
         const int64_t bytes = a.n * a.c * a.spatial * size;
-        const bool stream = reinterpret_cast<uintptr_t>(a.y) % (W * size) == 0 && (!a.bias.data || width % W == 0) && bytes > last_level_cache();
+        const bool stream = reinterpret_cast<uintptr_t>(a.y) % (W * size) == 0 && (!a.bias.data || width % W == 0) &&
+                            2 * bytes > last_level_cache();  // input and output
         prepare_output(a.y, bytes);
         if (a.residual) return stream ? bias_residual_typed<T, true, true>(a) : bias_residual_typed<T, true, false>(a);
         return stream ? bias_residual_typed<T, false, true>(a) : bias_residual_typed<T, false, false>(a);

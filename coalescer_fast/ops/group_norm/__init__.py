@@ -46,12 +46,25 @@ def group_norm_silu(
     Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
     key = (
-        ("group_norm_silu", backend, num_groups, eps, activation, signature(x, weight, bias, scale, shift, skip, pre_bias))
+        (
+            "group_norm_silu",
+            backend,
+            num_groups,
+            eps,
+            activation,
+            signature(x),
+            signature(weight),
+            signature(bias),
+            signature(scale),
+            signature(shift),
+            signature(skip),
+            signature(pre_bias),
+        )
         if eager(x)
         else None
     )
-    if key in launchers:
-        return launchers[key](x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+    if key is not None and (launcher := launchers.get(key)) is not None:
+        return launcher(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
     checks.floating("x", x)
     n, channels, *spatial = x.shape
     if not 1 <= len(spatial) <= 3:

@@ -38,12 +38,22 @@ def dual_head(
     Raises: ValueError for other shapes or devices, one of sample and anchor alone, and a backend that cannot run the call.
     """
     key = (
-        ("dual_head", backend, signature(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor))
+        (
+            "dual_head",
+            backend,
+            signature(h),
+            signature(direction_weight),
+            signature(direction_bias),
+            signature(distance_weight),
+            signature(distance_bias),
+            signature(sample),
+            signature(anchor),
+        )
         if eager(h)
         else None
     )
-    if key in launchers:
-        return launchers[key](h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+    if key is not None and (launcher := launchers.get(key)) is not None:
+        return launcher(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
     checks.floating("h", h)
     if h.ndim != 4:
         raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")

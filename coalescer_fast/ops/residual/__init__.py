@@ -23,9 +23,9 @@ def bias_residual(
 
     Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call.
     """
-    key = ("bias_residual", backend, signature(x, bias, residual)) if eager(x) else None
-    if key in launchers:
-        return launchers[key](x, bias, residual)
+    key = ("bias_residual", backend, signature(x), signature(bias), signature(residual)) if eager(x) else None
+    if key is not None and (launcher := launchers.get(key)) is not None:
+        return launcher(x, bias, residual)
     checks.floating("x", x)
     shape = x.shape
     if len(shape) < 2:

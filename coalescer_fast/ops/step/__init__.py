@@ -38,9 +38,11 @@ def coalesce_step(
 
     Raises: ValueError for other shapes, devices or values, and for a backend that cannot run the call.
     """
-    key = ("coalesce_step", backend, signature(sample, direction, distance), eta, mode, eps) if eager(sample) else None
-    if key in launchers:
-        return launchers[key](sample, direction, distance, eta, mode, eps)
+    key = (
+        ("coalesce_step", backend, signature(sample), signature(direction), signature(distance), eta, mode, eps) if eager(sample) else None
+    )
+    if key is not None and (launcher := launchers.get(key)) is not None:
+        return launcher(sample, direction, distance, eta, mode, eps)
     checks.floating("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
