@@ -1,6 +1,7 @@
-// dual_head: an item of work is a few rows of a sample. Every row of features is read once from memory: converted to float32 with a border of
-// zeros into a ring of three rows, and multiplied with the distance's weights on the way. The direction's convolution is then a product of
-// ROWS x 4 vectors that stay in registers: channels run along the vectors, and are summed at the end.
+// dual_head: an item of work is a few rows of a sample. Every row of features is read once from memory: with a border of zeros into a ring of
+// three rows, and multiplied with the distance's weights on the way. The direction's convolution is then a product of PIXELS x OUT vectors
+// that stay in registers: channels run along the vectors, and are summed at the end. The ring and the taps are float32, or bfloat16 for
+// bfloat16 features where the processor multiplies pairs of those.
 #pragma once
 
 #include <math.h>
@@ -61,18 +62,44 @@ inline void offset_row(const cf_dual_head_args& a, int64_t n, int64_t y, float* 
     for (int64_t i = 0; i < a.cz * a.width; ++i) out[i] -= other[i];
 }
 
+// What the ring holds for features of type T, and how many of them a vector has.
+template <class T>
+struct Ring {
+    typedef float type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Ring<bfloat> {
+    typedef bfloat type;
+};
+#endif
+template <class R>
+constexpr int64_t LANES = 4 * W / static_cast<int64_t>(sizeof(R));
+
+inline vf load_raw(const float* p) { return load(p); }
+inline vf multiply_add(vf a, vf b, vf sum) { return fma(a, b, sum); }
+#if defined(__AVX512BF16__)
+inline __m512bh load_raw(const bfloat* p) {
+    __m512bh v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline vf multiply_add(__m512bh a, __m512bh b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
 // Sums of PIXELS neighbouring positions and OUT output channels: `rows` point at the first position's left neighbour in three rows of
-// `padded` channels a position; the weights are (3 rows, 3 positions, padded / W, OUT, W).
-inline void convolve(const float* const rows[3], int64_t padded, const float* weights, float out[PIXELS][OUT]) {
+// `padded` channels a position; the weights are (3 rows, 3 positions, padded / LANES, OUT, LANES).
+template <class R>
+void convolve(const R* const rows[3], int64_t padded, const R* weights, float out[PIXELS][OUT]) {
     vf sums[PIXELS][OUT] = {};
     for (int i = 0; i < 3; ++i) {
-        const float* in = rows[i];
-        for (int64_t k = 0; k < 3 * padded; k += W, weights += OUT * W) {
-            vf w[OUT];
-            for (int o = 0; o < OUT; ++o) w[o] = load(weights + o * W);
+        const R* in = rows[i];
+        for (int64_t k = 0; k < 3 * padded; k += LANES<R>, weights += OUT * LANES<R>) {
+            decltype(load_raw(weights)) w[OUT];
+            for (int o = 0; o < OUT; ++o) w[o] = load_raw(weights + o * LANES<R>);
             for (int p = 0; p < PIXELS; ++p) {
-                const vf value = load(in + p * padded + k);
-                for (int o = 0; o < OUT; ++o) sums[p][o] = fma(value, w[o], sums[p][o]);
+                const auto value = load_raw(in + p * padded + k);
+                for (int o = 0; o < OUT; ++o) sums[p][o] = multiply_add(value, w[o], sums[p][o]);
             }
         }
     }
@@ -101,9 +128,9 @@ inline void convolve(const float* const rows[3], int64_t padded, const float* we
 }
 
 // Row `y` of sample n with zeros around it, and its product with the distance's weights.
-template <class T>
-double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width, const float* weights, float* row) {
-    const size_t pixel = static_cast<size_t>(padded) * sizeof(float);
+template <class T, class R>
+double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width, const float* weights, R* row) {
+    const size_t pixel = static_cast<size_t>(padded) * sizeof(R);
     if (y < 0 || y >= a.height) {
         memset(row, 0, pixel * (padded_width + 2));
         return 0;
@@ -113,12 +140,12 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
     const T* h = static_cast<const T*>(a.h) + (n * a.height + y) * a.width * a.c;
     vf even = {}, odd = {};
     for (int64_t x = 0; x < a.width; ++x, h += a.c) {
-        float* to = row + (x + 1) * padded;
+        R* to = row + (x + 1) * padded;
         for (int64_t c = 0; c < padded; c += W) {
-            const vf value = a.c - c < W ? load_part(h + c, a.c - c) : load(h + c);
+            const vf value = a.c - c >= W ? load(h + c) : (a.c > c ? load_part(h + c, a.c - c) : vf{});
             store(to + c, value);
-            vf& sum = x & 1 ? odd : even;
-            sum = fma(value, load(weights + c), sum);
+            vf& total = x & 1 ? odd : even;
+            total = fma(value, load(weights + c), total);
         }
     }
     return sum(even + odd);
@@ -126,26 +153,31 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
 
 template <class T>
 int dual_head_typed(const cf_dual_head_args& a) {
-    const int64_t padded = round_up(a.c, W), padded_width = round_up(a.width, PIXELS), outs = round_up(a.cz, OUT);
+    typedef typename Ring<T>::type R;
+    const int64_t padded = round_up(a.c, LANES<R>), padded_width = round_up(a.width, PIXELS), outs = round_up(a.cz, OUT);
     const int64_t rows = a.height < 64 ? 4 : (a.height + 15) / 16, items = (a.height + rows - 1) / rows;  // by the shape alone
     const int64_t taps = 9 * padded * outs;
     const bool anchored = a.anchor.data;
 
-    double* partial = static_cast<double*>(
-        scratch(0, static_cast<size_t>(a.n * items) * sizeof(double) + static_cast<size_t>(taps + padded + outs + a.n + a.c) * sizeof(float)));
-    if (!partial) return CF_OUT_OF_MEMORY;
-    float* weights = reinterpret_cast<float*>(partial + a.n * items);
-    float* distance_weights = weights + taps;
+    const size_t partial_bytes = static_cast<size_t>(a.n * items) * sizeof(double), taps_bytes = static_cast<size_t>(taps) * sizeof(R);
+    char* memory = static_cast<char*>(
+        scratch(0, partial_bytes + taps_bytes + static_cast<size_t>(2 * padded + outs + a.n) * sizeof(float)));
+    if (!memory) return CF_OUT_OF_MEMORY;
+    double* partial = reinterpret_cast<double*>(memory);
+    R* weights = reinterpret_cast<R*>(memory + partial_bytes);
+    float* distance_weights = reinterpret_cast<float*>(memory + partial_bytes + taps_bytes);
     float* biases = distance_weights + padded;
-    float* lengths = biases + outs;
-    float* channel = lengths + a.n;
+    float* channels = biases + outs;
+    float* lengths = channels + padded;
 
-    memset(weights, 0, static_cast<size_t>(taps + padded + outs) * sizeof(float));
+    memset(weights, 0, taps_bytes);
+    memset(distance_weights, 0, static_cast<size_t>(2 * padded + outs) * sizeof(float));
     for (int64_t o = 0; o < a.cz; ++o)
         for (int64_t tap = 0; tap < 9; ++tap) {
-            widen(a.direction_weight, (o * 9 + tap) * a.c, channel, a.c);
-            float* to = weights + (o / OUT * 9 + tap) * padded * OUT + o % OUT * W;
-            for (int64_t c = 0; c < a.c; c += W) memcpy(to + c * OUT, channel + c, (a.c - c < W ? a.c - c : W) * sizeof(float));
+            widen(a.direction_weight, (o * 9 + tap) * a.c, channels, a.c);  // what is behind them stays 0
+            R* to = weights + (o / OUT * 9 + tap) * padded * OUT + o % OUT * LANES<R>;
+            for (int64_t c = 0; c < padded; c += LANES<R>)
+                for (int64_t i = 0; i < LANES<R>; i += W) store(to + c * OUT + i, load(channels + c + i));
         }
     widen(a.distance_weight, 0, distance_weights, a.c);
     widen(a.direction_bias, 0, biases, a.cz);
@@ -173,19 +205,19 @@ int dual_head_typed(const cf_dual_head_args& a) {
     const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
     const int64_t threads = a.n * a.height * a.width * taps < 512 << 10 ? 1 : a.threads;  // a second one costs as much
     parallel_for(a.n * items, threads, [&](int64_t begin, int64_t end) {
-        const size_t floats = 3 * row_size + static_cast<size_t>(outs * padded_width + 2 * row_values);
-        float* ring = static_cast<float*>(scratch(1, floats * sizeof(float)));
+        R* ring = static_cast<R*>(
+            scratch(1, 3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float)));
         if (!ring) {
             __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
         }
-        float* result = ring + 3 * row_size;           // (padded_width, outs)
-        float* values = result + outs * padded_width;  // (width, cz)
+        float* result = reinterpret_cast<float*>(ring + 3 * row_size);  // (padded_width, outs)
+        float* values = result + outs * padded_width;                   // (width, cz)
         float* other = values + row_values;
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / items, first = item % items * rows, last = first + rows < a.height ? first + rows : a.height;
             const auto fill = [&](int64_t y) {
-                return fill_row<T>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
+                return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
             };
             double pooled = 0;
             fill(first - 1);
@@ -195,10 +227,10 @@ int dual_head_typed(const cf_dual_head_args& a) {
                 if (y + 1 < last) pooled += next;
                 for (int64_t o = 0; o < outs; o += OUT)
                     for (int64_t x = 0; x < padded_width; x += PIXELS) {
-                        const float* rows_at[3];
+                        const R* rows_at[3];
                         for (int i = 0; i < 3; ++i) rows_at[i] = ring + (y + i + 2) % 3 * row_size + x * padded;
                         float block[PIXELS][OUT];
-                        convolve(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
+                        convolve<R>(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
                         for (int i = 0; i < PIXELS; ++i) memcpy(result + (x + i) * outs + o, block[i], sizeof block[i]);
                     }
                 float inverse = 0;

@@ -27,7 +27,7 @@ int bias_residual_typed(const cf_bias_residual_args& a) {
     const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
     T* y = static_cast<T*>(a.y);
     const int64_t size = a.n * a.c * a.spatial;
-    const int64_t threads = size < 128 << 10 ? 1 : a.threads;  // a second one costs as much
+    const int64_t threads = size < 64 << 10 ? 1 : a.threads;  // a second one costs as much
     if (!a.bias.data) {  // a row of any length will do
         const int64_t width = 4096, rows = (size + width - 1) / width;
         parallel_for(rows, threads, [&](int64_t begin, int64_t end) {
