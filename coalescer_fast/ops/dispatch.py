@@ -201,13 +201,14 @@ def known(name: str, backend: str) -> None:
 def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
     """For every backend of ``op``: whether it can run the call with these arguments, and if not, why.
 
-    Args: the op's name and the arguments that it would be called with; without arguments, whether the backend can run here at all.
+    Args: the op's name and arguments that it would be called with, or the first of them; without any, whether the backend can run here
+    at all.
 
     Raises: ValueError for an op that does not exist; TypeError for arguments that the op does not take.
     """
     if op not in _ops:
         raise ValueError(f"op {op!r} is unknown: use {', '.join(_ops)}")
-    given = inspect.signature(_ops[op].function).bind(*args, **kwargs).arguments if args or kwargs else {}
+    given = inspect.signature(_ops[op].function).bind_partial(*args, **kwargs).arguments
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     reasons = {name: backend.refusal(tensors) for name, backend in BACKENDS.items()}
     return {name: (not reason, reason) for name, reason in reasons.items()}

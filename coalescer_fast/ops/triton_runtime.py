@@ -26,7 +26,7 @@ def unavailable() -> str:
         return f"triton cannot be imported ({error}); pip install triton"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
         return f"triton is {triton.__version__}; expected 3.5 or newer"
-    return ""
+    return "" if INTERPRETED or torch.cuda.is_available() else "there is no CUDA device"
 
 
 def refusal(tensor: torch.Tensor) -> str:

@@ -15,7 +15,7 @@
 namespace cf {
 namespace {
 
-constexpr int64_t RUN = 1024;         // positions a partial sum is taken over, contiguous
+constexpr int64_t RUN = 1024;  // positions a partial sum is taken over, contiguous
 // Elements below which a second thread costs more than it saves, starting once (blocks) or twice (positions).
 constexpr int64_t SERIAL = 32 << 10, SERIAL_POSITIONS = 96 << 10;
 
@@ -339,10 +339,10 @@ int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
 inline int group_norm_silu(const cf_group_norm_silu_args& a) {
     return with_type(a.dtype, [&](auto type) {
         typedef decltype(type) T;
-        const int64_t channels = a.c1 + a.c2, size = static_cast<int64_t>(sizeof(T)), vector = W * size;
-        // Streaming stores need every row of every block to start on a whole vector.
-        const bool aligned = reinterpret_cast<uintptr_t>(a.y) % vector == 0 &&
-                             (a.channels_last ? channels % W == 0 && a.c1 % W == 0 && channels / a.groups % W == 0 : a.spatial % W == 0);
+        const int64_t channels = a.c1 + a.c2, size = static_cast<int64_t>(sizeof(T));
+        // Streaming stores need every row of every part to start on a whole vector.
+        const bool aligned = reinterpret_cast<uintptr_t>(a.y) % (W * size) == 0 &&
+                             (a.channels_last ? channels % W == 0 && a.c1 % W == 0 : a.spatial % W == 0);
         const int64_t bytes = a.n * channels * a.spatial * size;
         const bool stream = aligned && 2 * bytes > last_level_cache();  // input and output
         prepare_output(a.y, bytes);

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.ops import dispatch, library
+from coalescer_fast.ops import dispatch, library, triton_runtime
 
 from .numerics import FLOAT_AT_MOST_32, takes
 
@@ -57,6 +57,11 @@ def test_backends_takes_keywords_and_names_the_argument_that_is_refused():
     able, reason = ops.backends("group_norm_silu", X, 2, scale=torch.zeros(2, 4, dtype=torch.float64))["cpu"]
     assert not able
     assert reason == "scale has dtype torch.float64; expected torch.float32, torch.float16, torch.bfloat16"
+
+
+def test_backends_takes_the_first_arguments_alone():
+    assert ops.backends("group_norm_silu", X)["cpu"] == (True, "")
+    assert ops.backends("group_norm_silu", X.double())["cpu"][1].startswith("x has dtype torch.float64; expected ")
 
 
 def test_backends_of_an_unknown_op():
@@ -140,6 +145,9 @@ def test_triton_wants_a_gpu_outside_its_interpreter(op, monkeypatch):
     monkeypatch.setattr("coalescer_fast.ops.triton_runtime.INTERPRETED", False)
     first = {"dual_head": "h", "coalesce_step": "sample"}.get(op, "x")
     assert ops.backends(op, *CALLS[op])["triton"] == (False, f"{first} is on cpu; expected a cuda device")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_runtime, "unavailable", triton_runtime.unavailable.__wrapped__)
+        assert ops.backends(op)["triton"] == (False, "there is no CUDA device")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -175,6 +175,7 @@ POINT = torch.zeros(2, 3, 4, 4)
         ({"h": torch.zeros(2, 6, 4, 4, dtype=torch.int64)}, ("h", "torch.int64")),
         ({"h": torch.zeros(2, 6, 4)}, ("h", "3 dimensions")),
         ({"direction_weight": torch.zeros(3, 5, 3, 3)}, ("direction_weight", "(3, 5, 3, 3)")),
+        ({"direction_weight": torch.zeros(())}, ("direction_weight", "()")),
         ({"direction_weight": torch.zeros(3, 6, 1, 1)}, ("direction_weight", "(3, 6, 1, 1)")),
         ({"direction_bias": torch.zeros(4)}, ("direction_bias", "(4,)")),
         ({"distance_weight": torch.zeros(5)}, ("distance_weight", "(5,)")),

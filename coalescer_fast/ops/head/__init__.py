@@ -58,7 +58,7 @@ def dual_head(
     if h.ndim != 4:
         raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")
     n, channels, height, width = h.shape
-    latent, device = direction_weight.shape[0], h.device
+    latent, device = direction_weight.shape[0] if direction_weight.ndim else 0, h.device
     checks.tensor("direction_weight", direction_weight, (latent, channels, 3, 3), device)
     checks.tensor("direction_bias", direction_bias, (latent,), device)
     if distance_weight.shape not in ((channels,), (1, channels)):
