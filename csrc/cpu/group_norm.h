@@ -168,32 +168,51 @@ inline void parameter(const cf_vector& v, int64_t offset, float absent, float* t
     for (int64_t i = 0; i < count; ++i) to[i] = absent;
 }
 
-// From the statistics of the channels [first, first + width), whole groups, of sample n.
-inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width, const Workspace& ws) {
-    const int64_t per_group = (a.c1 + a.c2) / a.groups;
+// The parameters of the channels [first, first + width) that all samples have in common.
+inline void read_parameters(const cf_group_norm_silu_args& a, int64_t first, int64_t width, const Workspace& ws) {
     parameter(a.weight, first, 1, ws.weight, width);
     parameter(a.bias, first, 0, ws.bias, width);
     parameter(a.pre_bias, first, 0, ws.pre_bias, width);
-    parameter(a.scale, n * a.scale_stride + first, 0, ws.scale, width);
-    parameter(a.shift, n * a.shift_stride + first, 0, ws.film_shift, width);
+    parameter({}, 0, 0, ws.scale, width);
+    parameter({}, 0, 0, ws.film_shift, width);
+}
+
+// term(begin) + ... + term(end - 1), eight at a time: one after the other they would wait for each other.
+template <class F>
+inline double sum_of(int64_t begin, int64_t end, const F& term) {
+    double lanes[8] = {};
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8)
+        for (int lane = 0; lane < 8; ++lane) lanes[lane] += term(i + lane);
+    for (; i < end; ++i) lanes[0] += term(i);
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// From those and from the statistics of sample n; whole groups.
+inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width, const Workspace& ws) {
+    if (a.scale.data) widen(a.scale, n * a.scale_stride + first, ws.scale, width);
+    if (a.shift.data) widen(a.shift, n * a.shift_stride + first, ws.film_shift, width);
+    const int64_t per_group = (a.c1 + a.c2) / a.groups;
     const double positions = static_cast<double>(a.spatial), per_channel = 1 / static_cast<double>(per_group);
+    const double *__restrict means = ws.channels.mean, *__restrict m2s = ws.channels.m2;
+    const float *__restrict weight = ws.weight, *__restrict bias = ws.bias, *__restrict pre_bias = ws.pre_bias;
+    const float *__restrict scale = ws.scale, *__restrict shift = ws.film_shift;
+    float *__restrict mean_out = ws.coefficients.mean, *__restrict factor_out = ws.coefficients.factor;
+    float* __restrict offset_out = ws.coefficients.offset;
     for (int64_t begin = 0; begin < width; begin += per_group) {
         const int64_t end = begin + per_group;
-        double mean = 0, m2 = 0;
-        for (int64_t i = begin; i < end; ++i) mean += ws.channels.mean[i] + ws.pre_bias[i];
-        mean *= per_channel;
-        for (int64_t i = begin; i < end; ++i) {
-            const double delta = ws.channels.mean[i] + ws.pre_bias[i] - mean;
-            m2 += ws.channels.m2[i] + positions * delta * delta;
-        }
+        const double mean = per_channel * sum_of(begin, end, [=](int64_t i) { return means[i] + pre_bias[i]; });
+        const double m2 = sum_of(begin, end, [=](int64_t i) {
+            const double delta = means[i] + pre_bias[i] - mean;
+            return m2s[i] + positions * delta * delta;
+        });
         const double inverse = 1 / sqrt(m2 * per_channel / positions + a.eps);
         for (int64_t i = begin; i < end; ++i) {
-            const double gain = 1 + static_cast<double>(ws.scale[i]), factor = inverse * ws.weight[i] * gain;
-            const double centre = mean - ws.pre_bias[i];
+            const double gain = 1 + static_cast<double>(scale[i]), factor = inverse * weight[i] * gain, centre = mean - pre_bias[i];
             const float rounded = static_cast<float>(centre);
-            ws.coefficients.mean[i] = rounded;
-            ws.coefficients.factor[i] = static_cast<float>(factor);
-            ws.coefficients.offset[i] = static_cast<float>(ws.bias[i] * gain + ws.film_shift[i] - (centre - rounded) * factor);
+            mean_out[i] = rounded;
+            factor_out[i] = static_cast<float>(factor);
+            offset_out[i] = static_cast<float>(bias[i] * gain + shift[i] - (centre - rounded) * factor);
         }
     }
 }
@@ -265,6 +284,7 @@ int share_positions(const cf_group_norm_silu_args& a) {
     if (!memory) return CF_OUT_OF_MEMORY;
     const Workspace ws(memory, channels);
     float* sums = reinterpret_cast<float*>(memory + bytes);  // (chunks, 2, padded)
+    read_parameters(a, 0, channels, ws);
     const auto end_of = [&](int64_t i) { return (i + 1) * chunk < a.spatial ? (i + 1) * chunk : a.spatial; };
     for (int64_t n = 0; n < a.n; ++n) {
         const Block<T> block(a, n, 0, channels);
@@ -299,6 +319,7 @@ int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t thread
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / blocks, first = item % blocks * width;
             const Block<T> block(a, n, first, width);
+            if (item == begin || blocks > 1) read_parameters(a, first, width, ws);
             if (a.channels_last) {
                 for (const Part<T>& part : block.parts) find_shift(part, a.spatial, ws.shift);
                 for (int64_t r = 0; r < a.spatial; r += chunk) {
