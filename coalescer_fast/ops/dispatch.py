@@ -130,7 +130,7 @@ def plain(x: Tensor) -> bool:
 
 def eager(x: Tensor) -> bool:
     """Whether a call on x is `plain`, on the CPU, and needs no gradient. Only then may `launchers` be used."""
-    return x.is_cpu and not _is_grad_enabled() and type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
+    return x.is_cpu and not _is_grad_enabled() and plain(x)
 
 
 def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:

@@ -1,6 +1,6 @@
 // group_norm_silu. Statistics are sums of (x - shift) and of its square over chunks of a channel's positions, merged in double by Chan's rule
-// in the order of the chunks; then those of a group from its channels'. The shift is the mean of a few positions: so near to the channel's
-// mean, for all but a few values in a million, that the difference of the two sums loses nothing of the variance.
+// in the order of the chunks; then those of a group from its channels'. The shift is the mean of a few positions of the channel, so that the
+// difference of the two sums is not one of large and nearly equal numbers.
 //
 // Work is shared in one of two ways, which give the same bits. Where there are enough samples, an item is a sample (channels innermost) or a
 // group (contiguous), read for its statistics and again, from a cache, to be applied. Where there are few, all threads share the positions
@@ -56,13 +56,13 @@ struct Workspace {
     }
 };
 
-// The channels [offset, offset + width) of a block, in x or in skip: rows of positions, `stride` elements apart.
+// The channels [offset, offset + width) of a sample, in x or in skip: rows of positions, `stride` elements apart.
 template <class T>
 struct Part {
     const T* x;
     int64_t stride, offset, width;
 
-    // body(channel in the block, get), get(r) being the vector of channels from there on at position r
+    // body(channel of the sample, get), get(r) being the vector of channels from there on at position r
     template <class F>
     void each_vector(const F& body) const {
         const int64_t whole = width / W * W, rest = width - whole;
@@ -250,24 +250,22 @@ void apply_contiguous(const T* x, T* y, int64_t positions, float mean, float fac
 }
 
 template <class T>
-struct Block {
-    Part<T> parts[2];  // of x and of skip, either perhaps empty
-    int64_t n, first, width;
+struct Sample {
+    Part<T> parts[2];  // of x and of skip, the latter perhaps empty
+    int64_t n;
 
-    Block(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width) : n(n), first(first), width(width) {
-        const int64_t in_x = first >= a.c1 ? 0 : (a.c1 - first < width ? a.c1 - first : width);
-        parts[0] = {static_cast<const T*>(a.x) + n * a.spatial * a.c1 + first, a.c1, 0, in_x};
-        parts[1] = {in_x < width ? static_cast<const T*>(a.skip) + n * a.spatial * a.c2 + (first + in_x - a.c1) : nullptr, a.c2, in_x,
-                    width - in_x};
+    Sample(const cf_group_norm_silu_args& a, int64_t n) : n(n) {
+        parts[0] = {static_cast<const T*>(a.x) + n * a.spatial * a.c1, a.c1, 0, a.c1};
+        parts[1] = {a.c2 ? static_cast<const T*>(a.skip) + n * a.spatial * a.c2 : nullptr, a.c2, a.c1, a.c2};
     }
 };
 
 template <class T, bool SILU, bool STREAM>
-void apply_rows(const cf_group_norm_silu_args& a, const Block<T>& block, int64_t begin, int64_t end, Coefficients k) {
+void apply_rows(const cf_group_norm_silu_args& a, const Sample<T>& sample, int64_t begin, int64_t end, Coefficients k) {
     const int64_t channels = a.c1 + a.c2;
-    for (const Part<T>& part : block.parts) {
+    for (const Part<T>& part : sample.parts) {
         if (!part.width) continue;
-        T* y = static_cast<T*>(a.y) + (block.n * a.spatial + begin) * channels + block.first + part.offset;
+        T* y = static_cast<T*>(a.y) + (sample.n * a.spatial + begin) * channels + part.offset;
         const Coefficients mine{k.mean + part.offset, k.factor + part.offset, k.offset + part.offset};
         apply_channels_last<T, SILU, STREAM>(part.x + begin * part.stride, part.stride, y, channels, end - begin, part.width, mine);
     }
@@ -287,27 +285,28 @@ int share_positions(const cf_group_norm_silu_args& a) {
     read_parameters(a, 0, channels, ws);
     const auto end_of = [&](int64_t i) { return (i + 1) * chunk < a.spatial ? (i + 1) * chunk : a.spatial; };
     for (int64_t n = 0; n < a.n; ++n) {
-        const Block<T> block(a, n, 0, channels);
-        for (const Part<T>& part : block.parts) find_shift(part, a.spatial, ws.shift);
+        const Sample<T> sample(a, n);
+        for (const Part<T>& part : sample.parts) find_shift(part, a.spatial, ws.shift);
         parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
-                for (const Part<T>& part : block.parts)
+                for (const Part<T>& part : sample.parts)
                     chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded);
         });
         for (int64_t i = 0; i < chunks; ++i)
             merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, ws.channels);
         find_coefficients(a, n, 0, channels, ws);
         parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
-            apply_rows<T, SILU, STREAM>(a, block, begin * chunk, end_of(end - 1), ws.coefficients);
+            apply_rows<T, SILU, STREAM>(a, sample, begin * chunk, end_of(end - 1), ws.coefficients);
         });
     }
     return CF_OK;
 }
 
-// A sample's block of `width` channels at a time, each thread on its own.
-template <class T, bool SILU, bool STREAM>
-int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t threads) {
-    const int64_t channels = a.c1 + a.c2, blocks = channels / width, chunk = chunk_of(a.spatial);
+// body(n, first, workspace) for every block of `width` channels of every sample, each by one thread; first is the block's first channel, and
+// the parameters of its channels are in the workspace.
+template <class F>
+int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t threads, const F& body) {
+    const int64_t blocks = (a.c1 + a.c2) / width;
     int status = CF_OK;
     parallel_for(a.n * blocks, threads, [&](int64_t begin, int64_t end) {
         void* memory = scratch(1, Workspace::bytes(width));
@@ -317,44 +316,58 @@ int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t thread
         }
         const Workspace ws(memory, width);
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / blocks, first = item % blocks * width;
-            const Block<T> block(a, n, first, width);
+            const int64_t first = item % blocks * width;
             if (item == begin || blocks > 1) read_parameters(a, first, width, ws);
-            if (a.channels_last) {
-                for (const Part<T>& part : block.parts) find_shift(part, a.spatial, ws.shift);
-                for (int64_t r = 0; r < a.spatial; r += chunk) {
-                    const int64_t stop = r + chunk < a.spatial ? r + chunk : a.spatial;
-                    for (const Part<T>& part : block.parts) chunk_sums(part, r, stop, ws.shift, ws.sums, ws.squares);
-                    merge_chunk(r, stop, block.width, ws.shift, ws.sums, ws.squares, ws.channels);
-                }
-                find_coefficients(a, n, first, block.width, ws);
-                apply_rows<T, SILU, STREAM>(a, block, 0, a.spatial, ws.coefficients);
-                continue;
-            }
-            const auto row = [&](int64_t i) {
-                const int64_t c = first + i;
-                return c < a.c1 ? static_cast<const T*>(a.x) + (n * a.c1 + c) * a.spatial
-                                : static_cast<const T*>(a.skip) + (n * a.c2 + c - a.c1) * a.spatial;
-            };
-            for (int64_t i = 0; i < block.width; ++i) statistics_contiguous(row(i), a.spatial, ws.channels.mean[i], ws.channels.m2[i]);
-            find_coefficients(a, n, first, block.width, ws);
-            const Coefficients& k = ws.coefficients;
-            T* y = static_cast<T*>(a.y) + (n * channels + first) * a.spatial;
-            for (int64_t i = 0; i < block.width; ++i)
-                apply_contiguous<T, SILU, STREAM>(row(i), y + i * a.spatial, a.spatial, k.mean[i], k.factor[i], k.offset[i]);
-            if (STREAM) end_streaming();
+            body(item / blocks, first, ws);
         }
     });
     return status;
 }
 
+// Each thread on samples of its own, channels innermost.
+template <class T, bool SILU, bool STREAM>
+int share_samples(const cf_group_norm_silu_args& a, int64_t threads) {
+    const int64_t channels = a.c1 + a.c2, chunk = chunk_of(a.spatial);
+    return share_blocks(a, channels, threads, [&](int64_t n, int64_t, const Workspace& ws) {
+        const Sample<T> sample(a, n);
+        for (const Part<T>& part : sample.parts) find_shift(part, a.spatial, ws.shift);
+        for (int64_t r = 0; r < a.spatial; r += chunk) {
+            const int64_t stop = r + chunk < a.spatial ? r + chunk : a.spatial;
+            for (const Part<T>& part : sample.parts) chunk_sums(part, r, stop, ws.shift, ws.sums, ws.squares);
+            merge_chunk(r, stop, channels, ws.shift, ws.sums, ws.squares, ws.channels);
+        }
+        find_coefficients(a, n, 0, channels, ws);
+        apply_rows<T, SILU, STREAM>(a, sample, 0, a.spatial, ws.coefficients);
+    });
+}
+
+// Each thread on groups of its own, contiguous.
+template <class T, bool SILU, bool STREAM>
+int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
+    const int64_t channels = a.c1 + a.c2, width = channels / a.groups;
+    return share_blocks(a, width, threads, [&](int64_t n, int64_t first, const Workspace& ws) {
+        const auto row = [&](int64_t i) {
+            const int64_t c = first + i;
+            return c < a.c1 ? static_cast<const T*>(a.x) + (n * a.c1 + c) * a.spatial
+                            : static_cast<const T*>(a.skip) + (n * a.c2 + c - a.c1) * a.spatial;
+        };
+        for (int64_t i = 0; i < width; ++i) statistics_contiguous(row(i), a.spatial, ws.channels.mean[i], ws.channels.m2[i]);
+        find_coefficients(a, n, first, width, ws);
+        const Coefficients& k = ws.coefficients;
+        T* y = static_cast<T*>(a.y) + (n * channels + first) * a.spatial;
+        for (int64_t i = 0; i < width; ++i)
+            apply_contiguous<T, SILU, STREAM>(row(i), y + i * a.spatial, a.spatial, k.mean[i], k.factor[i], k.offset[i]);
+        if (STREAM) end_streaming();
+    });
+}
+
 template <class T, bool SILU, bool STREAM>
 int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
     const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial, threads = size < SERIAL ? 1 : a.threads;
-    if (!a.channels_last) return share_blocks<T, SILU, STREAM>(a, channels / a.groups, threads);
+    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, threads);
     const bool few = a.n % threads && a.n < 4 * threads;
     if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU, STREAM>(a);
-    return share_blocks<T, SILU, STREAM>(a, channels, threads);
+    return share_samples<T, SILU, STREAM>(a, threads);
 }
 
 inline int group_norm_silu(const cf_group_norm_silu_args& a) {
