@@ -1,13 +1,16 @@
 """Builds the native kernels where they can be built; everything else stands in pyproject.toml.
 
-The library is plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every torch and Python.
-COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =auto (the default) what can be built, and =require makes a part that cannot
-be built fail the installation; else it is left out, with one line that says why, which `coalescer_fast.ops.backends` repeats.
+The libraries are plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every torch and Python.
+COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =cuda the CUDA kernels as well, =auto (the default) those for the GPUs that
+are there, and =require, which is =cuda, makes a part that cannot be built fail the installation; else it is left out, with one line that
+says why, which `coalescer_fast.ops.backends` repeats. TORCH_CUDA_ARCH_LIST ("8.0;9.0") says what the CUDA kernels are compiled for.
+`python setup.py build_native` builds them in a checkout.
 """
 
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,19 +18,23 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Distribution, setup
+from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-CHOICES = ("auto", "off", "cpu", "require")
+CHOICES = ("auto", "off", "cpu", "cuda", "require")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets are chosen at run time, so each has its own file and flags.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # -Wno-...: the compiler's own intrinsics
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+
+NVCC_FLAGS = ("-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities times ten
 
 
 def chosen() -> str:
@@ -68,20 +75,103 @@ def build_cpu(target: Path) -> str:
     return f"{cxx[0]} cannot compile it: {failures[0].splitlines()[0]}" if failures[0:1] and failures[0] else ""
 
 
+def nvcc() -> str:
+    """Its path, or ""."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    candidates = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), "")
+
+
+def gpus() -> list[int]:
+    """The compute capabilities, times ten, of the GPUs here."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)})
+
+
+def architectures() -> list[int]:
+    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs here where COALESCER_FAST_BUILD leaves it open, else all that nvcc knows."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        found = re.findall(r"(\d+)\.(\d)[a-z]?(?:\+PTX)?(?=[;,\s]|$)", listed)
+        if not found or len(found) != len(re.split(r"[;,\s]+", listed.strip(";, "))):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST is {listed!r}; expected compute capabilities such as 8.0;9.0")
+        return sorted({int(major + minor) for major, minor in found})
+    if chosen() == "auto":
+        return gpus()
+    known = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [each for each in ARCHITECTURES if f"sm_{each}" in known]
+
+
+def build_cuda(target: Path, architectures: list[int]) -> str:
+    """Compile csrc/cuda into the shared library ``target``; returns why that cannot be done, or ""."""
+    if not nvcc():
+        return "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+    codes = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    define = f'-DCF_ARCHITECTURES="{",".join(map(str, architectures))}"'
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def run(*arguments: str) -> str:
+            result = subprocess.run([nvcc(), *arguments], capture_output=True, text=True)
+            return (result.stderr.strip() or result.stdout.strip() or "nvcc failed") if result.returncode else ""
+
+        def compile_one(source: Path) -> str:
+            return run(*NVCC_FLAGS, *codes, define, "-c", str(source), "-o", f"{scratch}/{source.stem}.o")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            failures = list(filter(None, pool.map(compile_one, sources)))
+        if not failures:
+            # the runtime inside, its symbols to itself: beside torch's own, and without a link to the driver
+            flags = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL")
+            failures = [run(*flags, *codes, "-o", str(target), *(f"{scratch}/{source.stem}.o" for source in sources))]
+    return f"nvcc cannot compile it: {failures[0].splitlines()[0]}" if failures[0] else ""
+
+
+def build(folder: Path) -> None:
+    """Build the libraries that are asked for into the folder, and write down what is missing and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {}
+    for part in ("cpu", "cuda"):
+        target = folder / f"libcoalescer_fast_{part}.so"
+        target.unlink(missing_ok=True)
+        if chosen() == "off" or (part, chosen()) == ("cuda", "cpu"):
+            missing[part] = f"COALESCER_FAST_BUILD={chosen()} when it was installed"
+            continue
+        if part == "cpu":
+            missing[part] = build_cpu(target)
+        elif chosen() == "auto" and not gpus():
+            missing[part] = "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+            continue
+        else:
+            missing[part] = build_cuda(target, architectures() if nvcc() else [])
+        if missing[part] and chosen() == "require":
+            what = f"the {part.upper()} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for"
+            raise SystemExit(f"coalescer_fast: {what}: {missing[part]}")
+        if missing[part]:
+            print(f"coalescer_fast: installed without the {part.upper()} kernels: {missing[part]}", file=sys.stderr)
+    (folder / "build.json").write_text(json.dumps(missing) + "\n", encoding="utf-8")
+
+
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        package = ROOT / "coalescer_fast" if self.editable_mode else Path(self.build_lib) / "coalescer_fast"
-        folder = package / "lib"
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / "libcoalescer_fast_cpu.so"
-        target.unlink(missing_ok=True)
-        missing = "COALESCER_FAST_BUILD=off when it was installed" if chosen() == "off" else build_cpu(target)
-        if missing and chosen() == "require":
-            raise SystemExit(f"coalescer_fast: the CPU kernels cannot be built, which COALESCER_FAST_BUILD=require asks for: {missing}")
-        if missing:
-            print(f"coalescer_fast: installed without the CPU kernels (ops run on plain PyTorch): {missing}", file=sys.stderr)
-        (folder / "build.json").write_text(json.dumps({"cpu": missing}) + "\n", encoding="utf-8")
+        build((ROOT / "coalescer_fast" if self.editable_mode else Path(self.build_lib) / "coalescer_fast") / "lib")
+
+
+class BuildNative(Command):
+    """Build the native libraries in this checkout, for use without an installation."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        build(ROOT / "coalescer_fast" / "lib")
 
 
 class BdistWheel(bdist_wheel):
@@ -95,4 +185,4 @@ class NativeDistribution(Distribution):
         return chosen() != "off"
 
 
-setup(distclass=NativeDistribution, cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
+setup(distclass=NativeDistribution, cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel})

@@ -29,7 +29,8 @@ enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2 };
 enum cf_status {
     CF_OK = 0,
     CF_INVALID_ARGUMENT = 1, /* a size, dtype or pointer that the function does not take */
-    CF_OUT_OF_MEMORY = 2     /* no memory for the scratch buffer */
+    CF_OUT_OF_MEMORY = 2,    /* no memory for the scratch buffer */
+    CF_CUDA_ERROR = 1000     /* and more: 1000 + the cudaError_t of a launch that was refused */
 };
 
 /* A one-dimensional parameter: contiguous, of the length that the function says. */
@@ -53,7 +54,7 @@ typedef struct {
     int64_t scale_stride;
     cf_vector shift; /* likewise */
     int64_t shift_stride;
-    int64_t threads; /* how many may be used */
+    int64_t threads; /* of the CPU, how many may be used */
     double eps;
 } cf_group_norm_silu_args;
 
@@ -118,6 +119,44 @@ CF_API int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args);
 CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
 CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
 CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
+
+/* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor allocates,
+ * and leaves no error behind. x, skip, residual and y, h and direction_weight, sample and direction of the step: at multiples of 16 bytes;
+ * direction_weight of h's dtype. */
+
+/* What a choice of launch depends on. */
+typedef struct {
+    int64_t ordinal;         /* CUDA's number of it */
+    int64_t capability;      /* compute capability times ten */
+    int64_t multiprocessors;
+    int64_t shared_memory;   /* bytes that a block may ask for */
+} cf_cuda_device;
+
+/* How a call is launched: a pure function of its sizes, dtypes and layout, and of the device. */
+typedef struct {
+    int64_t launches;
+    int64_t blocks, threads, shared_memory; /* of the first launch */
+    int64_t cluster;                        /* blocks that exchange through shared memory, 1 for none */
+    int64_t vector;                         /* elements that a thread reads at a time */
+    int64_t workspace;                      /* bytes of device memory that the call needs beside its arguments */
+} cf_cuda_plan;
+
+/* The compute capabilities times ten that the library has code for, "80,90"; "host" if it was built to run on the CPU. */
+CF_API const char* cf_cuda_architectures(void);
+/* What a GPU has. */
+CF_API int cf_cuda_describe(int64_t ordinal, cf_cuda_device* device);
+/* What CF_CUDA_ERROR + an error means. */
+CF_API const char* cf_cuda_error(int status);
+
+CF_API int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+CF_API int cf_cuda_bias_residual_plan(const cf_bias_residual_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+CF_API int cf_cuda_dual_head_plan(const cf_dual_head_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+CF_API int cf_cuda_coalesce_step_plan(const cf_coalesce_step_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+
+CF_API int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace, void* stream);
+CF_API int cf_cuda_bias_residual(const cf_bias_residual_args* args, const cf_cuda_device* device, void* workspace, void* stream);
+CF_API int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* device, void* workspace, void* stream);
+CF_API int cf_cuda_coalesce_step(const cf_coalesce_step_args* args, const cf_cuda_device* device, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

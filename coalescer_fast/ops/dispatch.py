@@ -41,7 +41,7 @@ class Backend:
         """Why it cannot run on these arguments, or ""."""
         runtime = None if self.runtime is None else importlib.import_module(f".{self.runtime}", __package__)
         for name, tensor in tensors.items():
-            # Triton's interpreter runs GPU kernels on CPU tensors
+            # Triton's interpreter, and the tests' emulation of CUDA, run GPU kernels on CPU tensors
             if self.device not in (None, tensor.device.type) and not getattr(runtime, "INTERPRETED", False):
                 return f"{name} is on {tensor.device}; expected a {self.device} device"
         if runtime is not None and (reason := runtime.unavailable()):
@@ -64,9 +64,11 @@ BACKENDS = {
     "reference": Backend("reference"),
     "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "library"),
     "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime"),
+    "cuda": Backend("cuda", "cuda", FLOAT_AT_MOST_32, "cuda_library"),
 }
-# what "auto" tries, fastest first
-PREFERENCE = ("triton", "cpu", "reference")
+# what "auto" tries, fastest first; a backend whose function has ``yields(*args)``, and gives a reason there, comes after the next that is
+# made for the device
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
 @dataclass
@@ -120,7 +122,7 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
 
 def signature(t: Tensor | None) -> tuple[Any, ...] | None:
     """All that a launcher may depend on of a tensor, but its address."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu)
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
 
 
 def plain(x: Tensor) -> bool:
@@ -129,8 +131,8 @@ def plain(x: Tensor) -> bool:
 
 
 def eager(x: Tensor) -> bool:
-    """Whether a call on x is `plain`, on the CPU, and needs no gradient. Only then may `launchers` be used."""
-    return x.is_cpu and not _is_grad_enabled() and plain(x)
+    """Whether a call on x is `plain`, on a CPU or a GPU, and needs no gradient. Only then may `launchers` be used."""
+    return (x.is_cpu or x.is_cuda) and not _is_grad_enabled() and plain(x)
 
 
 def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
@@ -153,11 +155,13 @@ def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
 
 
 def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function that runs this call, remembered by op, backend, device, dtypes, and whether a gradient is needed."""
+    """The function that runs this call, remembered by op, backend, device, shape, dtypes, and whether a gradient is needed."""
     dtypes = [a.dtype for a in args if type(a) not in _SCALARS]
-    key = (name, backend, args[0].device, _is_grad_enabled() and _needs_grad(args), *dtypes)
+    key = (name, backend, args[0].device, args[0].shape, _is_grad_enabled() and _needs_grad(args), *dtypes)
     function = _chosen.get(key)
     if function is None:
+        if len(_chosen) >= MOST_LAUNCHERS:
+            _chosen.clear()
         function = _chosen[key] = _implementation(_ops[name].package, name, _resolve(name, backend, args))
     return function
 
@@ -170,18 +174,25 @@ def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
         if reason := BACKENDS[backend].refusal(tensors):
             raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
         return backend
-    passed_over = []
+    passed_over: list[str] = []
+    able: list[str] = []
     for candidate in PREFERENCE:
         if BACKENDS[candidate].device not in (None, args[0].device.type):
             continue
-        reason = BACKENDS[candidate].refusal(tensors)
-        if not reason:
-            break
-        passed_over.append(f"not on {candidate}: {reason}")
+        if reason := BACKENDS[candidate].refusal(tensors):
+            passed_over += [] if able else [f"not on {candidate}: {reason}"]
+        else:
+            able.append(candidate)
+    chosen, *others = able
     if passed_over and os.environ.get("COALESCER_FAST_STRICT") == "1":
-        raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {name} to fall back to {candidate}; {'; '.join(passed_over)}")
-    _log_once("; ".join([f"{name} runs on {candidate}", *passed_over]), logging.WARNING if passed_over else logging.INFO)
-    return candidate
+        raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {name} to fall back to {chosen}; {'; '.join(passed_over)}")
+    yields = getattr(_implementation(_ops[name].package, name, chosen), "yields", None)
+    level = logging.WARNING if passed_over else logging.INFO
+    if yields is not None and others and BACKENDS[others[0]].device is not None and (reason := yields(*args)):
+        passed_over.append(f"not on {chosen}: {reason}")
+        chosen = others[0]
+    _log_once("; ".join([f"{name} runs on {chosen}", *passed_over]), level)
+    return chosen
 
 
 def _needs_grad(args: Sequence[Any]) -> bool:

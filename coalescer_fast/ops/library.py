@@ -1,4 +1,4 @@
-"""Loads the native library of csrc (see csrc/abi.h), and what its bindings share."""
+"""Loads the native libraries of csrc (see csrc/abi.h), runs the one for CPUs, and what the bindings of both share."""
 
 from __future__ import annotations
 
@@ -16,28 +16,35 @@ FOLDER = Path(__file__).parents[1] / "lib"
 ABI_VERSION = 1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {1: "an argument that it does not take", 2: "out of memory"}
+Call = Callable[[bytes], None]
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The CPU library, or None and why there is none."""
-    path = FOLDER / "libcoalescer_fast_cpu.so"
+def find(part: str, path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """The library of "cpu" or "cuda" kernels, or None and why there is none."""
+    path = path or FOLDER / f"libcoalescer_fast_{part}.so"
     if not path.is_file():
         try:
-            reason = json.loads((FOLDER / "build.json").read_text("utf-8"))["cpu"]
+            reason = json.loads((FOLDER / "build.json").read_text("utf-8"))[part]
         except (OSError, ValueError, KeyError):
             reason = "this checkout has not been installed"
-        return None, f"the library of CPU kernels is not there: {reason}; install coalescer_fast again to build it"
+        return None, f"the library of {part.upper()} kernels is not there: {reason}; install coalescer_fast again to build it"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
     if (version := library.cf_abi_version()) != ABI_VERSION:
         return None, f"{path.name} has interface version {version}; expected {ABI_VERSION}: install coalescer_fast again"
-    library.cf_cpu_isa.restype = ctypes.c_char_p
-    library.cf_cpu_set_openmp(*_openmp())
     return library, ""
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    library, reason = find("cpu")
+    if library is not None:
+        library.cf_cpu_isa.restype = ctypes.c_char_p
+        library.cf_cpu_set_openmp(*_openmp())
+    return library, reason
 
 
 def unavailable() -> str:
@@ -84,7 +91,8 @@ def _openmp() -> list[Any]:
     return [None] * len(OPENMP_FUNCTIONS)
 
 
-def function(name: str) -> Callable[[bytes], None]:
+@functools.cache
+def function(name: str) -> Call:
     """The library's function ``name``, to be called with its packed arguments; raises RuntimeError if it reports a failure."""
     library, reason = _load()
     if library is None:
@@ -100,21 +108,18 @@ def function(name: str) -> Callable[[bytes], None]:
     return call
 
 
-Arrange = Callable[..., tuple[Any, ...]]
-Prepare = Callable[..., Callable[..., Any]]
-
-
-def implementation(arrange: Arrange, prepare: Prepare) -> Callable[..., Any]:
-    """An op's function made of two: ``arrange`` gives the arguments with the memory layout that the library takes, tensors that have it
-    being themselves; ``prepare`` gives a launcher for such arguments and all others with their `dispatch.signature` and scalars."""
+def implementation(name: str, arrange: Callable[..., tuple[Any, ...]], prepare: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """An op's function made of the library's function ``name`` and two: ``arrange`` gives the arguments with the memory layout that the
+    library takes, tensors that have it being themselves; ``prepare`` gives, after the library's function, a launcher for such arguments
+    and all others with their `dispatch.signature` and scalars."""
 
     def run(*args: Any) -> Any:
         arranged = arrange(*args)
-        return prepare(*arranged)(*arranged)
+        return prepare(function(name), *arranged)(*arranged)
 
     def prepare_if_arranged(*args: Any) -> Callable[..., Any] | None:
         arranged = arrange(*args)
-        return prepare(*args) if all(one is other for one, other in zip(args, arranged)) else None
+        return prepare(function(name), *args) if all(one is other for one, other in zip(args, arranged)) else None
 
     run.prepare = prepare_if_arranged  # type: ignore[attr-defined]
     return run

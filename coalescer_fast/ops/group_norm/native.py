@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import layout, library
 
 _pack = struct.Struct("24qd").pack  # cf_group_norm_silu_args
-_call = library.function("cf_cpu_group_norm_silu")
 
 
 def arrange(
@@ -35,6 +34,7 @@ def arrange(
 
 
 def prepare(
+    call: library.Call,
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -66,7 +66,7 @@ def prepare(
         activation: str | None,
     ) -> Tensor:
         y = torch.empty_like(x) if skip is None else layout.empty(x, c1 + c2, x.dtype)
-        _call(
+        call(
             _pack(
                 x.data_ptr(),
                 0 if skip is None else skip.data_ptr(),
@@ -93,4 +93,4 @@ def prepare(
     return launch
 
 
-group_norm_silu = library.implementation(arrange, prepare)
+group_norm_silu = library.implementation("cf_cpu_group_norm_silu", arrange, prepare)

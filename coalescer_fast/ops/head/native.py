@@ -13,7 +13,6 @@ from .. import layout, library
 from . import direction_dtype
 
 _pack = struct.Struct("35q").pack  # cf_dual_head_args
-_call = library.function("cf_cpu_dual_head")
 
 
 def arrange(
@@ -35,6 +34,7 @@ def _channels_innermost(x: Tensor) -> Tensor:
 
 
 def prepare(
+    call: library.Call,
     h: Tensor,
     direction_weight: Tensor,
     direction_bias: Tensor,
@@ -50,7 +50,7 @@ def prepare(
     sample_layout, anchor_layout = _layout(sample), _layout(anchor)
     model = layout.empty(h, latent, direction_dtype(h, sample))
     direction_layout = _layout(model)
-    size, strides, dtype = tuple(model.shape), model.stride(), model.dtype
+    size, strides, dtype, device = tuple(model.shape), model.stride(), model.dtype, model.device
 
     def launch(
         h: Tensor,
@@ -61,9 +61,9 @@ def prepare(
         sample: Tensor | None,
         anchor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        direction = torch.empty_strided(size, strides, dtype=dtype)
-        distance = torch.empty(n)
-        _call(
+        direction = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        distance = torch.empty(n, device=device)
+        call(
             _pack(
                 h.data_ptr(),
                 *shape,
@@ -95,12 +95,15 @@ def _layout(x: Tensor | None) -> tuple[int, ...]:
     return (0,) * 5 if x is None else (library.DTYPES[x.dtype], *x.stride())
 
 
-_channels_innermost_head = library.implementation(arrange, prepare)
+def in_layout_of_h(head: Callable[..., Any]) -> Callable[..., Any]:
+    """``head``, whose direction has its channels innermost, with the direction in h's layout."""
+
+    def dual_head(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        direction, distance = head(h, *others)
+        return layout.arrange(direction, layout.is_channels_last(h)), distance
+
+    dual_head.prepare = head.prepare  # type: ignore[attr-defined]
+    return dual_head
 
 
-def dual_head(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    direction, distance = _channels_innermost_head(h, *others)
-    return layout.arrange(direction, layout.is_channels_last(h)), distance
-
-
-dual_head.prepare = _channels_innermost_head.prepare  # type: ignore[attr-defined]
+dual_head = in_layout_of_h(library.implementation("cf_cpu_dual_head", arrange, prepare))

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import layout, library
 
 _pack = struct.Struct("11q").pack  # cf_bias_residual_args
-_call = library.function("cf_cpu_bias_residual")
 
 
 def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Any, ...]:
@@ -21,7 +20,7 @@ def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[An
     return layout.arrange(x, channels_last), library.vector(bias), None if residual is None else layout.arrange(residual, channels_last)
 
 
-def prepare(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable[..., Tensor]:
+def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable[..., Tensor]:
     n, c, *spatial = x.shape
     shape = library.DTYPES[x.dtype], layout.is_channels_last(x), n, c, math.prod(spatial)
     bias_dtype = library.dtype(bias)
@@ -30,10 +29,10 @@ def prepare(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable
         y = torch.empty_like(x)
         residual_data = 0 if residual is None else residual.data_ptr()
         bias_data = 0 if bias is None else bias.data_ptr()
-        _call(_pack(x.data_ptr(), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
+        call(_pack(x.data_ptr(), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
         return y
 
     return launch
 
 
-bias_residual = library.implementation(arrange, prepare)
+bias_residual = library.implementation("cf_cpu_bias_residual", arrange, prepare)

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import layout, library
 
 _pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
-_call = library.function("cf_cpu_coalesce_step")
 
 
 def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> tuple[Any, ...]:
@@ -21,14 +20,16 @@ def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mod
     return layout.arrange(sample, channels_last), layout.arrange(direction, channels_last), distance.contiguous(), eta, mode, eps
 
 
-def prepare(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> Callable[..., Tensor]:
+def prepare(
+    call: library.Call, sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float
+) -> Callable[..., Tensor]:
     sample_dtype, direction_dtype, distance_dtype = (library.dtype(x) for x in (sample, direction, distance))
     n, *shape = sample.shape
     size, unit = math.prod(shape), mode == "unit"
 
     def launch(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> Tensor:
         y = torch.empty_like(sample)
-        _call(
+        call(
             _pack(
                 sample.data_ptr(),
                 sample_dtype,
@@ -50,4 +51,4 @@ def prepare(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mod
     return launch
 
 
-coalesce_step = library.implementation(arrange, prepare)
+coalesce_step = library.implementation("cf_cpu_coalesce_step", arrange, prepare)

@@ -1,0 +1,168 @@
+// How group_norm_silu is cut into blocks: plain C++, a pure function of sizes, dtype, layout and device.
+//
+// A block works on a slab of `rows` rows of `columns` contiguous elements. Channels innermost: rows are positions of one sample, columns the
+// channels of a tile, which holds whole groups (or, of a group wider than a tile, a piece). Contiguous: rows are the channels of one group,
+// columns its positions, or a piece of them. A thread keeps to one vector of columns and goes down the rows.
+//
+// (a) two launches: the slab of a tile is split by rows between blocks; each leaves the moments of its part of each group in a slot of
+//     its own of the workspace; the second launch, in the same blocks, merges the slots and applies.
+// (b) one launch: the slab stays in shared memory, of one block, or split by rows between the blocks of a cluster, which exchange moments.
+#ifndef COALESCER_FAST_CUDA_GROUP_NORM_H
+#define COALESCER_FAST_CUDA_GROUP_NORM_H
+
+#include <cstdint>
+#include <initializer_list>
+#include <numeric>
+
+#include "device.h"
+
+namespace cf::group_norm {
+
+constexpr int THREADS = 512;
+constexpr int MOST_VECTORS = 256;       // of a row of a tile
+constexpr int MOST_SPLITS = 64;         // more would make the merge as long as the work
+constexpr int MOST_ROWS_OF_CHANNELS = 1024;  // contiguous: their coefficients lie in shared memory
+constexpr int64_t SMALL_SLAB = 16 << 10;  // bytes that are not worth another block
+
+struct Plan {
+    bool fused;         // (b)
+    int vector;         // elements
+    int64_t n;
+    int c1, c2, channels, per_group, spatial;
+    int columns, vectors;  // of a full tile's row, in elements and in vectors
+    int tiles;             // of a sample
+    int groups_per_tile, tiles_per_group;  // one of them is 1
+    int rows, splits, rows_per_split;      // splits: the cluster's size if fused
+    int lanes, threads;    // threads that share a column, and all
+    int entries;           // groups that a vector of columns can reach into
+    int64_t blocks, shared_memory, workspace;
+};
+
+// What a block keeps in shared memory, in this order: the slab (fused), moments of every thread, coefficients of every channel, of every group
+// its statistics and, fused, the block's own moments.
+struct Shared {
+    int64_t moments, coefficients, groups, total;  // where each begins, in bytes
+
+    __host__ __device__ explicit Shared(const Plan& p, int64_t element, bool channels_last) {
+        const int64_t slab = p.fused ? round_up(p.rows_per_split * static_cast<int64_t>(p.columns) * element, 16) : 0;
+        const int64_t channels = channels_last ? p.columns : p.rows_per_split;
+        moments = slab;
+        coefficients = moments + int64_t{8} * p.entries * p.threads;
+        groups = coefficients + round_up(12 * channels, 16);
+        total = groups + int64_t{16} * p.groups_per_tile;
+    }
+};
+
+// Cut the rows between `splits` blocks at most, none of them empty.
+inline void split(Plan& p, int64_t splits) {
+    p.rows_per_split = static_cast<int>(cdiv(p.rows, splits < 1 ? 1 : splits));
+    p.splits = static_cast<int>(cdiv(p.rows, p.rows_per_split));
+    p.lanes = THREADS / p.vectors < p.rows_per_split ? THREADS / p.vectors : p.rows_per_split;
+    p.threads = static_cast<int>(round_up(int64_t{p.lanes} * p.vectors, WARP));
+    p.blocks = p.n * p.tiles * p.splits;
+}
+
+// Channels innermost: tiles of whole groups whose rows are multiples of `run` bytes; false if there is none such.
+inline bool tile(Plan& p, int64_t run, int64_t element) {
+    const int64_t most = int64_t{MOST_VECTORS} * p.vector, groups = p.channels / p.per_group;
+    if (p.per_group > most) {
+        p.columns = static_cast<int>(round_up(cdiv(p.per_group, cdiv(p.per_group, most)), p.vector));
+        p.groups_per_tile = 1;
+    } else {
+        int64_t columns = std::lcm<int64_t>(p.per_group, run / element > p.vector ? run / element : p.vector);
+        if (columns > p.channels) columns = p.channels;
+        if (columns > most || columns % p.vector) return false;
+        p.columns = static_cast<int>(columns);
+        p.groups_per_tile = p.columns / p.per_group;
+    }
+    p.tiles_per_group = static_cast<int>(cdiv(p.per_group, p.columns));
+    p.tiles = static_cast<int>(p.tiles_per_group > 1 ? groups * p.tiles_per_group : cdiv(groups, p.groups_per_tile));
+    p.vectors = p.columns / p.vector;
+    return true;
+}
+
+inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& device, Plan& p) {
+    constexpr int64_t LARGEST = 0x7fffffff;
+    const int64_t channels = a.c1 + a.c2;
+    if (!is_dtype(a.dtype) || a.n < 0 || a.c1 < 1 || a.c2 < 0 || channels > LARGEST || a.spatial < 0 || a.spatial > LARGEST) return CF_INVALID_ARGUMENT;
+    if (a.groups < 1 || channels % a.groups || (a.c2 > 0) != (a.skip != nullptr)) return CF_INVALID_ARGUMENT;
+    for (const cf_vector& v : {a.weight, a.bias, a.pre_bias, a.scale, a.shift}) {
+        if (!is_vector(v)) return CF_INVALID_ARGUMENT;
+    }
+    p = {};
+    p.n = a.spatial ? a.n : 0;
+    p.c1 = static_cast<int>(a.c1), p.c2 = static_cast<int>(a.c2), p.channels = static_cast<int>(channels);
+    p.per_group = static_cast<int>(channels / a.groups);
+    p.spatial = static_cast<int>(a.spatial);
+    p.vector = 1, p.entries = 1;
+    if (!p.n) return CF_OK;
+
+    const int64_t element = size_of(a.dtype), wide = 16 / element, half = device.shared_memory * 45 / 100;
+    int64_t runs[] = {128, 64, 32, 16};
+    const bool channels_last = a.channels_last;
+    if (channels_last) {
+        const int64_t most = MOST_VECTORS * wide;
+        const bool cut = p.per_group > most ? p.per_group % wide == 0 : std::lcm<int64_t>(p.per_group, wide) <= most;
+        if (a.c1 % wide == 0 && a.c2 % wide == 0 && cut) p.vector = static_cast<int>(wide);
+        p.rows = p.spatial;
+        if (p.per_group % p.vector) p.entries = p.per_group > p.vector ? 2 : p.vector / p.per_group + (p.vector % p.per_group ? 2 : 0);
+    } else {
+        if (a.spatial % wide == 0) p.vector = static_cast<int>(wide);
+        p.rows = p.per_group;
+        const int64_t pieces = cdiv(a.spatial, int64_t{MOST_VECTORS} * p.vector);
+        p.columns = static_cast<int>(round_up(cdiv(a.spatial, pieces), p.vector));
+        p.tiles_per_group = static_cast<int>(cdiv(a.spatial, p.columns));
+        p.groups_per_tile = 1;
+        p.tiles = static_cast<int>(a.groups) * p.tiles_per_group;
+        p.vectors = p.columns / p.vector;
+        runs[1] = runs[2] = runs[3] = 0;  // there is one tiling
+    }
+
+    // (b): the longest rows and the smallest cluster that let two blocks share a multiprocessor and fill the device, or have little to do;
+    // else, if the slab is small enough for two blocks or there are enough of them, what has the smallest slab
+    const int most_blocks = device.capability >= 90 ? 8 : 1;
+    Plan best = {};
+    int64_t smallest = LARGEST;
+    for (const int64_t run : runs) {
+        if (!run || run < 32 || (channels_last && !tile(p, run, element)) || p.tiles_per_group > 1) continue;
+        for (int cluster = 1; cluster <= most_blocks; cluster *= 2) {
+            split(p, cluster);
+            p.fused = true;
+            p.shared_memory = Shared(p, element, channels_last).total;
+            if (p.splits != cluster || p.shared_memory > device.shared_memory) continue;
+            if (!channels_last && p.rows_per_split > MOST_ROWS_OF_CHANNELS) continue;
+            const int64_t slab = p.rows_per_split * static_cast<int64_t>(p.columns) * element;
+            const bool full = p.blocks >= device.multiprocessors;
+            if (p.shared_memory <= half && (full || slab <= SMALL_SLAB)) return CF_OK;
+            if ((p.shared_memory <= half || full) && slab < smallest) smallest = slab, best = p;
+        }
+    }
+    if (best.fused) {
+        p = best;
+        return CF_OK;
+    }
+
+    // (a): the longest rows that let the blocks fill the device, else what gives most of them
+    p.fused = false;
+    for (const int64_t run : runs) {
+        if (!run || (channels_last && !tile(p, run, element))) continue;
+        const int64_t tiles = p.n * p.tiles, wanted = cdiv(8 * device.multiprocessors, tiles);
+        const int64_t few = cdiv(p.rows, 2 * cdiv(THREADS, p.vectors));  // two rows a thread at least
+        const int64_t most = few < MOST_SPLITS ? few : MOST_SPLITS;
+        int64_t splits = wanted < most ? wanted : most;
+        if (!channels_last && splits * MOST_ROWS_OF_CHANNELS < p.rows) splits = cdiv(p.rows, MOST_ROWS_OF_CHANNELS);
+        split(p, splits);
+        p.shared_memory = Shared(p, element, channels_last).total;
+        if (p.shared_memory > device.shared_memory) continue;
+        if (best.blocks < p.blocks) best = p;
+        if (p.blocks >= device.multiprocessors) break;
+    }
+    if (!best.blocks || int64_t{best.rows_per_split} * (channels_last ? channels : a.spatial) > LARGEST * best.vector) return CF_INVALID_ARGUMENT;
+    p = best;
+    p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
+    return CF_OK;
+}
+
+}  // namespace cf::group_norm
+
+#endif

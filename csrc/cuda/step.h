@@ -1,0 +1,39 @@
+// How coalesce_step is cut into blocks: a sample is a block's, or a cluster's where there are clusters, or, without a length to find,
+// any number of blocks'.
+#ifndef COALESCER_FAST_CUDA_STEP_H
+#define COALESCER_FAST_CUDA_STEP_H
+
+#include "device.h"
+
+namespace cf::step {
+
+constexpr int THREADS = 512;
+constexpr int VECTOR = 8;  // elements, if the sizes are multiples of it
+constexpr int HELD = 2;    // vectors that a thread keeps in registers between the length and the update
+
+struct Plan {
+    int vector;
+    int64_t n, size, size_of_part, parts;
+    int threads, cluster;
+    int64_t blocks;
+};
+
+inline int make_plan(const cf_coalesce_step_args& a, const cf_cuda_device& device, Plan& p) {
+    if (!is_dtype(a.dtype) || !is_dtype(a.direction_dtype) || !is_vector(a.distance) || a.n < 0 || a.size < 0) return CF_INVALID_ARGUMENT;
+    p = {};
+    p.n = a.n, p.size = a.size;
+    p.vector = a.size % VECTOR ? 1 : VECTOR;
+    if (!a.n || !a.size) return CF_OK;
+    const int64_t round = int64_t{THREADS} * p.vector, wanted = cdiv(a.size, round);
+    const int64_t most = !a.unit ? wanted : device.capability >= 90 ? 8 : 1;
+    p.size_of_part = round_up(cdiv(a.size, wanted < most ? wanted : most), p.vector);
+    p.parts = cdiv(a.size, p.size_of_part);
+    p.threads = static_cast<int>(p.size_of_part < round ? round_up(cdiv(p.size_of_part, p.vector), WARP) : THREADS);
+    p.cluster = a.unit ? static_cast<int>(p.parts) : 1;
+    p.blocks = p.n * p.parts;
+    return CF_OK;
+}
+
+}  // namespace cf::step
+
+#endif
