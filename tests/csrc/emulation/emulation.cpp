@@ -1,13 +1,15 @@
-// The scheduler of emulation.h. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r, which gives it its own __shared__
-// variables; only one system thread runs at a time, the holder of the turn, so a seed fixes the whole schedule. The sanitizers' functions are
-// weak: this file is compiled without them and serves programs with and without. Its own state is thereby invisible to them, which is meant:
-// ThreadSanitizer sees each CUDA thread as a thread of its own, ordered by nothing but barriers, warp meetings and the ends of the blocks.
+// The scheduler of emulation.h, for Linux. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r, which gives it its own
+// __shared__ variables; only one system thread runs at a time, the holder of the turn, so a seed fixes the whole schedule. The sanitizers'
+// functions are weak: this file is compiled without them and serves programs with and without. Its own state is thereby invisible to them, which
+// is meant: ThreadSanitizer sees each CUDA thread as a thread of its own, ordered by nothing but barriers, warp meetings and launches. It has no
+// way to forget one block's accesses to memory that the next block has as its own, so under it every block gets new system threads and stacks.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #error "compile this file without sanitizers"
 #endif
 
 #include "emulation.h"
 
+#include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -16,6 +18,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -113,6 +116,10 @@ struct Copy {
 };
 
 struct Thread {
+    ~Thread() {
+        if (stack) munmap(stack, STACK);
+        if (tsan) __tsan_destroy_fiber(tsan);
+    }
     Context context;
     char* stack = nullptr;
     void *tsan = nullptr, *fake_stack = nullptr;
@@ -146,10 +153,10 @@ struct Block {
     unsigned rank, count, left, lazy;  // lazy: warps that run only when no other can
     uint3 index;
     bool begun, ended;
-    unsigned char* shared = nullptr;
-    Barrier barrier;
+    unsigned char *shared, *thread_local_begin = nullptr, *thread_local_end = nullptr;
+    Barrier barrier, cluster_barrier;  // the cluster's is block 0's
     Meeting meetings[THREADS / 32][32];
-    uint64_t start, end;  // for ThreadSanitizer
+    uint64_t end;  // an address for ThreadSanitizer
     Context context;
     void *tsan, *fake_stack;
     const void* system_stack;
@@ -168,9 +175,9 @@ struct Machine {
     std::mutex launching, m;
     std::condition_variable wake[CLUSTER + 1];
     unsigned turn = HOST;
-    Block* blocks[CLUSTER] = {};
+    std::unique_ptr<Block> blocks[CLUSTER];
     Job job;
-    Barrier cluster_barrier;
+    uint64_t end;  // an address for ThreadSanitizer
     std::string failure;
     uint64_t random = 1;
     std::map<const void*, size_t> shared_limit;
@@ -214,9 +221,10 @@ void to_fiber(Thread& t) {
 void fiber() {
     if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &block->system_stack, &block->system_stack_size);
     for (;;) {  // once a block
-        tsan_acquire(&block->start);
         machine.job.run(machine.job.call);
+        std::vector<Copy>().swap(current->copies);
         tsan_release(&block->end);
+        tsan_release(&machine.end);
         current->ended = true;
         --block->left;
         to_scheduler();
@@ -249,9 +257,10 @@ void fail(const std::string& message) {
     if (machine.failure.empty()) machine.failure = message;
 }
 
-// Of the running thread, which never resumes.
-[[noreturn]] void fail_here(const std::string& message) {
-    fail(format("block (%u,%u,%u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, current->number) + message);
+// Of the running thread, which never resumes: nothing on its stack is destroyed.
+template <class... A>
+[[noreturn]] void fail_here(const char* text, A... arguments) {
+    fail(format("block (%u,%u,%u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, current->number) + format(text, arguments...));
     for (;;) to_scheduler();
 }
 
@@ -301,10 +310,7 @@ unsigned any_ready() {
 
 void yield_turn() {
     unsigned next = any_ready();
-    if (next == CLUSTER) {
-        if (block->rank == 0) return deadlock();
-        next = 0;  // which finds out
-    }
+    if (next == CLUSTER) next = HOST;  // reports a deadlock
     if (next == block->rank) return;
     hand_turn(next);
     await_turn(block->rank);
@@ -315,16 +321,20 @@ void begin() {
     Block& b = *block;
     b.begun = true;
     b.count = b.left = job.threads;
-    b.barrier = {};
+    b.barrier.arrived = 0;
     b.lazy = 0;
     b.tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
     for (auto& warp : b.meetings)
         for (auto& meeting : warp) meeting.arrived = meeting.leaving = 0;
+    if (b.thread_local_begin) {
+        memset(b.thread_local_begin, 0xff, static_cast<size_t>(cf_shared - b.thread_local_begin));
+        memset(cf_shared + sizeof cf_shared, 0xff, static_cast<size_t>(b.thread_local_end - cf_shared) - sizeof cf_shared);
+        block = &b;
+    }
     blockIdx = b.index, blockDim = job.block, gridDim = job.grid;
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(cf_shared, sizeof cf_shared);
     memset(cf_shared, 0xff, std::min(job.shared + GUARD, sizeof cf_shared));
     if (__asan_poison_memory_region) __asan_poison_memory_region(cf_shared + job.shared, sizeof cf_shared - job.shared);
-    tsan_release(&b.start);
     b.runnable.resize(b.count);
     for (unsigned i = 0; i < b.count; ++i) {
         Thread& t = b.threads[i];
@@ -352,7 +362,6 @@ void run_round() {
 
 void end() {
     const size_t size = machine.job.shared;
-    tsan_acquire(&block->end);
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(cf_shared, sizeof cf_shared);
     for (unsigned char* p = cf_shared + size; p < cf_shared + std::min(size + GUARD, sizeof cf_shared); ++p)
         if (*p != 0xff) {
@@ -360,11 +369,23 @@ void end() {
                         static_cast<size_t>(p - cf_shared), size));
             break;
         }
-    // Another block that still reads here finds NaN, or AddressSanitizer finds it.
+    // Another block that still reads here finds NaN, or a sanitizer finds it: this write follows the block's own threads only.
+    void* const writer = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+    if (writer) __tsan_switch_to_fiber(writer, 1);
+    tsan_acquire(&block->end);
     memset(cf_shared, 0xff, size);
+    if (writer) __tsan_switch_to_fiber(block->tsan, 1), __tsan_destroy_fiber(writer);
     if (__asan_poison_memory_region) __asan_poison_memory_region(cf_shared, sizeof cf_shared);
-    for (unsigned i = 0; i < block->count; ++i)
-        if (!block->threads[i].ended) renew(block->threads[i]);
+    for (unsigned i = 0; i < block->count; ++i) {
+        Thread& t = block->threads[i];
+        if (t.ended) continue;
+        if (t.tsan) {  // the caller of a failed launch may go on
+            __tsan_switch_to_fiber(t.tsan, 1);
+            tsan_release(&machine.end);
+            __tsan_switch_to_fiber(block->tsan, 1);
+        }
+        renew(t);
+    }
     block->ended = true;
 }
 
@@ -377,52 +398,71 @@ void run_block() {
     end();
 }
 
-// The whole grid, on the first block's system thread.
-void run_grid() {
-    const Job& job = machine.job;
-    const unsigned across = job.grid.x / job.cluster.x, down = job.grid.y / job.cluster.y;
-    std::vector<unsigned> clusters(static_cast<size_t>(across) * down * (job.grid.z / job.cluster.z));
-    for (unsigned i = 0; i < clusters.size(); ++i) {
-        clusters[i] = i;
-        std::swap(clusters[i], clusters[draw(i + 1)]);
-    }
-    for (const unsigned cluster : clusters) {
-        const uint3 at = {cluster % across * job.cluster.x, cluster / across % down * job.cluster.y, cluster / across / down * job.cluster.z};
-        for (unsigned r = 0; r < job.blocks; ++r) {
-            Block& b = *machine.blocks[r];
-            b.begun = b.ended = false;
-            b.runnable.clear();
-            b.index = {at.x + r % job.cluster.x, at.y + r / job.cluster.x % job.cluster.y, at.z + r / job.cluster.x / job.cluster.y};
-        }
-        machine.cluster_barrier = {};
-        yield_turn();
-        run_block();
-        for (unsigned r = 1; r < job.blocks; ++r)
-            while (!machine.blocks[r]->ended) {
-                const unsigned ready = any_ready();
-                if (ready == CLUSTER && machine.failure.empty()) deadlock();
-                hand_turn(ready == CLUSTER ? r : ready);
-                await_turn(0);
-            }
-        if (!machine.failure.empty()) return;
-    }
+// The thread-local variables of the program or library that has cf_shared: the kernels' __shared__ variables, and few others.
+int find_thread_local(dl_phdr_info* info, size_t, void*) {
+    auto* const data = static_cast<unsigned char*>(info->dlpi_tls_data);
+    for (int i = 0; data && i < info->dlpi_phnum; ++i)
+        if (info->dlpi_phdr[i].p_type == PT_TLS && data <= cf_shared && cf_shared < data + info->dlpi_phdr[i].p_memsz)
+            block->thread_local_begin = data, block->thread_local_end = data + info->dlpi_phdr[i].p_memsz;
+    return 0;
 }
 
 void work(unsigned rank) {
-    block = machine.blocks[rank];
+    block = machine.blocks[rank].get();
+    block->rank = rank;
     block->shared = cf_shared;
+    if (!__tsan_create_fiber && !__asan_poison_memory_region) dl_iterate_phdr(find_thread_local, nullptr);  // else theirs are among them
     hand_turn(HOST);
-    for (;;) {
+    do {
         await_turn(rank);
-        if (rank == 0) {
-            run_grid();
-            hand_turn(HOST);
-        } else {
-            run_block();
-            const unsigned next = any_ready();
-            hand_turn(next == CLUSTER ? 0 : next);
+        run_block();
+        const unsigned next = any_ready();
+        hand_turn(next == CLUSTER ? HOST : next);
+    } while (!__tsan_create_fiber);
+}
+
+void run_cluster(const uint3& at) {
+    const Job& job = machine.job;
+    for (unsigned r = 0; r < job.blocks; ++r) {
+        if (!machine.blocks[r]) {
+            machine.blocks[r] = std::make_unique<Block>();
+            machine.turn = r;
+            std::thread(work, r).detach();
+            await_turn(HOST);
         }
+        Block& b = *machine.blocks[r];
+        b.begun = b.ended = false;
+        b.cluster_barrier.arrived = 0;
+        b.runnable.clear();
+        b.index = {at.x + r % job.cluster.x, at.y + r / job.cluster.x % job.cluster.y, at.z + r / job.cluster.x / job.cluster.y};
     }
+    for (;;) {
+        unsigned next = any_ready();
+        if (next == CLUSTER) {
+            for (next = 0; next < job.blocks && machine.blocks[next]->ended;) ++next;
+            if (next == job.blocks) break;
+            if (machine.failure.empty()) deadlock();
+        }
+        hand_turn(next);
+        await_turn(HOST);
+    }
+    if (__tsan_create_fiber)
+        for (auto& b : machine.blocks) b.reset();
+}
+
+void run_grid() {
+    const dim3 &grid = machine.job.grid, &cluster = machine.job.cluster;
+    const unsigned across = grid.x / cluster.x, down = grid.y / cluster.y;
+    std::vector<unsigned> order(static_cast<size_t>(across) * down * (grid.z / cluster.z));
+    for (unsigned i = 0; i < order.size(); ++i) {
+        order[i] = i;
+        std::swap(order[i], order[draw(i + 1)]);
+    }
+    for (const unsigned i : order) {
+        run_cluster({i % across * cluster.x, i / across % down * cluster.y, i / across / down * cluster.z});
+        if (!machine.failure.empty()) break;
+    }
+    tsan_acquire(&machine.end);
 }
 
 // ---- barriers
@@ -433,7 +473,7 @@ void arrive(Barrier& barrier, unsigned expected, const Site& site, const Blocks&
     Thread& t = *current;
     if (barrier.arrived == 0) barrier.site = site;
     if (site.line != barrier.site.line || strcmp(site.file, barrier.site.file))
-        fail_here(format("%s at %s:%d while others are at %s:%d", site.name, site.file, site.line, barrier.site.file, barrier.site.line));
+        fail_here("%s at %s:%d while others are at %s:%d", site.name, site.file, site.line, barrier.site.file, barrier.site.line);
     void* sync = &barrier.sync[barrier.phase & 1];
     tsan_release(sync);
     t.site = site, t.mask = 0;
@@ -467,7 +507,7 @@ void sync_block(Site site) {
 }
 
 void sync_cluster(Site site) {
-    arrive(machine.cluster_barrier, machine.job.blocks * machine.job.threads, site, [](const auto& wake) {
+    arrive(machine.blocks[0]->cluster_barrier, machine.job.blocks * machine.job.threads, site, [](const auto& wake) {
         for (unsigned r = 0; r < machine.job.blocks; ++r) wake(*machine.blocks[r]);
     });
 }
@@ -475,7 +515,7 @@ void sync_cluster(Site site) {
 uint64_t meet(unsigned mask, uint64_t value, int source, Site site) {
     Thread& t = *current;
     const unsigned first = t.number & ~31u, bit = 1u << t.number % 32, lanes = std::min(32u, block->count - first);
-    if (!(mask & bit)) fail_here(format("%s of lanes %08x without its own (%s:%d)", site.name, mask, site.file, site.line));
+    if (!(mask & bit)) fail_here("%s of lanes %08x without its own (%s:%d)", site.name, mask, site.file, site.line);
     if (lanes < 32) mask &= (1u << lanes) - 1;
     Meeting* m = nullptr;
     for (auto& candidate : block->meetings[t.number / 32]) {
@@ -514,7 +554,7 @@ uint64_t meet(unsigned mask, uint64_t value, int source, Site site) {
 
 // A variable of the same program lies equally far from cf_shared in every system thread.
 void* map_shared(const void* pointer, unsigned rank) {
-    if (rank >= machine.job.blocks) fail_here(format("map_shared_rank of block %u of a cluster of %u", rank, machine.job.blocks));
+    if (rank >= machine.job.blocks) fail_here("map_shared_rank of block %u of a cluster of %u", rank, machine.job.blocks);
     const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - cf_shared;
     return machine.blocks[rank]->shared + offset;
 }
@@ -522,8 +562,8 @@ void* map_shared(const void* pointer, unsigned rank) {
 void copy_async(void* to, const void* from, size_t size, size_t zeros, Site site) {
     const bool odd = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % size;
     if ((size != 4 && size != 8 && size != 16) || zeros > size || odd)
-        fail_here(format("%s of %zu bytes, %zu of them zero, from %p to %p: wrong size or alignment (%s:%d)", site.name, size, zeros, from, to,
-                         site.file, site.line));
+        fail_here("%s of %zu bytes, %zu of them zero, from %p to %p: wrong size or alignment (%s:%d)", site.name, size, zeros, from, to,
+                         site.file, site.line);
     current->copies.push_back({to, from, size, zeros, current->commits});
 }
 
@@ -559,18 +599,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     if (job.shared > (limit == machine.shared_limit.end() ? 48 << 10 : limit->second)) return record(cudaErrorInvalidValue);
     job.threads = static_cast<unsigned>(threads), job.blocks = static_cast<unsigned>(blocks);
 
-    for (unsigned r = 0; r < job.blocks; ++r)
-        if (!machine.blocks[r]) {
-            machine.blocks[r] = new Block;
-            machine.blocks[r]->rank = r;
-            machine.turn = r;
-            std::thread(work, r).detach();
-            await_turn(HOST);
-        }
     machine.job = job;
     machine.failure.clear();
-    hand_turn(0);
-    await_turn(HOST);
+    run_grid();
     if (machine.failure.empty()) return cudaSuccess;
     fprintf(stderr, "emulation: %s\n", machine.failure.c_str());
     return record(cudaErrorLaunchFailure);
