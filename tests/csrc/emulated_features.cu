@@ -23,7 +23,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, u
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Sum of a row of x [rows, length] by a block of any size; the row goes through dynamic shared memory, the sums of the warps through static.
+// Sum of a row of x [rows, length] by a block of any size. The row goes through dynamic shared memory, the warps' sums through static.
 __global__ void __launch_bounds__(1024) sum_kernel(const float* __restrict__ x, float* __restrict__ sums, int length) {
     float* row = reinterpret_cast<float*>(cf_shared);
     __shared__ float warps[32];

@@ -1,8 +1,9 @@
-// The scheduler of emulation.h, for Linux. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r, which gives it its own
-// __shared__ variables; only one system thread runs at a time, the holder of the turn, so a seed fixes the whole schedule. The sanitizers'
-// functions are weak: this file is compiled without them and serves programs with and without. Its own state is thereby invisible to them, which
-// is meant: ThreadSanitizer sees each CUDA thread as a thread of its own, ordered by nothing but barriers, warp meetings and launches. It has no
-// way to forget one block's accesses to memory that the next block has as its own, so under it every block gets new system threads and stacks.
+// The scheduler of emulation.h, for Linux. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r, which gives it its
+// own __shared__ variables; only one system thread runs at a time, the holder of the turn, so a seed fixes the whole schedule.
+//
+// The sanitizers' functions are weak: this file is compiled without them and serves programs with and without. Its own state is thereby
+// invisible to them, which is meant: ThreadSanitizer sees each CUDA thread as a thread of its own, ordered by nothing but barriers, warp
+// meetings and launches. It cannot be told that memory begins anew with a block, so under it every block has new system threads and stacks.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #error "compile this file without sanitizers"
 #endif
@@ -560,8 +561,8 @@ void* map_shared(const void* pointer, unsigned rank) {
 }
 
 void copy_async(void* to, const void* from, size_t size, size_t zeros, Site site) {
-    const bool odd = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % size;
-    if ((size != 4 && size != 8 && size != 16) || zeros > size || odd)
+    const uintptr_t addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if ((size != 4 && size != 8 && size != 16) || zeros > size || addresses % size)
         fail_here("%s of %zu bytes, %zu of them zero, from %p to %p: wrong size or alignment (%s:%d)", site.name, size, zeros, from, to,
                          site.file, site.line);
     current->copies.push_back({to, from, size, zeros, current->commits});
@@ -592,7 +593,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     for (const dim3& size : {job.grid, job.block, job.cluster})
         if (size.x > 0x7fffffff || size.y > 65535 || size.z > 65535 || size.x == 0 || size.y == 0 || size.z == 0)
             return record(cudaErrorInvalidConfiguration);
-    const uint64_t threads = uint64_t{job.block.x} * job.block.y * job.block.z, blocks = uint64_t{job.cluster.x} * job.cluster.y * job.cluster.z;
+    const uint64_t threads = uint64_t{job.block.x} * job.block.y * job.block.z;
+    const uint64_t blocks = uint64_t{job.cluster.x} * job.cluster.y * job.cluster.z;
     const bool whole = job.grid.x % job.cluster.x == 0 && job.grid.y % job.cluster.y == 0 && job.grid.z % job.cluster.z == 0;
     if (threads > THREADS || job.block.z > 64 || blocks > CLUSTER || !whole) return record(cudaErrorInvalidConfiguration);
     const auto limit = machine.shared_limit.find(kernel);

@@ -1,11 +1,17 @@
-// CUDA on the host, for tests: a kernel compiled as C++17 runs with one fiber for every CUDA thread, so that barriers, shuffles, clusters and
-// asynchronous copies keep their meaning. The headers beside this one carry the official names; with this folder first on the include path a .cu
-// file needs no change:
+// CUDA on the host, for tests: a kernel compiled as C++17 runs with one fiber for every CUDA thread, so that barriers, shuffles, clusters
+// and asynchronous copies keep their meaning. The headers beside this one carry the official names; with this folder first on the include
+// path a .cu file needs no change. ../emulate.py builds, or:
 //     g++ -x c++ -std=c++17 -fno-strict-aliasing -I tests/csrc/emulation -c kernel.cu
 //     g++ -std=c++17 -O2 -c tests/csrc/emulation/emulation.cpp      (once a program; never with -fsanitize)
-// Limits: dynamic shared memory is `extern __shared__ unsigned char cf_shared[]`, declared at global scope; no <<<>>>, atomics, textures, wmma,
-// device memory (every pointer is a host pointer) or concurrent streams (a launch returns when the kernel has ended). A fault of a kernel
-// (deadlock, misaligned copy, write past shared memory) is printed, and the launch returns cudaErrorLaunchFailure with cudaGetErrorString telling it.
+//
+// Threads and blocks run in an order drawn from emulation_seed. Shared memory starts as NaN (arrays of fixed size only without sanitizers).
+// A fault that the emulation sees (deadlock, misaligned copy, write past shared memory) is printed, and the launch returns
+// cudaErrorLaunchFailure with cudaGetErrorString telling it.
+// As barriers are strict here, a thread must not return before a barrier that others reach, though recent devices let it.
+//
+// Limits: dynamic shared memory is `extern __shared__ __align__(16) unsigned char cf_shared[]`, declared at global scope. Every pointer is
+// a host pointer and a launch returns when the kernel has ended. No <<<>>>, atomics, textures, mma, or split barriers of clusters.
+// Misaligned float4 and the like and indices past a __shared__ array of fixed size are for -fsanitize=undefined to find.
 #pragma once
 
 #include <math.h>
