@@ -13,6 +13,11 @@ import torch
 
 from coalescer_fast.cli import cpu_name
 
+try:
+    from tqdm.auto import tqdm
+except ImportError:  # benchmarks of kernels need torch alone
+    tqdm = None
+
 Row = dict[str, float | int | str]
 
 

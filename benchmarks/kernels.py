@@ -10,7 +10,8 @@ Providers of a call are measured in turn, in one run: the backends that can run 
 - eager_contiguous: the same on contiguous tensors;
 - compile: eager under torch.compile, for the very shapes (on a GPU: max-autotune); seconds to compile have a column of their own;
 - copy: y.copy_(x) of the main tensor (`shapes.Call.elements`), the rate that memory gives: ``percent_of_copy`` is the bytes that a call
-  must read and write, each once, over its time, as a share of the copy's.
+  must read and write, each once, over its time, as a share of the copy's;
+- empty: on a GPU, a kernel that has nothing to do (fill_ of one element): the least that a call can take.
 
 Every result is held against the reference in float64; a provider that fails has no time. With --csv, rows are added to the file, which
 must have the same columns; of a call measured twice, the summary and the plot take the later run. The column quiet is 0 for a time taken
@@ -37,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 import coalescer_fast
 from coalescer_fast import ops
@@ -45,9 +45,10 @@ from coalescer_fast.cli import check_writable, cpu_name, sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from . import peers, report, shapes, timing
-from .common import Parser, Row, append, read
+from .common import Parser, Row, append, read, tqdm
 
 PEERS = ("eager", "eager_contiguous", "compile")
+YARDSTICKS = ("copy", "empty")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHES = ("warm", "cold")
 BUDGET, QUICK_BUDGET = 0.5, 0.05
@@ -113,11 +114,13 @@ def parser() -> Parser:
     )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     top.add_argument("--shapes", type=listed(*shapes.CALLS, "all"), metavar="M,M", help="networks whose calls are made (default: all)")
+    top.add_argument("--calls", nargs="+", metavar="CALL", help="of those the ones called so, such as '320x64x64 g32' (default: all)")
     top.add_argument("--batch", type=positive_list, metavar="N,N", help="default: 1,4,16,64")
     top.add_argument("--dtypes", type=listed(*DTYPES), metavar="D,D", help=f"of {', '.join(DTYPES)} (default: fp32,bf16)")
     top.add_argument("--cache", type=listed(*CACHES), metavar="C,C", help="state of the caches before a call (default: warm,cold)")
     top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
     top.add_argument("--budget", type=float, metavar="S", help=f"seconds for one line of the table (default: {BUDGET})")
+    top.add_argument("--seconds", type=float, metavar="S", help="begin no call after so long, and take the ops in turn (default: no limit)")
     top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="default: %(default)s")
     top.add_argument("--refcheck", action=argparse.BooleanOptionalAction, default=True, help="hold results against float64 (default)")
     top.add_argument("--quick", action="store_true", help="few calls, briefly: to see it run, not to compare")
@@ -175,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
 
 def benchmark(args: argparse.Namespace) -> list[Row]:
     """Measure every cell, print it, and write it to the CSV file as soon as it is there."""
+    start = time.perf_counter()
     device = torch.device(args.device)
     timer: timing.CpuTimer | timing.CudaTimer
     if args.device == "cpu":
@@ -185,7 +189,7 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     caches = ["warm"] if args.overhead or (args.quick and not args.cache) else args.cache or list(CACHES)
     budget = args.budget or (QUICK_BUDGET if args.quick else BUDGET)
     common = {**environment(args.device), "llc_bytes": timer.cache_bytes}
-    columns = ["copy", *[peer for peer in PEERS if peer in args.peers]]
+    columns = ["copy", *["empty"] * (args.device == "cuda"), *[peer for peer in PEERS if peer in args.peers]]
     columns += [b for b in BACKENDS if b in (args.backends or BACKENDS) and BACKENDS[b].device in (None, args.device)]
     print("Microseconds a call, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed.")
     print(f"{'op':15} {'shapes':8} {'call':30} {'batch':>5} dtype cache" + "".join(f"{name:>18}" for name in columns))
@@ -196,19 +200,40 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
         grid = [cell for cell in grid if key_of(cell) not in done]
     if "compile" in args.peers:
         compiled(torch.neg, device)(torch.ones(1, device=device))  # the compiler's own start is no call's time
-    for cell in tqdm(grid, desc="kernels", mininterval=1.0):
-        providers = prepare(cell, device, args)
-        for cache in caches:
-            new = [{**row, **common} for row in measure(cell, providers, cache, timer, budget, "overhead" if args.overhead else "time")]
-            tqdm.write(f"{cell} {cache:5}" + line(new, columns), file=sys.stdout)
-            rows += new
-            if args.csv is not None:
-                append(args.csv, [{key: row[key] for key in COLUMNS} for row in new], COLUMNS)
+    if args.seconds is not None:
+        grid = in_turn(grid)
+    write = tqdm.write if tqdm else print
+    for n, cell in enumerate(tqdm(grid, desc="kernels", mininterval=1.0) if tqdm else grid):
+        if args.seconds is not None and time.perf_counter() - start > args.seconds:
+            write(f"{len(grid) - n} of {len(grid)} calls are left out, the first of them {cell}: {args.seconds:g} seconds are over")
+            break
+        providers: dict[str, Provider] = {}
+        try:
+            providers = prepare(cell, device, args)
+            for cache in caches:
+                new = [{**row, **common} for row in measure(cell, providers, cache, timer, budget, "overhead" if args.overhead else "time")]
+                write(f"{cell} {cache:5}" + line(new, columns), file=sys.stdout)
+                rows += new
+                if args.csv is not None:
+                    append(args.csv, [{key: row[key] for key in COLUMNS} for row in new], COLUMNS)
+        except torch.OutOfMemoryError as error:
+            write(f"LEFT OUT {cell}: {sentence(error)}", file=sys.stderr)
         for failure in [f"FAIL {cell} {name}: {provider.failure}" for name, provider in providers.items() if provider.failure]:
-            tqdm.write(failure, file=sys.stderr)
+            write(failure, file=sys.stderr)
         del providers
-        gc.collect()  # compiled functions are in cycles, and hold on to tensors
+        if "compile" in args.peers:
+            gc.collect()  # compiled functions are in cycles, and hold on to tensors
     return rows
+
+
+def in_turn(grid: Sequence[Cell]) -> list[Cell]:
+    """The first cell of every op, then the second of every op, and so on: cut anywhere, it has something of all."""
+    count: Counter[str] = Counter()
+    ranks = []
+    for cell in grid:
+        ranks.append(count[cell.call.op])
+        count[cell.call.op] += 1
+    return [cell for _, cell in sorted(zip(ranks, grid), key=lambda pair: pair[0])]
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
@@ -219,10 +244,15 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         names = args.shapes or (["emoji-64"] if quick else ["all"])
         tables = {name: shapes.CALLS[name] for name in (shapes.CALLS if "all" in names else names)}
         batches = args.batch or ([1] if quick else [1, 4, 16, 64])
+    if args.calls:
+        known = {str(call) for calls in tables.values() for call in calls if call.op in args.op}
+        for name in args.calls:
+            if name not in known:
+                raise ValueError(f"--calls {name!r} is no call of {', '.join(args.op)} in {', '.join(tables)}")
     for op in args.op:
         for name, calls in tables.items():
             for call, count in calls.items():
-                if call.op == op:
+                if call.op == op and (not args.calls or str(call) in args.calls):
                     for batch in batches:
                         for dtype in args.dtypes or (["fp32"] if quick else ["fp32", "bf16"]):
                             yield Cell(name, call, count, batch, dtype)
@@ -251,9 +281,13 @@ def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[
     """The providers of a cell, each run once and checked."""
     op, dtype = cell.call.op, DTYPES[cell.dtype]
     inputs = cell.call.inputs(cell.batch, dtype, device)
+    torch.backends.cudnn.benchmark = False  # the reference's errors set the rule: as users have it
     check = Check(cell, inputs)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # the peers at their best, sought before anything is captured
     x = torch.empty(cell.batch, cell.call.elements, dtype=dtype, device=device).fill_(1)
     providers = {"copy": Provider(partial(torch.empty_like(x).copy_, x))}
+    if device.type == "cuda":
+        providers["empty"] = Provider(partial(torch.zeros(1, device=device).fill_, 0))
     for peer in args.peers:
         if peer == "eager":
             providers[peer] = Provider(partial(peers.EAGER[op], **inputs))
@@ -266,13 +300,15 @@ def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[
         if able and BACKENDS[name].device in (None, device.type) and name in (args.backends or BACKENDS):
             providers[name] = Provider(partial(getattr(ops, op), **inputs, backend=name))
     for name, provider in providers.items():
-        if name == "copy":
+        if name in YARDSTICKS:
             continue
         try:
             start = time.perf_counter()
             result = provider.run()
             if name == "compile":
                 provider.compile_s = time.perf_counter() - start
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a backend or a compiler raises is its result
             provider.failure = sentence(error)
             continue
@@ -351,7 +387,18 @@ def measure(
     cell: Cell, providers: dict[str, Provider], cache: str, timer: timing.CpuTimer | timing.CudaTimer, budget: float, metric: str
 ) -> Iterator[Row]:
     """A row a provider."""
-    samples = {name: getattr(timer, cache)(provider.run) for name, provider in providers.items() if not provider.failure}
+    samples: dict[str, timing.Sample] = {}
+    for name, provider in providers.items():
+        if provider.failure:
+            continue
+        try:
+            samples[name] = getattr(timer, cache)(provider.run)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it cannot be captured in a graph
+            if name in YARDSTICKS:
+                raise
+            provider.failure = sentence(error)
     taken = timing.interleave(samples, budget)
     quantiles = {name: timing.quantiles(mine) for name, mine in taken.items()}
     itemsize = DTYPES[cell.dtype].itemsize * cell.batch
@@ -385,9 +432,10 @@ def measure(
             rate = (2 * cell.call.elements if name == "copy" else cell.call.moved) * itemsize / median
             row |= {"y_value_50": median * 1e6, "y_value_20": low * 1e6, "y_value_80": high * 1e6}
             row |= {"samples": len(taken[name]), "quiet": int(all(m.quiet for m in taken[name]))}
-            row |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy_rate}
-            if "eager" in quantiles:
-                row["speedup_over_eager"] = quantiles["eager"][0] / median
+            if name != "empty":
+                row |= {"gb_per_s": rate / 1e9, "percent_of_copy": 100 * rate / copy_rate}
+                if "eager" in quantiles:
+                    row["speedup_over_eager"] = quantiles["eager"][0] / median
         yield row
 
 

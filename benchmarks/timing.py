@@ -28,6 +28,7 @@ ROUNDS = (5, 200)  # at least and at most
 PATIENCE = 4  # budgets to spend where most measurements are disturbed
 DISTURBED = 0.02  # share of a measurement that was spent waiting for a CPU
 DEFAULT_CACHE = 32 * 2**20
+EVICTIONS = 4  # sizes of a GPU's cache to read, which does not throw out the oldest first
 
 
 @dataclass
@@ -83,53 +84,60 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """By CUDA events around the replay of a CUDA graph, so that launches from the host are not in the time. Not yet run on a GPU."""
+    """By CUDA events around the replay of a CUDA graph, so that launches from the host are not in the time. Not yet run on a GPU.
+
+    warm: many calls in one graph; a call's time is that of its kernels and of the gaps between them. cold: one call, so that its time has
+    in it the start of the graph, too, and is no finer than the events, half a microsecond; nothing is subtracted, but a kernel that has
+    nothing to do, measured in the same way, shows how much that is. The GPU is kept busy until the host has queued event, graph and event:
+    else the time would run while the host is at it.
+    """
 
     def __init__(self) -> None:
         self.cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.evictor = torch.empty(2 * self.cache_bytes, dtype=torch.int8, device="cuda")
+        self.evictor = torch.empty(0)
+        self.stream = torch.cuda.Stream()
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def capture(self, function: Function, calls: int) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is done once, such as workspaces, is not for the graph
+        """Raises what the function raises, and RuntimeError for one that cannot be captured."""
+        home = torch.cuda.current_stream()
+        self.stream.wait_stream(home)
+        with torch.cuda.stream(self.stream):  # what is done once, such as workspaces, is not for the graph
             for _ in range(3):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
+        home.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                for _ in range(calls):
+                    function()
+        finally:
+            torch.cuda.set_stream(home)  # a capture that fails leaves its own stream as the current one
         return graph
 
-    def measure(self, graph: torch.cuda.CUDAGraph, calls: int) -> Measurement:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    def measure(self, before: Function, graph: torch.cuda.CUDAGraph, calls: int) -> Measurement:
+        before()
+        self.start.record()
         graph.replay()
-        end.record()
-        end.synchronize()
-        return Measurement(start.elapsed_time(end) / 1e3 / calls)
+        self.end.record()
+        self.end.synchronize()
+        return Measurement(self.start.elapsed_time(self.end) / 1e3 / calls)
 
     def warm(self, function: Function) -> Sample:
-        graph = self.capture(function, 1)
-        self.measure(graph, 1)
-        calls = calls_for(self.measure(graph, 1).seconds)
-        graph = self.capture(function, calls)
-
-        def sample() -> Measurement:
-            graph.replay()
-            return self.measure(graph, calls)
-
-        return sample
+        calls, wanted = 0, 1
+        while wanted > 1.5 * calls:  # of a short graph the start is most of the time, and says that a call is long
+            calls = wanted
+            graph = self.capture(function, calls)
+            wanted = calls_for(self.measure(graph.replay, graph, calls).seconds)
+        return lambda: self.measure(graph.replay, graph, calls)
 
     def cold(self, function: Function) -> Sample:
+        if not self.evictor.numel():
+            self.evictor = torch.ones(EVICTIONS * self.cache_bytes // 4, device="cuda")
         graph = self.capture(function, 1)
-
-        def sample() -> Measurement:
-            self.evictor.zero_()
-            return self.measure(graph, 1)
-
-        return sample
+        graph.replay()  # the first one takes the graph to the device
+        # reads only: dirty lines would be written back at the function's expense
+        return lambda: self.measure(self.evictor.sum, graph, 1)
 
 
 def calls_for(seconds: float) -> int:

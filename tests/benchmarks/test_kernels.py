@@ -296,6 +296,7 @@ def test_plot_is_drawn_from_the_csv_alone(table, tmp_path):
         (["--plot", "out.png"], "--plot and --from go together"),
         (["--from", "in.csv"], "--plot and --from go together"),
         (["--again"], "--again needs --csv"),
+        (["--calls", "9x9x9"], "--calls '9x9x9' is no call of group_norm_silu, bias_residual, dual_head, coalesce_step in m"),
         (["--summary", "missing.csv"], "missing.csv"),
         (["--backends", "triton"], "--backends triton cannot run group_norm_silu here"),
         (["--csv", "/dev/null/kernels.csv"], "/dev/null"),
@@ -323,6 +324,190 @@ def test_a_file_without_results(tmp_path, capsys):
         (tmp_path / "f.csv").write_text(text)
         assert kernels.main(["--summary", str(tmp_path / "f.csv")]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_chosen_calls_alone(tmp_path):
+    path = tmp_path / "kernels.csv"
+    argv = [*COMMON, "--calls", "8x4x4", "3x4x4 unit", "--peers", "none", "--batch", "1", "--dtypes", "fp32", "--cache", "warm"]
+    assert kernels.main([*argv, "--csv", str(path)]) == 0
+    assert [row["kernel_name"] for row in common.read(path)[::2]] == ["bias_residual", "coalesce_step"]
+
+
+def test_time_that_is_over(tmp_path, capsys, monkeypatch):
+    """One call of every op comes before a second one of any."""
+    path, clock = tmp_path / "kernels.csv", iter(range(100))
+    monkeypatch.setattr(kernels, "prepare", lambda *args: {"copy": kernels.Provider(lambda: None)})
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing.CpuTimer, "warm", lambda self, function: function)
+    monkeypatch.setattr(timing, "interleave", lambda samples, budget: {name: [timing.Measurement(1.0)] for name in samples})
+    argv = [*COMMON, "--peers", "none", "--batch", "1,3", "--dtypes", "fp32", "--cache", "warm", "--seconds", "5"]
+    assert kernels.main([*argv, "--csv", str(path)]) == 0
+    rows = common.read(path)
+    assert len(rows) == 5
+    assert {row["kernel_name"] for row in rows[:4]} == set(peers.EAGER)
+    assert "5 of 10 calls are left out, the first of them bias_residual " in capsys.readouterr().out
+
+
+def test_a_provider_that_cannot_be_captured(tmp_path, monkeypatch):
+    def warm(self, function):
+        if getattr(function, "keywords", {}).get("backend"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: timing.Measurement(1.0)
+
+    monkeypatch.setattr(timing.CpuTimer, "warm", warm)
+    path = tmp_path / "kernels.csv"
+    argv = [*COMMON, "--op", "bias_residual", "--peers", "eager", "--batch", "1", "--dtypes", "fp32", "--cache", "warm"]
+    assert kernels.main([*argv, "--csv", str(path)]) == 1
+    status = {row["kernel_provider"]: row["status"] for row in common.read(path)}
+    assert status == {"copy": "ok", "eager": "ok", "reference": "FAIL: operation not permitted when stream is capturing"}
+
+
+def test_a_call_that_needs_too_much_memory_is_left_out(tmp_path, monkeypatch, capsys):
+    def bias_residual(x, bias, residual):
+        if x.shape[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return peers.bias_residual(x, bias, residual)
+
+    monkeypatch.setitem(peers.EAGER, "bias_residual", bias_residual)
+    path = tmp_path / "kernels.csv"
+    argv = [*COMMON, "--op", "bias_residual", "--peers", "eager", "--batch", "3,1", "--dtypes", "fp32", "--cache", "warm"]
+    assert kernels.main([*argv, "--csv", str(path)]) == 0
+    assert {row["batch"] for row in common.read(path)} == {"1"}
+    assert "LEFT OUT bias_residual" in capsys.readouterr().err
+
+
+class FakeGpu:
+    """What CudaTimer uses of torch.cuda, with a clock of microseconds: what was queued, in order, and how long it takes."""
+
+    START, KERNEL, READ = 4.0, 2.0, 60.0  # of a graph, of a call, of the evictor
+
+    def __init__(self):
+        self.now, self.log, self.capturing, self.current = 0.0, [], None, "default"
+        self.stream_made = 0
+
+    def run(self, what: str, us: float) -> None:
+        self.log.append(what)
+        self.now += us
+
+    def call(self) -> None:
+        if self.capturing is None:
+            self.run(f"call on {self.current}", self.KERNEL)
+        else:
+            self.capturing.calls += 1
+
+    def modules(self):
+        gpu = self
+
+        class Stream:
+            def wait_stream(self, other):
+                gpu.log.append("wait")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.log.append("event")
+                self.at = gpu.now
+
+            def synchronize(self):
+                gpu.log.append("synchronize")
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        class CUDAGraph:
+            calls = 0
+
+            def replay(self):
+                gpu.run(f"graph of {self.calls}", gpu.START + gpu.KERNEL * self.calls)
+
+        class capture:
+            def __init__(self, graph, stream):
+                self.graph, self.stream = graph, stream
+
+            def __enter__(self):
+                gpu.capturing, gpu.current = self.graph, self.stream
+
+            def __exit__(self, kind, *rest):
+                gpu.capturing = None  # like torch's, one that fails leaves its stream as the current one
+                if kind is None:
+                    gpu.current = "default"
+
+        class stream:
+            def __init__(self, stream):
+                self.stream = stream
+
+            def __enter__(self):
+                self.before, gpu.current = gpu.current, "side"
+
+            def __exit__(self, *rest):
+                gpu.current = self.before
+
+        home = Stream()
+
+        def set_stream(stream):
+            assert stream is home
+            gpu.current = "default"
+
+        class Properties:
+            L2_cache_size = 1000
+
+        names = {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": capture, "stream": stream, "set_stream": set_stream}
+        names |= {"current_stream": lambda: home, "current_device": lambda: 0, "get_device_properties": lambda n: Properties}
+        return names
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> FakeGpu:
+    fake = FakeGpu()
+    for name, value in fake.modules().items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "ones", lambda n, device: Evictor(fake, n, device))
+    return fake
+
+
+class Evictor:
+    def __init__(self, gpu, n, device):
+        assert n * 4 >= 2 * 1000
+        assert device == "cuda"
+        self.sum = partial(gpu.run, "evict", gpu.READ)
+        self.numel = lambda: n
+
+
+def test_warm_calls_on_a_gpu_fill_a_graph(gpu):
+    timer = timing.CudaTimer()
+    sample = timer.warm(gpu.call)
+    assert gpu.log[:5] == ["wait", *["call on side"] * 3, "wait"]
+    gpu.log.clear()
+    seconds = sample().seconds
+    graph = gpu.log[0]
+    assert gpu.log == [graph, "event", graph, "event", "synchronize"]  # busy with the first replay while the second is queued
+    calls = int(graph.split()[-1])
+    assert calls * gpu.KERNEL >= 1e6 * timing.SAMPLE_SECONDS / 1.5
+    assert seconds == pytest.approx(1e-6 * (gpu.KERNEL + gpu.START / calls))
+    gpu.KERNEL = 1e4
+    gpu.log.clear()
+    timer.warm(gpu.call)()
+    assert set(gpu.log) == {"wait", "call on side", "graph of 1", "event", "synchronize"}
+
+
+def test_cold_calls_on_a_gpu_follow_the_eviction(gpu):
+    timer = timing.CudaTimer()
+    sample = timer.cold(gpu.call)
+    gpu.log.clear()
+    assert sample().seconds == pytest.approx(1e-6 * (gpu.START + gpu.KERNEL))
+    assert gpu.log == ["evict", "event", "graph of 1", "event", "synchronize"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu):
+    def function():
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timing.CudaTimer().warm(function)
+    assert gpu.current == "default"
 
 
 def test_measurements_are_taken_in_turn():
