@@ -84,7 +84,7 @@ struct Slab {
             target = static_cast<T*>(call.y) + (n * p.channels + base) * p.spatial + skipped + column;
             source_stride = target_stride = static_cast<unsigned>(p.spatial / V);
         }
-        const Shared at(p, sizeof(T), CL);
+        const Shared at(p, sizeof(T));
         moments = reinterpret_cast<float2*>(cf_shared + at.moments);
         k = reinterpret_cast<float*>(cf_shared + at.coefficients);
         a = k + (CL ? p.columns : p.rows_per_split);
@@ -406,7 +406,7 @@ int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_d
         using T = decltype(zero);
         constexpr int WIDE = 16 / sizeof(T);
         const bool wide = call.plan.vector > 1;
-        if (args->channels_last) {
+        if (call.plan.channels_last) {
             return wide ? cf::group_norm::run<T, WIDE, true>(call, *device, stream) : cf::group_norm::run<T, 1, true>(call, *device, stream);
         }
         return wide ? cf::group_norm::run<T, WIDE, false>(call, *device, stream) : cf::group_norm::run<T, 1, false>(call, *device, stream);

@@ -26,6 +26,7 @@ constexpr int64_t SMALL_SLAB = 16 << 10;  // bytes that are not worth another bl
 
 struct Plan {
     bool fused;         // (b)
+    bool channels_last;  // a single position is both layouts at once, and this one serves better
     int vector;         // elements
     int64_t n;
     int c1, c2, channels, per_group, spatial;
@@ -43,9 +44,9 @@ struct Plan {
 struct Shared {
     int64_t moments, coefficients, groups, total;  // where each begins, in bytes
 
-    __host__ __device__ explicit Shared(const Plan& p, int64_t element, bool channels_last) {
+    __host__ __device__ Shared(const Plan& p, int64_t element) {
         const int64_t slab = p.fused ? round_up(p.rows_per_split * static_cast<int64_t>(p.columns) * element, 16) : 0;
-        const int64_t channels = channels_last ? p.columns : p.rows_per_split;
+        const int64_t channels = p.channels_last ? p.columns : p.rows_per_split;
         moments = slab;
         coefficients = moments + int64_t{8} * p.entries * p.threads;
         groups = coefficients + round_up(12 * channels, 16);
@@ -95,12 +96,12 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     p.per_group = static_cast<int>(channels / a.groups);
     p.spatial = static_cast<int>(a.spatial);
     p.vector = 1, p.entries = 1;
+    p.channels_last = a.channels_last || a.spatial == 1;
     if (!p.n) return CF_OK;
 
     const int64_t element = size_of(a.dtype), wide = 16 / element, half = device.shared_memory * 45 / 100;
     int64_t runs[] = {128, 64, 32, 16};
-    const bool channels_last = a.channels_last;
-    if (channels_last) {
+    if (p.channels_last) {
         const int64_t most = MOST_VECTORS * wide;
         const bool cut = p.per_group > most ? p.per_group % wide == 0 : std::lcm<int64_t>(p.per_group, wide) <= most;
         if (a.c1 % wide == 0 && a.c2 % wide == 0 && cut) p.vector = static_cast<int>(wide);
@@ -124,13 +125,13 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     Plan best = {};
     int64_t smallest = LARGEST;
     for (const int64_t run : runs) {
-        if (!run || run < 32 || (channels_last && !tile(p, run, element)) || p.tiles_per_group > 1) continue;
+        if (!run || run < 32 || (p.channels_last && !tile(p, run, element)) || p.tiles_per_group > 1) continue;
         for (int cluster = 1; cluster <= most_blocks; cluster *= 2) {
             split(p, cluster);
             p.fused = true;
-            p.shared_memory = Shared(p, element, channels_last).total;
+            p.shared_memory = Shared(p, element).total;
             if (p.splits != cluster || p.shared_memory > device.shared_memory) continue;
-            if (!channels_last && p.rows_per_split > MOST_ROWS_OF_CHANNELS) continue;
+            if (!p.channels_last && p.rows_per_split > MOST_ROWS_OF_CHANNELS) continue;
             const int64_t slab = p.rows_per_split * static_cast<int64_t>(p.columns) * element;
             const bool full = p.blocks >= device.multiprocessors;
             if (p.shared_memory <= half && (full || slab <= SMALL_SLAB)) return CF_OK;
@@ -145,19 +146,19 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     // (a): the longest rows that let the blocks fill the device, else what gives most of them
     p.fused = false;
     for (const int64_t run : runs) {
-        if (!run || (channels_last && !tile(p, run, element))) continue;
+        if (!run || (p.channels_last && !tile(p, run, element))) continue;
         const int64_t tiles = p.n * p.tiles, wanted = cdiv(8 * device.multiprocessors, tiles);
         const int64_t few = cdiv(p.rows, 2 * cdiv(THREADS, p.vectors));  // two rows a thread at least
         const int64_t most = few < MOST_SPLITS ? few : MOST_SPLITS;
         int64_t splits = wanted < most ? wanted : most;
-        if (!channels_last && splits * MOST_ROWS_OF_CHANNELS < p.rows) splits = cdiv(p.rows, MOST_ROWS_OF_CHANNELS);
+        if (!p.channels_last && splits * MOST_ROWS_OF_CHANNELS < p.rows) splits = cdiv(p.rows, MOST_ROWS_OF_CHANNELS);
         split(p, splits);
-        p.shared_memory = Shared(p, element, channels_last).total;
+        p.shared_memory = Shared(p, element).total;
         if (p.shared_memory > device.shared_memory) continue;
         if (best.blocks < p.blocks) best = p;
         if (p.blocks >= device.multiprocessors) break;
     }
-    if (!best.blocks || int64_t{best.rows_per_split} * (channels_last ? channels : a.spatial) > LARGEST * best.vector) return CF_INVALID_ARGUMENT;
+    if (!best.blocks || int64_t{best.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * best.vector) return CF_INVALID_ARGUMENT;
     p = best;
     p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
     return CF_OK;

@@ -1,6 +1,7 @@
 """A test of an op that asks for ``backend`` runs once for every backend of its module's ``OP``, with the dtypes that the backend takes.
 
-Triton's kernels run in its interpreter where there is no GPU, and on the GPU, marked `gpu`, where there is one.
+Triton's kernels run in its interpreter and CUDA's in the emulation of tests/csrc where there is no GPU, and on the GPU, marked `gpu`, where
+there is one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from .numerics import ON_GPU, takes
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
-        names = ops.backends(metafunc.module.OP)
-        metafunc.parametrize("backend", [pytest.param(b, marks=pytest.mark.gpu) if b in ON_GPU else b for b in names])
+        states = ops.backends(metafunc.module.OP)
+        marks = {name: [pytest.mark.gpu] if name in ON_GPU else [] for name in states}
+        marks["cuda"] += [] if states["cuda"][0] else [pytest.mark.skip(reason=states["cuda"][1])]  # no compiler
+        metafunc.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in states])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

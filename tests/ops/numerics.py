@@ -14,7 +14,7 @@ from coalescer_fast.ops.dispatch import FLOAT_AT_MOST_32
 from coalescer_fast.ops.triton_runtime import INTERPRETED
 
 # backends whose tests run on CUDA tensors
-ON_GPU = () if INTERPRETED else ("triton",)
+ON_GPU = () if INTERPRETED else ("triton", "cuda")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coalescer_fast import ops
-from coalescer_fast.ops import dispatch, library, triton_runtime
+from coalescer_fast.ops import cuda_library, dispatch, library, triton_runtime
 
 from .numerics import FLOAT_AT_MOST_32, takes
 
@@ -45,7 +46,7 @@ def test_all_public_ops_are_registered():
 @pytest.mark.parametrize("op", OPS)
 def test_backends_of_a_call(op):
     on_cpu = ops.backends(op, *CALLS[op])
-    assert list(on_cpu) == ["reference", "cpu", "triton"]
+    assert list(on_cpu) == ["reference", "cpu", "triton", "cuda"]
     assert on_cpu["reference"] == on_cpu["cpu"] == (True, "")
 
 
@@ -71,7 +72,7 @@ def test_backends_of_an_unknown_op():
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_backend(op):
-    with pytest.raises(ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton"):
+    with pytest.raises(ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton, cuda"):
         getattr(ops, op)(*CALLS[op], backend="magic")
 
 
@@ -141,13 +142,14 @@ def test_another_device_takes_the_reference():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_triton_wants_a_gpu_outside_its_interpreter(op, monkeypatch):
-    monkeypatch.setattr("coalescer_fast.ops.triton_runtime.INTERPRETED", False)
+@pytest.mark.parametrize(("backend", "runtime"), [("triton", triton_runtime), ("cuda", cuda_library)])
+def test_kernels_for_gpus_want_one_outside_the_tests_stand_ins(op, backend, runtime, monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
     first = {"dual_head": "h", "coalesce_step": "sample"}.get(op, "x")
-    assert ops.backends(op, *CALLS[op])["triton"] == (False, f"{first} is on cpu; expected a cuda device")
+    assert ops.backends(op, *CALLS[op])[backend] == (False, f"{first} is on cpu; expected a cuda device")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(triton_runtime, "unavailable", triton_runtime.unavailable.__wrapped__)
-        assert ops.backends(op)["triton"] == (False, "there is no CUDA device")
+        monkeypatch.setattr(runtime, "unavailable", getattr(runtime.unavailable, "__wrapped__", runtime.unavailable))
+        assert ops.backends(op)[backend] == (False, "there is no CUDA device")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -183,6 +185,49 @@ def everything(memory_format: torch.memory_format) -> dict[str, tuple[tuple, dic
 def test_opcheck_with_all_arguments(op, memory_format):
     args, kwargs = everything(memory_format)[op]
     torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {**kwargs, "backend": "cpu"})
+
+
+AUTO = [
+    # GPU, what the CUDA kernels were built for, whether Triton is there, dtype; whose are dual_head and the others
+    ("a GPU of the build", 90, (80, 90), True, torch.float16, "cuda", "cuda"),
+    ("a newer one of its kind", 86, (80, 90), True, torch.float16, "cuda", "cuda"),
+    ("one of another kind", 110, (80, 90), True, torch.float16, "triton", "triton"),
+    ("an older one of its kind", 80, (86,), True, torch.float16, "triton", "triton"),
+    ("none of the two", 110, (80, 90), False, torch.float16, "reference", "reference"),
+    ("much work for tensor cores", 90, (80, 90), True, torch.bfloat16, "triton", "cuda"),
+    ("much work, and no Triton", 90, (80, 90), False, torch.bfloat16, "cuda", "cuda"),
+    ("much work in float32", 90, (80, 90), True, torch.float32, "cuda", "cuda"),
+    ("a dtype that neither takes", 90, (80, 90), True, torch.float64, "reference", "reference"),
+]
+
+
+@pytest.mark.parametrize(("gpu", "built", "triton", "dtype", "heads", "others"), [case[1:] for case in AUTO], ids=[c[0] for c in AUTO])
+def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads, others):
+    monkeypatch.setattr(cuda_library, "unavailable", lambda: "")
+    monkeypatch.setattr(cuda_library, "architectures", lambda: built)
+    monkeypatch.setattr(cuda_library, "device", lambda place: cuda_library.Device(0, gpu, 132, 227 * 1024))
+    monkeypatch.setattr(triton_runtime, "unavailable", lambda: "" if triton else "triton cannot be imported")
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "_capability", lambda device: divmod(gpu, 10))
+    n, c, side = (1, 128, 32) if dtype == torch.float16 else (16, 320, 64)  # 5 and 755 million products
+    with FakeTensorMode():
+        x, narrow = (torch.empty(n, channels, side, side, dtype=dtype, device="cuda:0") for channels in (c, 4))
+        weight, flat = torch.empty(4, c, 3, 3, dtype=dtype, device="cuda:0"), torch.empty(n, dtype=dtype, device="cuda:0")
+        assert dispatch._resolve("dual_head", "auto", (x, weight, flat, flat, flat, None, None)) == heads
+        step = (narrow, narrow, flat, 1.0, "unit", 1e-6)
+        for op, args in {"group_norm_silu": (x, 32), "bias_residual": (x,), "coalesce_step": step}.items():
+            assert dispatch._resolve(op, "auto", args) == others
+
+
+def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(cuda_library, "unavailable", lambda: "")
+    monkeypatch.setattr(cuda_library, "architectures", lambda: (80, 90))
+    monkeypatch.setattr(cuda_library, "device", lambda place: cuda_library.Device(0, 121, 48, 99 * 1024))
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 3, device="cuda:0")
+    assert dispatch.BACKENDS["cuda"].refusal({"x": x}) == (
+        "x is on a GPU of sm_121, and the CUDA kernels were built for sm_80, sm_90: install coalescer_fast again on this machine"
+    )
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coalescer_fast import ops
 
+from .drawn import given, settings, st
 from .numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, assert_accurate, call, exact, make, randn, statistics_eps
 
 OP = "dual_head"

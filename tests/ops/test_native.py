@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.ops import library
+from coalescer_fast.ops import cuda_library, library
 from coalescer_fast.ops.group_norm import native as group_norm
 from coalescer_fast.ops.head import native as head
 from coalescer_fast.ops.residual import native as residual
@@ -225,13 +225,15 @@ FORMATS = {
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_python_packs_what_the_header_declares(tmp_path):
-    lines = "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in FORMATS)
+    lines = "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, "cf_cuda_device", "cf_cuda_plan"))
     (tmp_path / "sizes.c").write_text(f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n')
     subprocess.run(["c++", "-x", "c", "sizes.c", "-o", "sizes"], cwd=tmp_path, check=True)  # the header is C as well
     sizes = dict(
         line.split() for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
     )
-    assert {name: int(size) for name, size in sizes.items()} == {name: pack.__self__.size for name, pack in FORMATS.items()}
+    expected = {name: pack.__self__.size for name, pack in FORMATS.items()}
+    expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
+    assert {name: int(size) for name, size in sizes.items()} == expected
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coalescer_fast import ops
 
+from .drawn import given, settings, st
 from .numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, assert_accurate, call, exact, make, randn
 
 OP = "bias_residual"

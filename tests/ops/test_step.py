@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coalescer_fast import ops
 
+from .drawn import given, settings, st
 from .numerics import DTYPES, LAYOUTS, able, arrange, assert_accurate, call, exact, make, randn, widest
 
 OP = "coalesce_step"

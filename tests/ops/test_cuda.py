@@ -1,0 +1,322 @@
+"""What the CUDA backend does beyond the matrix of its ops: the choice of launch, every path of it, its refusals and its interface.
+
+On a machine without a GPU the kernels run on the CPU, in the emulation of tests/csrc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+
+import pytest
+import torch
+
+from coalescer_fast import ops
+from coalescer_fast.ops import cuda_library, dispatch, library
+from coalescer_fast.ops.cuda_library import Device, Plan
+from coalescer_fast.ops.group_norm import native as group_norm
+from coalescer_fast.ops.head import native as head
+from coalescer_fast.ops.residual import native as residual
+from coalescer_fast.ops.step import native as step
+
+from . import test_group_norm, test_head, test_residual, test_step
+from .numerics import FLOAT_AT_MOST_32, INTERPRETED, LAYOUTS, ON_GPU, arrange, call, make, randn
+
+ABLE, REASON = ops.backends("bias_residual")["cuda"]
+pytestmark = [pytest.mark.gpu] if "cuda" in ON_GPU else [pytest.mark.skipif(not ABLE, reason=REASON)]
+NATIVE = {"group_norm_silu": group_norm, "bias_residual": residual, "dual_head": head, "coalesce_step": step}
+
+A100, H100, B200, RTX5090 = (
+    Device(0, capability, multiprocessors, kilobytes * 1024)
+    for capability, multiprocessors, kilobytes in ((80, 108, 163), (90, 132, 227), (100, 148, 227), (120, 170, 99))
+)
+SMALL = 24 * 1024  # bytes of shared memory in which few slabs fit
+
+
+def planned(op: str, on: Device, *args) -> Plan:
+    """The plan of a call that is not made."""
+    plans = []
+    arranged = NATIVE[op].arrange(*args)
+    NATIVE[op].prepare(lambda arguments: plans.append(cuda_library.plan(op, arguments, on)), *arranged)(*arranged)
+    return plans[0]
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, layout: str = "channels_last") -> torch.Tensor:
+    memory_format = torch.channels_last if layout == "channels_last" and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+
+
+def plan_of_norm(n: int, channels: int, skip: int, side: int, on: Device, dtype=torch.bfloat16, groups=32, layout="channels_last") -> Plan:
+    x = tensor(n, channels, side, side, dtype=dtype, layout=layout)
+    other = tensor(n, skip, side, side, dtype=dtype, layout=layout) if skip else None
+    return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Makes the backend take the device for one with these properties."""
+    original = cuda_library.device
+
+    def limit(**changes: int) -> None:
+        dispatch.forget()
+        monkeypatch.setattr(cuda_library, "device", lambda place: original(place)._replace(**changes))
+
+    yield limit
+    dispatch.forget()
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "skip", "side", "on", "expected"),
+    [
+        # a small slab is one block's
+        (1, 256, 0, 8, H100, "one launch"),
+        (1, 256, 0, 8, A100, "one launch"),
+        # at batch 1 a cluster shares it, whatever its size, so that more multiprocessors read
+        (1, 128, 0, 32, H100, "clusters of 8"),
+        (1, 320, 0, 64, H100, "clusters of 8"),
+        (1, 320, 0, 64, B200, "clusters of 8"),
+        # at batch 64 there are blocks enough, and a cluster is as large as two of its blocks need to share a multiprocessor
+        (64, 128, 0, 32, H100, "clusters of 2"),
+        (64, 256, 0, 16, H100, "one launch"),
+        (64, 1280, 1280, 8, H100, "one launch"),
+        (64, 320, 0, 64, H100, "clusters of 8"),
+        # 30 channels a group and 64x64: the shortest whole groups of 32 bytes do not fit eight blocks
+        (1, 640, 320, 64, H100, "two launches"),
+        (64, 640, 320, 64, H100, "two launches"),
+        # no clusters: two launches unless one block has room
+        (1, 320, 0, 64, A100, "two launches"),
+        (64, 320, 0, 64, A100, "two launches"),
+        (64, 128, 0, 32, A100, "one launch"),
+        # clusters, but 99 kB
+        (1, 128, 0, 32, RTX5090, "clusters of 8"),
+        (1, 320, 0, 64, RTX5090, "two launches"),
+        (64, 320, 0, 64, RTX5090, "clusters of 8"),
+    ],
+)
+def test_which_path_a_normalisation_takes(n, channels, skip, side, on, expected):
+    plan = plan_of_norm(n, channels, skip, side, on)
+    name = "two launches" if plan.launches == 2 else "one launch" if plan.cluster == 1 else f"clusters of {plan.cluster}"
+    assert name == expected
+    assert plan.vector == 8
+
+
+@pytest.mark.parametrize("on", [A100, H100, B200, RTX5090], ids=["A100", "H100", "B200", "RTX 5090"])
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_plans_stay_within_the_device(on, dtype, layout):
+    for n in (1, 8):
+        for channels, skip, groups in ((96, 0, 8), (128, 0, 32), (640, 320, 32), (1280, 640, 32), (1280, 0, 1)):
+            for side in (1, 2, 16, 64):
+                plan = plan_of_norm(n, channels, skip, side, on, dtype, groups, layout)
+                assert plan.shared_memory <= on.shared_memory
+                assert plan.threads <= 512
+                assert plan.threads % 32 == 0
+                assert plan.cluster in ((1, 2, 4, 8) if on.capability >= 90 else (1,))
+                assert plan.blocks % plan.cluster == 0
+                assert (plan.launches == 2) == (plan.workspace > 0)
+                if layout == "channels_last":
+                    assert plan.vector * dtype.itemsize == 16
+                assert plan.blocks <= n * channels * side * side
+
+
+def test_batch_one_fills_a_gpu_with_two_launches():
+    plan = plan_of_norm(1, 640, 320, 64, H100)
+    assert plan.launches == 2
+    assert plan.blocks >= 132
+
+
+GROUPINGS = [(20, 0, 2), (60, 0, 2), (40, 80, 4), (120, 0, 10), (24, 0, 24), (7, 14, 3), (64, 0, 1), (9, 0, 9), (32, 0, 8)]
+PATHS = ("two launches", "two launches, few blocks", "one block", "clusters", "small clusters")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize(("channels", "skip", "groups"), GROUPINGS, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_normalises(limited, path, channels, skip, groups, dtype, layout):
+    """10, 30 and 12 channels a group, one and C groups; wide vectors and, by odd channels, narrow ones; a seam in a vector, in a group."""
+    x = arrange(make("off_centre", 2, channels, 9, 8, dtype=dtype), layout)
+    other = arrange(1e3 + randn(2, skip, 9, 8, seed=1), layout).to(dtype) if skip else None
+
+    def plan(on: Device) -> Plan:
+        return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
+
+    on = cuda_library.device(x.device)._replace(multiprocessors=2 if path in ("two launches, few blocks", "small clusters") else 132)
+    if path.startswith("two launches"):
+        on = least_memory(plan, on._replace(capability=80))
+        assert plan(on).launches == 2
+    elif path == "one block":
+        on = on._replace(capability=80, multiprocessors=1)
+        assert (plan(on).launches, plan(on).cluster) == (1, 1)
+    elif channels + skip > groups or layout == "channels_last":  # else, contiguous, there is one row to share
+        on = least_memory(plan, on, cluster=2) if path == "small clusters" else on._replace(multiprocessors=100_000)
+        assert plan(on).launches == 1
+        assert plan(on).cluster > 1 or path == "clusters"
+    limited(**on._asdict())
+    film = {"scale": randn(2, channels + skip, seed=3), "shift": randn(2, channels + skip, seed=4)}
+    test_group_norm.check("cuda", x, groups, randn(channels + skip, seed=5), randn(channels + skip, seed=6), skip=other, **film)
+
+
+def least_memory(plan, on: Device, cluster: int = 1) -> Device:
+    """The device with the least shared memory for which there is a plan, with such a cluster."""
+    for size in range(64, 99 * 1024, 64):
+        try:
+            if plan(limit := on._replace(shared_memory=size)).cluster >= cluster:
+                return limit
+        except RuntimeError:
+            continue
+    raise AssertionError("no plan")
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("shape", [(2, 2100, 2, 3), (1, 6, 2, 1100), (3, 2064, 1, 2), (1, 1, 1, 5000), (1, 4100, 1, 1)], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_longer_than_a_block(limited, shape, groups, layout):
+    """Groups cut into pieces, and many channels of one group."""
+    if shape[1] % groups:
+        groups = 1
+    for changes in ({}, {"capability": 80, "shared_memory": 40 * 1024}):
+        limited(**changes)
+        x = arrange(make("off_centre", *shape), layout)
+        test_group_norm.check("cuda", x, groups, randn(shape[1], seed=1), randn(shape[1], seed=2), pre_bias=randn(shape[1], seed=3))
+
+
+@pytest.mark.parametrize("rows", ["chunk", "expand", "transposed"])
+def test_conditioning_with_any_strides(rows):
+    wide = randn(3, 24, seed=1)
+    film = {
+        "chunk": wide.chunk(2, 1),
+        "expand": (wide[:1, :12].expand(3, 12), wide[1:2, 12:].expand(3, 12)),
+        "transposed": (randn(12, 3, seed=2).t(), randn(12, 3, seed=3).t()),
+    }[rows]
+    test_group_norm.check("cuda", randn(3, 12, 4, 5), 4, scale=film[0], shift=film[1])
+
+
+@pytest.mark.parametrize("place", [0, 36, 71])
+def test_an_outlier_where_values_are_sampled_to_be_taken_off(place):
+    """Of three values that are looked at, one may be anything."""
+    x = randn(2, 8, 72)
+    x[:, ::4, place] = 1e4
+    test_group_norm.check("cuda", x, 2)
+
+
+@pytest.mark.parametrize("mode", test_step.MODES)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize("size", [4096, 4104, 5001, 8192, 40_000, 70_000])
+def test_every_path_steps(limited, size, dtype, capability, mode):
+    """Less and more than a block's registers hold, and than a cluster's; sizes that are no multiple of a vector."""
+    limited(capability=capability)
+    sample, direction, distance = test_step.batch(shape=(size,), dtype=dtype)
+    plan = planned("coalesce_step", cuda_library.device(sample.device), sample, direction, distance, 1.0, mode, 1e-6)
+    assert plan.cluster == (1 if mode == "raw" or capability == 80 or plan.blocks == len(sample) else plan.blocks // len(sample))
+    assert (plan.cluster > 1) == (mode == "unit" and capability == 90 and size > 512 * plan.vector)
+    test_step.check("cuda", sample, direction, distance, mode=mode)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8, 132])
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize(("channels", "latent", "size"), [(40, 16, (9, 4)), (33, 5, (3, 70)), (264, 17, (5, 6)), (1, 1, (1, 1))], ids=str)
+def test_heads_with_any_number_of_lanes(limited, multiprocessors, channels, latent, size, dtype):
+    limited(multiprocessors=multiprocessors)
+    points = [arrange(randn(2, latent, *size, seed=seed), layout) for seed, layout in ((1, "contiguous"), (2, "channels_last"))]
+    h = arrange(randn(2, channels, *size, dtype=dtype), "channels_last")
+    test_head.check("cuda", h, test_head.parameters(channels, latent, dtype), *points)
+
+
+def test_a_head_of_many_blocks_with_an_expanded_anchor():
+    point, anchor = randn(2, 3, 20, 30, seed=1), randn(1, 3, 20, 30, seed=2).expand(2, -1, -1, -1)
+    test_head.check("cuda", randn(2, 5, 20, 30), test_head.parameters(5, 3), point, anchor)
+
+
+@pytest.mark.parametrize("where", ["sample", "anchor"])
+def test_nan_reaches_its_sample_alone(where):
+    points = {"sample": randn(2, 3, 4, 5, seed=1), "anchor": randn(2, 3, 4, 5, seed=2)}
+    points[where][1, 0, 0, 0] = torch.nan
+    h = randn(2, 6, 4, 5)
+    before = points[where].clone()
+    direction, distance = call("dual_head", "cuda", h, *test_head.parameters(6, 3), **points)
+    assert torch.equal(points[where].isnan(), before.isnan())
+    assert direction[0].isfinite().all()
+    assert direction[1].isnan().all()
+    assert distance.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 7, 9), (1, 2056, 2, 2), (2, 3, 5, 1100), (5, 16, 1, 1)], ids=str)
+def test_sums_of_any_width(shape, dtype, layout):
+    x, other = (arrange(randn(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
+    test_residual.check("cuda", x, randn(shape[1], seed=2), other)
+
+
+def test_tensors_off_the_16_byte_grid_are_copied_to_it():
+    place = "cpu" if INTERPRETED else "cuda"
+    with torch.no_grad():
+        for start in (0, 1, 0, 1):  # the second time by a launcher that was prepared for the other
+            flat = randn(1 + 2 * 16 * 4 * 4).to(place)
+            x = flat[start : start + 2 * 16 * 4 * 4].view(2, 4, 4, 16).permute(0, 3, 1, 2)
+            assert (x.data_ptr() % 16 != 0) == (start == 1)
+            result = ops.group_norm_silu(x, 4, skip=x, backend="cuda")
+            torch.testing.assert_close(result, ops.group_norm_silu(x, 4, skip=x, backend="reference"))
+            torch.testing.assert_close(ops.bias_residual(x, None, x, backend="cuda"), 2 * x)
+
+
+def test_a_prepared_call_is_used_again():
+    x = randn(1, 8, 4, 4).to("cpu" if INTERPRETED else "cuda")
+    dispatch.forget()
+    with torch.no_grad():
+        for _ in range(3):
+            ops.bias_residual(x, backend="cuda")
+    assert len(dispatch.launchers) == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the emulation")
+@pytest.mark.parametrize("on", [H100, A100._replace(shared_memory=20 * 1024)], ids=["cluster", "two launches"])
+def test_the_order_of_threads_and_blocks_changes_no_bit(limited, on):
+    limited(**on._asdict())
+    x = randn(2, 120, 9, 9).to(memory_format=torch.channels_last)
+    results = []
+    for seed in range(5):
+        cuda_library._load()[0].emulation_seed(ctypes.c_uint64(seed))
+        results.append(ops.group_norm_silu(x, 12, backend="cuda"))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_code_runs_where():
+    assert cuda_library.covers((80, 90), 86)
+    assert cuda_library.covers((80, 90), 90)
+    assert not cuda_library.covers((86,), 80)
+    assert not cuda_library.covers((80, 90), 100)
+    assert not cuda_library.covers((), 90)
+
+
+def test_a_missing_library_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(cuda_library, "PATH", None)
+    (tmp_path / "build.json").write_text(json.dumps({"cpu": "", "cuda": "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"}))
+    assert cuda_library._load.__wrapped__()[1] == (
+        "the library of CUDA kernels is not there: there is no nvcc: install the CUDA toolkit, or set CUDA_HOME; "
+        "install coalescer_fast again to build it"
+    )
+
+
+@pytest.mark.parametrize("op", NATIVE)
+def test_the_interface_refuses_a_dtype_that_does_not_exist(op):
+    arguments = struct.pack(f"{NATIVE[op]._pack.__self__.size // 8}q", *[9] * (NATIVE[op]._pack.__self__.size // 8))
+    with pytest.raises(RuntimeError, match=f"{op} on cuda reports an argument that it does not take"):
+        cuda_library.plan(op, arguments, H100)
+    with pytest.raises(RuntimeError, match=f"{op} on cuda reports an argument that it does not take"):
+        cuda_library.bound(op, torch.device("cpu"))(arguments)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="would be a launch that a GPU refuses")
+def test_a_refused_launch_is_an_error_that_says_why(limited):
+    limited(shared_memory=300 * 1024, multiprocessors=1, capability=80)  # more than any device has
+    x = randn(1, 64, 32, 32).to(memory_format=torch.channels_last)  # 262 kB
+    with pytest.raises(RuntimeError, match=r"group_norm_silu on cuda reports \w+"):
+        ops.group_norm_silu(x, 1, backend="cuda")
+    dispatch.forget()
+    limited(shared_memory=H100.shared_memory)
+    ops.group_norm_silu(x, 1, backend="cuda")  # and the next call runs
