@@ -78,8 +78,8 @@ def build_cpu(target: Path) -> str:
 def nvcc() -> str:
     """Its path, or ""."""
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), "")
+    candidates = [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, map(shutil.which, candidates)), "")
 
 
 def gpus() -> list[int]:
@@ -108,7 +108,7 @@ def architectures() -> list[int]:
 def build_cuda(target: Path, architectures: list[int]) -> str:
     """Compile csrc/cuda into the shared library ``target``; returns why that cannot be done, or ""."""
     if not nvcc():
-        return "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"
+        return "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME or NVCC"
     codes = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     define = f'-DCF_ARCHITECTURES="{",".join(map(str, architectures))}"'

@@ -120,9 +120,9 @@ CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
 CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
 CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
 
-/* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor allocates,
- * and leaves no error behind. x, skip, residual and y, h and direction_weight, sample and direction of the step: at multiples of 16 bytes;
- * direction_weight of h's dtype. */
+/* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor
+ * allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h, direction_weight, and sample and direction of
+ * the step; direction_weight has h's dtype. */
 
 /* What a choice of launch depends on. */
 typedef struct {

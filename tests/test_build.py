@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,20 +16,46 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(target: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "COALESCER_FAST_BUILD")}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "COALESCER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST")}
     arguments = [sys.executable, "setup.py", "-q", *(command or ("build_py", "--build-lib", str(target)))]
     return subprocess.run(arguments, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False)
 
 
-def built(target: Path) -> tuple[bool, str]:
+def built(target: Path, part: str = "cpu") -> tuple[bool, str]:
     folder = target / "coalescer_fast" / "lib"
-    return (folder / "libcoalescer_fast_cpu.so").is_file(), json.loads((folder / "build.json").read_text())["cpu"]
+    return (folder / f"libcoalescer_fast_{part}.so").is_file(), json.loads((folder / "build.json").read_text())[part]
 
 
-def test_with_a_compiler(tmp_path):
-    result = build(tmp_path, COALESCER_FAST_BUILD="require")
+def lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("coalescer_fast: ")]
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_all_that_is_required_is_built(tmp_path):
+    result = build(tmp_path, COALESCER_FAST_BUILD="require", TORCH_CUDA_ARCH_LIST="8.0")
+    assert result.returncode == 0, result.stderr
+    assert lines(result) == []
+    assert built(tmp_path) == built(tmp_path, "cuda") == (True, "")
+    library = tmp_path / "coalescer_fast" / "lib" / "libcoalescer_fast_cuda.so"
+    if shutil.which("readelf"):
+        needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        assert "libc.so" in needed
+        assert "cuda" not in needed.replace(library.name, "")
+        assert "torch" not in needed
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cuda_architectures; f.restype = ctypes.c_char_p; print(f().decode())"
+    assert subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout == "80\n"
+
+
+def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path):
+    result = build(tmp_path, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert result.returncode == 0, result.stderr
     assert built(tmp_path) == (True, "")
+    if shutil.which("nvidia-smi") is None:
+        reason = "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+        assert built(tmp_path, "cuda") == (False, reason)
 
 
 @pytest.mark.parametrize(
@@ -38,31 +65,54 @@ def test_with_a_compiler(tmp_path):
         ("false", "false cannot compile it: false failed"),
     ],
 )
-def test_without_one_the_package_is_there_and_one_line_says_what_is_missing(tmp_path, cxx, reason):
+def test_without_a_compiler_the_package_is_there_and_one_line_says_what_is_missing(tmp_path, cxx, reason):
     result = build(tmp_path, CXX=cxx)
     assert result.returncode == 0
-    assert [line for line in result.stderr.splitlines() if line.startswith("coalescer_fast: ")] == [
-        f"coalescer_fast: installed without the CPU kernels (ops run on plain PyTorch): {reason}"
-    ]
+    assert lines(result) == [f"coalescer_fast: installed without the CPU kernels: {reason}"]
     assert built(tmp_path) == (False, reason)
     assert (tmp_path / "coalescer_fast" / "ops" / "dispatch.py").is_file()
 
 
-def test_required_and_missing_fails(tmp_path):
-    result = build(tmp_path, CXX="no-such-compiler", COALESCER_FAST_BUILD="require")
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        ("no-such-nvcc", "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME or NVCC"),
+        ("false", "nvcc cannot compile it: nvcc failed"),
+    ],
+)
+def test_without_nvcc_the_rest_is_there(tmp_path, nvcc, reason):
+    result = build(tmp_path, NVCC=nvcc, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert result.returncode == 0
+    assert lines(result) == [f"coalescer_fast: installed without the CUDA kernels: {reason}"]
+    assert built(tmp_path) == (True, "")
+    assert built(tmp_path, "cuda") == (False, reason)
+
+
+@pytest.mark.parametrize(("variable", "part"), [("CXX", "CPU"), ("NVCC", "CUDA")])
+def test_required_and_missing_fails(tmp_path, variable, part):
+    result = build(tmp_path, COALESCER_FAST_BUILD="require", **{variable: "no-such-compiler"})
     assert result.returncode != 0
-    assert result.stderr.splitlines()[-1].startswith("coalescer_fast: the CPU kernels cannot be built, which COALESCER_FAST_BUILD=require")
+    error = f"coalescer_fast: the {part} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for: there is no "
+    assert result.stderr.splitlines()[-1].startswith(error)
 
 
 def test_switched_off(tmp_path):
     assert build(tmp_path, COALESCER_FAST_BUILD="off").returncode == 0
-    assert built(tmp_path) == (False, "COALESCER_FAST_BUILD=off when it was installed")
+    assert built(tmp_path) == built(tmp_path, "cuda") == (False, "COALESCER_FAST_BUILD=off when it was installed")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("value", ["Hopper", "9", "8.0;nine"])
+def test_an_architecture_that_is_none(tmp_path, value):
+    result = build(tmp_path, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST=value)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == f"TORCH_CUDA_ARCH_LIST is {value!r}; expected compute capabilities such as 8.0;9.0"
 
 
 def test_unknown_choice(tmp_path):
     result = build(tmp_path, COALESCER_FAST_BUILD="gpu")
     assert result.returncode != 0
-    assert result.stderr.splitlines()[-1] == "COALESCER_FAST_BUILD is 'gpu'; use one of auto, off, cpu, require"
+    assert result.stderr.splitlines()[-1] == "COALESCER_FAST_BUILD is 'gpu'; use one of auto, off, cpu, cuda, require"
 
 
 def test_the_source_distribution_has_all_that_a_build_needs(tmp_path):

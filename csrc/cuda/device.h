@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../abi.h"
@@ -39,11 +40,11 @@ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// V elements as they lie in memory: 16 bytes, or a single one.
+// V elements as they lie in memory: 16 or 8 bytes, or a single element.
 template <typename T, int V>
 struct Raw {
-    static_assert(V * sizeof(T) == 16, "a vector has 16 bytes");
-    using type = uint4;
+    static_assert(V * sizeof(T) == 16 || V * sizeof(T) == 8, "a vector has 16 or 8 bytes");
+    using type = std::conditional_t<V * sizeof(T) == 16, uint4, uint2>;
 };
 template <typename T>
 struct Raw<T, 1> {
@@ -57,46 +58,57 @@ __device__ __forceinline__ raw_t<T, V> load(const T* p) {
     return *reinterpret_cast<const raw_t<T, V>*>(p);
 }
 
+template <typename T>
+__device__ __forceinline__ void unpack_word(unsigned word, float* out) {
+    if constexpr (sizeof(T) == 4) {
+        *out = __int_as_float(static_cast<int>(word));
+    } else if constexpr (std::is_same_v<T, __half>) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        out[0] = pair.x, out[1] = pair.y;
+    } else {  // bfloat16 is the upper half of a float
+        out[0] = __int_as_float(static_cast<int>(word << 16));
+        out[1] = __int_as_float(static_cast<int>(word & 0xffff0000u));
+    }
+}
+
 template <typename T, int V>
 __device__ __forceinline__ void unpack(const raw_t<T, V>& raw, float (&out)[V]) {
     if constexpr (V == 1) {
         out[0] = to_float(raw);
     } else {
-        const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 4) {
-                out[i] = __int_as_float(static_cast<int>(words[i]));
-            } else if constexpr (std::is_same<T, __half>::value) {
-                const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-                out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
-            } else {  // bfloat16 is the upper half of a float
-                out[2 * i] = __int_as_float(static_cast<int>(words[i] << 16));
-                out[2 * i + 1] = __int_as_float(static_cast<int>(words[i] & 0xffff0000u));
-            }
+        constexpr int IN_WORD = 4 / sizeof(T);
+        unpack_word<T>(raw.x, out);
+        unpack_word<T>(raw.y, out + IN_WORD);
+        if constexpr (V > 2 * IN_WORD) {
+            unpack_word<T>(raw.z, out + 2 * IN_WORD);
+            unpack_word<T>(raw.w, out + 3 * IN_WORD);
         }
     }
 }
 
+template <typename T>
+__device__ __forceinline__ unsigned pack_word(const float* in) {
+    if constexpr (sizeof(T) == 4) {
+        return static_cast<unsigned>(__float_as_int(*in));
+    } else if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(in[0], in[1]);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    }
+}
+
+// An intrinsic, for the compiler cuts an assignment into four.
 template <typename T, int V>
 __device__ __forceinline__ void store(T* p, const float (&in)[V]) {
     if constexpr (V == 1) {
         *p = from_float<T>(in[0]);
     } else {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 4) {
-                words[i] = static_cast<unsigned>(__float_as_int(in[i]));
-            } else if constexpr (std::is_same<T, __half>::value) {
-                const __half2 pair = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
-                words[i] = *reinterpret_cast<const unsigned*>(&pair);
-            } else {
-                const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-                words[i] = *reinterpret_cast<const unsigned*>(&pair);
-            }
-        }
-        *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+        static_assert(V * sizeof(T) == 16, "a vector has 16 bytes");
+        constexpr int N = V / 4;
+        const uint4 words = make_uint4(pack_word<T>(in), pack_word<T>(in + N), pack_word<T>(in + 2 * N), pack_word<T>(in + 3 * N));
+        __stcg(reinterpret_cast<uint4*>(p), words);
     }
 }
 

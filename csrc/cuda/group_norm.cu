@@ -391,11 +391,14 @@ int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_c
 }
 
 int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace, void* stream) {
-    cf::group_norm::Call call = {};
-    if (const int status = cf::group_norm::make_plan(*args, *device, call.plan)) return status;
+    using namespace cf::group_norm;
+    Call call = {};
+    if (const int status = make_plan(*args, *device, call.plan)) return status;
     if (!call.plan.blocks) return CF_OK;
     if (!args->x || !args->y || (call.plan.workspace && !workspace)) return CF_INVALID_ARGUMENT;
-    if (!cf::is_aligned(args->x) || !cf::is_aligned(args->skip) || !cf::is_aligned(args->y)) return CF_INVALID_ARGUMENT;
+    for (const void* tensor : {args->x, args->skip, static_cast<const void*>(args->y)}) {
+        if (!cf::is_aligned(tensor)) return CF_INVALID_ARGUMENT;
+    }
     call.x = args->x, call.skip = args->skip, call.y = args->y;
     call.slots = static_cast<float2*>(workspace);
     call.weight = args->weight, call.bias = args->bias, call.pre_bias = args->pre_bias;
@@ -407,9 +410,9 @@ int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_d
         constexpr int WIDE = 16 / sizeof(T);
         const bool wide = call.plan.vector > 1;
         if (call.plan.channels_last) {
-            return wide ? cf::group_norm::run<T, WIDE, true>(call, *device, stream) : cf::group_norm::run<T, 1, true>(call, *device, stream);
+            return wide ? run<T, WIDE, true>(call, *device, stream) : run<T, 1, true>(call, *device, stream);
         }
-        return wide ? cf::group_norm::run<T, WIDE, false>(call, *device, stream) : cf::group_norm::run<T, 1, false>(call, *device, stream);
+        return wide ? run<T, WIDE, false>(call, *device, stream) : run<T, 1, false>(call, *device, stream);
     });
 }
 

@@ -1,8 +1,8 @@
 // How group_norm_silu is cut into blocks: plain C++, a pure function of sizes, dtype, layout and device.
 //
-// A block works on a slab of `rows` rows of `columns` contiguous elements. Channels innermost: rows are positions of one sample, columns the
-// channels of a tile, which holds whole groups (or, of a group wider than a tile, a piece). Contiguous: rows are the channels of one group,
-// columns its positions, or a piece of them. A thread keeps to one vector of columns and goes down the rows.
+// A block works on a slab of `rows` rows of `columns` contiguous elements. Channels innermost: rows are positions of one sample, columns
+// the channels of a tile, which holds whole groups (or, of a group wider than a tile, a piece). Contiguous: rows are the channels of one
+// group, columns its positions, or a piece of them. A thread keeps to one vector of columns and goes down the rows.
 //
 // (a) two launches: the slab of a tile is split by rows between blocks; each leaves the moments of its part of each group in a slot of
 //     its own of the workspace; the second launch, in the same blocks, merges the slots and applies.
@@ -39,8 +39,8 @@ struct Plan {
     int64_t blocks, shared_memory, workspace;
 };
 
-// What a block keeps in shared memory, in this order: the slab (fused), moments of every thread, coefficients of every channel, of every group
-// its statistics and, fused, the block's own moments.
+// What a block keeps in shared memory, in this order: the slab (fused), moments of every thread, coefficients of every channel, of every
+// group its statistics and, fused, the block's own moments.
 struct Shared {
     int64_t moments, coefficients, groups, total;  // where each begins, in bytes
 
@@ -85,8 +85,9 @@ inline bool tile(Plan& p, int64_t run, int64_t element) {
 inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& device, Plan& p) {
     constexpr int64_t LARGEST = 0x7fffffff;
     const int64_t channels = a.c1 + a.c2;
-    if (!is_dtype(a.dtype) || a.n < 0 || a.c1 < 1 || a.c2 < 0 || channels > LARGEST || a.spatial < 0 || a.spatial > LARGEST) return CF_INVALID_ARGUMENT;
-    if (a.groups < 1 || channels % a.groups || (a.c2 > 0) != (a.skip != nullptr)) return CF_INVALID_ARGUMENT;
+    if (!is_dtype(a.dtype) || a.n < 0 || a.c1 < 1 || a.c2 < 0 || channels > LARGEST) return CF_INVALID_ARGUMENT;
+    if (a.spatial < 0 || a.spatial > LARGEST || a.groups < 1 || channels % a.groups) return CF_INVALID_ARGUMENT;
+    if (a.n > 0 && a.spatial > 0 && (a.c2 > 0) != (a.skip != nullptr)) return CF_INVALID_ARGUMENT;
     for (const cf_vector& v : {a.weight, a.bias, a.pre_bias, a.scale, a.shift}) {
         if (!is_vector(v)) return CF_INVALID_ARGUMENT;
     }
@@ -158,8 +159,9 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         if (best.blocks < p.blocks) best = p;
         if (p.blocks >= device.multiprocessors) break;
     }
-    if (!best.blocks || int64_t{best.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * best.vector) return CF_INVALID_ARGUMENT;
+    if (!best.blocks) return CF_INVALID_ARGUMENT;
     p = best;
+    if (int64_t{p.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * p.vector) return CF_INVALID_ARGUMENT;
     p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
     return CF_OK;
 }

@@ -27,7 +27,7 @@ __device__ __forceinline__ float difference(const Call& call, int64_t n, int o, 
 
 
 template <typename T, int V>
-__global__ void __launch_bounds__(THREADS) dual_head_heads(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, 2) dual_head_heads(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
     const int64_t n = blockIdx.x / p.blocks_of_sample;
     const int64_t item = blockIdx.x % p.blocks_of_sample * (THREADS / p.lanes) + threadIdx.x / p.lanes;
@@ -159,7 +159,7 @@ int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* devic
     cf::Launch launch = {p.blocks, THREADS, 1, THREADS / cf::WARP * 8};
     const int status = cf::with_type(args->dtype, [&](auto zero) {
         using T = decltype(zero);
-        return p.vector > 1 ? cf::enqueue<dual_head_heads<T, 16 / sizeof(T)>>(*device, stream, launch, call)
+        return p.vector > 1 ? cf::enqueue<dual_head_heads<T, VECTOR>>(*device, stream, launch, call)
                             : cf::enqueue<dual_head_heads<T, 1>>(*device, stream, launch, call);
     });
     launch.blocks = p.finish_blocks;

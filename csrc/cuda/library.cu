@@ -11,8 +11,8 @@ int cf_abi_version(void) { return CF_ABI_VERSION; }
 const char* cf_cuda_architectures(void) { return CF_ARCHITECTURES; }
 
 int cf_cuda_describe(int64_t ordinal, cf_cuda_device* device) {
-    const cudaDeviceAttr attributes[] = {cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount,
-                                         cudaDevAttrMaxSharedMemoryPerBlockOptin};
+    const cudaDeviceAttr attributes[] = {cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
+                                         cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin};
     int values[4] = {};
     for (int i = 0; i < 4; ++i) {
         if (const cudaError_t error = cudaDeviceGetAttribute(&values[i], attributes[i], static_cast<int>(ordinal))) {

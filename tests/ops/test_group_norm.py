@@ -160,9 +160,11 @@ def test_eps(backend, eps):
     check(backend, randn(2, 6, 4, 4), 2, eps=eps)
 
 
-def test_empty_batch(backend):
-    result = call(OP, backend, randn(0, 6, 4, 4), 2, randn(6), randn(6), scale=randn(0, 6), shift=randn(0, 6))
-    assert result.shape == (0, 6, 4, 4)
+@pytest.mark.parametrize("skip", [0, 2])
+def test_empty_batch(backend, skip):
+    film = {"scale": randn(0, 6 + skip), "shift": randn(0, 6 + skip)}
+    result = call(OP, backend, randn(0, 6, 4, 4), 2, randn(6 + skip), randn(6 + skip), skip=randn(0, skip, 4, 4) if skip else None, **film)
+    assert result.shape == (0, 6 + skip, 4, 4)
     assert result.dtype == torch.float32
 
 
