@@ -185,4 +185,5 @@ class NativeDistribution(Distribution):
         return chosen() != "off"
 
 
-setup(distclass=NativeDistribution, cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel})
+if __name__ == "__main__":
+    setup(distclass=NativeDistribution, cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel})

@@ -218,7 +218,6 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T value) { *p = value; }
 template <class T> void __stcg(T* p, T value) { *p = value; }
-template <class T> void __stcg(T* p, T value) { *p = value; }
 
 inline float __int_as_float(int x) { return emulation::cast<float>(x); }
 inline int __float_as_int(float x) { return emulation::cast<int>(x); }
