@@ -45,8 +45,9 @@ ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the package compiles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # A100, H100, B200, RTX 5090
 TYPES = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 # Kernels that read whole tensors: how, in how many places of the source (loops over constants unrolled), and whether they store such
-# tensors alone. In instantiations for vectors these accesses must have 128 bits.
+# tensors alone. In instantiations for vectors these accesses must have 128 bits, or those of the whole vector.
 STREAMS = {
     "group_norm_statistics": ("loads", 2, False),
     "group_norm_apply": ("loads", 2, True),
@@ -175,8 +176,9 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['registers']} registers in {row['threads']} threads")
     if row["kernel"] in STREAMS and row["vector"] > 1:
         how, least, stores = STREAMS[row["kernel"]]
-        if (wide := sum(count for bits, count in row[how].items() if bits >= 128)) < least:
-            found.append(f"{wide} {how} of 128 bits, not {least}")
+        bits = min(128, row["vector"] * BITS[row["types"][0]])
+        if (wide := sum(count for each, count in row[how].items() if each >= bits)) < least:
+            found.append(f"{wide} {how} of {bits} bits, not {least}")
         narrow = {bits: count for bits, count in row["stores"].items() if bits < 128}
         if stores and (narrow or not row["stores"]):
             found.append(", ".join(f"{count} stores of {bits} bits" for bits, count in narrow.items()) or "no stores")
