@@ -255,7 +255,7 @@ def main() -> int:
         cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} {row['spills']:6} {row['local']:5}"
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
-    launches = [] if library.find("cuda")[1] else list(plans(targets, bounds(kernels)))
+    launches = [] if library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
     print(f"{len(launches)} planned launches" if launches else "no planned launches: the library of CUDA kernels is not built")
     for row in launches:
         if row["faults"]:

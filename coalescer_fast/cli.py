@@ -139,6 +139,8 @@ def sample(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     import torch
 
+    from .ops import backends
+    from .ops.dispatch import BACKENDS
     from .pipeline import WEIGHTS, embedded_models
 
     facts: dict[str, Any] = {"coalescer_fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -146,13 +148,18 @@ def info(args: argparse.Namespace) -> None:
     facts["cpu"] = cpu_name()
     facts["threads"] = torch.get_num_threads()
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    states = backends("group_norm_silu")
+    facts["backends"] = {name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()}
     facts["models"] = {name: sum(file.stat().st_size for file in (WEIGHTS / name).rglob("*")) for name in embedded_models()}
     if args.json:
         print(json.dumps(facts, indent=2))
         return
     facts["models"] = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in facts["models"].items())
+    for name, state in facts.pop("backends").items():
+        note = f" ({state['note']})" if state["note"] else ""
+        facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}{note}"
     for name, value in facts.items():
-        print(f"{name:15s} {value or 'none'}")
+        print(f"{name:18s} {value or 'none'}")
 
 
 def train(args: argparse.Namespace) -> None:

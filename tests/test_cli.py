@@ -139,9 +139,15 @@ def test_info(run):
     assert facts["coalescer_fast"] == __version__
     assert facts["threads"] >= 1
     assert facts["models"]["emoji-64"] > 1e5
+    assert list(facts["backends"]) == ["reference", "cpu", "triton", "cuda"]
+    assert facts["backends"]["reference"] == {"able": True, "reason": "", "note": ""}
     status, out, _ = run("info")
     assert status == 0
     assert "emoji-64" in out
+    assert "backend reference  can run\n" in out
+    for name in ("triton", "cuda"):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"backend {name}"))
+        assert line.endswith("(not yet run on a GPU)")
 
 
 def test_sample_one(run, tmp_path):

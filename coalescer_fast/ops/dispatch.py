@@ -24,18 +24,20 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 FLOAT_AT_MOST_32 = (torch.float32, torch.float16, torch.bfloat16)
+UNTRIED = "not yet run on a GPU"
 
 
 @dataclass(frozen=True)
 class Backend:
     """module: the file of an op's folder that implements it; device: the device type it is made for (None: any); dtypes: what every tensor
     may be (None: anything); runtime: the module beside this one whose ``unavailable()`` says why it cannot run here at all, and whose
-    ``refusal(tensor)``, if it has one, why it cannot take a tensor all the same."""
+    ``refusal(tensor)``, if it has one, why it cannot take a tensor all the same; note: what its users should know."""
 
     module: str
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     runtime: str | None = None
+    note: str = ""
 
     def refusal(self, tensors: dict[str, Tensor]) -> str:
         """Why it cannot run on these arguments, or ""."""
@@ -63,8 +65,8 @@ class Backend:
 BACKENDS = {
     "reference": Backend("reference"),
     "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "library"),
-    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime"),
-    "cuda": Backend("cuda", "cuda", FLOAT_AT_MOST_32, "cuda_library"),
+    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime", UNTRIED),
+    "cuda": Backend("cuda", "cuda", FLOAT_AT_MOST_32, "cuda_library", UNTRIED),
 }
 # what "auto" tries, fastest first; a backend whose function has ``yields(*args)``, and gives a reason there, comes after the next that is
 # made for the device

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import cuda_aot
-from coalescer_fast.ops import library
+from coalescer_fast.ops import cuda_library, library
 
 needs_nvcc = pytest.mark.skipif(bool(cuda_aot.missing()), reason=cuda_aot.missing() or "can run")
 
@@ -41,7 +41,7 @@ def test_every_kernel_that_streams_has_vectors_of_every_type(rows):
 
 @needs_nvcc
 def test_planned_launches_are_possible(rows):
-    if reason := library.find("cuda")[1]:
+    if reason := library.find("cuda", cuda_library.PATH)[1]:
         pytest.skip(reason)
     launches = list(cuda_aot.plans(cuda_aot.TARGETS, cuda_aot.bounds(rows)))
     assert [(row["call"], row["dtype"], row["target"], row["faults"]) for row in launches if row["faults"]] == []
