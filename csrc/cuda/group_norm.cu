@@ -54,10 +54,8 @@ struct Slab {
     float2* own;         // [group]: the block's moments
 
     __device__ explicit Slab(const Call& call) : call(call), p(call.plan) {
-        const int64_t block = blockIdx.x;
-        split = static_cast<int>(block % p.splits);
-        const int64_t rest = block / p.splits;
-        const int tile = static_cast<int>(rest % p.tiles);
+        const int block = static_cast<int>(blockIdx.x), rest = block / p.splits, tile = rest % p.tiles;
+        split = block % p.splits;
         n = rest / p.tiles;
         piece = p.tiles_per_group > 1 ? tile % p.tiles_per_group : 0;
         first_group = p.tiles_per_group > 1 ? tile / p.tiles_per_group : tile * p.groups_per_tile;

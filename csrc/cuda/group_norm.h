@@ -101,7 +101,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     if (!p.n) return CF_OK;
 
     const int64_t element = size_of(a.dtype), wide = 16 / element, half = device.shared_memory * 45 / 100;
-    int64_t runs[] = {128, 64, 32, 16};
+    int64_t runs[] = {128, 64, 32, 16, 1};
     if (p.channels_last) {
         const int64_t most = MOST_VECTORS * wide;
         const bool cut = p.per_group > most ? p.per_group % wide == 0 : std::lcm<int64_t>(p.per_group, wide) <= most;
@@ -117,7 +117,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         p.groups_per_tile = 1;
         p.tiles = static_cast<int>(a.groups) * p.tiles_per_group;
         p.vectors = p.columns / p.vector;
-        runs[1] = runs[2] = runs[3] = 0;  // there is one tiling
+        runs[1] = runs[2] = runs[3] = runs[4] = 0;  // there is one tiling
     }
 
     // (b): the longest rows and the smallest cluster that let two blocks share a multiprocessor and fill the device, or have little to do;

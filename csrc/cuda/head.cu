@@ -29,13 +29,11 @@ __device__ __forceinline__ float difference(const Call& call, int64_t n, int o, 
 template <typename T, int V>
 __global__ void __launch_bounds__(THREADS, 2) dual_head_heads(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
-    const int64_t n = blockIdx.x / p.blocks_of_sample;
-    const int64_t item = blockIdx.x % p.blocks_of_sample * (THREADS / p.lanes) + threadIdx.x / p.lanes;
+    const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    const int64_t n = block / p.blocks_of_sample;
+    const int item = block % p.blocks_of_sample * (THREADS / p.lanes) + thread / p.lanes, lane = thread % p.lanes;
     const bool active = item < p.items;
-    const int lane = static_cast<int>(threadIdx.x) % p.lanes;
-    const int first = static_cast<int>(item % p.parts) * OUTPUTS;
-    const int x = static_cast<int>(item / p.parts % p.runs) * PIXELS;
-    const int y = static_cast<int>(item / p.parts / p.runs);
+    const int first = item % p.parts * OUTPUTS, x = item / p.parts % p.runs * PIXELS, y = item / p.parts / p.runs;
     const T* h = static_cast<const T*>(call.h) + n * p.height * p.width * p.c;
     const T* weight = static_cast<const T*>(call.weight) + int64_t{first} * 9 * p.c;
 
@@ -107,10 +105,11 @@ __global__ void __launch_bounds__(THREADS, 2) dual_head_heads(const __grid_const
 
 __global__ void __launch_bounds__(THREADS) dual_head_finish(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
-    const int64_t n = blockIdx.x / p.finishing, part = blockIdx.x % p.finishing;
+    const int block = static_cast<int>(blockIdx.x), part = block % p.finishing;
+    const int64_t n = block / p.finishing;
     const float2* slots = call.slots + n * p.blocks_of_sample;
     float pooled = 0, squares = 0;
-    for (int64_t i = threadIdx.x; i < p.blocks_of_sample; i += THREADS) pooled += slots[i].x, squares += slots[i].y;
+    for (int i = static_cast<int>(threadIdx.x); i < p.blocks_of_sample; i += THREADS) pooled += slots[i].x, squares += slots[i].y;
     float* scratch = reinterpret_cast<float*>(cf_shared);
     pooled = block_sum(pooled, scratch);
     squares = block_sum(squares, scratch + THREADS / WARP);
@@ -122,9 +121,9 @@ __global__ void __launch_bounds__(THREADS) dual_head_finish(const __grid_constan
     }
     if (!p.anchored) return;
     const float inverse = __fdiv_rn(1, length < 1e-6f ? 1e-6f : length);  // NaN is kept
-    const int64_t end = (part + 1) * FINISHED < size ? (part + 1) * FINISHED : size;
-    for (int64_t i = part * FINISHED + threadIdx.x; i < end; i += THREADS) {
-        const int o = static_cast<int>(i % p.cz), position = static_cast<int>(i / p.cz), y = position / p.width, x = position % p.width;
+    const int begin = part * FINISHED, end = min(begin + FINISHED, static_cast<int>(size));
+    for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += THREADS) {
+        const int o = i % p.cz, position = i / p.cz, y = position / p.width, x = position % p.width;
         const float value = call.unanchored[n * size + i] + difference(call, n, o, y, x) * inverse;
         put(const_cast<void*>(call.direction.data), call.direction.dtype, offset(call.direction, n, o, y, x), value);
     }

@@ -11,15 +11,15 @@ constexpr int THREADS = 256;
 constexpr int PIXELS = 4;
 constexpr int OUTPUTS = 4;
 constexpr int VECTOR = 4;  // channels; with eight, which are 16 bytes of half precision, the window has no room in the registers
-constexpr int64_t FINISHED = 1024;  // elements of the direction to which a block of the second launch adds the anchor's part
+constexpr int FINISHED = 1024;  // elements of the direction to which a block of the second launch adds the anchor's part
 
 struct Plan {
     int vector, lanes;
     int64_t n;
     int c, cz, height, width;
     int runs, parts;  // of a row into PIXELS, of the channels into OUTPUTS
-    int64_t items, blocks_of_sample, blocks;
-    int64_t finishing, finish_blocks;  // of a sample, of all
+    int items, blocks_of_sample, finishing;  // of a sample; finishing: blocks of the second launch
+    int64_t blocks, finish_blocks;           // of all
     bool anchored;
     int64_t slots;      // bytes: for every block its part of the pooled distance and of |p - R|^2,
     int64_t workspace;  // and, if anchored, the direction without the anchor's part, (n, height, width, cz) in float32
@@ -31,7 +31,7 @@ inline int make_plan(const cf_dual_head_args& a, const cf_cuda_device& device, P
     if (!is_dtype(a.distance_weight.dtype) || !is_dtype(a.distance_bias.dtype) || !is_dtype(a.direction.dtype)) return CF_INVALID_ARGUMENT;
     if (a.n < 0 || a.c < 1 || a.c > LARGEST / 9 || a.cz < 1 || a.cz > LARGEST) return CF_INVALID_ARGUMENT;
     if (a.height < 0 || a.width < 0 || a.height > LARGEST || a.width > LARGEST) return CF_INVALID_ARGUMENT;
-    if (a.height * a.width > LARGEST / a.cz) return CF_INVALID_ARGUMENT;
+    if (a.height * (a.width + PIXELS) > LARGEST / (a.cz + OUTPUTS)) return CF_INVALID_ARGUMENT;
     p = {};
     p.anchored = a.sample.data != nullptr;
     if (p.anchored != (a.anchor.data != nullptr)) return CF_INVALID_ARGUMENT;
@@ -41,15 +41,15 @@ inline int make_plan(const cf_dual_head_args& a, const cf_cuda_device& device, P
     p.height = static_cast<int>(a.height), p.width = static_cast<int>(a.width);
     p.vector = a.c % VECTOR ? 1 : VECTOR;
     p.runs = static_cast<int>(cdiv(a.width, PIXELS)), p.parts = static_cast<int>(cdiv(a.cz, OUTPUTS));
-    p.items = a.height * p.runs * p.parts;
+    p.items = p.height * p.runs * p.parts;
     // as few lanes as fill the device: the sum over them is work
     for (p.lanes = 4; p.lanes < WARP; p.lanes *= 2) {
         if (a.n * p.items * p.lanes >= device.multiprocessors * 2 * THREADS || int64_t{p.lanes} * p.vector >= a.c) break;
     }
-    p.blocks_of_sample = cdiv(p.items, THREADS / p.lanes);
+    p.blocks_of_sample = static_cast<int>(cdiv(p.items, THREADS / p.lanes));
     p.blocks = p.n * p.blocks_of_sample;
     const int64_t size = a.cz * a.height * a.width;
-    p.finishing = p.anchored && size > FINISHED ? cdiv(size, FINISHED) : 1;
+    p.finishing = p.anchored && size > FINISHED ? static_cast<int>(cdiv(size, FINISHED)) : 1;
     p.finish_blocks = p.n * p.finishing;
     p.slots = round_up(8 * p.blocks, 16);
     p.workspace = p.slots + (p.anchored ? 4 * p.n * size : 0);

@@ -13,12 +13,12 @@ struct Call {
 };
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS) bias_residual(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, 4) bias_residual(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread / p.vectors;
-    const int64_t column = (blockIdx.x % p.column_tiles * p.vectors + thread % p.vectors) * V;
+    const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread / p.vectors;
+    const int64_t column = (int64_t{block % p.column_tiles} * p.vectors + thread % p.vectors) * V;
     if (lane >= p.lanes || column >= p.columns) return;
-    const int64_t first = blockIdx.x / p.column_tiles * p.lanes * ROWS + lane;
+    const int64_t first = int64_t{block / p.column_tiles} * p.lanes * ROWS + lane;
     const T* x = static_cast<const T*>(call.x) + column;
     const T* residual = static_cast<const T*>(call.residual) + column;
     float bias[V];

@@ -14,7 +14,8 @@ struct Plan {
     int vector;
     int64_t rows, columns, channels;
     int vectors, lanes;  // of a tile's row; rows at a time
-    int64_t column_tiles, blocks;
+    int column_tiles;
+    int64_t blocks;
 };
 
 inline int make_plan(const cf_bias_residual_args& a, Plan& p) {
@@ -28,7 +29,8 @@ inline int make_plan(const cf_bias_residual_args& a, Plan& p) {
     const int64_t wide = 16 / size_of(a.dtype);
     p.vector = static_cast<int>(p.columns % wide ? 1 : wide);
     const int64_t all = p.columns / p.vector;
-    p.column_tiles = cdiv(all, THREADS);
+    if (all > int64_t{THREADS} << 22) return CF_INVALID_ARGUMENT;  // a row of 2^30 vectors
+    p.column_tiles = static_cast<int>(cdiv(all, THREADS));
     p.vectors = static_cast<int>(p.column_tiles ? cdiv(all, p.column_tiles) : 1);
     p.lanes = THREADS / p.vectors;
     p.blocks = cdiv(p.rows, int64_t{p.lanes} * ROWS) * p.column_tiles;

@@ -52,9 +52,10 @@ __device__ __forceinline__ void store_floats(T* p, const float (&in)[V]) {
 }
 
 template <typename S, typename D, int V>
-__global__ void __launch_bounds__(THREADS, 2) coalesce_step(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, 1) coalesce_step(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
-    const int64_t n = blockIdx.x / p.parts, begin = blockIdx.x % p.parts * p.size_of_part;
+    const int block = static_cast<int>(blockIdx.x);
+    const int64_t n = block / p.parts, begin = block % p.parts * p.size_of_part;
     const int64_t end = begin + p.size_of_part < p.size ? begin + p.size_of_part : p.size;
     const S* sample = static_cast<const S*>(call.sample) + n * p.size;
     const D* direction = static_cast<const D*>(call.direction) + n * p.size;

@@ -13,8 +13,8 @@ constexpr int HELD = 2;    // vectors that a thread keeps in registers between t
 
 struct Plan {
     int vector;
-    int64_t n, size, size_of_part, parts;
-    int threads, cluster;
+    int64_t n, size, size_of_part;
+    int parts, threads, cluster;  // parts: of a sample
     int64_t blocks;
 };
 
@@ -27,9 +27,10 @@ inline int make_plan(const cf_coalesce_step_args& a, const cf_cuda_device& devic
     const int64_t round = int64_t{THREADS} * p.vector, wanted = cdiv(a.size, round);
     const int64_t most = !a.unit ? wanted : device.capability >= 90 ? 8 : 1;
     p.size_of_part = round_up(cdiv(a.size, wanted < most ? wanted : most), p.vector);
-    p.parts = cdiv(a.size, p.size_of_part);
+    if (cdiv(a.size, p.size_of_part) > 0x7fffffff) return CF_INVALID_ARGUMENT;
+    p.parts = static_cast<int>(cdiv(a.size, p.size_of_part));
     p.threads = static_cast<int>(p.size_of_part < round ? round_up(cdiv(p.size_of_part, p.vector), WARP) : THREADS);
-    p.cluster = a.unit ? static_cast<int>(p.parts) : 1;
+    p.cluster = a.unit ? p.parts : 1;
     p.blocks = p.n * p.parts;
     return CF_OK;
 }

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,34 +72,33 @@ def limited(monkeypatch):
     ("n", "channels", "skip", "side", "on", "expected"),
     [
         # a small slab is one block's
-        (1, 256, 0, 8, H100, "one launch"),
-        (1, 256, 0, 8, A100, "one launch"),
+        (1, 256, 0, 8, H100, "one block"),
+        (1, 256, 0, 8, A100, "one block"),
         # at batch 1 a cluster shares it, whatever its size, so that more multiprocessors read
-        (1, 128, 0, 32, H100, "clusters of 8"),
-        (1, 320, 0, 64, H100, "clusters of 8"),
-        (1, 320, 0, 64, B200, "clusters of 8"),
+        (1, 128, 0, 32, H100, "cluster of 8"),
+        (1, 320, 0, 64, H100, "cluster of 8"),
+        (1, 320, 0, 64, B200, "cluster of 8"),
         # at batch 64 there are blocks enough, and a cluster is as large as two of its blocks need to share a multiprocessor
-        (64, 128, 0, 32, H100, "clusters of 2"),
-        (64, 256, 0, 16, H100, "one launch"),
-        (64, 1280, 1280, 8, H100, "one launch"),
-        (64, 320, 0, 64, H100, "clusters of 8"),
+        (64, 128, 0, 32, H100, "cluster of 2"),
+        (64, 256, 0, 16, H100, "one block"),
+        (64, 1280, 1280, 8, H100, "one block"),
+        (64, 320, 0, 64, H100, "cluster of 8"),
         # 30 channels a group and 64x64: the shortest whole groups of 32 bytes do not fit eight blocks
         (1, 640, 320, 64, H100, "two launches"),
         (64, 640, 320, 64, H100, "two launches"),
         # no clusters: two launches unless one block has room
         (1, 320, 0, 64, A100, "two launches"),
         (64, 320, 0, 64, A100, "two launches"),
-        (64, 128, 0, 32, A100, "one launch"),
+        (64, 128, 0, 32, A100, "one block"),
         # clusters, but 99 kB
-        (1, 128, 0, 32, RTX5090, "clusters of 8"),
+        (1, 128, 0, 32, RTX5090, "cluster of 8"),
         (1, 320, 0, 64, RTX5090, "two launches"),
-        (64, 320, 0, 64, RTX5090, "clusters of 8"),
+        (64, 320, 0, 64, RTX5090, "cluster of 8"),
     ],
 )
 def test_which_path_a_normalisation_takes(n, channels, skip, side, on, expected):
     plan = plan_of_norm(n, channels, skip, side, on)
-    name = "two launches" if plan.launches == 2 else "one launch" if plan.cluster == 1 else f"clusters of {plan.cluster}"
-    assert name == expected
+    assert name_of(plan) == expected
     assert plan.vector == 8
 
 
@@ -120,13 +121,26 @@ def test_plans_stay_within_the_device(on, dtype, layout):
                 assert plan.blocks <= n * channels * side * side
 
 
+def name_of(plan: Plan) -> str:
+    return "two launches" if plan.launches == 2 else "one block" if plan.cluster == 1 else f"cluster of {plan.cluster}"
+
+
+def test_the_readme_says_which():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    found = re.findall(r"^\| (\d+) channels, (\d+)×\d+ \| (.*) \| (.*) \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+    assert len(found) == 5
+    for channels, side, *names in found:
+        calls = ((H100, 1), (H100, 64), (A100, 1), (A100, 64))
+        assert names == [name_of(plan_of_norm(n, int(channels), 0, int(side), on)) for on, n in calls]
+
+
 def test_batch_one_fills_a_gpu_with_two_launches():
     plan = plan_of_norm(1, 640, 320, 64, H100)
     assert plan.launches == 2
     assert plan.blocks >= 132
 
 
-GROUPINGS = [(20, 0, 2), (60, 0, 2), (40, 80, 4), (120, 0, 10), (24, 0, 24), (7, 14, 3), (64, 0, 1), (9, 0, 9), (32, 0, 8)]
+GROUPINGS = [(20, 0, 2), (185, 0, 5), (60, 0, 2), (40, 80, 4), (120, 0, 10), (24, 0, 24), (7, 14, 3), (64, 0, 1), (9, 0, 9), (32, 0, 8)]
 PATHS = ("two launches", "two launches, few blocks", "one block", "clusters", "small clusters")
 
 
