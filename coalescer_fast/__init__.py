@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import ops
+    from .acceleration import accelerate, explain, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
@@ -22,7 +23,11 @@ __all__ = [
     "CoalescerUNet",
     "DescriptionEncoder",
     "__version__",
+    "accelerate",
+    "explain",
     "ops",
+    "restore",
+    "warmup",
 ]
 
 _MODULES = {
@@ -31,7 +36,11 @@ _MODULES = {
     "CoalescerScheduler": ".scheduler",
     "CoalescerUNet": ".models",
     "DescriptionEncoder": ".models",
+    "accelerate": ".acceleration",
+    "explain": ".acceleration",
     "ops": ".ops",
+    "restore": ".acceleration",
+    "warmup": ".acceleration",
 }
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ as leave for any name
