@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
+from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -139,25 +140,31 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, 1 for none")
         self.scheduler.set_timesteps(num_inference_steps)
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
-        conditioning = self._condition(self.with_styles(prompts, sample), sample.device)
-        empty = self._condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
+        with span("encode"):
+            texts = self.with_styles(prompts, sample)
+        with span("condition"):
+            conditioning = self._condition(texts, sample.device)
+            empty = self._condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
 
         trace = []
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
-                direction, distance = self.unet(sample, conditioning, return_dict=False)
+                with span(f"evaluate[{i}]"):
+                    direction, distance = self.unet(sample, conditioning, return_dict=False)
                 if return_trace:
                     length = direction.float().square().mean((1, 2, 3)).sqrt()
                     trace.append(TraceStep(sample, distance, length))
                 if empty is not None and self.scheduler.is_guided(t):
-                    empty_direction, empty_distance = self.unet(sample, empty, return_dict=False)
+                    with span(f"evaluate_empty[{i}]"):
+                        empty_direction, empty_distance = self.unet(sample, empty, return_dict=False)
                     direction = guide(direction, distance, empty_direction, empty_distance, scale)
                 sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.unet.backend)[0]
                 if callback_on_step_end is not None:
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
                 bar.update()
 
-        images = sample if output_type == "latent" else self._decode(sample, output_type)
+        with span("decode"):
+            images = sample if output_type == "latent" else self._decode(sample, output_type)
         self.maybe_free_model_hooks()
         output = CoalescerPipelineOutput(images, trace if return_trace else None)
         return output if return_dict else output.to_tuple()
