@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import ops
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+    from .parity import verify
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
 
@@ -23,6 +24,7 @@ __all__ = [
     "DescriptionEncoder",
     "__version__",
     "ops",
+    "verify",
 ]
 
 _MODULES = {
@@ -32,6 +34,7 @@ _MODULES = {
     "CoalescerUNet": ".models",
     "DescriptionEncoder": ".models",
     "ops": ".ops",
+    "verify": ".parity",
 }
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ as leave for any name
