@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -170,10 +169,10 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
+    from .acceleration import accelerate
     from .parity import verify as compare
     from .pipeline import CoalescerPipeline
 
-    accelerate = import_module(".acceleration", __package__).accelerate
     pipe = accelerate(CoalescerPipeline.from_pretrained(args.model), backend=args.backend, dtype=args.dtype)
     result = compare(pipe, args.prompts)
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)

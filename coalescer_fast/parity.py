@@ -191,11 +191,11 @@ def _compare(pipe: Any, runtime: Any, texts: list[str], noise: Tensor) -> tuple[
     styled = pipe.with_styles(texts, noise)
     conditioning: Conditioning = runtime.condition(styled, noise.device)
     with _reference(pipe):
-        expected_conditioning = pipe._condition(styled, noise.device)
+        expected_conditioning = pipe.condition(styled, noise.device)
     steps = []
     for start, expected_end, end in zip([noise, *expected_path], expected_path, path):
         with _reference(pipe):
-            expected_direction, expected_distance = map(_exact, pipe.unet(start, expected_conditioning, return_dict=False))
+            expected_direction, expected_distance = map(_exact, pipe.evaluate(start, expected_conditioning))
         direction, distance = map(_exact, runtime.evaluate(start, conditioning))
         off = _relative(direction, expected_direction)
         cosine = (direction * expected_direction).sum(1) / (direction.norm(dim=1) * expected_direction.norm(dim=1))
@@ -270,9 +270,10 @@ def _op_backends(runtime: Any) -> list[tuple[str, str]]:
     runtime of somebody else's kernels."""
     names = [name for name in ops.__all__ if name != "backends"]
     explain = getattr(runtime, "explain", None)
-    said = [(row.get("op"), row.get("backend")) for row in (explain() if explain else [])]
-    pairs = sorted({(op, backend) for op, backend in said if op in names and backend in BACKENDS})
-    return pairs or [(op, runtime.name) for op in names if runtime.name in BACKENDS]
+    if explain is None:
+        return [(op, runtime.name) for op in names if runtime.name in BACKENDS]
+    said = {(row.get("part"), row.get("runs on")) for row in explain()}
+    return sorted((op, backend) for op, backend in said if op in names and backend in BACKENDS)
 
 
 def _op_calls(pipe: Any, runtime: Any) -> Iterator[OpCall]:
@@ -292,7 +293,7 @@ def _op_calls(pipe: Any, runtime: Any) -> Iterator[OpCall]:
     doubled = (config.norm_num_groups, randn(2 * channels), randn(2 * channels))
     heads = (randn(latent, channels, 3, 3) / (9 * channels) ** 0.5, randn(latent), randn(1, channels), randn(1))
     sample, anchor, direction = (randn(2, latent, side, side, like=wide) for _ in range(3))
-    residual = {"sample": sample, "anchor": anchor.to(dtype)} if config.anchor is not None else {}
+    residual = {"sample": sample, "anchor": anchor} if config.anchor is not None else {}
     direction = direction if residual else direction.to(dtype)
     distance = randn(2, like=wide).abs()
     calls: dict[str, list[tuple[str, torch.dtype, tuple[Any, ...], dict[str, Any]]]] = {

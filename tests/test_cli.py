@@ -231,3 +231,12 @@ def test_verify_of_an_unknown_model(run, monkeypatch):
     assert status == 1
     assert_one_sentence(error, "no-such-model")
     assert_one_sentence(run("verify", "--prompts", "0")[2], "--prompts", "whole number")
+
+
+def test_verify(run):
+    status, out, _ = run("verify", "--prompts", "1", "--dtype", "float32")
+    assert status == 0
+    assert out.splitlines()[-1].startswith("PASS: ")
+    status, _, error = run("verify", "--backend", "abacus")
+    assert status == 1
+    assert_one_sentence(error, "abacus", "auto")
