@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import ops
     from .acceleration import accelerate, explain, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+    from .parity import verify
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
 
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "ops",
     "restore",
+    "verify",
     "warmup",
 ]
 
@@ -40,6 +42,7 @@ _MODULES = {
     "explain": ".acceleration",
     "ops": ".ops",
     "restore": ".acceleration",
+    "verify": ".parity",
     "warmup": ".acceleration",
 }
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
+from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
 
 if TYPE_CHECKING:
@@ -145,18 +146,23 @@ class CoalescerPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         networks = self._networks()
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
-        conditioning = networks.condition(self.with_styles(prompts, sample), sample.device)
-        empty = networks.condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
+        with span("encode"):
+            texts = self.with_styles(prompts, sample)
+        with span("condition"):
+            conditioning = networks.condition(texts, sample.device)
+            empty = networks.condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
 
         trace = []
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
-                direction, distance = networks.evaluate(sample, conditioning)
+                with span(f"evaluate[{i}]"):
+                    direction, distance = networks.evaluate(sample, conditioning)
                 if return_trace:
                     length = direction.float().square().mean((1, 2, 3)).sqrt()
                     trace.append(TraceStep(sample, distance, length))
                 if empty is not None and self.scheduler.is_guided(t):
-                    empty_direction, empty_distance = networks.evaluate(sample, empty)
+                    with span(f"evaluate_empty[{i}]"):
+                        empty_direction, empty_distance = networks.evaluate(sample, empty)
                     direction = guide(direction, distance, empty_direction, empty_distance, scale)
                 sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
                 if callback_on_step_end is not None:
@@ -165,7 +171,8 @@ class CoalescerPipeline(DiffusionPipeline):
 
         images = sample
         if output_type != "latent":
-            images = self.image_processor.postprocess(networks.decode(sample), output_type=output_type)
+            with span("decode"):
+                images = self.image_processor.postprocess(networks.decode(sample), output_type=output_type)
         self.maybe_free_model_hooks()
         output = CoalescerPipelineOutput(images, trace if return_trace else None)
         return output if return_dict else output.to_tuple()
