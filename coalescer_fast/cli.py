@@ -73,6 +73,8 @@ def parser() -> Parser:
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
     sub.add_argument("--steps", type=positive, default=2, help="steps, the network evaluations without guidance (default: %(default)s)")
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
+    sub.add_argument("--backend", help="what runs the networks, as of accelerate (default: the plain reference)")
+    sub.add_argument("--dtype", help="what they compute in, as of accelerate (default: the plain reference)")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
 
     sub = command("info", info, "say what is installed, on what machine")
@@ -122,6 +124,10 @@ def sample(args: argparse.Namespace) -> None:
     from .training.pictures import sheet
 
     pipe: Any = CoalescerPipeline.from_pretrained(args.model)
+    if args.backend is not None or args.dtype is not None:
+        from .acceleration import accelerate
+
+        accelerate(pipe, args.backend or "auto", args.dtype or "auto")
     loaded = time.perf_counter()
     pictures = pipe(
         args.prompts,

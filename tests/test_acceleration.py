@@ -127,6 +127,14 @@ def test_other_sizes_just_work():
         assert psnr(draw(cf.accelerate(pipe, dtype="float32"), height=size, width=64), expected).median() > 60
 
 
+@pytest.mark.parametrize(("length", "width"), [(256, 256), (7, 130), (16, 32), (600, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention(dtype, length, width):
+    q, k, v = torch.randn(3, 2, 3, length, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(packing.attention(q, k, v).double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
 def test_many_batch_sizes_leave_memory_flat(pipe):
     cf.accelerate(pipe)
     conditioning = pipe.runtime.condition(["octopus"], torch.device("cpu"))

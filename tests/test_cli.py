@@ -152,6 +152,16 @@ def test_info(run):
         assert line.endswith("(not yet run on a GPU)")
 
 
+def test_sample_accelerated(run, tmp_path):
+    assert run("sample", "octopus", "--seed", "1", "-o", "reference.png")[0] == 0
+    assert run("sample", "octopus", "--seed", "1", "--backend", "auto", "--dtype", "float32", "-o", "accelerated.png")[0] == 0
+    reference, accelerated = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.float32) for name in ("reference", "accelerated"))
+    assert np.abs(reference - accelerated).max() <= 2
+    status, _, error = run("sample", "octopus", "--backend", "magic")
+    assert status == 1
+    assert_one_sentence(error, "backend is 'magic'; use one of auto, cpu")
+
+
 def test_sample_one(run, tmp_path):
     status, out, error = run("sample", "octopus", "--seed", "1", "-o", "one.png")
     assert (status, out) == (0, "one.png\n")

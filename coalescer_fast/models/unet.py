@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +170,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """x + proj(attention(GroupNorm(x))) over the H*W positions."""
 
+    attend: Callable[..., torch.Tensor] = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, channels: int, num_heads: int, num_groups: int):
         super().__init__()
         self.backend = "reference"
@@ -183,7 +186,7 @@ class SelfAttention(nn.Module):
         h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
         rows = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
-        rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        rows = self.to_out(merge_heads(self.attend(q, k, v)))
         return x + rows.transpose(1, 2).reshape(x.shape)
 
 
