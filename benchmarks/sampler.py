@@ -267,8 +267,10 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
     assert reference is not None
     with torch.backends.cudnn.flags(allow_tf32=False):  # the truth; whoever is measured runs as users have it
         expected = tuple(y.clone() for y in part.prepare(reference)())
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
-        part.prepare(reference)()
+    with torch.inference_mode(False), torch.no_grad():
+        once = part.prepare(reference)
+        with FlopCounterMode(display=False) as flops:
+            once()
     gflop = flops.get_total_flops() / 1e9
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
@@ -294,7 +296,7 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
             runs[key] = run
     for name, dtype in DTYPES.items():
         key = f"convolutions {name}"
-        runs[key] = sampler_peers.convolutions(lambda: part.prepare(reference)(), dtype)
+        runs[key] = sampler_peers.convolutions(once, dtype)
         rows[key] = {"provider": "convolutions", "dtype": name, "status": "ok"}
     taken = timing.interleave({key: rested(timer.warm(run)) for key, run in runs.items()}, budget)
     quantiles = {key: timing.quantiles(mine) for key, mine in taken.items()}

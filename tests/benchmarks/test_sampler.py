@@ -74,15 +74,24 @@ def accelerated(monkeypatch):
     monkeypatch.setattr(coalescer_fast, "accelerate", accelerate, raising=False)
 
 
-def run(tmp_path, *argv: str) -> tuple[int, list[dict[str, str]]]:
-    path = tmp_path / "results" / "sampler.csv"
+def run(folder, *argv: str) -> tuple[int, list[dict[str, str]]]:
+    path = folder / "results" / "sampler.csv"
     status = sampler.main([*BRIEF, *argv, "--csv", str(path)])
     return status, common.read(path)
 
 
-def test_a_row_for_every_provider_part_and_batch(tmp_path, accelerated, capsys):
-    status, rows = run(tmp_path, "--model", "emoji-64,m", "--peers", "eager,eager_channels_last")
+@pytest.fixture(scope="module")
+def measured(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coalescer_fast, "accelerate", accelerate, raising=False)
+        status, _ = run(folder, "--model", "emoji-64,m", "--peers", "eager,eager_channels_last")
     assert status == 0
+    return folder / "results" / "sampler.csv"
+
+
+def test_a_row_for_every_provider_part_and_batch(measured):
+    rows = common.read(measured)
     assert list(rows[0]) == list(sampler.COLUMNS)
     parts = {(row["model"], row["part"], row["guidance_scale"], row["evaluations"]) for row in rows}
     assert parts == {
@@ -114,7 +123,12 @@ def test_a_row_for_every_provider_part_and_batch(tmp_path, accelerated, capsys):
         if row["provider"] == "eager":
             assert float(row["speedup_over_eager"]) == 1
             assert error == 0
-    assert "random weights, timing only" in capsys.readouterr().out
+    gflop = {(row["part"], row["guidance_scale"], row["batch"]): float(row["gflop"]) for row in rows if row["model"] == "emoji-64"}
+    one, decoder = gflop["unet", "", "1"], gflop["decoder", "", "1"]
+    assert [gflop["unet", "", "3"], gflop["sampler", "1", "1"], gflop["sampler", "1.5", "1"]] == pytest.approx(
+        [3 * one, 2 * one, 3 * one], rel=1e-3
+    )
+    assert 3 * one + decoder < gflop["pipeline", "1.5", "1"] < 3 * one + 1.2 * decoder  # and the conditioning
 
 
 def test_evaluations_are_those_that_the_pipeline_makes(monkeypatch):
@@ -224,9 +238,8 @@ def test_the_floor_makes_every_convolution_of_the_network_once():
 
 
 @pytest.fixture
-def table(tmp_path, accelerated):
-    run(tmp_path, "--model", "emoji-64,m", "--peers", "eager_channels_last")
-    rows = common.read(tmp_path / "results" / "sampler.csv")
+def table(measured):
+    rows = common.read(measured)
     for row in rows:
         row["quiet"] = "1"
         if row["provider"] in ("ours", "eager_channels_last"):
@@ -248,13 +261,13 @@ def test_summary_names_the_fastest_peer_and_the_losses(table):
         list(sampler_report.summary([{"model": "m"}]))
 
 
-def test_summary_and_plot_of_a_file(table, tmp_path, capsys):
+def test_summary_and_plot_of_a_file(measured, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    path, picture = tmp_path / "results" / "sampler.csv", tmp_path / "sampler.png"
+    picture = tmp_path / "sampler.png"
     capsys.readouterr()
-    assert sampler.main(["--summary", str(path)]) == 0
+    assert sampler.main(["--summary", str(measured)]) == 0
     assert "fastest peer" in capsys.readouterr().out
-    assert sampler.main(["--plot", str(picture), "--from", str(path)]) == 0
+    assert sampler.main(["--plot", str(picture), "--from", str(measured)]) == 0
     assert min(Image.open(picture).size) > 300
 
 
