@@ -134,6 +134,7 @@ def build(folder: Path) -> None:
     """Build the libraries that are asked for into the folder, and write down what is missing and why."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = {}
+    targets = architectures() if nvcc() and chosen() not in ("off", "cpu") else []
     for part in ("cpu", "cuda"):
         target = folder / f"libcoalescer_fast_{part}.so"
         target.unlink(missing_ok=True)
@@ -146,7 +147,7 @@ def build(folder: Path) -> None:
             missing[part] = "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
             continue
         else:
-            missing[part] = build_cuda(target, architectures() if nvcc() else [])
+            missing[part] = build_cuda(target, targets)
         if missing[part] and chosen() == "require":
             what = f"the {part.upper()} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for"
             raise SystemExit(f"coalescer_fast: {what}: {missing[part]}")

@@ -176,7 +176,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['registers']} registers in {row['threads']} threads")
     if row["kernel"] in STREAMS and row["vector"] > 1:
         how, least, stores = STREAMS[row["kernel"]]
-        bits = min(128, row["vector"] * BITS[row["types"][0]])
+        bits = min(128, row["vector"] * (BITS[row["types"][0]] if row["types"] else 32))
         if (wide := sum(count for each, count in row[how].items() if each >= bits)) < least:
             found.append(f"{wide} {how} of {bits} bits, not {least}")
         narrow = {bits: count for bits, count in row["stores"].items() if bits < 128}

@@ -44,12 +44,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import coalescer_fast
 from coalescer_fast.cli import check_writable, sentence
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.scheduler import guide
+from coalescer_fast.scheduler import CoalescerScheduler, guide
 
 from . import common, sampler_peers, sampler_report, timing
 from .common import Parser, Row, append, read
 from .kernels import compiler, listed, positive, positive_list
-from .sampler_peers import DTYPES, PEERS, RANDOM, Call, Engine, Missing, Tensors
+from .sampler_peers import DTYPES, PEERS, RANDOM, Engine, Missing, Tensors
 
 MODELS = ("emoji-64", "m", "l")
 PARTS = ("unet", "sampler", "decoder", "pipeline")
@@ -172,7 +172,8 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
         torch.compile(torch.neg)(torch.ones(1, device=device))  # the compiler's own start is no network's time
     print("Milliseconds, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed.")
     for model in args.model:
-        pipe = sampler_peers.load(model, device)
+        with torch.inference_mode(False):
+            pipe = sampler_peers.load(model, device)
         weights = "embedded" if model == "emoji-64" else RANDOM
         for batch in args.batch:
             torch._dynamo.reset()
@@ -200,14 +201,19 @@ def providers(
     args: argparse.Namespace, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
 ) -> Iterator[Provider]:
     """All of them, prepared as far as they can be. The first is the reference, whether or not it is asked for."""
-    wanted = [("eager", "fp32"), ("ours", "auto")]
+    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
     wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name][1] if dtype in args.dtypes]
-    for name, dtype in dict.fromkeys(wanted):
+    known: set[tuple[str, str]] = set()
+    for name, dtype in wanted:
+        if (name, dtype) in known:  # ours chose it itself
+            continue
+        known.add((name, dtype))
         try:
             if name == "ours":
-                engine = sampler_peers.ours(pipe, sample.device, decodes)
+                engine = sampler_peers.ours(dtype, pipe)
             else:
                 engine = sampler_peers.peer(name, dtype, pipe, sample, texts, decodes, folder)
+            known.add((name, engine.dtype))
             yield Provider(name, engine.dtype, engine)
         except Missing as reason:
             yield Provider(name, dtype, status=f"skipped: {reason}")
@@ -221,26 +227,23 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
     batch, own = len(texts), float(pipe.scheduler.config.guidance_scale)
     guided = 2 if pipe.scheduler.config.guided_steps == "all" else 1
 
-    def bound(engine: Engine, texts: list[str]) -> Call:
-        return engine.bind(engine.condition(texts))
+    def one(engine: Engine) -> Callable[[], Tensors]:
+        return partial(engine.runtime.evaluate, sample, engine.runtime.condition(texts, sample.device))
 
     def steps(engine: Engine, scale: float) -> Callable[[], Tensors]:
-        empty = bound(engine, [""] * batch) if scale != 1 else None
-        return partial(walk, engine.pipe, bound(engine, texts), empty, sample, scale)
+        conditioning, empty = (engine.runtime.condition(some, sample.device) for some in (texts, [""] * batch))
+        return lambda: (walk(engine.runtime, pipe.scheduler, sample, conditioning, empty, scale),)
 
     def decoding(engine: Engine) -> Callable[[], Tensors]:
-        reference = partial(pipe.unet, return_dict=False)
-        latents = walk(pipe, lambda x: reference(x, pipe._condition(texts, x.device)), None, sample, 1.0)[0]
-        assert engine.decode is not None
-        decode = engine.decode
-        return lambda: (decode(latents),)
+        latents = walk(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
+        return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:
         pipe: Any = engine.pipe
         generator = torch.Generator().manual_seed(0)
         return (pipe(PROMPTS[0], num_images_per_prompt=batch, generator=generator, output_type="pt").images,)
 
-    yield Part("unet", "", 1, lambda engine: partial(bound(engine, texts), sample))
+    yield Part("unet", "", 1, one)
     for scale in dict.fromkeys((1.0, own)):
         yield Part("sampler", scale, 2 if scale == 1 else 2 + guided, partial(steps, scale=scale))
     if model == "emoji-64":
@@ -248,17 +251,16 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
         yield Part("pipeline", own, 2 if own == 1 else 2 + guided, lambda engine: partial(draw, engine))
 
 
-def walk(pipe: CoalescerPipeline, evaluate: Call, empty: Call | None, sample: torch.Tensor, scale: float) -> Tensors:
-    """The pipeline's two steps, from R to latents."""
-    scheduler = pipe.scheduler
+def walk(networks: Any, scheduler: CoalescerScheduler, sample: torch.Tensor, conditioning: Any, empty: Any, scale: float) -> torch.Tensor:
+    """A call of the pipeline from R to latents, by the runtime or the pipeline ``networks``."""
     scheduler.set_timesteps(2)
     for t in range(2):
-        direction, distance = evaluate(sample)
-        if empty is not None and scheduler.is_guided(t):
-            empty_direction, empty_distance = empty(sample)
+        direction, distance = networks.evaluate(sample, conditioning)
+        if scale != 1 and scheduler.is_guided(t):
+            empty_direction, empty_distance = networks.evaluate(sample, empty)
             direction = guide(direction, distance, empty_direction, empty_distance, scale)
-        sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=pipe.unet.backend)[0]
-    return (sample,)
+        sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
+    return sample
 
 
 def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.CpuTimer, budget: float) -> Iterator[Row]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,7 +101,8 @@ def eager(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) ->
 
 
 def channels_last(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode(False):  # ordinary weights, as a user's
+        return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
@@ -219,15 +219,36 @@ ON_CPU = ("onnxruntime", "openvino")  # as they are used here
 
 @dataclass
 class Engine:
-    """What a provider made of a pipeline. condition: texts -> what ``bind`` makes an evaluation R -> (direction, distance) of;
-    decode: None for a model whose decoder is not measured; pipe: the pipeline that draws by it; seconds: to prepare each part."""
+    """What a provider made of a pipeline: one that draws by the provider's ``runtime``; seconds: to prepare each network."""
 
-    condition: Callable[[list[str]], Any]
-    bind: Callable[[Any], Call]
-    decode: Callable[[torch.Tensor], torch.Tensor] | None
     pipe: CoalescerPipeline
     dtype: str
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def runtime(self) -> Any:
+        return self.pipe.runtime
+
+
+class Networks:
+    """A peer in the place of a pipeline's runtime. What an evaluation takes of a conditioning is prepared once for each."""
+
+    backend = "reference"
+
+    def __init__(self, pipe: CoalescerPipeline, bind: Callable[[Conditioning], Call], decode: Call | None):
+        self.device, self.condition, self.bind = pipe.device, pipe.condition, bind
+        self.decode = pipe.decode if decode is None else lambda latents: decode(latents)[0]
+        self.bound: deque[tuple[Conditioning, Call]] = deque(maxlen=2)  # of the description, and of the empty one
+
+    def refresh(self) -> None:
+        """The weights do not change."""
+
+    def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> Tensors:
+        for known, call in self.bound:
+            if known is conditioning:
+                return call(sample)
+        self.bound.append((conditioning, self.bind(conditioning)))
+        return self.bound[-1][1](sample)
 
 
 def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path) -> Engine:
@@ -237,7 +258,7 @@ def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, t
         installed(name)
         if not sample.is_cpu:
             raise Missing(f"{name} is measured on the CPU alone")
-    given = pipe._condition(texts, sample.device)
+    given = pipe.condition(texts, sample.device)
     wide = torch.float32 if name in ON_CPU else kind  # their files hold float32, whatever they compute in
     evaluation, seconds = Evaluation(pipe.unet, given), {}
 
@@ -252,45 +273,29 @@ def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, t
 
     bound = timed("unet", evaluation, sample, *evaluation.flatten(given, wide))
     decode = timed("decoder", Decoding(pipe.vae), sample)(()) if decodes else None
-
-    def bind(conditioning: Conditioning) -> Call:
-        return bound(evaluation.flatten(conditioning, wide))
-
-    unet, vae = copy.copy(pipe.unet), copy.copy(pipe.vae)  # the same parameters under a forward of their own
-    known: deque[tuple[Conditioning, Call]] = deque(maxlen=2)  # of the description, and of the empty one
-
-    def forward(sample: torch.Tensor, conditioning: Conditioning, return_dict: bool = False) -> Tensors:
-        for one, call in known:
-            if one is conditioning:
-                return call(sample)
-        known.append((conditioning, bind(conditioning)))
-        return known[-1][1](sample)
-
-    unet.forward = forward
-    if decode is not None:
-        vae.decode = lambda latents: DecoderOutput(sample=decode(latents)[0])
-    mine = CoalescerPipeline(unet, pipe.scheduler, pipe.description_encoder, vae)
-    mine.set_progress_bar_config(disable=True)
-    first = None if decode is None else (lambda latents: decode(latents)[0])
-    return Engine(partial(pipe._condition, device=sample.device), bind, first, mine, dtype, seconds)
+    mine: Any = twin(pipe)
+    mine.runtime = Networks(pipe, lambda conditioning: bound(evaluation.flatten(conditioning, wide)), decode)
+    return Engine(mine, dtype, seconds)
 
 
-def ours(pipe: CoalescerPipeline, device: torch.device, decodes: bool) -> Engine:
-    """`coalescer_fast.accelerate` on a pipeline of its own. Raises Missing."""
+def ours(dtype: str, pipe: CoalescerPipeline) -> Engine:
+    """`coalescer_fast.accelerate`, dtype "auto" or one of `DTYPES`. Raises Missing."""
     accelerate = getattr(coalescer_fast, "accelerate", None)
     if accelerate is None:
         raise Missing(f"coalescer_fast {coalescer_fast.__version__} has no accelerate")
-    mine = CoalescerPipeline(copy.deepcopy(pipe.unet), pipe.scheduler, pipe.description_encoder, copy.deepcopy(pipe.vae))
+    with torch.inference_mode(False):  # it looks after changes of its weights, as a user's
+        start = time.perf_counter()
+        mine = accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
+        seconds = time.perf_counter() - start
+    names = {kind: name for name, kind in DTYPES.items()}
+    return Engine(mine, names.get(mine.runtime.dtype, dtype), {"unet": seconds})
+
+
+def twin(pipe: CoalescerPipeline) -> CoalescerPipeline:
+    """Another pipeline of the same networks."""
+    mine = CoalescerPipeline(pipe.unet, pipe.scheduler, pipe.description_encoder, pipe.vae)
     mine.set_progress_bar_config(disable=True)
-    start = time.perf_counter()
-    mine = accelerate(mine, backend="auto", dtype="auto")
-    seconds, runtime = time.perf_counter() - start, mine.runtime
-
-    def bind(conditioning: Any) -> Call:
-        return lambda sample: runtime.evaluate(sample, conditioning)
-
-    dtype = next((name for name, kind in DTYPES.items() if getattr(runtime, "dtype", None) == kind), "auto")
-    return Engine(lambda texts: runtime.condition(texts, device), bind, runtime.decode if decodes else None, mine, dtype, {"unet": seconds})
+    return mine
 
 
 class Recorder(TorchDispatchMode):

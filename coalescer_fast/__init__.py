@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import ops
+    from .acceleration import accelerate, explain, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+    from .parity import verify
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
 
@@ -22,7 +24,12 @@ __all__ = [
     "CoalescerUNet",
     "DescriptionEncoder",
     "__version__",
+    "accelerate",
+    "explain",
     "ops",
+    "restore",
+    "verify",
+    "warmup",
 ]
 
 _MODULES = {
@@ -31,7 +38,12 @@ _MODULES = {
     "CoalescerScheduler": ".scheduler",
     "CoalescerUNet": ".models",
     "DescriptionEncoder": ".models",
+    "accelerate": ".acceleration",
+    "explain": ".acceleration",
     "ops": ".ops",
+    "restore": ".acceleration",
+    "verify": ".parity",
+    "warmup": ".acceleration",
 }
 
 if not TYPE_CHECKING:  # a type checker would take __getattr__ as leave for any name

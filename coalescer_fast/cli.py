@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit status."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:
             raise
@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    return 0
 
 
 def say(message: str) -> None:
@@ -62,7 +61,7 @@ def parser() -> Parser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(run=run)
         return sub
@@ -77,6 +76,13 @@ def parser() -> Parser:
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
 
     sub = command("info", info, "say what is installed, on what machine")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+
+    sub = command("verify", verify, "compare an accelerated model with its own float32 reference")
+    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    sub.add_argument("--backend", default="auto", help="what runs the networks, as of accelerate (default: %(default)s)")
+    sub.add_argument("--dtype", default="auto", help="what they compute in, as of accelerate (default: %(default)s)")
+    sub.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("train", train, "train a model on pictures with descriptions")
@@ -160,6 +166,17 @@ def info(args: argparse.Namespace) -> None:
         facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}{note}"
     for name, value in facts.items():
         print(f"{name:18s} {value or 'none'}")
+
+
+def verify(args: argparse.Namespace) -> int:
+    from .acceleration import accelerate
+    from .parity import verify as compare
+    from .pipeline import CoalescerPipeline
+
+    pipe = accelerate(CoalescerPipeline.from_pretrained(args.model), backend=args.backend, dtype=args.dtype)
+    result = compare(pipe, args.prompts)
+    print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+    return 0 if result.passed else 1
 
 
 def train(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from safetensors import safe_open
 
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
+from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
+
+if TYPE_CHECKING:
+    from .runtime.cpu import CpuRuntime
 
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORKS = ("unet", "description_encoder", "vae")
@@ -56,6 +60,8 @@ class CoalescerPipeline(DiffusionPipeline):
     `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
     """
 
+    # what `accelerate` has put in the place of the networks
+    runtime: CpuRuntime | None = None
     model_cpu_offload_seq = "unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
 
@@ -138,26 +144,35 @@ class CoalescerPipeline(DiffusionPipeline):
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, 1 for none")
         self.scheduler.set_timesteps(num_inference_steps)
+        networks = self._networks()
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
-        conditioning = self._condition(self.with_styles(prompts, sample), sample.device)
-        empty = self._condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
+        with span("encode"):
+            texts = self.with_styles(prompts, sample)
+        with span("condition"):
+            conditioning = networks.condition(texts, sample.device)
+            empty = networks.condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
 
         trace = []
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, t in enumerate(self.scheduler.timesteps.tolist()):
-                direction, distance = self.unet(sample, conditioning, return_dict=False)
+                with span(f"evaluate[{i}]"):
+                    direction, distance = networks.evaluate(sample, conditioning)
                 if return_trace:
                     length = direction.float().square().mean((1, 2, 3)).sqrt()
                     trace.append(TraceStep(sample, distance, length))
                 if empty is not None and self.scheduler.is_guided(t):
-                    empty_direction, empty_distance = self.unet(sample, empty, return_dict=False)
+                    with span(f"evaluate_empty[{i}]"):
+                        empty_direction, empty_distance = networks.evaluate(sample, empty)
                     direction = guide(direction, distance, empty_direction, empty_distance, scale)
-                sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.unet.backend)[0]
+                sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
                 if callback_on_step_end is not None:
                     sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
                 bar.update()
 
-        images = sample if output_type == "latent" else self._decode(sample, output_type)
+        images = sample
+        if output_type != "latent":
+            with span("decode"):
+                images = self.image_processor.postprocess(networks.decode(sample), output_type=output_type)
         self.maybe_free_model_hooks()
         output = CoalescerPipelineOutput(images, trace if return_trace else None)
         return output if return_dict else output.to_tuple()
@@ -218,15 +233,35 @@ class CoalescerPipeline(DiffusionPipeline):
         means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
-    def _condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def _networks(self) -> CoalescerPipeline | CpuRuntime:
+        """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
+        if self.runtime is None:
+            return self
+        if self.device.type != self.runtime.device.type:
+            here = self.runtime.device
+            raise ValueError(f"the pipeline was accelerated on {here} and is on {self.device}: accelerate it again, or restore it")
+        self.runtime.refresh()
+        return self.runtime
+
+    @property
+    def backend(self) -> str:
+        """Of the ops, in the reference networks."""
+        return self.unet.backend
+
+    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+        """What the UNet derives from descriptions alone."""
         rows = mask = None
         if self.unet.config.cross_attention_dim is not None:
             rows, mask = (x.to(device) for x in self.description_encoder.token_rows(texts))
         return self.unet.condition(self.description_encoder(texts).to(device), rows, mask)
 
-    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        pictures = self.vae.decode(latents.to(self.vae.dtype)).sample
-        return self.image_processor.postprocess(pictures.float(), output_type=output_type)
+    def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """Direction (N, C, h, w) and distance (N,) at R."""
+        return self.unet(sample, conditioning, return_dict=False)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W), float32, about in [-1, 1]."""
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
 
 def _check_weights(pipe: CoalescerPipeline, folder: Path) -> None:

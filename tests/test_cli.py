@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from coalescer_fast import __version__, cli
+from coalescer_fast.parity import Verification, at_least
 
 
 @pytest.fixture
@@ -196,3 +198,45 @@ def test_evaluate_prints_a_table_and_writes_it(run, monkeypatch, tmp_path):
     assert out.splitlines() == ["steps         1   2", "distance  12.35   1", "name          a  bc"]
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert [row["distance"] for row in csv.DictReader(file)] == ["12.34567", "1.0"]
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_verify_prints_the_table_and_fails_with_it(run, monkeypatch, passed):
+    result = Verification("cpu", "bfloat16", 3, (at_least("pictures: PSNR, median", 50.0 if passed else math.nan, 35.0, " dB"),))
+    asked = []
+
+    def accelerate(pipe, backend, dtype):
+        return (pipe, backend, dtype)
+
+    def verify(pipe, prompts):
+        asked.append((*pipe, prompts))
+        return result
+
+    pipeline = SimpleNamespace(CoalescerPipeline=SimpleNamespace(from_pretrained=lambda name: f"pipe of {name}"))
+    monkeypatch.setitem(sys.modules, "coalescer_fast.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "coalescer_fast.acceleration", SimpleNamespace(accelerate=accelerate))
+    monkeypatch.setattr("coalescer_fast.parity.verify", verify)
+    assert run("verify", "--backend", "cpu", "--dtype", "bfloat16", "--prompts", "3") == (int(not passed), f"{result}\n", "")
+    status, out, _ = run("verify", "--json", "--model", "some/folder")
+    assert status == int(not passed)
+    facts = json.loads(out)
+    assert facts["passed"] is passed
+    assert facts["rows"][0]["value"] == (50.0 if passed else "nan")
+    assert asked == [("pipe of emoji-64", "cpu", "bfloat16", 3), ("pipe of some/folder", "auto", "auto", 16)]
+
+
+def test_verify_of_an_unknown_model(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "coalescer_fast.acceleration", SimpleNamespace(accelerate=None))
+    status, _, error = run("verify", "--model", "no-such-model")
+    assert status == 1
+    assert_one_sentence(error, "no-such-model")
+    assert_one_sentence(run("verify", "--prompts", "0")[2], "--prompts", "whole number")
+
+
+def test_verify(run):
+    status, out, _ = run("verify", "--prompts", "1", "--dtype", "float32")
+    assert status == 0
+    assert out.splitlines()[-1].startswith("PASS: ")
+    status, _, error = run("verify", "--backend", "abacus")
+    assert status == 1
+    assert_one_sentence(error.splitlines()[-1] + "\n", "abacus", "auto")  # below a progress bar

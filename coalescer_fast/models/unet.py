@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .. import ops
+from .convolution import Convolution
 
 # What softplus maps to 1: an untrained network with an anchor moves exactly onto the anchor.
 SOFTPLUS_INVERSE_OF_1 = 0.5413248546129181
@@ -135,17 +136,17 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.backend = "reference"
         self.norm1 = nn.GroupNorm(num_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(num_groups, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
+        self.shortcut = Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
         zero_initialise(self.film, self.conv2)
 
     def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
         norm1, norm2 = self.norm1, self.norm2
         h = ops.group_norm_silu(x, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps, skip=skip, backend=self.backend)
-        h = F.conv2d(h, self.conv1.weight, padding=1)
+        h, bias = self.conv1.without_bias(h)
         h = ops.group_norm_silu(
             h,
             norm2.num_groups,
@@ -154,20 +155,15 @@ class ResidualBlock(nn.Module):
             norm2.eps,
             scale=film[0],
             shift=film[1],
-            pre_bias=self.conv1.bias,
+            pre_bias=bias,
             backend=self.backend,
         )
-        h = F.conv2d(h, self.conv2.weight, padding=1)
-        return ops.bias_residual(h, self.conv2.bias, self._residual(x, skip), backend=self.backend)
+        return self.conv2.plus(h, self._residual(x, skip), self.backend)
 
     def _residual(self, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
         if self.shortcut is None:
             return x if skip is None else torch.cat([x, skip], 1)
-        if skip is None:
-            return self.shortcut(x)
-        # a 1x1 convolution of a concatenation is the sum of two: nothing is copied
-        weight = self.shortcut.weight
-        return F.conv2d(x, weight[:, : x.shape[1]]) + F.conv2d(skip, weight[:, x.shape[1] :], self.shortcut.bias)
+        return self.shortcut(x) if skip is None else self.shortcut.of_both(x, skip)
 
 
 class SelfAttention(nn.Module):
@@ -299,7 +295,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         self.anchor_mlp = AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
         self.null = nn.Parameter(torch.zeros(description_dim))
         self.embedding = nn.Sequential(nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
-        self.conv_in = nn.Conv2d(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
+        self.conv_in = Convolution(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
 
         # Entries of modules that run in turn: what comes out of each entry of down is kept, and taken back by up's residual blocks.
         self.down = nn.ModuleList()
@@ -311,7 +307,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                 width = out
                 skips.append(width)
             if level < len(channels) - 1:
-                self.down.append(nn.ModuleList([nn.Conv2d(width, width, 3, stride=2, padding=1)]))
+                self.down.append(nn.ModuleList([Convolution(width, width, 3, stride=2, padding=1)]))
                 skips.append(width)
         self.mid = nn.ModuleList([residual(width, width), *([attention(width)] if mid_attention else []), residual(width, width)])
         self.up = nn.ModuleList()
@@ -321,7 +317,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                 self.up.append(nn.ModuleList([block, *([attention(out)] if level in attention_levels else [])]))
                 width = out
             if level:
-                self.up.append(nn.ModuleList([nn.Conv2d(width, width, 3, padding=1)]))
+                self.up.append(nn.ModuleList([Convolution(width, width, 3, padding=1)]))
 
         self.norm_out = nn.GroupNorm(groups, width)
         self.direction_head = nn.Conv2d(width, latent_channels, 3, padding=1)

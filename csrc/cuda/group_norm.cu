@@ -182,11 +182,11 @@ struct Slab {
     }
 
     // The moments of the block's part of group `index` of the tile, by a warp.
-    __device__ float2 merge_block(int index, float& total) const {
+    __device__ float2 merge_block(int index) const {
         const int start = CL ? max(0, (first_group + index) * p.per_group - base) : 0;
         const int end = CL ? min(width, (first_group + index + 1) * p.per_group - base) : width;
         const int first = start / V, vectors = (end - 1) / V - first + 1;
-        total = static_cast<float>(rows) * static_cast<float>(end - start);
+        const float total = static_cast<float>(rows) * static_cast<float>(end - start);
         return merge(vectors * p.lanes, total, [&](int i) {
             const int of = i / vectors, vector = first + i % vectors;
             const int columns = min(end, (vector + 1) * V) - max(start, vector * V);
@@ -282,8 +282,7 @@ __global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_stati
     const int all = p.channels / p.per_group;
     float2* slots = call.slots + (slab.n * p.splits + slab.split) * all * p.tiles_per_group;
     for (int i = static_cast<int>(threadIdx.x / WARP); i < slab.groups; i += static_cast<int>(blockDim.x / WARP)) {
-        float total;
-        const float2 moments = slab.merge_block(i, total);
+        const float2 moments = slab.merge_block(i);
         if (threadIdx.x % WARP == 0) slots[(slab.first_group + i) * p.tiles_per_group + slab.piece] = moments;
     }
 }
@@ -334,8 +333,7 @@ __global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_fused
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x / WARP), warps = static_cast<int>(blockDim.x / WARP);
     for (int i = warp; i < slab.groups; i += warps) {
-        float total;
-        const float2 moments = slab.merge_block(i, total);
+        const float2 moments = slab.merge_block(i);
         if (threadIdx.x % WARP == 0) {
             if (p.splits > 1) {
                 slab.own[i] = moments;

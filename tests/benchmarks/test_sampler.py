@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -54,17 +53,20 @@ def small():
 
 
 def accelerate(pipe, backend="auto", dtype="auto", wrong=0.0):
-    """What the accelerated pipeline looks like from outside."""
+    """What the accelerated pipeline looks like from outside; with dtype "auto" it says that it took bfloat16."""
 
     def evaluate(sample, conditioning):
         direction, distance = pipe.unet(sample, conditioning, return_dict=False)
         return direction * (1 + wrong), distance
 
     pipe.runtime = SimpleNamespace(
-        condition=lambda texts, device: pipe._condition(texts, device),
+        condition=pipe.condition,
         evaluate=evaluate,
-        decode=lambda latents: pipe.vae.decode(latents).sample,
-        dtype=torch.bfloat16,
+        decode=pipe.decode,
+        refresh=lambda: None,
+        backend="reference",
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16 if dtype == "auto" else dtype,
     )
     return pipe
 
@@ -103,7 +105,7 @@ def test_a_row_for_every_provider_part_and_batch(measured):
         ("m", "unet", "", "1"),
         ("m", "sampler", "1", "2"),
     }
-    columns = [("eager", "fp32"), ("eager_channels_last", "fp32"), ("eager_channels_last", "bf16"), ("ours", "bf16")]
+    columns = [("eager", "fp32"), ("eager_channels_last", "fp32"), ("eager_channels_last", "bf16"), ("ours", "bf16"), ("ours", "fp32")]
     columns += [("convolutions", "fp32"), ("convolutions", "bf16")]
     assert len(rows) == len(parts) * 2 * len(columns)
     assert {(row["provider"], row["dtype"]) for row in rows} == set(columns)
@@ -141,14 +143,15 @@ def test_evaluations_are_those_that_the_pipeline_makes(monkeypatch):
         count += 1
         return pipe.unet(sample, conditioning, return_dict=False)
 
-    engine = sampler_peers.Engine(lambda t: pipe._condition(t, sample.device), lambda c: lambda x: evaluate(x, c), None, pipe, "fp32")
+    pipe.runtime = SimpleNamespace(condition=pipe.condition, evaluate=evaluate, backend="reference")
+    engine = sampler_peers.Engine(pipe, "fp32")
     with torch.inference_mode():
         for part in sampler.parts_of(pipe, "m", sample, texts):
             count = 0
             (latents, *_) = part.prepare(engine)()
             assert count == part.evaluations
             if part.name == "sampler":
-                plain = copy.copy(pipe)
+                plain = sampler_peers.twin(pipe)
                 plain.with_styles = lambda prompts, sample: prompts  # the texts are conditioned on as they are
                 images = plain(texts, latents=sample, guidance_scale=part.guidance_scale, output_type="latent").images
                 assert torch.allclose(latents, images, atol=1e-6)
@@ -156,13 +159,20 @@ def test_evaluations_are_those_that_the_pipeline_makes(monkeypatch):
 
 def test_without_accelerate_ours_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(coalescer_fast, "accelerate", raising=False)
-    monkeypatch.setitem(coalescer_fast._MODULES, "accelerate", None)
     monkeypatch.delitem(coalescer_fast._MODULES, "accelerate")
     status, rows = run(tmp_path, "--parts", "unet", "--peers", "none")
     assert status == 0
     (reason,) = {row["status"] for row in rows if row["provider"] == "ours"}
     assert reason.startswith("skipped: ")
     assert reason in capsys.readouterr().out
+
+
+def test_ours_as_it_is(tmp_path):
+    status, rows = run(tmp_path, "--batch", "2", "--peers", "none")
+    assert status == 0
+    mine = [row for row in rows if row["provider"] == "ours"]
+    assert {row["part"] for row in mine if row["dtype"] == "fp32"} == {"unet", "sampler", "decoder", "pipeline"}
+    assert all(row["status"] == "ok" and row["y_value_50"] for row in mine)
 
 
 def test_a_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
@@ -225,7 +235,7 @@ def test_the_floor_makes_every_convolution_of_the_network_once():
     sample = torch.randn(1, 12, 4, 4)
 
     def once():
-        pipe.unet(sample, pipe._condition(["cat"], sample.device), return_dict=False)
+        pipe.unet(sample, pipe.condition(["cat"], sample.device), return_dict=False)
 
     with torch.no_grad(), sampler_peers.Recorder() as recorder:
         once()
@@ -315,7 +325,7 @@ def test_named_networks_are_not_trivial(name, monkeypatch):
     config = pipe.unet.config
     with torch.inference_mode():
         sample = torch.randn(1, config.latent_channels, config.sample_size, config.sample_size)
-        outputs = [pipe.unet(sample, pipe._condition([text], sample.device), return_dict=False) for text in ("octopus", "red apple")]
+        outputs = [pipe.unet(sample, pipe.condition([text], sample.device), return_dict=False) for text in ("octopus", "red apple")]
     (direction, distance), (other, _) = outputs
     assert 1e-2 < float(direction.std()) < 10
     assert math.isfinite(float(distance))

@@ -15,21 +15,30 @@ JOBS = 2
 def build(sources: list[Path], target: Path, *flags: str) -> None:
     """Compiles `sources` (.cu, .cpp) and the emulation into the shared library `target`, or into a program if "-pie" is among `flags`.
 
-    `flags` go to the compiler (CXX, c++ unless set) for the sources and for linking, after -O1 -g. The emulation itself is compiled without
-    them: it must not be instrumented. Raises RuntimeError with the compiler's output if one fails.
+    `flags` go to the compiler (CXX, c++ unless set) for .cu and for linking, after -O1 -g. Raises RuntimeError with its output if it fails.
     """
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-g"]
-    kind = [] if "-pie" in flags else ["-shared"]
     with tempfile.TemporaryDirectory() as folder:
-        commands = [[*compiler, "-O2", "-c", EMULATION / "emulation.cpp", "-o", f"{folder}/emulation.o"]]
-        objects = [f"{folder}/emulation.o"]
-        for i, source in enumerate(sources):
-            objects.append(f"{folder}/{i}.o")
-            own = ["-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", f"-I{EMULATION}"]
-            commands.append([*compiler, *own, *(flag for flag in flags if flag != "-pie"), "-x", "c++", "-c", source, "-o", objects[-1]])
-        with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(_run, commands))
-        _run([*compiler, *kind, *flags, *objects, "-pthread", "-o", target])
+        link(compile_all([EMULATION / "emulation.cpp", *sources], Path(folder), *flags), target, *flags)
+
+
+def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
+    """The object files of `sources`, of different names, in `folder`.
+
+    .cpp is compiled without `flags`: the emulation must not be instrumented, and its callers need not be.
+    """
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-g"]
+    device = ["-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", f"-I{EMULATION}"]
+    device += [*(flag for flag in flags if flag != "-pie"), "-x", "c++"]
+    commands = [[*compiler, *(device if s.suffix == ".cu" else ["-O2"]), "-c", s, "-o", o] for s, o in zip(sources, objects)]
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(_run, commands))
+    return objects
+
+
+def link(objects: list[Path], target: Path, *flags: str) -> None:
+    kind = [] if "-pie" in flags else ["-shared"]
+    _run([os.environ.get("CXX", "c++"), *kind, *flags, *objects, "-pthread", "-o", target])
 
 
 def _run(command: list) -> None:

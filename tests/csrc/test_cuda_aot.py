@@ -159,7 +159,7 @@ def test_the_command_fails_for_a_fault(monkeypatch, tmp_path, capsys, stores, st
     row = ROW | {"layout": "", "stores": {stores: 3}}
     monkeypatch.setattr(cuda_aot, "report", lambda targets: [row | {"faults": cuda_aot.faults(row)}])
     monkeypatch.setattr(cuda_aot, "missing", lambda targets: "")
-    monkeypatch.setattr(cuda_aot.library, "find", lambda part: (None, "it is not built"))
+    monkeypatch.setattr(cuda_aot.library, "find", lambda *args: (None, "it is not built"))
     monkeypatch.setattr(sys, "argv", ["cuda_aot", "--json", str(tmp_path / "rows.json")])
     assert cuda_aot.main() == status
     assert [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["kernels"]] == ["coalesce_step"]

@@ -155,6 +155,17 @@ def test_conditioning(backend, given, activation):
     check(backend, randn(2, 6, 4, 4), 2, randn(6, seed=1), randn(6, seed=2), **conditioning, activation=activation)
 
 
+@pytest.mark.parametrize("rows", ["chunk", "expand", "transposed"])
+def test_conditioning_with_any_strides(backend, rows):
+    wide = randn(3, 24, seed=1)
+    film = {
+        "chunk": wide.chunk(2, 1),
+        "expand": (wide[:1, :12].expand(3, 12), wide[1:2, 12:].expand(3, 12)),
+        "transposed": (randn(12, 3, seed=2).t(), randn(12, 3, seed=3).t()),
+    }[rows]
+    check(backend, randn(3, 12, 4, 5), 4, scale=film[0], shift=film[1])
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.1])
 def test_eps(backend, eps):
     check(backend, randn(2, 6, 4, 4), 2, eps=eps)

@@ -131,6 +131,17 @@ def test_softplus_far_out(backend, logit):
     torch.testing.assert_close(distance, torch.tensor([np.log1p(np.exp(logit))], dtype=torch.float32), rtol=1e-6, atol=1e-38)
 
 
+@pytest.mark.parametrize("where", ["sample", "anchor"])
+def test_nan_in_a_point_reaches_its_sample_alone(backend, where):
+    points = {"sample": randn(2, 3, 4, 5, seed=1), "anchor": randn(2, 3, 4, 5, seed=2)}
+    points[where][1, 0, 0, 0] = torch.nan
+    h = randn(2, 6, 4, 5)
+    direction, distance = call(OP, backend, h, *parameters(6, 3), **points)
+    assert direction[0].isfinite().all()
+    assert direction[1].isnan().all()
+    assert distance.isnan().tolist() == [False, True]
+
+
 def test_empty_batch(backend):
     direction, distance = call(OP, backend, randn(0, 6, 4, 4), *parameters(6, 3), sample=randn(0, 3, 4, 4), anchor=randn(0, 3, 4, 4))
     assert direction.shape == (0, 3, 4, 4)

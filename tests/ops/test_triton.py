@@ -64,17 +64,6 @@ def test_tiles_of_groups(memory, channels, skip, num_groups):
     test_group_norm.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
 
 
-@pytest.mark.parametrize("rows", mark("chunk", "expand", "transposed"))
-def test_conditioning_with_any_strides(rows):
-    wide = randn(3, 24, seed=1)
-    film = {
-        "chunk": wide.chunk(2, 1),
-        "expand": (wide[:1, :12].expand(3, 12), wide[1:2, 12:].expand(3, 12)),
-        "transposed": (randn(12, 3, seed=2).t(), randn(12, 3, seed=3).t()),
-    }[rows]
-    test_group_norm.check("triton", randn(3, 12, 4, 5), 4, scale=film[0], shift=film[1])
-
-
 @pytest.mark.parametrize("latent", mark(16, 17, 70, 130))
 def test_heads_of_any_number_of_channels(latent):
     points = [randn(2, latent, 3, 4, seed=seed) for seed in (1, 2)]
@@ -85,16 +74,6 @@ def test_heads_of_any_number_of_channels(latent):
 def test_head_of_many_tiles_with_an_expanded_anchor(size):
     point, anchor = randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last), randn(1, 3, *size, seed=2).expand(2, -1, -1, -1)
     test_head.check("triton", randn(2, 5, *size), test_head.parameters(5, 3), point, anchor)
-
-
-@pytest.mark.parametrize("where", mark("sample", "anchor"))
-def test_nan_reaches_its_sample_alone(where):
-    points = {"sample": randn(2, 3, 4, 5, seed=1), "anchor": randn(2, 3, 4, 5, seed=2)}
-    points[where][1, 0, 0, 0] = torch.nan
-    direction, distance = ops.dual_head(randn(2, 6, 4, 5), *test_head.parameters(6, 3), **points, backend="triton")
-    assert direction[0].isfinite().all()
-    assert direction[1].isnan().all()
-    assert distance.isnan().tolist() == [False, True]
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""The same pipeline, faster: what runs it is decided once, by `accelerate`, and said by `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .pipeline import CoalescerPipeline
+    from .runtime.cpu import CpuRuntime
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("auto", "cpu")
+
+
+def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto") -> CoalescerPipeline:
+    """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to rounding.
+
+    On a CPU: channels innermost in memory, weights packed once for oneDNN, native fused ops, and bfloat16 where the CPU multiplies it
+    itself (else float32). What depends on the description alone is computed once a call, in float32; R, distances and the update are
+    float32. A weight that is changed later takes effect at the next call.
+
+    Args:
+        pipe: a pipeline on a CPU.
+        backend: "auto" or "cpu".
+        dtype: "auto", "float32" or "bfloat16", or the torch.dtype.
+
+    Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
+
+    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here.
+    """
+    from .ops import library
+    from .runtime.cpu import CpuRuntime, native_bfloat16
+
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if pipe.device.type != "cpu":
+        raise ValueError(f"the pipeline is on {pipe.device}, and is accelerated on CPUs only: move it with pipe.to('cpu') first")
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if dtype == "auto":
+        chosen = torch.bfloat16 if native_bfloat16() else torch.float32
+    if chosen is None:
+        raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
+    if chosen == torch.float16:
+        raise ValueError("dtype is float16, which CPUs are slow at; use bfloat16 or float32")
+    reason = library.unavailable()
+    if reason and backend == "cpu":
+        raise ValueError(f"backend 'cpu' cannot run: {reason}")
+    pipe.runtime = CpuRuntime(pipe, "reference" if reason else "cpu", chosen)
+    return pipe
+
+
+def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
+    """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
+    pipe.runtime = None
+    return pipe
+
+
+def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,)) -> None:
+    """Do now what the first call would do once: pack the weights, and choose a kernel for every call of these batch sizes.
+
+    Raises: ValueError if the pipeline is not accelerated.
+    """
+    accelerated(pipe)
+    for n in batch_sizes:
+        pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), output_type="pt")
+
+
+def explain(pipe: CoalescerPipeline) -> str:
+    """A table of what runs each part of an accelerated pipeline, and why. Raises ValueError if it is not accelerated."""
+    rows = accelerated(pipe).explain()
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def accelerated(pipe: CoalescerPipeline) -> CpuRuntime:
+    if pipe.runtime is None:
+        raise ValueError("the pipeline is not accelerated: call coalescer_fast.accelerate(pipe) first")
+    return pipe.runtime

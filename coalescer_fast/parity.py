@@ -1,0 +1,336 @@
+"""Whether an accelerated pipeline draws what its own float32 reference draws: `verify`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .models.unet import Conditioning
+from .ops.dispatch import BACKENDS
+
+NUM_PROMPTS = 16
+BATCH_SIZE = 4  # pictures drawn at a time
+SPATIAL = 16  # largest height and width of an op's test call
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pipeline may differ by. psnr_median, psnr_minimum: dB, over the pictures; direction_cosine: smallest, and distance_error:
+    largest relative error, over the pictures of a step."""
+
+    psnr_median: float = 35.0
+    psnr_minimum: float = 25.0
+    direction_cosine: float = 0.999
+    distance_error: float = 0.01
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Budget:
+        """The default for networks that run in ``dtype``. What float32 must keep beside the median is as loose as for the others: a
+        convolution in TF32 rounds as float16 does."""
+        return cls(psnr_median=60.0) if dtype == torch.float32 else cls()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: ``value`` is to be ``comparison`` (">=" or "<=") ``limit``, or merely finite where limit is None."""
+
+    what: str
+    value: float
+    limit: float | None
+    comparison: str
+    ok: bool
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. runtime, dtype: what was compared with the float32 reference; pictures: how many; rows: the figures."""
+
+    runtime: str
+    dtype: str
+    pictures: int
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity and no NaN: such a value is the string "inf" or "nan"."""
+        rows = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()} for row in self.rows]
+        return {"runtime": self.runtime, "dtype": self.dtype, "pictures": self.pictures, "passed": self.passed, "rows": rows}
+
+    def __str__(self) -> str:
+        cells = [("what", "value", "limit", "")]
+        for row in self.rows:
+            limit = "finite" if row.limit is None else f"{row.comparison} {number(row.limit)}{row.unit}"
+            cells.append((row.what, number(row.value) + row.unit, limit, "PASS" if row.ok else "FAIL"))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+        count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
+        subject = f"{self.runtime} in {self.dtype} against the float32 reference, {self.pictures} picture{'s' * (self.pictures != 1)}"
+        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {count} figures hold, {subject}"])
+
+
+def number(value: float) -> str:
+    return f"{value:.5f}" if 0.99 <= value < 1 else f"{value:.3g}"
+
+
+def at_least(what: str, value: float, limit: float, unit: str = "") -> Row:
+    return Row(what, value, limit, ">=", value >= limit, unit)
+
+
+def at_most(what: str, value: float, limit: float, unit: str = "") -> Row:
+    return Row(what, value, limit, "<=", value <= limit, unit)
+
+
+def finite(what: str, value: float) -> Row:
+    return Row(what, value, None, "", math.isfinite(value))
+
+
+@torch.no_grad()
+def verify(
+    pipe: Any,
+    prompts: int | str | Sequence[str] | None = None,
+    *,
+    num_images: int = 1,
+    seed: int = 0,
+    budget: Budget | Mapping[str, float] | None = None,
+) -> Verification:
+    r"""Compare an accelerated pipeline with its own float32 reference, on the same noise: ops, steps and pictures.
+
+    - every fused op on the backend and in the dtype that the runtime runs it in: ``max |y - y64| <= 2 max |y_plain - y64| + ulp``, with y64
+      in float64, y_plain plain torch in the same dtype, and one ulp of the largest number that goes in or comes out;
+    - every step's evaluation at the R where the reference is then: ``|d - d_ref|_2 / |d_ref|_2``, the smallest cosine of d and d_ref, the
+      largest ``|l / l_ref - 1|`` of the distance l; and after the step ``|R - R_ref|_2 / |R_ref|_2``, each on its own way from the noise;
+    - the pictures of two ordinary calls: PSNR ``-10 log10 mean (x - x_ref)^2``, x in [0, 1].
+
+    Args:
+        pipe: a `CoalescerPipeline` after `accelerate`. It is used as it is, and left so.
+        prompts: descriptions, or how many names to draw from those that the model was trained on (all, if it has fewer); 16 if None.
+        num_images: pictures a prompt.
+        seed: of the noise and of the choice of names.
+        budget: limits; the default of the runtime's dtype, `Budget.of`, with those replaced that a mapping names.
+
+    Returns: a `Verification`; ``passed``, and its ``str`` is a table. A figure that is NaN fails.
+
+    Raises: ValueError for a pipeline that is not accelerated, and for arguments other than these.
+    """
+    runtime = getattr(pipe, "runtime", None)
+    if runtime is None:
+        raise ValueError("the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first")
+    if pipe.unet.dtype != torch.float32 or pipe.vae.dtype != torch.float32:
+        raise ValueError(f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference")
+    limits = _limits(budget, runtime.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    texts = pipe._check_prompts(_descriptions(pipe, prompts, generator), num_images)
+    noise = pipe._initial_sample(len(texts), None, None, generator, None)
+    rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
+
+    batches = []
+    starts = range(0, len(texts), BATCH_SIZE)
+    with pipe.progress_bar(total=len(starts)) as bar, _quiet(pipe):
+        for start in starts:
+            part = slice(start, start + BATCH_SIZE)
+            batches.append(_compare(pipe, runtime, texts[part], noise[part]))
+            bar.update()
+    # of each step: (figures of its pictures), joined over the batches
+    for i, step in enumerate(zip(*(steps for steps, _ in batches))):
+        direction, cosine, distance, latents = (torch.cat(figures) for figures in zip(*step))
+        rows += [
+            finite(f"step {i + 1}: direction, relative L2 error", _pooled(direction)),
+            at_least(f"step {i + 1}: direction, cosine", float(cosine.min()), limits.direction_cosine),
+            at_most(f"step {i + 1}: distance, relative error", float(distance.max()), limits.distance_error),
+            finite(f"step {i + 1}: latents, relative L2 error", _pooled(latents)),
+        ]
+    psnr = torch.cat([each for _, each in batches])
+    rows += [
+        at_least("pictures: PSNR, median", float(psnr.median()), limits.psnr_median, " dB"),
+        at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
+    ]
+    return Verification(str(runtime.name), str(runtime.dtype).removeprefix("torch."), len(texts), tuple(rows))
+
+
+def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> Budget:
+    if budget is None or isinstance(budget, Budget):
+        return budget or Budget.of(dtype)
+    names = [field.name for field in fields(Budget)]
+    if not isinstance(budget, Mapping) or set(budget) - set(names) or not all(isinstance(v, (int, float)) for v in budget.values()):
+        raise ValueError(f"budget is {budget!r:.80}; expected numbers for some of {', '.join(names)}")
+    return replace(Budget.of(dtype), **budget)
+
+
+def _descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
+    """``prompts``, or names that the model was trained on, without repeats."""
+    if prompts is not None and (not isinstance(prompts, int) or isinstance(prompts, bool)):
+        return prompts
+    wanted = NUM_PROMPTS if prompts is None else prompts
+    if wanted < 1:
+        raise ValueError(f"prompts is {prompts}; expected descriptions, or a number of them from 1 up")
+    names = pipe.description_encoder.known_names
+    if not names:
+        raise ValueError("the model's description encoder knows no names to draw: give prompts")
+    return [names[i] for i in torch.randperm(len(names), generator=generator)[:wanted].tolist()]
+
+
+def _compare(pipe: Any, runtime: Any, texts: list[str], noise: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor]:
+    """Of every step: squared relative L2 error of the direction, cosine, relative error of the distance, squared relative L2 error of the
+    latents, each (N,); and the pictures' PSNR (N,). All float64 on the CPU."""
+    with _reference(pipe):
+        expected_path, expected = _walk(pipe, texts, noise), _draw(pipe, texts, noise)
+    # the pictures come from a call without a callback: what users make
+    path, drawn = _walk(pipe, texts, noise), _draw(pipe, texts, noise)
+
+    styled = pipe.with_styles(texts, noise)
+    conditioning: Conditioning = runtime.condition(styled, noise.device)
+    with _reference(pipe):
+        expected_conditioning = pipe.condition(styled, noise.device)
+    steps = []
+    for start, expected_end, end in zip([noise, *expected_path], expected_path, path):
+        with _reference(pipe):
+            expected_direction, expected_distance = map(_exact, pipe.evaluate(start, expected_conditioning))
+        direction, distance = map(_exact, runtime.evaluate(start, conditioning))
+        off = _relative(direction, expected_direction)
+        cosine = (direction * expected_direction).sum(1) / (direction.norm(dim=1) * expected_direction.norm(dim=1))
+        # an untrained network's direction may be 0
+        cosine = torch.where(off == 0, 1.0, cosine)
+        steps.append((off, cosine, (distance / expected_distance - 1).abs(), _relative(_exact(end), _exact(expected_end))))
+    psnr = -10 * (_exact(drawn) - _exact(expected)).square().mean(1).log10()
+    return steps, psnr
+
+
+def _walk(pipe: Any, texts: list[str], noise: Tensor) -> list[Tensor]:
+    """R after each step of a call."""
+    path: list[Tensor] = []
+
+    def note(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        path.append(tensors["latents"].clone())
+        return {}
+
+    pipe(texts, latents=noise, output_type="latent", callback_on_step_end=note)
+    return path
+
+
+def _draw(pipe: Any, texts: list[str], noise: Tensor) -> Tensor:
+    return pipe(texts, latents=noise, output_type="pt").images
+
+
+@contextmanager
+def _reference(pipe: Any) -> Iterator[None]:
+    """Inside, the pipeline draws by plain torch in its own dtype."""
+    runtime, backend = pipe.runtime, pipe.unet.backend
+    pipe.runtime = None
+    pipe.unet.set_backend("reference")
+    try:
+        yield
+    finally:
+        pipe.unet.set_backend(backend)
+        pipe.runtime = runtime
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Inside, the pipeline's calls show no progress bars of their own."""
+    config = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """(N, ...) as float64 (N, M), and (N,) as it is, on the CPU: a copy, for a runtime may write over its results."""
+    x = x.detach().to("cpu", torch.float64, copy=True)
+    return x.flatten(1) if x.ndim > 1 else x
+
+
+def _relative(x: Tensor, expected: Tensor) -> Tensor:
+    """|x - expected|^2 / |expected|^2 (N,); 0 where they are equal."""
+    off = (x - expected).square().sum(1)
+    return torch.where(off == 0, 0.0, off / expected.square().sum(1))
+
+
+def _pooled(squares: Tensor) -> float:
+    return float(squares.mean().sqrt())
+
+
+OpCall = tuple[str, str, str, torch.dtype, tuple[Any, ...], dict[str, Any]]
+
+
+def _op_backends(runtime: Any) -> list[tuple[str, str]]:
+    """(op, backend) for every fused op and backend that the runtime runs it on: as `explain` says, else as its name does. None for a
+    runtime of somebody else's kernels."""
+    names = [name for name in ops.__all__ if name != "backends"]
+    explain = getattr(runtime, "explain", None)
+    if explain is None:
+        return [(op, runtime.name) for op in names if runtime.name in BACKENDS]
+    said = {(row.get("part"), row.get("runs on")) for row in explain()}
+    return sorted((op, backend) for op, backend in said if op in names and backend in BACKENDS)
+
+
+def _op_calls(pipe: Any, runtime: Any) -> Iterator[OpCall]:
+    """Small seeded calls, of the network's own channels and groups and in the arguments that it and the sampler give: (op, what, backend,
+    dtype of the computation, arguments, keywords)."""
+    config, dtype, wide = pipe.unet.config, runtime.dtype, torch.float32
+    channels, latent, side = config.block_out_channels[0], config.latent_channels, min(config.sample_size, SPATIAL)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(pipe._execution_device, like)
+
+    x, skip = (randn(2, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    vectors = [randn(channels) for _ in range(3)]
+    norm = (config.norm_num_groups, vectors[0], vectors[1])
+    film = {"scale": randn(2, channels), "shift": randn(2, channels)}
+    doubled = (config.norm_num_groups, randn(2 * channels), randn(2 * channels))
+    heads = (randn(latent, channels, 3, 3) / (9 * channels) ** 0.5, randn(latent), randn(1, channels), randn(1))
+    sample, anchor, direction = (randn(2, latent, side, side, like=wide) for _ in range(3))
+    residual = {"sample": sample, "anchor": anchor} if config.anchor is not None else {}
+    direction = direction if residual else direction.to(dtype)
+    distance = randn(2, like=wide).abs()
+    calls: dict[str, list[tuple[str, torch.dtype, tuple[Any, ...], dict[str, Any]]]] = {
+        "group_norm_silu": [
+            ("of a concatenation", dtype, (x, *doubled), {"skip": skip}),
+            ("conditioned", dtype, (x, *norm), {**film, "pre_bias": vectors[2]}),
+            ("without SiLU", dtype, (x, *norm), {"activation": None}),
+        ],
+        "bias_residual": [("", dtype, (x, vectors[0], skip), {})],
+        "dual_head": [("", dtype, (x, *heads), residual)],
+        "coalesce_step": [(mode, wide, (sample, direction, distance), {"mode": mode}) for mode in ("raw", "unit")],
+    }
+    for op, backend in _op_backends(runtime):
+        for what, computed, args, kwargs in calls[op]:
+            yield op, what, backend, computed, args, kwargs
+
+
+def _op_row(op: str, what: str, backend: str, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row:
+    """The largest error of an op's results as a multiple of what the rule allows each."""
+    function = getattr(ops, op)
+
+    def results(backend: str, wide: bool = False) -> list[Tensor]:
+        def cast(x: Any) -> Any:
+            return x.to("cpu", torch.float64) if wide and isinstance(x, Tensor) else x
+
+        y = function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()}, backend=backend)
+        return [each.detach().cpu().double() for each in (y if isinstance(y, tuple) else (y,))]
+
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    shares = []
+    for y, plain, exact in zip(results(backend), results("reference"), results("reference", wide=True)):
+        largest = max(float(exact.abs().max()), *(float(x.abs().max()) for x in inputs))
+        # a distance, (N,), is float32 at least
+        eps = torch.finfo(dtype if y.ndim > 1 else torch.promote_types(dtype, torch.float32)).eps
+        allowed = 2 * float((plain - exact).abs().max()) + eps * largest
+        shares.append(float((y - exact).abs().max()) / allowed)
+    # max() would pass over a NaN that comes second
+    share = next((each for each in shares if math.isnan(each)), max(shares))
+    name = f"{op}, {what}" if what else op
+    return at_most(f"{name}; {backend}, {str(dtype).removeprefix('torch.')}: error / allowed error", share, 1.0)

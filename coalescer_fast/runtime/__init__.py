@@ -1,0 +1,1 @@
+"""How an accelerated pipeline is executed."""

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import gc
+import resource
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import coalescer_fast as cf
+from coalescer_fast.models.unet import CoalescerUNet
+from coalescer_fast.ops import library
+from coalescer_fast.runtime import cpu, packing
+
+PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
+
+
+@pytest.fixture
+def pipe():
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt=PROMPTS, seed=0, **kwargs) -> torch.Tensor:
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pt", **kwargs).images
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Decibels, a picture."""
+    return -10 * (a - b).square().mean((1, 2, 3)).log10()
+
+
+def dtypes() -> list[str]:
+    return ["float32", "bfloat16"] if cpu.native_bfloat16() else ["float32"]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_same_call_same_seed_same_pictures(pipe, dtype, steps):
+    reference = draw(pipe, num_inference_steps=steps)
+    assert cf.accelerate(pipe, dtype=dtype) is pipe
+    accelerated = draw(pipe, num_inference_steps=steps)
+    assert accelerated.shape == reference.shape
+    assert psnr(accelerated, reference).median() >= (70 if dtype == "float32" else 35)
+    assert torch.equal(draw(pipe, num_inference_steps=steps), accelerated)  # two runs, equal bits
+
+
+def test_restore_gives_the_reference_back_bit_for_bit(pipe):
+    before = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
+    reference = draw(pipe)
+    cf.accelerate(pipe)
+    draw(pipe)
+    assert cf.restore(pipe) is pipe
+    assert torch.equal(draw(pipe), reference)
+    assert all(torch.equal(before[name], p) for name, p in pipe.unet.state_dict().items())
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(pipe):
+    cf.accelerate(pipe)
+    latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    together = pipe(PROMPTS, latents=latents, output_type="pt").images
+    others = pipe([*PROMPTS[:2], "ghost", "guitar"], latents=torch.cat([latents[:2], -latents[2:]]), output_type="pt").images
+    assert torch.equal(together[:2], others[:2])
+    assert psnr(pipe(PROMPTS[:1], latents=latents[:1], output_type="pt").images, together[:1]) > 40
+
+
+def test_guidance_trace_and_callback(pipe):
+    reference = pipe("octopus", generator=torch.Generator().manual_seed(0), guidance_scale=1, return_trace=True)
+    cf.accelerate(pipe)
+    seen = []
+    result = pipe(
+        "octopus",
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=1,
+        return_trace=True,
+        callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(i) or kwargs,
+    )
+    assert seen == [0, 1]
+    for one, other in zip(result.trace, reference.trace):
+        assert one.sample.dtype == one.distance.dtype == torch.float32
+        torch.testing.assert_close(one.distance, other.distance, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "in place", "data"])
+@pytest.mark.parametrize("network", ["unet", "vae"])
+def test_changed_weights_take_effect(pipe, network, change):
+    cf.accelerate(pipe, dtype="float32")
+    before = draw(pipe)
+    module = getattr(pipe, network)
+    weight = module.conv_in.weight if network == "unet" else module.decoder.layers[0].weight
+    if change == "load_state_dict":
+        module.load_state_dict({name: 1.01 * p if p.is_floating_point() else p for name, p in module.state_dict().items()})
+    elif change == "in place":
+        with torch.no_grad():
+            weight.mul_(1.2)
+    else:
+        weight.data = 1.2 * weight.data
+    after = draw(pipe)
+    assert not torch.equal(after, before)
+    cf.restore(pipe)
+    assert psnr(after, draw(pipe)).median() > 70
+
+
+def test_after_a_warmup_nothing_is_packed(pipe):
+    if packing.unavailable():
+        pytest.skip(packing.unavailable())
+    cf.accelerate(pipe)
+    before = packing.count
+    cf.warmup(pipe, batch_sizes=(1, 4))
+    assert packing.count > before
+    after = packing.count
+    draw(pipe)
+    draw(pipe, "owl")
+    draw(pipe, PROMPTS * 3)  # a batch size that was not warmed up just works
+    assert packing.count == after
+
+
+def test_other_sizes_just_work():
+    torch.manual_seed(0)
+    small = dict(block_out_channels=(32, 32), norm_num_groups=4, embedding_dim=32, attention_levels=(1,), num_attention_heads=2)
+    reference = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe = cf.CoalescerPipeline(CoalescerUNet(**small), reference.scheduler, reference.description_encoder, reference.vae)
+    pipe.set_progress_bar_config(disable=True)
+    for size in (64, 48, 80):
+        expected = draw(cf.restore(pipe), height=size, width=64)
+        assert psnr(draw(cf.accelerate(pipe, dtype="float32"), height=size, width=64), expected).median() > 60
+
+
+def test_many_batch_sizes_leave_memory_flat(pipe):
+    cf.accelerate(pipe)
+    conditioning = pipe.runtime.condition(["octopus"], torch.device("cpu"))
+
+    def loop(calls: int) -> None:
+        for i in range(calls):
+            n = 1 + i % 50
+            pipe.runtime.evaluate(torch.randn(n, 16, 8, 8), conditioning.expand(n))
+        gc.collect()
+
+    with torch.inference_mode():
+        loop(100)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        loop(200)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+
+
+def test_threads_may_draw_at_once(pipe):
+    cf.accelerate(pipe)
+    noise = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def evaluate(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return pipe.runtime.evaluate(noise[i : i + 1], pipe.runtime.condition([PROMPTS[i]], torch.device("cpu")))
+
+    with ThreadPoolExecutor(4) as pool:  # the first calls of all, so that they pack the weights beside each other
+        at_once = list(pool.map(evaluate, range(4)))
+    for i, results in enumerate(at_once):
+        assert all(torch.equal(a, b) for a, b in zip(results, evaluate(i)))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu"),
+        ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
+        ({"dtype": torch.float16}, "dtype is float16, which CPUs are slow at; use bfloat16 or float32"),
+    ],
+)
+def test_bad_use_is_one_sentence(pipe, kwargs, words):
+    with pytest.raises(ValueError, match="is") as caught:
+        cf.accelerate(pipe, **kwargs)
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+    assert pipe.runtime is None
+
+
+def test_without_the_native_library(pipe, monkeypatch):
+    monkeypatch.setattr(library, "unavailable", lambda: "there is no compiler")
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: there is no compiler"):
+        cf.accelerate(pipe, backend="cpu")
+    reference = draw(pipe)
+    cf.accelerate(pipe)
+    assert pipe.runtime.dtype == torch.float32
+    assert psnr(draw(pipe), reference).median() > 70
+
+
+def test_without_packed_weights(pipe, monkeypatch):
+    monkeypatch.setattr(packing, "unavailable", lambda: "this torch has no oneDNN")
+    reference = draw(pipe)
+    cf.accelerate(pipe, dtype="float32")
+    assert psnr(draw(pipe), reference).median() > 70
+    assert "not packed: this torch has no oneDNN" in cf.explain(pipe)
+
+
+def test_a_pipeline_that_was_moved_is_refused(pipe):
+    cf.accelerate(pipe)
+    pipe.to("meta")
+    with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
+        pipe("octopus")
+    with pytest.raises(ValueError, match=r"the pipeline is on meta, and is accelerated on CPUs only: move it with pipe.to\('cpu'\) first"):
+        cf.accelerate(pipe)
+
+
+def test_explain_says_what_runs_and_why(pipe):
+    with pytest.raises(ValueError, match=r"the pipeline is not accelerated: call coalescer_fast.accelerate\(pipe\) first"):
+        cf.explain(pipe)
+    with pytest.raises(ValueError, match="the pipeline is not accelerated"):
+        cf.warmup(pipe)
+    lines = cf.explain(cf.accelerate(pipe)).splitlines()
+    assert lines[0].split() == ["part", "runs", "on", "because"]
+    assert any(line.startswith("group_norm_silu") and " cpu " in line for line in lines)
