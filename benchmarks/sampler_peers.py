@@ -101,7 +101,7 @@ def eager(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) ->
 
 
 def channels_last(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    with torch.inference_mode(False):  # ordinary weights, as a user's
+    with torch.inference_mode(False):  # ordinary weights, as a user's: inductor would not freeze others
         return copy.deepcopy(module).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
