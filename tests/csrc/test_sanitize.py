@@ -29,7 +29,7 @@ WAYS = [
     *(f"coalesce_step: raw, {blocks}" for blocks in ("one block", "many blocks")),
     *(f"coalesce_step: vectors of {v}" for v in (1, 8)),
     *(f"dual_head: {kind}, {blocks}" for kind in ("anchored", "not anchored") for blocks in ("one block", "many blocks")),
-    *(f"dual_head: vectors of {v}" for v in (1, 4, 8)),
+    *(f"dual_head: vectors of {v}" for v in (1, 4)),
 ]
 
 
