@@ -152,8 +152,12 @@ def test_kernels_for_gpus_want_one_outside_the_tests_stand_ins(op, backend, runt
         assert ops.backends(op)[backend] == (False, "there is no CUDA device")
 
 
+# the CUDA kernels on CPU tensors, where the tests' emulation runs them
+EMULATED = ["cuda"] if cuda_library.INTERPRETED else []
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", *EMULATED])
 def test_opcheck(op, backend):
     torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, CALLS[op], {"backend": backend})
 
@@ -182,9 +186,10 @@ def everything(memory_format: torch.memory_format) -> dict[str, tuple[tuple, dic
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_opcheck_with_all_arguments(op, memory_format):
+@pytest.mark.parametrize("backend", ["cpu", *EMULATED])
+def test_opcheck_with_all_arguments(op, memory_format, backend):
     args, kwargs = everything(memory_format)[op]
-    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {**kwargs, "backend": "cpu"})
+    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {**kwargs, "backend": backend})
 
 
 AUTO = [
@@ -232,7 +237,7 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypa
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference", *EMULATED])
 def test_compiles_into_one_graph(op, memory_format, backend):
     torch._dynamo.reset()
     args, kwargs = everything(memory_format)[op]
