@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
@@ -271,7 +272,7 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
         expected = tuple(y.clone() for y in part.prepare(reference)())
     with torch.inference_mode(False), torch.no_grad():
         once = part.prepare(reference)
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):  # its matmuls are counted; not the CPU's fused one
             once()
     gflop = flops.get_total_flops() / 1e9
     runs: dict[str, Callable[[], Any]] = {}

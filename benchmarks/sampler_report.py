@@ -63,7 +63,8 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
         yield f"  {model:9} {title:14} {batch:>5} {' '.join(cells)}"
         if own and peer and ratio < 1:
             within = ", within their spread" if float(own["y_value_20"]) <= float(peer["y_value_80"]) else ""
-            losses.append((1 / ratio, f"{model} {title} batch {batch}, {peer['provider']} {peer['dtype']}{within}"))
+            disturbed = ", disturbed" if "0" in (own["quiet"], peer["quiet"]) else ""
+            losses.append((1 / ratio, f"{model} {title} batch {batch}, {peer['provider']} {peer['dtype']}{within}{disturbed}"))
         for name, row in mine.items():
             if row["status"] != "ok":
                 others.setdefault(f"{name} {row['status']}", []).append(f"{model} {title} {batch}")
@@ -101,7 +102,7 @@ def plot(rows: Sequence[Text], target: Path) -> None:
             for i, (name, row) in enumerate(bars):
                 x, rate = n + 0.8 * (i + 0.5) / len(bars) - 0.4, float(row["images_per_s"])
                 axis.bar(x, rate, 0.75 / len(bars), color=COLOURS[name], label=name.replace("_", " "))
-                axis.annotate(f"{rate:.3g}\n{row['dtype']}", (x, rate), ha="center", va="bottom", fontsize=5)
+                axis.annotate(f"{rate:{'.0f' if rate >= 100 else '.3g'}}\n{row['dtype']}", (x, rate), ha="center", va="bottom", fontsize=5)
         axis.set_xticks(range(len(cells)), [f"batch {batch}" for batch, _ in cells])
         axis.set(yscale="log", ylabel="images/s")
         axis.margins(y=0.15)

@@ -28,6 +28,7 @@ UNET = dict(
     anchor="mlp",
     anchor_hidden_dim=16,
 )
+LOAD = sampler_peers.load
 BRIEF = ["--batch", "1,3", "--budget", "0.001", "--allocator", "system", "--threads", "1"]  # one: others may have the CPUs
 
 
@@ -270,6 +271,9 @@ def test_summary_names_the_fastest_peer_and_the_losses(table):
     assert sum("random weights" in line for line in lines) == 1
     older = [{**row, "timestamp": "2000", "y_value_50": "1e-3"} for row in table]
     assert list(sampler_report.summary([*older, *table])) == lines
+    assert not any("disturbed" in line for line in slower)
+    table[:] = [{**row, "quiet": "0"} for row in table]
+    assert all(line.endswith(", disturbed") for line in sampler_report.summary(table) if "SLOWER" in line)
     with pytest.raises(ValueError, match="the column cpu is missing"):
         list(sampler_report.summary([{"model": "m"}]))
 
@@ -319,11 +323,8 @@ def test_mistakes_in_one_sentence(argv, message, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["m", "l"])
-def test_named_networks_are_not_trivial(name, monkeypatch):
-    monkeypatch.undo()
-    from importlib import reload
-
-    pipe = reload(sampler_peers).load(name, torch.device("cpu"))
+def test_named_networks_are_not_trivial(name):
+    pipe = LOAD(name, torch.device("cpu"))
     assert isinstance(pipe, CoalescerPipeline)
     config = pipe.unet.config
     with torch.inference_mode():
