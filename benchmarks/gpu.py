@@ -5,7 +5,8 @@
 Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu_calls` by itself and under
 compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long. What fails is reported, and the rest
 still runs. A part has its share of the time that is left; what was not measured in it is said. Needs torch, Triton, nvcc and, for the
-tests, pytest, hypothesis and numpy. Written to DIR in place of earlier ones: kernels.csv, report.json, summary.md, and pytest.xml.
+tests, pytest and numpy (without hypothesis, those that draw calls are skipped). Written to DIR in place of earlier ones: kernels.csv,
+report.json, summary.md, and pytest.xml.
 
 Exit status: 0, 1 if a part failed or took too long, 2 without a CUDA device. A missed target is no failure.
 """
@@ -182,7 +183,7 @@ def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, s
 
 
 def tests(junit: Path, limit: float) -> tuple[str, str]:
-    if missing := [name for name in ("pytest", "hypothesis", "numpy") if find_spec(name) is None]:
+    if missing := [name for name in ("pytest", "numpy") if find_spec(name) is None]:
         return "not installed", f"the tests need {', '.join(missing)}"
     argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     argv += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of their time is Triton's compiler's

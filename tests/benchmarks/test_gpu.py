@@ -125,8 +125,8 @@ def test_sanitizer(monkeypatch, tmp_path):
 
 
 def test_tests_that_cannot_run_here(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "hypothesis" else object())
-    assert gpu.tests(tmp_path / "pytest.xml", 1.0) == ("not installed", "the tests need hypothesis")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "numpy" else object())
+    assert gpu.tests(tmp_path / "pytest.xml", 1.0) == ("not installed", "the tests need numpy")
 
 
 def test_counts_of_the_tests(tmp_path):
