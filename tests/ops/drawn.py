@@ -16,7 +16,10 @@ except ImportError:
         return lambda test: test
 
     def given(**_):
-        return lambda test: pytest.mark.skip(reason="needs hypothesis")(lambda: None)
+        def skipped():
+            """Without the arguments that would be drawn."""
+
+        return lambda test: pytest.mark.skip(reason="needs hypothesis")(skipped)
 
 
 __all__ = ["given", "settings", "st"]
