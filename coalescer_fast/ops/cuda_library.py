@@ -157,17 +157,14 @@ def implementation(
     def align(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.clone() if i in aligned and a is not None and a.data_ptr() % 16 else a for i, a in enumerate(args))
 
-    def run(*args: Any) -> Any:
-        arranged = align(arrange(*args))
-        return prepare(bound(op, args[0].device), *arranged)(*arranged)
+    run = library.implementation(lambda x: bound(op, x.device), lambda *args: align(arrange(*args)), prepare)
+    prepared = run.prepare  # type: ignore[attr-defined]
 
-    def prepare_if_arranged(*args: Any) -> Callable[..., Any] | None:
-        arranged = arrange(*args)
-        if not all(one is other for one, other in zip(args, arranged)):
+    def prepare_aligned(*args: Any) -> Callable[..., Any] | None:
+        if (launch := prepared(*args)) is None:
             return None
-        launch = prepare(bound(op, args[0].device), *args)
 
-        def launch_aligned(*args: Any) -> Any:
+        def launch_aligned(*args: Any) -> Any:  # a signature says nothing of the address
             for i in aligned:
                 if args[i] is not None and args[i].data_ptr() % 16:
                     return launch(*align(args))
@@ -175,5 +172,5 @@ def implementation(
 
         return launch_aligned
 
-    run.prepare = prepare_if_arranged  # type: ignore[attr-defined]
+    run.prepare = prepare_aligned  # type: ignore[attr-defined]
     return run

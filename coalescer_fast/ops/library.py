@@ -108,21 +108,28 @@ def function(name: str) -> Call:
     return call
 
 
-def implementation(name: str, arrange: Callable[..., tuple[Any, ...]], prepare: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
-    """An op's function made of the library's function ``name`` and two: ``arrange`` gives the arguments with the memory layout that the
-    library takes, tensors that have it being themselves; ``prepare`` gives, after the library's function, a launcher for such arguments
-    and all others with their `dispatch.signature` and scalars."""
+def implementation(
+    bind: Callable[[torch.Tensor], Call], arrange: Callable[..., tuple[Any, ...]], prepare: Callable[..., Callable[..., Any]]
+) -> Callable[..., Any]:
+    """An op's function made of three: ``bind`` gives a native function for calls on the device of a tensor; ``arrange`` gives the arguments
+    with the memory layout that it takes, tensors that have it being themselves; ``prepare`` gives, after the native function, a launcher
+    for such arguments and all others with their `dispatch.signature` and scalars."""
 
     def run(*args: Any) -> Any:
         arranged = arrange(*args)
-        return prepare(function(name), *arranged)(*arranged)
+        return prepare(bind(args[0]), *arranged)(*arranged)
 
     def prepare_if_arranged(*args: Any) -> Callable[..., Any] | None:
         arranged = arrange(*args)
-        return prepare(function(name), *args) if all(one is other for one, other in zip(args, arranged)) else None
+        return prepare(bind(args[0]), *args) if all(one is other for one, other in zip(args, arranged)) else None
 
     run.prepare = prepare_if_arranged  # type: ignore[attr-defined]
     return run
+
+
+def on_cpu(name: str) -> Callable[[torch.Tensor], Call]:
+    """``bind`` of `implementation`: the CPU library's function ``name``, loaded at the first call."""
+    return lambda x: function(name)
 
 
 def dtype(x: torch.Tensor | None) -> int:

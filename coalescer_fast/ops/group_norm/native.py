@@ -93,4 +93,4 @@ def prepare(
     return launch
 
 
-group_norm_silu = library.implementation("cf_cpu_group_norm_silu", arrange, prepare)
+group_norm_silu = library.implementation(library.on_cpu("cf_cpu_group_norm_silu"), arrange, prepare)

@@ -106,4 +106,4 @@ def in_layout_of_h(head: Callable[..., Any]) -> Callable[..., Any]:
     return dual_head
 
 
-dual_head = in_layout_of_h(library.implementation("cf_cpu_dual_head", arrange, prepare))
+dual_head = in_layout_of_h(library.implementation(library.on_cpu("cf_cpu_dual_head"), arrange, prepare))

@@ -35,4 +35,4 @@ def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor
     return launch
 
 
-bias_residual = library.implementation("cf_cpu_bias_residual", arrange, prepare)
+bias_residual = library.implementation(library.on_cpu("cf_cpu_bias_residual"), arrange, prepare)

@@ -51,4 +51,4 @@ def prepare(
     return launch
 
 
-coalesce_step = library.implementation("cf_cpu_coalesce_step", arrange, prepare)
+coalesce_step = library.implementation(library.on_cpu("cf_cpu_coalesce_step"), arrange, prepare)
