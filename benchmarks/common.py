@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from coalescer_fast.cli import cpu_name
+from coalescer_fast.cli import check_writable, cpu_name, sentence
 
 try:
     from tqdm.auto import tqdm
@@ -26,6 +27,45 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def command(prog: str, work: Callable[[], int]) -> int:
+    """The exit status of a benchmark; what its user did wrong is said in one sentence."""
+    try:
+        return work()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: {sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
+    parser.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
+
+
+def reported(args: argparse.Namespace, report: Any) -> bool:
+    """Whether a report on a file was asked for; it is then made, by the module's ``summary(rows)`` and ``plot(rows, path)``."""
+    if args.summary is None and args.plot is None and args.source is None:
+        return False
+    if (args.plot is None) != (args.source is None):
+        raise ValueError("--plot and --from go together: name the picture and the CSV file that it is drawn from")
+    if args.summary is not None:
+        print("\n".join(report.summary(read(args.summary))))
+    if args.plot is not None:
+        report.plot(read(args.source), args.plot)
+    return True
+
+
+def open_csv(path: Path, columns: Sequence[str]) -> None:
+    """Raise an OSError or ValueError now if rows of these columns cannot be added to the file later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    if path.exists():
+        append(path, [], columns)
 
 
 def environment() -> Row:

@@ -171,8 +171,6 @@ def calls(arguments: Sequence[str], limit: float) -> tuple[str, str]:
 
 
 def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
-    if "cuda" not in BACKENDS:
-        return "left out", "there is no backend cuda"
     tool = tool_path("compute-sanitizer")
     if not tool:
         return "not installed", "compute-sanitizer is on no path"

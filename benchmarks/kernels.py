@@ -41,11 +41,11 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import ops
-from coalescer_fast.cli import check_writable, cpu_name, sentence
+from coalescer_fast.cli import cpu_name, sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from . import peers, report, shapes, timing
-from .common import Parser, Row, append, read, tqdm
+from .common import Parser, Row, add_report_options, append, command, open_csv, read, reported, tqdm
 
 PEERS = ("eager", "eager_contiguous", "compile")
 YARDSTICKS = ("copy", "empty")
@@ -94,14 +94,7 @@ class Provider:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"python -m benchmarks.kernels: {sentence(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("python -m benchmarks.kernels: interrupted", file=sys.stderr)
-        return 130
+    return command("python -m benchmarks.kernels", lambda: run(args))
 
 
 def parser() -> Parser:
@@ -127,20 +120,12 @@ def parser() -> Parser:
     top.add_argument("--overhead", action="store_true", help="measure instead what a call costs on 1x8x2x2")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
     top.add_argument("--again", action="store_true", help="measure only what the file of --csv lacks, or has wrong or disturbed")
-    top.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
-    top.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
-    top.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
+    add_report_options(top)
     return top
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.summary is not None or args.plot is not None or args.source is not None:
-        if (args.plot is None) != (args.source is None):
-            raise ValueError("--plot and --from go together: name the picture and the CSV file that it is drawn from")
-        if args.summary is not None:
-            print("\n".join(report.summary(read(args.summary))))
-        if args.plot is not None:
-            report.plot(read(args.source), args.plot)
+    if reported(args, report):
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and there is none: use --device cpu")
@@ -153,10 +138,7 @@ def run(args: argparse.Namespace) -> int:
     if args.again and args.csv is None:
         raise ValueError("--again needs --csv: name the file whose gaps are to be filled")
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(args.csv)
-        if args.csv.exists():
-            append(args.csv, [], COLUMNS)  # other columns are an error before anything is measured
+        open_csv(args.csv, COLUMNS)
     before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -43,12 +43,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
-from coalescer_fast.cli import check_writable, sentence
+from coalescer_fast.cli import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.scheduler import CoalescerScheduler, guide
 
 from . import common, sampler_peers, sampler_report, timing
-from .common import Parser, Row, append, read
+from .common import Parser, Row, add_report_options, append, command, open_csv, reported
 from .kernels import compiler, listed, positive, positive_list
 from .sampler_peers import DTYPES, PEERS, RANDOM, Engine, Missing, Tensors
 
@@ -99,14 +99,7 @@ class Part:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"python -m benchmarks.sampler: {sentence(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("python -m benchmarks.sampler: interrupted", file=sys.stderr)
-        return 130
+    return command("python -m benchmarks.sampler", lambda: run(args))
 
 
 def parser() -> Parser:
@@ -122,29 +115,19 @@ def parser() -> Parser:
     top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
     top.add_argument("--cold", action="store_true", help="measure instead the time to the first picture of a new process")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
-    top.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
-    top.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
-    top.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
+    add_report_options(top)
     return top
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.summary is not None or args.plot is not None or args.source is not None:
-        if (args.plot is None) != (args.source is None):
-            raise ValueError("--plot and --from go together: name the picture and the CSV file that it is drawn from")
-        if args.summary is not None:
-            print("\n".join(sampler_report.summary(read(args.summary))))
-        if args.plot is not None:
-            sampler_report.plot(read(args.source), args.plot)
+    if reported(args, sampler_report):
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and there is none: use --device cpu")
     if args.cold and "emoji-64" not in args.model:
         raise ValueError("--cold draws a picture, which needs the model emoji-64: leave --model away")
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(args.csv)
-        append(args.csv, [], COLUMNS)  # other columns are an error before anything is measured
+        open_csv(args.csv, COLUMNS)
     before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -340,8 +323,6 @@ def cold(args: argparse.Namespace) -> Iterator[list[Row]]:
     print("Milliseconds from the start of a process to the first picture; whether others had the CPUs is not known.")
     taken: dict[str, list[timing.Measurement]] = {name: [] for name in COLD if name != "compile" or name in args.peers}
     status = dict.fromkeys(taken, "ok")
-    if not hasattr(coalescer_fast, "accelerate"):
-        status["ours"] = f"skipped: coalescer_fast {coalescer_fast.__version__} has no accelerate"
     root = str(Path(coalescer_fast.__file__).parents[1])
     for n in range(max(count for _, count in COLD.values())):
         for name, mine in taken.items():

@@ -279,13 +279,10 @@ def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, t
 
 
 def ours(dtype: str, pipe: CoalescerPipeline) -> Engine:
-    """`coalescer_fast.accelerate`, dtype "auto" or one of `DTYPES`. Raises Missing."""
-    accelerate = getattr(coalescer_fast, "accelerate", None)
-    if accelerate is None:
-        raise Missing(f"coalescer_fast {coalescer_fast.__version__} has no accelerate")
+    """`coalescer_fast.accelerate`, dtype "auto" or one of `DTYPES`."""
     with torch.inference_mode(False):  # it looks after changes of its weights, as a user's
         start = time.perf_counter()
-        mine = accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
+        mine: Any = coalescer_fast.accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
         seconds = time.perf_counter() - start
     names = {kind: name for name, kind in DTYPES.items()}
     return Engine(mine, names.get(mine.runtime.dtype, dtype), {"unet": seconds})

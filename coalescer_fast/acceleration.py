@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
     from .runtime.cpu import CpuRuntime
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("auto", "cpu")
 
 
@@ -43,8 +43,6 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
         chosen = torch.bfloat16 if native_bfloat16() else torch.float32
     if chosen is None:
         raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
-    if chosen == torch.float16:
-        raise ValueError("dtype is float16, which CPUs are slow at; use bfloat16 or float32")
     reason = library.unavailable()
     if reason and backend == "cpu":
         raise ValueError(f"backend 'cpu' cannot run: {reason}")

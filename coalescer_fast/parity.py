@@ -123,7 +123,7 @@ def verify(
 
     Raises: ValueError for a pipeline that is not accelerated, and for arguments other than these.
     """
-    runtime = getattr(pipe, "runtime", None)
+    runtime = pipe.runtime
     if runtime is None:
         raise ValueError("the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first")
     if pipe.unet.dtype != torch.float32 or pipe.vae.dtype != torch.float32:

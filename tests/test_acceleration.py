@@ -171,7 +171,7 @@ def test_threads_may_draw_at_once(pipe):
     [
         ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu"),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
-        ({"dtype": torch.float16}, "dtype is float16, which CPUs are slow at; use bfloat16 or float32"),
+        ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
     ],
 )
 def test_bad_use_is_one_sentence(pipe, kwargs, words):

@@ -40,7 +40,7 @@ class CpuRuntime:
 
     def refresh(self) -> None:
         """Take over the pipeline's weights if they are not those that the copies were made of."""
-        if (state := fingerprint(self.pipe.unet, self.pipe.vae)) == getattr(self, "state", None):
+        if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == getattr(self, "state", None):
             return
         self.unet = self._copy(self.pipe.unet)
         self.unet.set_backend(self.backend)
@@ -86,4 +86,4 @@ class CpuRuntime:
 
 def fingerprint(*networks: nn.Module) -> list[tuple[int, int]]:
     """Where the weights lie and how often they have been written to: another one after any change of them."""
-    return [(t.data_ptr(), t._version) for network in networks for t in network.state_dict(keep_vars=True).values()]
+    return [(t.data_ptr(), t._version) for network in networks for t in network.parameters()]

@@ -101,7 +101,6 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     if (!p.n) return CF_OK;
 
     const int64_t element = size_of(a.dtype), wide = 16 / element, half = device.shared_memory * 45 / 100;
-    int64_t runs[] = {128, 64, 32, 16, 1};
     if (p.channels_last) {
         const int64_t most = MOST_VECTORS * wide;
         const bool cut = p.per_group > most ? p.per_group % wide == 0 : std::lcm<int64_t>(p.per_group, wide) <= most;
@@ -117,16 +116,19 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         p.groups_per_tile = 1;
         p.tiles = static_cast<int>(a.groups) * p.tiles_per_group;
         p.vectors = p.columns / p.vector;
-        runs[1] = runs[2] = runs[3] = runs[4] = 0;  // there is one tiling
     }
+
+    constexpr int64_t RUNS[] = {128, 64, 32, 16, 1};  // bytes of a tile's rows
+    const int64_t* const runs_end = RUNS + (p.channels_last ? 5 : 1);  // contiguous, there is one tiling
 
     // (b): the longest rows and the smallest cluster that let two blocks share a multiprocessor and fill the device, or have little to do;
     // else, if the slab is small enough for two blocks or there are enough of them, what has the smallest slab
     const int most_blocks = device.capability >= 90 ? 8 : 1;
     Plan best = {};
     int64_t smallest = LARGEST;
-    for (const int64_t run : runs) {
-        if (!run || run < 32 || (p.channels_last && !tile(p, run, element)) || p.tiles_per_group > 1) continue;
+    for (const int64_t* each = RUNS; each < runs_end; ++each) {
+        const int64_t run = *each;
+        if (run < 32 || (p.channels_last && !tile(p, run, element)) || p.tiles_per_group > 1) continue;
         for (int cluster = 1; cluster <= most_blocks; cluster *= 2) {
             split(p, cluster);
             p.fused = true;
@@ -146,8 +148,9 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
 
     // (a): the longest rows that let the blocks fill the device, else what gives most of them
     p.fused = false;
-    for (const int64_t run : runs) {
-        if (!run || (p.channels_last && !tile(p, run, element))) continue;
+    for (const int64_t* each = RUNS; each < runs_end; ++each) {
+        const int64_t run = *each;
+        if (p.channels_last && !tile(p, run, element)) continue;
         const int64_t tiles = p.n * p.tiles, wanted = cdiv(8 * device.multiprocessors, tiles);
         const int64_t few = cdiv(p.rows, 2 * cdiv(THREADS, p.vectors));  // two rows a thread at least
         const int64_t most = few < MOST_SPLITS ? few : MOST_SPLITS;

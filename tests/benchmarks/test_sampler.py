@@ -74,7 +74,7 @@ def accelerate(pipe, backend="auto", dtype="auto", wrong=0.0):
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    monkeypatch.setattr(coalescer_fast, "accelerate", accelerate, raising=False)
+    monkeypatch.setattr(coalescer_fast, "accelerate", accelerate)
 
 
 def run(folder, *argv: str) -> tuple[int, list[dict[str, str]]]:
@@ -87,7 +87,7 @@ def run(folder, *argv: str) -> tuple[int, list[dict[str, str]]]:
 def measured(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampler")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coalescer_fast, "accelerate", accelerate, raising=False)
+        patch.setattr(coalescer_fast, "accelerate", accelerate)
         status, _ = run(folder, "--model", "emoji-64,m", "--peers", "eager,eager_channels_last")
     assert status == 0
     return folder / "results" / "sampler.csv"
@@ -158,16 +158,6 @@ def test_evaluations_are_those_that_the_pipeline_makes(monkeypatch):
                 assert torch.allclose(latents, images, atol=1e-6)
 
 
-def test_without_accelerate_ours_is_skipped(tmp_path, monkeypatch, capsys):
-    monkeypatch.delattr(coalescer_fast, "accelerate", raising=False)
-    monkeypatch.delitem(coalescer_fast._MODULES, "accelerate")
-    status, rows = run(tmp_path, "--parts", "unet", "--peers", "none")
-    assert status == 0
-    (reason,) = {row["status"] for row in rows if row["provider"] == "ours"}
-    assert reason.startswith("skipped: ")
-    assert reason in capsys.readouterr().out
-
-
 def test_ours_as_it_is(tmp_path):
     status, rows = run(tmp_path, "--batch", "2", "--peers", "none")
     assert status == 0
@@ -177,7 +167,7 @@ def test_ours_as_it_is(tmp_path):
 
 
 def test_a_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coalescer_fast, "accelerate", lambda pipe, **kwargs: accelerate(pipe, **kwargs, wrong=0.2), raising=False)
+    monkeypatch.setattr(coalescer_fast, "accelerate", lambda pipe, **kwargs: accelerate(pipe, **kwargs, wrong=0.2))
     status, rows = run(tmp_path, "--parts", "unet", "--peers", "none")
     assert status == 1
     for row in (row for row in rows if row["provider"] == "ours"):
