@@ -1,0 +1,495 @@
+"""A network on the CPU as a list of native steps over one piece of memory, run in a single call (csrc/cpu/network.h).
+
+`record` runs a network once on tensors without data, notes what it does, and refuses what has no step. What is noted is then arranged for
+one batch and size: biases, residuals and ReLUs join the convolution before them, a value that 3x3 convolutions read gets a border of zeros
+where it is written, and memory is used again as soon as nobody reads it any more. The network's code is the only description of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import ops  # noqa: F401 (registers the ops)
+from ..ops import library
+
+aten = torch.ops.aten
+ALIGNMENT = 64
+CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD = range(5)  # cf_step_kind
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1}
+CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3}
+MOST_VECTORS = 3  # of a block of weights
+
+
+class Unsupported(Exception):
+    """The network does something that no step does, and what."""
+
+
+@dataclass(eq=False)
+class Value:
+    """(n, height, width, channels) in memory, or what a caller gives or takes, whose ``tensor`` then says how it lies there."""
+
+    n: int
+    height: int
+    width: int
+    channels: int
+    dtype: torch.dtype | None = None  # None: the program's
+    tensor: Tensor | None = None
+    step: Step | None = None  # that writes it
+    readers: list[Step] = field(default_factory=list)
+    border: int = 0
+    padded: int = 0  # channels with those that are added
+    address: int = 0
+
+    @property
+    def pixel(self) -> int:
+        return self.padded * BYTES[self.dtype or torch.float32]
+
+    @property
+    def row(self) -> int:
+        return (self.width + 2 * self.border) * self.pixel
+
+    @property
+    def bytes(self) -> int:
+        return self.n * (self.height + 2 * self.border) * self.row
+
+
+@dataclass(eq=False)
+class Step:
+    """y: what it writes first; reads: the values that it reads, None for one that is not given."""
+
+    kind: int
+    y: Value
+    reads: list[Value | None]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    also: Value | None = None  # that it writes
+
+    def __post_init__(self) -> None:
+        for value in self.read:
+            value.readers.append(self)
+
+    @property
+    def read(self) -> list[Value]:
+        return [value for value in self.reads if value is not None]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the steps of what runs on tensors without data. A tensor is known by its storage, so that views need no note."""
+
+    def __init__(self, parameters: dict[Tensor, Tensor]):
+        super().__init__()
+        self.parameters = {key.untyped_storage()._cdata: real for key, real in parameters.items()}
+        self.values: dict[int, Value] = {}
+        self.unknown: dict[int, str] = {}  # what gave a tensor that is no value
+        self.alive: list[Any] = list(parameters)  # storages are told apart by their addresses
+        self.steps: list[Step] = []
+        self.inputs: list[Value] = []
+
+    def given(self, shape: Sequence[int], images: bool = False) -> Tensor:
+        """An input of the program, float32: rows (N, C), or images (N, C, H, W) with channels innermost."""
+        tensor = torch.empty(tuple(shape), device="meta")
+        if images:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        height, width = tensor.shape[2:] if images else (1, 1)
+        value = Value(shape[0], height, width, shape[1], torch.float32, tensor)
+        self.inputs.append(value)
+        return self._know(tensor, value)
+
+    def _know(self, tensor: Tensor, value: Value) -> Tensor:
+        self.alive.append(tensor)
+        self.values[tensor.untyped_storage()._cdata] = value
+        return tensor
+
+    def value(self, tensor: Tensor) -> Value:
+        found = self.values.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            function = self.unknown.get(tensor.untyped_storage()._cdata)
+            raise Unsupported(f"it has no step for {function}" if function else "it computes with a tensor that is neither given nor computed")
+        return found
+
+    def whole(self, tensor: Tensor) -> Value:
+        """The value that the tensor is all of, channels innermost."""
+        value = self.value(tensor)
+        order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+        if not order.is_contiguous() or order.shape[-1] != value.channels or order.numel() != value.n * value.height * value.width * value.channels:
+            raise Unsupported(f"it computes with a part of a tensor of shape {tuple(tensor.shape)}")
+        return value
+
+    def real(self, parameter: Tensor | None) -> Tensor | None:
+        """What stands for it in the network, or for a view of it."""
+        if parameter is None:
+            return None
+        found = self.parameters.get(parameter.untyped_storage()._cdata)
+        if found is None:
+            raise Unsupported("a weight is computed, not given")
+        view = found.detach()
+        if view.stride() == parameter.stride() and view.shape == parameter.shape:
+            return view
+        if not view.is_contiguous():
+            view = view.contiguous()
+        return view.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+
+    def add(self, step: Step) -> None:
+        step.y.step = step
+        self.steps.append(step)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if handler := HANDLERS.get(func):
+            if isinstance(result, Tensor) and result.ndim == 4 and not func._schema.is_mutable:
+                result = torch.empty_like(result, memory_format=torch.channels_last)  # as the steps will have it
+            bound = {a.name: a.default_value for a in func._schema.arguments}
+            bound |= dict(zip(bound, args)) | (kwargs or {})
+            handler(self, result, **bound)
+        elif func._schema.is_mutable:
+            raise Unsupported(f"it has no step for {func}")
+        elif isinstance(result, Tensor) and (key := result.untyped_storage()._cdata) not in self.values and key not in self.parameters:
+            self.alive.append(result)
+            self.unknown[key] = str(func)
+        return result
+
+    # What has a step. Every function is given the result, on no device, and the arguments.
+
+    def convolution(self, y: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, **rest: Any) -> None:
+        kernel, real, source = tuple(weight.shape[2:]), self.real(weight), self.whole(input)
+        plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
+        if rest != plain or kernel not in ((1, 1), (3, 3)) or list(padding) != [kernel[0] // 2] * 2 or stride[0] != stride[1]:
+            raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
+        self._convolve(y, source, real, self.real(bias), stride[0])
+
+    def _convolve(self, y: Tensor, source: Value, weight: Any, bias: Tensor | None, stride: int = 1) -> None:
+        height, width = ((side + stride - 1) // stride for side in (source.height, source.width))
+        value = Value(source.n, height, width, weight.shape[0])
+        attributes = {"weight": weight, "bias": bias, "stride": stride, "relu": 0}
+        self.add(Step(CONVOLUTION, value, [source, None], attributes))
+        self._know(y, value)
+
+    def linear(self, x: Tensor, layer_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight: Any = self.real(layer_weight)
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), device="meta")
+        self._convolve(y, self.whole(x), weight[:, :, None, None], self.real(bias))
+        return y
+
+    def group_norm_silu(self, y: Tensor, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, **rest: Any) -> None:
+        rest |= {name: self.real(rest[name]) for name in ("weight", "bias", "pre_bias")}
+        reads = [None if t is None else self.whole(t) for t in (x, skip, scale, shift)]
+        source: Any = reads[0]
+        value = Value(source.n, source.height, source.width, y.shape[1])
+        self.add(Step(GROUP_NORM_SILU, value, reads, rest))
+        self._know(y, value)
+
+    def bias_residual(self, y: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, **rest: Any) -> None:
+        self._join(y, self.whole(x), None if residual is None else self.whole(residual), self.real(bias))
+
+    def sum(self, y: Tensor, self_: Tensor, other: Any, alpha: Any) -> None:
+        if alpha != 1 or not isinstance(other, Tensor) or self_.shape != other.shape:
+            raise Unsupported("it has an addition of other than two images")
+        one, two = self.whole(self_), self.whole(other)
+        order = {id(step): n for n, step in enumerate(self.steps)}
+        if order.get(id(one.step), -1) < order.get(id(two.step), -1):
+            one, two = two, one
+        self._join(y, one, two, None)
+
+    def _join(self, y: Tensor, value: Value, residual: Value | None, bias: Tensor | None) -> None:
+        """Add to what a convolution, the later of two, has just given."""
+        step = value.step
+        if step is None or step.kind != CONVOLUTION or value.readers or step.reads[1] is not None or step.attributes["relu"]:
+            raise Unsupported("it adds to something other than a convolution's output")
+        step.reads[1] = residual
+        if residual is not None:
+            residual.readers.append(step)
+        if bias is not None:
+            before = step.attributes["bias"]
+            step.attributes["bias"] = bias if before is None else before.float() + bias.float()
+        self._know(y, value)
+
+    def relu(self, y: Tensor, self_: Tensor) -> None:
+        value = self.whole(self_)
+        if value.step is None or value.step.kind != CONVOLUTION or value.readers:
+            raise Unsupported("it has a ReLU of something other than a convolution's output")
+        value.step.attributes["relu"] = 1
+        self._know(y, value)
+
+    def concatenate(self, y: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+        if dim != 1 or len(tensors) != 2:
+            raise Unsupported("it concatenates other than two images along their channels")
+        self._gather(y, [self.whole(t) for t in tensors], 1)
+
+    def upsample(self, y: Tensor, self_: Tensor, output_size: Any, scales_h: Any, scales_w: Any) -> None:
+        source = self.whole(self_)
+        factor = y.shape[2] // source.height
+        if tuple(y.shape[2:]) != (source.height * factor, source.width * factor):
+            raise Unsupported("it resizes by other than a whole number")
+        self._gather(y, [source], factor)
+
+    def _gather(self, y: Tensor, parts: list[Value], factor: int) -> None:
+        value = Value(y.shape[0], y.shape[2], y.shape[3], y.shape[1])
+        self.add(Step(GATHER, value, [*parts], {"factor": factor}))
+        self._know(y, value)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
+        if attn_mask is not None or rest:
+            raise Unsupported("it has masked attention")
+        n, heads, length, width = q.shape
+        attributes: dict[str, Any] = {"heads": heads, "length": length, "k_length": k.shape[2], "width": width}
+        for name, tensor in zip("qkv", (q, k, v)):
+            sample, head, row, element = tensor.stride()
+            if head != width or element != 1:
+                raise Unsupported("its attention has heads that do not lie beside each other")
+            attributes[name] = (tensor.storage_offset(), sample, row)
+        reads = [self.value(t) for t in (q, k, v)]
+        value = Value(n, reads[0].height, reads[0].width, heads * width)
+        self.add(Step(ATTENTION, value, [*reads], attributes))
+        y = torch.empty((n, length, heads, width), device="meta")
+        return self._know(y, value).transpose(1, 2)
+
+    def dual_head(self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any) -> None:
+        names = ("direction_weight", "direction_bias", "distance_weight", "distance_bias")
+        attributes = {name: self.real(rest[name]) for name in names}
+        reads = [None if t is None else self.whole(t) for t in (h, sample, anchor)]
+        values = []
+        for tensor in y:
+            n, channels, height, width = (*tensor.shape, 1, 1, 1)[:4]
+            values.append(Value(n, height, width, channels, torch.float32, tensor))
+            self._know(tensor, values[-1])
+        self.add(Step(DUAL_HEAD, values[0], reads, attributes, values[1]))
+
+
+def _renamed(handler: Callable[..., None]) -> Callable[..., None]:
+    return lambda recorder, y, **kwargs: handler(recorder, y, **{"self_" if k == "self" else k: v for k, v in kwargs.items()})
+
+
+HANDLERS: dict[Any, Callable[..., None]] = {
+    aten.convolution.default: Recorder.convolution,
+    aten.add.Tensor: _renamed(Recorder.sum),
+    aten.relu.default: _renamed(Recorder.relu),
+    aten.relu_.default: _renamed(Recorder.relu),
+    aten.cat.default: Recorder.concatenate,
+    aten.upsample_nearest2d.default: _renamed(Recorder.upsample),
+    torch.ops.coalescer_fast.group_norm_silu.default: Recorder.group_norm_silu,
+    torch.ops.coalescer_fast.bias_residual.default: Recorder.bias_residual,
+    torch.ops.coalescer_fast.dual_head.default: Recorder.dual_head,
+}
+
+
+class Functions(TorchFunctionMode):
+    """What torch takes apart before a `Recorder` can see it."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.table = {nn.functional.linear: recorder.linear, nn.functional.scaled_dot_product_attention: recorder.attention}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Tensor]]) -> tuple[Recorder, list[Value]]:
+    """What ``run(network without data, recorder)`` does, and the values of the tensors that it gives. Raises Unsupported."""
+    parameters = list(network.parameters())
+    hollow = {id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), device="meta"), requires_grad=False) for p in parameters}
+    twin = copy.deepcopy(network, dict(hollow)).eval()
+    recorder = Recorder({hollow[id(p)]: p for p in parameters})
+    with torch.inference_mode(False), torch.no_grad(), Functions(recorder), recorder:
+        results = list(run(twin, recorder))
+    return recorder, [recorder.value(y) for y in results]
+
+
+class Weights:
+    """Packed weights of one network and dtype, shared by its programs: each is packed once."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.packed: dict[Any, Tensor] = {}
+
+    def pack(self, weight: Tensor) -> Tensor:
+        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        if key not in self.packed:
+            self.packed[key] = arrange(weight, self.dtype)
+        return self.packed[key]
+
+
+def arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution's weights (Cout, Cin, k, k) as cf_convolution_args wants them."""
+    lanes, width = 4 // BYTES[dtype], library.vector_width()
+    outputs, channels, *kernel = weight.shape
+    taps, vectors, quads = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
+    rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
+    rows[:outputs, :, :channels] = weight.permute(0, 2, 3, 1).reshape(outputs, taps, channels)
+    split = rows.view(vectors, width, taps, quads, lanes)
+    blocks = -(-vectors // MOST_VECTORS)
+    least, larger = divmod(vectors, blocks)
+    sizes = [least + (block < larger) for block in range(blocks)]
+    return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in split.split(sizes)])
+
+
+class Program:
+    """A recorded network, arranged: call `run` after writing to ``inputs``, then read ``outputs``, all of them tensors in its memory."""
+
+    def __init__(self, recorder: Recorder, outputs: list[Value], weights: Weights, threads: int):
+        self.dtype, self.weights, self.threads = weights.dtype, weights, threads
+        self.kept: list[Any] = []
+        steps = self._with_borders(recorder.steps, outputs)
+        self.memory = torch.empty(self._place(steps, recorder.inputs, outputs) + ALIGNMENT, dtype=torch.uint8)
+        base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+        for value in {v for step in steps for v in (step.y, step.also, *step.read) if v is not None} | {*recorder.inputs}:
+            value.address += base
+        self.inputs = [self._tensor(value) for value in recorder.inputs]
+        self.outputs = [self._tensor(value) for value in outputs]
+        packers = (self._convolution, self._group_norm_silu, self._gather, self._attention, self._dual_head)
+        table = b"".join(struct.pack("2q", step.kind, self._keep(packers[step.kind](step))) for step in steps)
+        self.arguments = struct.pack("3q", self._keep(table), len(steps), threads)
+        self.call = library.function("cf_cpu_run")
+
+    def run(self) -> None:
+        self.call(self.arguments)
+
+    def _keep(self, data: bytes | Tensor) -> int:
+        """Its address, for as long as the program lives."""
+        if isinstance(data, Tensor):
+            self.kept.append(data)
+            return data.data_ptr()
+        self.kept.append(ctypes.create_string_buffer(data, len(data)))
+        return ctypes.addressof(self.kept[-1])
+
+    def _with_borders(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
+        """The steps with one more before every 3x3 convolution of a value that cannot have the border that it needs."""
+        lanes = 4 // BYTES[self.dtype]
+        for step in steps:
+            for value in (step.y, step.also):
+                if value is not None:
+                    value.dtype = value.dtype or self.dtype
+                    value.padded = value.channels
+        done: list[Step] = []
+        gathered: dict[int, Value] = {}
+        for step in steps:
+            source = step.reads[0]
+            assert source is not None
+            source.padded = source.padded or source.channels
+            if step.kind == CONVOLUTION:
+                wide = step.attributes["weight"].shape[2] == 3
+                if wide and source.step is not None and not source.border and source not in outputs:
+                    source.border = int(all(self._takes_border(source, reader) for reader in source.readers))
+                if (wide and not source.border) or source.dtype != self.dtype or source.channels % lanes:
+                    if source.step is not None and source.step.kind == GATHER and len(source.readers) == 1:
+                        source.padded = -(-source.channels // lanes) * lanes
+                    else:
+                        if id(source) not in gathered:
+                            copied = Value(source.n, source.height, source.width, source.channels, self.dtype, border=int(wide))
+                            copied.padded = -(-source.channels // lanes) * lanes
+                            copy_step = Step(GATHER, copied, [source], {"factor": 1})
+                            copied.step = copy_step
+                            gathered[id(source)] = copied
+                            done.append(copy_step)
+                        step.reads[0] = gathered[id(source)]
+            done.append(step)
+        return done
+
+    @staticmethod
+    def _takes_border(value: Value, reader: Step) -> bool:
+        """Whether the step reads the value with a border as well: all but a value that it needs without gaps."""
+        return reader.kind in (CONVOLUTION, GATHER)
+
+    def _place(self, steps: list[Step], inputs: list[Value], outputs: list[Value]) -> int:
+        """Give every value an address, from 0 on, where no other value lies that is still read; returns how many bytes they need."""
+        first: dict[Value, int] = dict.fromkeys(inputs, -1)
+        last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
+        for n, step in enumerate(steps):
+            for value in (step.y, step.also, *step.read):
+                if value is not None:
+                    value.padded = value.padded or value.channels
+                    first.setdefault(value, n)
+                    last[value] = max(last.get(value, n), n)
+        total, live = 0, []  # live: (address, end, last)
+        for value in sorted(first, key=lambda value: first[value]):
+            live = sorted(entry for entry in live if entry[2] >= first[value])
+            size, at = -(-value.bytes // ALIGNMENT) * ALIGNMENT, 0
+            for begin, end, _ in live:
+                if at + size <= begin:
+                    break
+                at = max(at, end)
+            value.address = at
+            live.append((at, at + size, last[value]))
+            total = max(total, at + size)
+        return total
+
+    def _tensor(self, value: Value) -> Tensor:
+        """An input's or output's memory, in the shape that it was recorded in."""
+        assert value.tensor is not None
+        at = (value.address - self.memory.data_ptr()) // 4
+        return self.memory[: len(self.memory) // 4 * 4].view(torch.float32).as_strided(value.tensor.shape, value.tensor.stride(), at)
+
+    # The arguments of the steps, as csrc/abi.h has them.
+
+    def _vector(self, v: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if v is None else (self._keep(v.contiguous()), library.DTYPES[v.dtype])
+
+    @staticmethod
+    def _image(value: Value | None) -> tuple[int, ...]:
+        if value is None:
+            return (0,) * 5
+        return value.address, CODES[value.dtype or torch.float32], value.row, value.n and value.bytes // value.n, value.border
+
+    @staticmethod
+    def _tensor4(value: Value | None) -> tuple[int, ...]:
+        """A value without its border, as (n, c, y, x)."""
+        if value is None:
+            return (0,) * 6
+        size = BYTES[value.dtype or torch.float32]
+        strides = value.bytes // value.n // size, 1, value.row // size, value.padded
+        if value.tensor is not None:
+            strides = tuple(value.tensor.stride())  # type: ignore[assignment]
+        return value.address + value.border * (value.row + value.pixel), CODES[value.dtype or torch.float32], *strides
+
+    def _convolution(self, step: Step) -> bytes:
+        x, residual = step.reads
+        assert x is not None
+        weight, bias, y = step.attributes["weight"], step.attributes["bias"], step.y
+        addresses = self._keep(self.weights.pack(weight)), 0 if bias is None else self._keep(bias.float().contiguous()), 0
+        sizes = y.n, y.height, y.width, x.padded, y.channels, weight.shape[2] ** 2, step.attributes["stride"], step.attributes["relu"]
+        return struct.pack("26q", *self._image(x), *self._image(residual), *self._image(y), *addresses, *sizes)
+
+    def _group_norm_silu(self, step: Step) -> bytes:
+        (x, skip, scale, shift), a, y = step.reads, step.attributes, step.y
+        assert x is not None
+        c2 = 0 if skip is None else skip.channels
+        head = x.address, 0 if skip is None else skip.address, 0, CODES[x.dtype or torch.float32], 1
+        sizes = x.n, x.channels, c2, x.height * x.width, a["num_groups"], a["activation"] == "silu"
+        vectors = (field for name in ("weight", "bias", "pre_bias") for field in self._vector(a[name]))
+        film = (field for v in (scale, shift) for field in ((0, 0, 0) if v is None else (v.address, 0, v.channels)))
+        return struct.pack("24qd8q", *head, *sizes, *vectors, *film, self.threads, a["eps"], *self._image(y), y.width, 0, 0)
+
+    def _gather(self, step: Step) -> bytes:
+        parts = [*step.reads, None][:2]
+        channels = [0 if part is None else part.channels for part in parts]
+        y = step.y
+        fields = *self._tensor4(parts[0]), *self._tensor4(parts[1]), *channels, *self._image(y)
+        return struct.pack("24q", *fields, y.n, y.height, y.width, y.padded, step.attributes["factor"])
+
+    def _attention(self, step: Step) -> bytes:
+        a, size = step.attributes, BYTES[self.dtype]
+        addresses, strides = [], []
+        for name, value in zip("qkv", step.read):
+            offset, sample, row = a[name]
+            addresses.append(value.address + offset * size)
+            strides += [sample, row]
+        sizes = step.y.n, a["heads"], a["length"], a["k_length"], a["width"]
+        return struct.pack("16qd", *addresses, step.y.address, CODES[self.dtype], *strides, *sizes, a["width"] ** -0.5)
+
+    def _dual_head(self, step: Step) -> bytes:
+        h, sample, anchor = step.reads
+        assert h is not None and step.also is not None
+        a = step.attributes
+        weight = a["direction_weight"].to(self.dtype).permute(0, 2, 3, 1).contiguous()
+        vectors = (field for v in (weight, a["direction_bias"], a["distance_weight"].flatten(), a["distance_bias"]) for field in self._vector(v))
+        head = h.address, CODES[h.dtype or torch.float32], h.n, h.channels, step.y.channels, h.height, h.width
+        tensors = *self._tensor4(sample), *self._tensor4(anchor), *self._tensor4(step.y)
+        return struct.pack("35q", *head, *vectors, *tensors, step.also.address, self.threads)
