@@ -46,7 +46,7 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     reason = library.unavailable()
     if reason and backend == "cpu":
         raise ValueError(f"backend 'cpu' cannot run: {reason}")
-    pipe.runtime = CpuRuntime(pipe, "reference" if reason else "cpu", chosen)
+    pipe.runtime = CpuRuntime(pipe, chosen)
     return pipe
 
 

@@ -168,18 +168,49 @@ typedef struct {
     int64_t n, height, width, y_channels, factor;
 } cf_gather_args;
 
-/* y = softmax(q k^T * scale) v for every sample and head. q, k and v lie in rows: element (n, head, i, d) is data[n * sample + i * row +
- * head * width + d], in elements. */
+/* Element (n, head, i, d) is data[n * sample + head * head_stride + i * row + d], in elements. */
 typedef struct {
-    const void *q, *k, *v;
-    void* y;       /* (n, length, heads * width) */
-    int64_t dtype; /* float32 or bfloat16 */
-    int64_t q_sample, q_row, k_sample, k_row, v_sample, v_row;
+    const void* data;
+    int64_t sample, head_stride, row;
+} cf_heads;
+
+/* y = softmax(q k^T * scale) v for every sample and head, over the keys whose mask is not 0. */
+typedef struct {
+    cf_heads q, k, v;
+    const uint8_t* mask; /* (n, k_length), or null */
+    void* y;             /* (n, length, heads * width) */
+    int64_t dtype;       /* float32 or bfloat16 */
     int64_t n, heads, length, k_length, width;
     double scale;
 } cf_attention_args;
 
-enum cf_step_kind { CF_CONVOLUTION = 0, CF_GROUP_NORM_SILU = 1, CF_GATHER = 2, CF_ATTENTION = 3, CF_DUAL_HEAD = 4 };
+/* y = (x - mean) / sqrt(var + eps) * weight + bias over the channels of every row. */
+typedef struct {
+    const void* x; /* (rows, channels) */
+    void* y;
+    int64_t dtype; /* float32 or bfloat16 */
+    int64_t rows, channels;
+    const float *weight, *bias;
+    double eps;
+} cf_layer_norm_args;
+
+/* y = value * gelu(gate), gelu(x) = x (1 + erf(x / sqrt(2))) / 2; rows of value and gate are `stride` elements apart. */
+typedef struct {
+    const void *value, *gate;
+    void* y;       /* (rows, channels) */
+    int64_t dtype; /* float32 or bfloat16 */
+    int64_t rows, channels, stride;
+} cf_gate_args;
+
+enum cf_step_kind {
+    CF_CONVOLUTION = 0,
+    CF_GROUP_NORM_SILU = 1,
+    CF_GATHER = 2,
+    CF_ATTENTION = 3,
+    CF_DUAL_HEAD = 4,
+    CF_LAYER_NORM = 5,
+    CF_GATE = 6
+};
 
 typedef struct {
     int64_t kind;

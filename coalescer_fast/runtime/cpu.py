@@ -1,8 +1,11 @@
-"""A pipeline's networks on a CPU: channels innermost, weights packed once, native ops in between, bfloat16 where the CPU has it."""
+"""A pipeline's networks on a CPU: native programs, or, for a network that does what they have no step for, torch with native ops."""
 
 from __future__ import annotations
 
 import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,77 +14,157 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.unet import Conditioning
-from . import packing
+from ..ops import library
+from . import program
+from .program import Program, Recorder, Unsupported, Weights
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
 
+MOST_PROGRAMS = 32
+MOST_BYTES = 2 << 30  # of memory that programs keep; the last one used is kept whatever it has
+
 
 def native_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; without, it is emulated, and slower than float32."""
-    from ..ops import library
+    return torch.bfloat16 in library.products()
 
-    return not library.unavailable() and library.isa() == "avx512_bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def program_reason() -> str:
+    """Why no network can run as a program here, or ""."""
+    if reason := library.unavailable():
+        return reason
+    # vectors of four floats are no match for torch's own convolutions
+    return "the processor has neither AVX2 nor AVX-512" if library.isa() == "portable" else ""
 
 
 class CpuRuntime:
     """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and pictures are float32.
 
-    The pipeline's own networks stay as they are: what runs are copies, made anew when a weight has changed.
+    The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when a weight has changed.
     """
 
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, pipe: CoalescerPipeline, backend: str, dtype: torch.dtype):
-        self.pipe, self.backend, self.dtype = pipe, backend, dtype
-        self.packs = not packing.unavailable()
+    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype):
+        self.pipe, self.dtype = pipe, dtype
+        self.backend = "reference" if library.unavailable() else "cpu"
+        self.lock = threading.RLock()
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the pipeline's weights if they are not those that the copies were made of."""
-        if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == getattr(self, "state", None):
-            return
-        self.unet = self._copy(self.pipe.unet)
-        self.unet.set_backend(self.backend)
-        self.decoder = self._copy(self.pipe.vae.decoder)
-        if self.packs:
-            packing.pack(self.unet)
-            packing.pack_decoder(self.decoder)
-        self.state = state
-
-    def _copy(self, network: nn.Module) -> Any:
-        fast = copy.deepcopy(network).eval().requires_grad_(False)
-        for parameter in fast.parameters():
-            parameter.data = parameter.data.to(self.dtype)
-        return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        """Take over the pipeline's weights if they are not those that the programs were made of."""
+        with self.lock:
+            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == getattr(self, "state", None):
+                return
+            self.weights = Weights(self.dtype)
+            self.programs: OrderedDict[Any, Program] = OrderedDict()
+            self.refused = {name: reason for name in ("unet", "decoder") if (reason := program_reason())}
+            self.plain: dict[str, Any] = {}
+            self.state = state
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
-        """The reference's, in float32: it is small, and what it gives is then rounded once."""
-        full = self.pipe.condition(texts, device)
-        film = [(scale.to(self.dtype), shift.to(self.dtype)) for scale, shift in full.film]
-        keys_values = [(keys.to(self.dtype), values.to(self.dtype)) for keys, values in full.keys_values]
-        anchor = None if full.anchor is None else full.anchor.contiguous(memory_format=torch.channels_last)
-        return Conditioning(film, anchor, keys_values, full.mask)
+        """The reference's, in float32."""
+        return self.pipe.condition(texts, device)
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        return self.unet(sample.contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
+        pairs = [t for pair in conditioning.film for t in pair]
+        heads = [t for pair in conditioning.keys_values for t in pair]
+        images = [t for t in (sample, conditioning.anchor) if t is not None]
+        mask = [t for t in (conditioning.mask,) if t is not None]
+
+        def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
+            given = [recorder.given(t, images=True) for t in images]
+            film = [recorder.given(t) for t in pairs]
+            keys_values = [recorder.given(t, own=True) for t in heads]
+            masked = [recorder.given(t) for t in mask]
+            conditioned = Conditioning(by_two(film), (given + [None])[1], by_two(keys_values), (masked + [None])[0])
+            unet.set_backend("auto")
+            return unet(given[0], conditioned, return_dict=False)
+
+        results = self._run("unet", self.pipe.unet, [*images, *pairs, *heads, *mask], run, conditioning)
+        if results is not None:
+            return results[0], results[1]
+        unet = self._plain("unet", self.pipe.unet)
+        cast = Conditioning(
+            by_two([t.to(self.dtype) for t in pairs]), conditioning.anchor, by_two([t.to(self.dtype) for t in heads]), conditioning.mask
+        )
+        return unet(sample.contiguous(memory_format=torch.channels_last), cast, return_dict=False)
 
     def decode(self, latents: Tensor) -> Tensor:
-        x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.decoder(x).float(), self.pipe.vae.patch_size)
+        def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
+            return [decoder.layers(recorder.given(latents, images=True))]
+
+        decoder = self.pipe.vae.decoder
+        results = self._run("decoder", decoder, [torch.tanh(latents / 3) * 3], run)
+        if results is None:
+            x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            pictures = self._plain("decoder", decoder)(x).float()
+        else:
+            pictures = results[0].mul_(2).sub_(1)
+        return F.pixel_shuffle(pictures, self.pipe.vae.patch_size)
+
+    def _run(
+        self, name: str, network: nn.Module, inputs: list[Tensor], run: Callable[[Any, Recorder], Iterable[Tensor]], bound: object = None
+    ) -> list[Tensor] | None:
+        """What the network's program gives, copied; None if there can be no program. Of inputs that belong to ``bound``, all but the first
+        are written only when they are others than the last time."""
+        threads = torch.get_num_threads()
+        key = name, threads, *[t.shape for t in inputs]
+        with self.lock:
+            if name in self.refused:
+                return None
+            if (found := self.programs.get(key)) is None:
+                try:
+                    recorder, outputs = program.record(network, run)
+                    found = Program(recorder, outputs, self.weights, threads)
+                except Unsupported as reason:
+                    self.refused[name] = str(reason)
+                    return None
+                self.programs[key] = found
+                while len(self.programs) > 1 and (
+                    len(self.programs) > MOST_PROGRAMS or sum(p.memory.numel() for p in self.programs.values()) > MOST_BYTES
+                ):
+                    self.programs.popitem(last=False)
+            self.programs.move_to_end(key)
+            found.inputs[0].copy_(inputs[0])
+            if len(inputs) > 1 and found.bound is not bound:
+                torch._foreach_copy_(found.inputs[1:], inputs[1:])
+                found.bound = bound
+            found.run()
+            return [y.clone() for y in found.outputs]
+
+    def _plain(self, name: str, network: nn.Module) -> Any:
+        """A copy of the network that torch runs, channels innermost, on native ops."""
+        with self.lock:
+            if name not in self.plain:
+                fast = copy.deepcopy(network).eval().requires_grad_(False)
+                for parameter in fast.parameters():
+                    parameter.data = parameter.data.to(self.dtype)
+                if name == "unet":
+                    fast.set_backend(self.backend)  # type: ignore[operator]
+                self.plain[name] = fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return self.plain[name]
 
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, and why not something faster."""
-        weights = "packed for oneDNN" if self.packs else f"not packed: {packing.unavailable()}"
-        rows = [{"part": "convolutions, linear layers", "runs on": f"oneDNN, {self.dtype}", "because": weights}]
+        rows = []
+        for name in ("unet", "decoder"):
+            native = name not in self.refused
+            way = f"native program, {self.dtype}" if native else f"torch, channels innermost, {self.dtype}"
+            rows.append({"part": name, "runs on": way, "because": f"it can run on {library.isa()}" if native else self.refused[name]})
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
-            if op == "bias_residual" and self.packs:
-                rows.append({"part": op, "runs on": "oneDNN", "because": "a packed convolution adds bias and residual itself"})
+            if op == "bias_residual" and "unet" not in self.refused:
+                rows.append({"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"})
                 continue
             able, reason = ops.backends(op)[self.backend]
             rows.append({"part": op, "runs on": self.backend, "because": "it can run" if able else reason})
         return rows
+
+
+def by_two(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2]))
 
 
 def fingerprint(*networks: nn.Module) -> list[tuple[int, int]]:

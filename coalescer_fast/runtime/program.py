@@ -24,9 +24,9 @@ from ..ops import library
 
 aten = torch.ops.aten
 ALIGNMENT = 64
-CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD = range(5)  # cf_step_kind
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1}
-CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3}
+CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE = range(7)  # cf_step_kind
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
+CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 MOST_VECTORS = 3  # of a block of weights
 
 
@@ -42,7 +42,7 @@ class Value:
     height: int
     width: int
     channels: int
-    dtype: torch.dtype | None = None  # None: the program's
+    dtype: Any = None  # None: the program's, until it is arranged
     tensor: Tensor | None = None
     step: Step | None = None  # that writes it
     readers: list[Step] = field(default_factory=list)
@@ -52,11 +52,15 @@ class Value:
 
     @property
     def pixel(self) -> int:
-        return self.padded * BYTES[self.dtype or torch.float32]
+        return self.padded * BYTES[self.dtype]
 
     @property
     def row(self) -> int:
         return (self.width + 2 * self.border) * self.pixel
+
+    @property
+    def count(self) -> int:
+        return self.n * self.height * self.width * self.channels
 
     @property
     def bytes(self) -> int:
@@ -90,17 +94,19 @@ class Recorder(TorchDispatchMode):
         self.parameters = {key.untyped_storage()._cdata: real for key, real in parameters.items()}
         self.values: dict[int, Value] = {}
         self.unknown: dict[int, str] = {}  # what gave a tensor that is no value
+        self.gates: dict[int, Tensor] = {}  # what a GELU is of
         self.alive: list[Any] = list(parameters)  # storages are told apart by their addresses
         self.steps: list[Step] = []
         self.inputs: list[Value] = []
 
-    def given(self, shape: Sequence[int], images: bool = False) -> Tensor:
-        """An input of the program, float32: rows (N, C), or images (N, C, H, W) with channels innermost."""
-        tensor = torch.empty(tuple(shape), device="meta")
-        if images:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        height, width = tensor.shape[2:] if images else (1, 1)
-        value = Value(shape[0], height, width, shape[1], torch.float32, tensor)
+    def given(self, like: Tensor, images: bool = False, own: bool = False) -> Tensor:
+        """An input of the program of this shape: images (N, C, H, W) with channels innermost, or contiguous rows; float32, bool for a mask,
+        or the program's ``own`` dtype."""
+        dtype = torch.bool if like.dtype == torch.bool else torch.float32
+        layout = torch.channels_last if images else torch.contiguous_format
+        tensor = torch.empty(like.shape, dtype=dtype, device="meta", memory_format=layout)
+        n, channels, height, width = like.shape if images else (like.shape[0], like.shape[-1], 1, like[0, ..., 0].numel())
+        value = Value(n, height, width, channels, None if own else dtype, tensor)
         self.inputs.append(value)
         return self._know(tensor, value)
 
@@ -108,6 +114,11 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
         self.values[tensor.untyped_storage()._cdata] = value
         return tensor
+
+    def _forget(self, value: Value) -> None:
+        """What is known as the value will be another: nobody may read it any more."""
+        for key in [key for key, known in self.values.items() if known is value]:
+            del self.values[key]
 
     def value(self, tensor: Tensor) -> Value:
         found = self.values.get(tensor.untyped_storage()._cdata)
@@ -120,7 +131,7 @@ class Recorder(TorchDispatchMode):
         """The value that the tensor is all of, channels innermost."""
         value = self.value(tensor)
         order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
-        if not order.is_contiguous() or order.shape[-1] != value.channels or order.numel() != value.n * value.height * value.width * value.channels:
+        if not order.is_contiguous() or order.shape[-1] != value.channels or order.numel() != value.count:
             raise Unsupported(f"it computes with a part of a tensor of shape {tuple(tensor.shape)}")
         return value
 
@@ -207,6 +218,7 @@ class Recorder(TorchDispatchMode):
         step.reads[1] = residual
         if residual is not None:
             residual.readers.append(step)
+        self._forget(value)
         if bias is not None:
             before = step.attributes["bias"]
             step.attributes["bias"] = bias if before is None else before.float() + bias.float()
@@ -217,6 +229,7 @@ class Recorder(TorchDispatchMode):
         if value.step is None or value.step.kind != CONVOLUTION or value.readers:
             raise Unsupported("it has a ReLU of something other than a convolution's output")
         value.step.attributes["relu"] = 1
+        self._forget(value)
         self._know(y, value)
 
     def concatenate(self, y: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
@@ -236,21 +249,46 @@ class Recorder(TorchDispatchMode):
         self.add(Step(GATHER, value, [*parts], {"factor": factor}))
         self._know(y, value)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
-        if attn_mask is not None or rest:
-            raise Unsupported("it has masked attention")
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
         n, heads, length, width = q.shape
+        mask = None if attn_mask is None else self.value(attn_mask)
+        if rest or (mask is not None and (mask.dtype != torch.bool or attn_mask.shape != (n, 1, 1, k.shape[2]))):  # type: ignore[union-attr]
+            raise Unsupported("it has attention of another kind")
+        if any(t.stride(-1) != 1 for t in (q, k, v)):
+            raise Unsupported("its attention has heads whose elements do not lie beside each other")
         attributes: dict[str, Any] = {"heads": heads, "length": length, "k_length": k.shape[2], "width": width}
-        for name, tensor in zip("qkv", (q, k, v)):
-            sample, head, row, element = tensor.stride()
-            if head != width or element != 1:
-                raise Unsupported("its attention has heads that do not lie beside each other")
-            attributes[name] = (tensor.storage_offset(), sample, row)
-        reads = [self.value(t) for t in (q, k, v)]
-        value = Value(n, reads[0].height, reads[0].width, heads * width)
-        self.add(Step(ATTENTION, value, [*reads], attributes))
-        y = torch.empty((n, length, heads, width), device="meta")
-        return self._know(y, value).transpose(1, 2)
+        attributes |= {name: (t.storage_offset(), *t.stride()[:3]) for name, t in zip("qkv", (q, k, v))}
+        source = self.value(q)
+        value = Value(n, source.height, source.width, heads * width)
+        self.add(Step(ATTENTION, value, [source, self.value(k), self.value(v), mask], attributes))
+        return self._know(torch.empty((n, length, heads, width), device="meta"), value).transpose(1, 2)
+
+    def layer_norm(self, y: tuple[Tensor, ...], input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> None:
+        source = self.whole(input)
+        if list(normalized_shape) != [source.channels] or weight is None or bias is None:
+            raise Unsupported("it has a LayerNorm of another kind")
+        value = Value(source.n, source.height, source.width, source.channels)
+        self.add(Step(LAYER_NORM, value, [source], {"weight": self.real(weight), "bias": self.real(bias), "eps": eps}))
+        self._know(y[0], value)
+
+    def gelu(self, y: Tensor, self_: Tensor, approximate: str) -> None:
+        """Noted, and refused unless a product follows."""
+        if approximate != "none":
+            raise Unsupported(f"it has a GELU approximated by {approximate}")
+        self.alive.append(y)
+        self.gates[y.untyped_storage()._cdata] = self_
+        self.unknown[y.untyped_storage()._cdata] = "a GELU that multiplies nothing"
+
+    def product(self, y: Tensor, self_: Tensor, other: Any) -> None:
+        gate = self.gates.get(other.untyped_storage()._cdata) if isinstance(other, Tensor) else None
+        if gate is None or gate.shape != self_.shape or gate.stride() != self_.stride() or self.value(gate) is not self.value(self_):
+            raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
+        source = self.value(gate)
+        if self_.stride(-1) != 1 or self_.stride(-2) != source.channels or self_[..., 0].numel() * source.channels != source.count:
+            raise Unsupported("it has a product of parts of images")
+        value = Value(source.n, source.height, source.width, self_.shape[-1])
+        self.add(Step(GATE, value, [source], {"value": self_.storage_offset(), "gate": gate.storage_offset()}))
+        self._know(y, value)
 
     def dual_head(self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any) -> None:
         names = ("direction_weight", "direction_bias", "distance_weight", "distance_bias")
@@ -259,7 +297,7 @@ class Recorder(TorchDispatchMode):
         values = []
         for tensor in y:
             n, channels, height, width = (*tensor.shape, 1, 1, 1)[:4]
-            values.append(Value(n, height, width, channels, torch.float32, tensor))
+            values.append(Value(n, height, width, channels))
             self._know(tensor, values[-1])
         self.add(Step(DUAL_HEAD, values[0], reads, attributes, values[1]))
 
@@ -275,6 +313,9 @@ HANDLERS: dict[Any, Callable[..., None]] = {
     aten.relu_.default: _renamed(Recorder.relu),
     aten.cat.default: Recorder.concatenate,
     aten.upsample_nearest2d.default: _renamed(Recorder.upsample),
+    aten.native_layer_norm.default: Recorder.layer_norm,
+    aten.gelu.default: _renamed(Recorder.gelu),
+    aten.mul.Tensor: _renamed(Recorder.product),
     torch.ops.coalescer_fast.group_norm_silu.default: Recorder.group_norm_silu,
     torch.ops.coalescer_fast.bias_residual.default: Recorder.bias_residual,
     torch.ops.coalescer_fast.dual_head.default: Recorder.dual_head,
@@ -300,7 +341,12 @@ def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Ten
     recorder = Recorder({hollow[id(p)]: p for p in parameters})
     with torch.inference_mode(False), torch.no_grad(), Functions(recorder), recorder:
         results = list(run(twin, recorder))
-    return recorder, [recorder.value(y) for y in results]
+    outputs = [recorder.value(y) for y in results]
+    for value, y in zip(outputs, results):
+        if value.readers or y.numel() != value.count:
+            raise Unsupported("it gives something that it also computes with, or a part of it")
+        value.tensor, value.dtype = y, torch.float32
+    return recorder, outputs
 
 
 class Weights:
@@ -344,10 +390,14 @@ class Program:
             value.address += base
         self.inputs = [self._tensor(value) for value in recorder.inputs]
         self.outputs = [self._tensor(value) for value in outputs]
-        packers = (self._convolution, self._group_norm_silu, self._gather, self._attention, self._dual_head)
+        packers = (
+            *(self._convolution, self._group_norm_silu, self._gather, self._attention, self._dual_head),
+            *(self._layer_norm, self._gate),
+        )
         table = b"".join(struct.pack("2q", step.kind, self._keep(packers[step.kind](step))) for step in steps)
         self.arguments = struct.pack("3q", self._keep(table), len(steps), threads)
         self.call = library.function("cf_cpu_run")
+        self.bound: object = None  # what was last written to all inputs but the first
 
     def run(self) -> None:
         self.call(self.arguments)
@@ -364,16 +414,14 @@ class Program:
         """The steps with one more before every 3x3 convolution of a value that cannot have the border that it needs."""
         lanes = 4 // BYTES[self.dtype]
         for step in steps:
-            for value in (step.y, step.also):
+            for value in (step.y, step.also, *step.read):
                 if value is not None:
-                    value.dtype = value.dtype or self.dtype
-                    value.padded = value.channels
+                    value.dtype, value.padded = value.dtype or self.dtype, value.channels
         done: list[Step] = []
         gathered: dict[int, Value] = {}
         for step in steps:
             source = step.reads[0]
             assert source is not None
-            source.padded = source.padded or source.channels
             if step.kind == CONVOLUTION:
                 wide = step.attributes["weight"].shape[2] == 3
                 if wide and source.step is not None and not source.border and source not in outputs:
@@ -405,7 +453,6 @@ class Program:
         for n, step in enumerate(steps):
             for value in (step.y, step.also, *step.read):
                 if value is not None:
-                    value.padded = value.padded or value.channels
                     first.setdefault(value, n)
                     last[value] = max(last.get(value, n), n)
         total, live = 0, []  # live: (address, end, last)
@@ -424,8 +471,9 @@ class Program:
     def _tensor(self, value: Value) -> Tensor:
         """An input's or output's memory, in the shape that it was recorded in."""
         assert value.tensor is not None
-        at = (value.address - self.memory.data_ptr()) // 4
-        return self.memory[: len(self.memory) // 4 * 4].view(torch.float32).as_strided(value.tensor.shape, value.tensor.stride(), at)
+        at = value.address - self.memory.data_ptr()
+        flat = self.memory[at : at + value.bytes].view(value.dtype)
+        return flat.as_strided(value.tensor.shape, value.tensor.stride())
 
     # The arguments of the steps, as csrc/abi.h has them.
 
@@ -436,18 +484,18 @@ class Program:
     def _image(value: Value | None) -> tuple[int, ...]:
         if value is None:
             return (0,) * 5
-        return value.address, CODES[value.dtype or torch.float32], value.row, value.n and value.bytes // value.n, value.border
+        return value.address, CODES[value.dtype], value.row, value.n and value.bytes // value.n, value.border
 
     @staticmethod
     def _tensor4(value: Value | None) -> tuple[int, ...]:
         """A value without its border, as (n, c, y, x)."""
         if value is None:
             return (0,) * 6
-        size = BYTES[value.dtype or torch.float32]
+        size = BYTES[value.dtype]
         strides = value.bytes // value.n // size, 1, value.row // size, value.padded
         if value.tensor is not None:
             strides = tuple(value.tensor.stride())  # type: ignore[assignment]
-        return value.address + value.border * (value.row + value.pixel), CODES[value.dtype or torch.float32], *strides
+        return value.address + value.border * (value.row + value.pixel), CODES[value.dtype], *strides
 
     def _convolution(self, step: Step) -> bytes:
         x, residual = step.reads
@@ -461,7 +509,7 @@ class Program:
         (x, skip, scale, shift), a, y = step.reads, step.attributes, step.y
         assert x is not None
         c2 = 0 if skip is None else skip.channels
-        head = x.address, 0 if skip is None else skip.address, 0, CODES[x.dtype or torch.float32], 1
+        head = x.address, 0 if skip is None else skip.address, 0, CODES[x.dtype], 1
         sizes = x.n, x.channels, c2, x.height * x.width, a["num_groups"], a["activation"] == "silu"
         vectors = (field for name in ("weight", "bias", "pre_bias") for field in self._vector(a[name]))
         film = (field for v in (scale, shift) for field in ((0, 0, 0) if v is None else (v.address, 0, v.channels)))
@@ -476,13 +524,23 @@ class Program:
 
     def _attention(self, step: Step) -> bytes:
         a, size = step.attributes, BYTES[self.dtype]
-        addresses, strides = [], []
+        heads: list[int] = []
         for name, value in zip("qkv", step.read):
-            offset, sample, row = a[name]
-            addresses.append(value.address + offset * size)
-            strides += [sample, row]
-        sizes = step.y.n, a["heads"], a["length"], a["k_length"], a["width"]
-        return struct.pack("16qd", *addresses, step.y.address, CODES[self.dtype], *strides, *sizes, a["width"] ** -0.5)
+            offset, *strides = a[name]
+            heads += [value.address + offset * size, *strides]
+        mask, sizes = step.reads[3], (step.y.n, a["heads"], a["length"], a["k_length"], a["width"])
+        addresses = 0 if mask is None else mask.address, step.y.address
+        return struct.pack("20qd", *heads, *addresses, CODES[self.dtype], *sizes, a["width"] ** -0.5)
+
+    def _layer_norm(self, step: Step) -> bytes:
+        (x,), a = step.read, step.attributes
+        vectors = (self._keep(a[name].float().contiguous()) for name in ("weight", "bias"))
+        return struct.pack("7qd", x.address, step.y.address, CODES[self.dtype], x.count // x.channels, x.channels, *vectors, a["eps"])
+
+    def _gate(self, step: Step) -> bytes:
+        (x,), size = step.read, BYTES[self.dtype]
+        value, gate = (x.address + step.attributes[name] * size for name in ("value", "gate"))
+        return struct.pack("7q", value, gate, step.y.address, CODES[self.dtype], x.count // x.channels, step.y.channels, x.channels)
 
     def _dual_head(self, step: Step) -> bytes:
         h, sample, anchor = step.reads
@@ -490,6 +548,6 @@ class Program:
         a = step.attributes
         weight = a["direction_weight"].to(self.dtype).permute(0, 2, 3, 1).contiguous()
         vectors = (field for v in (weight, a["direction_bias"], a["distance_weight"].flatten(), a["distance_bias"]) for field in self._vector(v))
-        head = h.address, CODES[h.dtype or torch.float32], h.n, h.channels, step.y.channels, h.height, h.width
+        head = h.address, CODES[h.dtype], h.n, h.channels, step.y.channels, h.height, h.width
         tensors = *self._tensor4(sample), *self._tensor4(anchor), *self._tensor4(step.y)
         return struct.pack("35q", *head, *vectors, *tensors, step.also.address, self.threads)

@@ -101,6 +101,16 @@ inline void multiply_any(int64_t vectors, int64_t positions, const char* const* 
     return multiply_some<E, 1>(positions, x, taps, count, quads, w, sums);
 }
 
+template <class T>
+inline void store_some(T* y, vf value, int64_t count) {
+    count == W ? store(y, value) : store_part(y, value, count);
+}
+
+template <class T>
+inline vf load_some(const T* x, int64_t count) {
+    return count == W ? load(x) : load_part(x, count);
+}
+
 // How vectors of outputs are divided into blocks.
 struct Blocks {
     int64_t count, least, larger;
@@ -179,18 +189,15 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
             multiply_any<E>(V, count, x, taps, a.taps, quads, w, sums);
             for (int64_t v = 0; v < V; ++v) {
                 const int64_t c = (first + v) * W, part = a.outputs - c < W ? a.outputs - c : W;
-                const auto read = [=](const float* from) { return part == W ? load(from + c) : load_part(from + c, part); };
-                const vf bias = a.bias ? read(a.bias) : vf{}, scale = a.scale ? read(a.scale) : broadcast(1.0f);
+                const vf bias = a.bias ? load_some(a.bias + c, part) : vf{}, scale = a.scale ? load_some(a.scale + c, part) : broadcast(1.0f);
                 for (int64_t m = 0; m < count; ++m) {
                     vf value = to_floats(sums[m][v]);
                     value = a.scale ? fma(value, scale, bias) : value + bias;
                     if (a.residual.data) {
-                        const T* from = reinterpret_cast<const T*>(address(a.residual, at[m], out)) + c;
-                        value += part == W ? load(from) : load_part(from, part);
+                        value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], out)) + c, part);
                     }
                     if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);
-                    T* to = reinterpret_cast<T*>(address(a.y, at[m], out)) + c;
-                    part == W ? store(to, value) : store_part(to, value, part);
+                    store_some(reinterpret_cast<T*>(address(a.y, at[m], out)) + c, value, part);
                 }
             }
         }
@@ -316,15 +323,12 @@ int gather_typed(const cf_gather_args& a, int64_t threads) {
     return CF_OK;
 }
 
-inline int gather(const cf_gather_args& a, int64_t threads) {
-    return a.y.dtype == CF_FLOAT32 ? gather_typed<float>(a, threads)
-                                   : (a.y.dtype == CF_BFLOAT16 ? gather_typed<bfloat>(a, threads) : CF_INVALID_ARGUMENT);
-}
 
-// e^x for x <= 0, to two ulps; NaN stays NaN.
+// e^x for x <= 0, to two ulps, and 0 below e^-87; NaN stays NaN.
 inline vf exponential(vf x) {
     vf t = x * 1.44269504f;
-    t = t < -126.0f ? broadcast(-126.0f) : t;
+    const vi tiny = t < -126.0f;
+    t = tiny ? broadcast(-126.0f) : t;
     const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
     const vf r = t - (shifted - 12582912.0f);
     vf p = broadcast(1.5345811e-4f);
@@ -334,7 +338,81 @@ inline vf exponential(vf x) {
     p = fma(p, r, 2.4022646e-1f);
     p = fma(p, r, 6.9314718e-1f);
     p = fma(p, r, 1.0f);
-    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
+    return tiny ? vf{} : p * (vf)(((vi)shifted << 23) + 0x3f800000);
+}
+
+// erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7.
+inline vf gelu(vf x) {
+    const vf z = x * 0.70710678f, size = z < 0.0f ? -z : z, t = 1.0f / fma(size, broadcast(0.3275911f), 1.0f);
+    vf p = broadcast(1.061405429f);
+    p = fma(p, t, -1.453152027f);
+    p = fma(p, t, 1.421413741f);
+    p = fma(p, t, -0.284496736f);
+    p = fma(p, t, 0.254829592f);
+    const vf rest = p * t * exponential(-size * size), erf = z < 0.0f ? rest - 1.0f : 1.0f - rest;
+    return 0.5f * x * (1.0f + erf);
+}
+
+// f(c, value, count) for every vector of `channels` numbers; the last may have fewer of them.
+template <class T, class F>
+inline void each_vector(const T* x, int64_t channels, const F& f) {
+    int64_t c = 0;
+    for (; c + W <= channels; c += W) f(c, load(x + c), W);
+    if (c < channels) f(c, load_part(x + c, channels - c), channels - c);
+}
+
+template <class T>
+int layer_norm_typed(const cf_layer_norm_args& a, int64_t threads) {
+    parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const T* x = static_cast<const T*>(a.x) + r * a.channels;
+            vf total = {}, squares = {};
+            each_vector(x, a.channels, [&](int64_t, vf value, int64_t) { total += value; });
+            const float mean = sum(total) / static_cast<float>(a.channels);
+            each_vector(x, a.channels, [&](int64_t, vf value, int64_t count) {
+                vf d = value - mean;
+                for (int64_t i = count; i < W; ++i) d[i] = 0;
+                squares = fma(d, d, squares);
+            });
+            const float inverse = 1 / sqrtf(sum(squares) / static_cast<float>(a.channels) + static_cast<float>(a.eps));
+            T* y = static_cast<T*>(a.y) + r * a.channels;
+            each_vector(x, a.channels, [&](int64_t c, vf value, int64_t count) {
+                const vf weight = load_some(a.weight + c, count), bias = load_some(a.bias + c, count);
+                store_some(y + c, fma((value - mean) * inverse, weight, bias), count);
+            });
+        }
+    });
+    return CF_OK;
+}
+
+template <class T>
+int gate_typed(const cf_gate_args& a, int64_t threads) {
+    parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const T *value = static_cast<const T*>(a.value) + r * a.stride, *gate = static_cast<const T*>(a.gate) + r * a.stride;
+            T* y = static_cast<T*>(a.y) + r * a.channels;
+            each_vector(gate, a.channels, [&](int64_t c, vf g, int64_t count) { store_some(y + c, load_some(value + c, count) * gelu(g), count); });
+        }
+    });
+    return CF_OK;
+}
+
+// f with a float or bfloat of the dtype.
+template <class F>
+inline int with_activation(int64_t dtype, const F& f) {
+    return dtype == CF_FLOAT32 ? f(float{}) : (dtype == CF_BFLOAT16 ? f(bfloat{}) : static_cast<int>(CF_INVALID_ARGUMENT));
+}
+
+inline int gather(const cf_gather_args& a, int64_t threads) {
+    return with_activation(a.y.dtype, [&](auto type) { return gather_typed<decltype(type)>(a, threads); });
+}
+
+inline int layer_norm(const cf_layer_norm_args& a, int64_t threads) {
+    return with_activation(a.dtype, [&](auto type) { return layer_norm_typed<decltype(type)>(a, threads); });
+}
+
+inline int gate(const cf_gate_args& a, int64_t threads) {
+    return with_activation(a.dtype, [&](auto type) { return gate_typed<decltype(type)>(a, threads); });
 }
 
 inline float largest(const float* row, int64_t count) {
@@ -361,8 +439,9 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             const int64_t block = is_key ? part : part - k_blocks.count, n = head / a.heads, h = head % a.heads;
             const Blocks& blocks = is_key ? k_blocks : v_blocks;
             const int64_t V = blocks.size(block), first = blocks.first(block), quads = is_key ? k_quads : v_quads;
-            const T* from = static_cast<const T*>(is_key ? a.k : a.v) + n * (is_key ? a.k_sample : a.v_sample) + h * a.width;
-            const int64_t row = is_key ? a.k_row : a.v_row;
+            const cf_heads& source = is_key ? a.k : a.v;
+            const T* from = static_cast<const T*>(source.data) + n * source.sample + h * source.head_stride;
+            const int64_t row = source.row;
             T* to = reinterpret_cast<T*>(memory + head * (k_bytes + v_bytes) + (is_key ? 0 : k_bytes) + first * quads * 4 * W);
             for (int64_t q = 0; q < quads; ++q)
                 for (int64_t v = 0; v < V; ++v)
@@ -394,7 +473,7 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             typename P::Sum sums[MOST_POSITIONS][MOST_VECTORS];
             const char* x[MOST_POSITIONS];
             for (int64_t m = 0; m < count; ++m)
-                x[m] = reinterpret_cast<const char*>(static_cast<const T*>(a.q) + n * a.q_sample + (i + m) * a.q_row + h * a.width);
+                x[m] = reinterpret_cast<const char*>(static_cast<const T*>(a.q.data) + n * a.q.sample + h * a.q.head_stride + (i + m) * a.q.row);
             for (int64_t block = 0; block < k_blocks.count; ++block) {
                 const int64_t V = k_blocks.size(block), first = k_blocks.first(block);
                 multiply_any<T>(V, count, x, none, 1, k_quads, packed_k + first * k_quads * 4 * W, sums);
@@ -404,14 +483,13 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             float inverse[MOST_POSITIONS];
             for (int64_t m = 0; m < count; ++m) {
                 float* row = scores + m * keys;
+                for (int64_t k = 0; k < a.k_length && a.mask; ++k)
+                    if (!a.mask[n * a.k_length + k]) row[k] = -__builtin_inff();
                 const float most = largest(row, a.k_length);
                 for (int64_t k = a.k_length; k < keys; ++k) row[k] = -__builtin_inff();
                 vf total = {};
                 for (int64_t k = 0; k < keys; k += W) {
-                    vf e = exponential(load(row + k) - most);
-                    if (k + W > a.k_length)
-                        for (int lane = 0; lane < W; ++lane)
-                            if (k + lane >= a.k_length) e[lane] = 0;
+                    const vf e = exponential(load(row + k) - most);
                     total += e;
                     store(row + k, e);
                 }
@@ -429,8 +507,7 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
                     for (int64_t v = 0; v < V; ++v) {
                         const int64_t d = (first + v) * W, part = a.width - d < W ? a.width - d : W;
                         T* to = static_cast<T*>(a.y) + ((n * a.length + i + m) * a.heads + h) * a.width + d;
-                        const vf value = sums[m][v] * inverse[m];
-                        part == W ? store(to, value) : store_part(to, value, part);
+                        store_some(to, sums[m][v] * inverse[m], part);
                     }
             }
         }
@@ -452,6 +529,8 @@ inline int run_step(const cf_step& step, int64_t threads) {
         case CF_GROUP_NORM_SILU: return group_norm_image(*static_cast<const cf_group_norm_image_args*>(step.args), threads);
         case CF_GATHER: return gather(*static_cast<const cf_gather_args*>(step.args), threads);
         case CF_ATTENTION: return attention(*static_cast<const cf_attention_args*>(step.args), threads);
+        case CF_LAYER_NORM: return layer_norm(*static_cast<const cf_layer_norm_args*>(step.args), threads);
+        case CF_GATE: return gate(*static_cast<const cf_gate_args*>(step.args), threads);
         case CF_DUAL_HEAD: return dual_head(*static_cast<const cf_dual_head_args*>(step.args));
         default: return CF_INVALID_ARGUMENT;
     }
