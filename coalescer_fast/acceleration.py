@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
     from .runtime.cpu import CpuRuntime
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 BACKENDS = ("auto", "cpu")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,16 +146,15 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
         norm1, norm2 = self.norm1, self.norm2
         h = ops.group_norm_silu(x, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps, skip=skip, backend=self.backend)
-        h, bias = self.conv1.without_bias(h)
         h = ops.group_norm_silu(
-            h,
+            self.conv1.without_bias(h),
             norm2.num_groups,
             norm2.weight,
             norm2.bias,
             norm2.eps,
             scale=film[0],
             shift=film[1],
-            pre_bias=bias,
+            pre_bias=self.conv1.bias,
             backend=self.backend,
         )
         return self.conv2.plus(h, self._residual(x, skip), self.backend)
@@ -169,8 +167,6 @@ class ResidualBlock(nn.Module):
 
 class SelfAttention(nn.Module):
     """x + proj(attention(GroupNorm(x))) over the H*W positions."""
-
-    attend: Callable[..., torch.Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, num_heads: int, num_groups: int):
         super().__init__()
@@ -186,7 +182,7 @@ class SelfAttention(nn.Module):
         h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
         rows = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
-        rows = self.to_out(merge_heads(self.attend(q, k, v)))
+        rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + rows.transpose(1, 2).reshape(x.shape)
 
 

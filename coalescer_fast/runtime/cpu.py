@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,13 @@ from .. import ops
 from ..models.unet import Conditioning
 from ..ops import library
 from . import program
-from .program import Program, Recorder, Unsupported, Weights
+from .program import Program, Range, Recorder, Unsupported, Weights
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
 
+CALIBRATION = 32  # prompts that 8-bit ranges are found with
+VOCABULARY = ("a red apple", "a dog", "a house by the sea", "a smiling face", "a blue car", "a tree", "two people", "a musical instrument")
 MOST_PROGRAMS = 32
 MOST_BYTES = 2 << 30  # of memory that programs keep; the last one used is kept whatever it has
 
@@ -47,10 +49,13 @@ class CpuRuntime:
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype):
-        self.pipe, self.dtype = pipe, dtype
+    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = ()):
+        self.pipe, self.prompts = pipe, prompts
+        self.quantised = dtype == torch.int8
+        self.dtype = torch.bfloat16 if self.quantised else dtype
         self.backend = "reference" if library.unavailable() else "cpu"
         self.lock = threading.RLock()
+        self.observing = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -62,7 +67,10 @@ class CpuRuntime:
             self.programs: OrderedDict[Any, Program] = OrderedDict()
             self.refused = {name: reason for name in ("unet", "decoder") if (reason := program_reason())}
             self.plain: dict[str, Any] = {}
+            self.ranges: dict[int, Range] = {}
             self.state = state
+            if self.quantised:
+                self._calibrate()
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """The reference's, in float32."""
@@ -118,7 +126,8 @@ class CpuRuntime:
             if (found := self.programs.get(key)) is None:
                 try:
                     recorder, outputs = program.record(network, run)
-                    found = Program(recorder, outputs, self.weights, threads)
+                    ranges = self.ranges if name == "unet" and not self.observing else None
+                    found = Program(recorder, outputs, self.weights, threads, ranges, self.observing)
                 except Unsupported as reason:
                     self.refused[name] = str(reason)
                     return None
@@ -133,7 +142,30 @@ class CpuRuntime:
                 torch._foreach_copy_(found.inputs[1:], inputs[1:])
                 found.bound = bound
             found.run()
+            if self.observing and name == "unet":
+                found.observe(self.ranges)
             return [y.clone() for y in found.outputs]
+
+    def _calibrate(self) -> None:
+        """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
+        encoder, unet, scheduler = self.pipe.description_encoder, self.pipe.unet, self.pipe.scheduler
+        names = self.prompts or encoder.known_names or VOCABULARY
+        prompts = [names[i * len(names) // CALIBRATION] for i in range(CALIBRATION)] if len(names) > CALIBRATION else names
+        side, generator = unet.config.sample_size, torch.Generator().manual_seed(0)
+        self.observing = True
+        try:
+            for first in range(0, len(prompts), 8):
+                some = prompts[first : first + 8]
+                sample = torch.randn(len(some), unet.config.latent_channels, side, side, generator=generator)
+                conditioning, empty = (self.condition(t, self.device) for t in (self.pipe.with_styles(some, sample), [""] * len(some)))
+                scheduler.set_timesteps(2)
+                for t in range(2):
+                    direction, distance = self.evaluate(sample, conditioning)
+                    self.evaluate(sample, empty)
+                    sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.backend)[0]
+        finally:
+            self.observing = False
+            self.programs.clear()
 
     def _plain(self, name: str, network: nn.Module) -> Any:
         """A copy of the network that torch runs, channels innermost, on native ops."""

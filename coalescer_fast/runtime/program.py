@@ -28,6 +28,10 @@ CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE = r
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 MOST_VECTORS = 3  # of a block of weights
+BALANCE = 0.5  # see Range.quantised
+
+# How many programs have been made in this process: a call after a warm-up adds none.
+count = 0
 
 
 class Unsupported(Exception):
@@ -349,17 +353,55 @@ def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Ten
     return recorder, outputs
 
 
+@dataclass
+class Range:
+    """What a normalised value was seen to hold, by channel: low and high, (C,), float32."""
+
+    low: Tensor
+    high: Tensor
+
+    def extend(self, rows: Tensor) -> None:
+        """Take in more of it, (..., C)."""
+        flat = rows.reshape(-1, rows.shape[-1]).float()
+        self.low, self.high = torch.minimum(self.low, flat.amin(0)), torch.maximum(self.high, flat.amax(0))
+
+    def quantised(self) -> tuple[Tensor, Tensor]:
+        r"""(step, zero), both (C,): q = round(x / step) + zero in 0 ... 255.
+
+        ``step = max(r)^(1 - a) r^a / 255`` with r the channels' ranges: with a = 0 all channels share a step, with a = 1 each uses all of
+        the 8 bits, and the weights, which take the steps in, need more of theirs.
+        """
+        reach = (self.high - self.low).clamp_min(1e-6)
+        step = reach.max() ** (1 - BALANCE) * reach**BALANCE / 255
+        return step, (-self.low / step).round().clamp(0, 255)
+
+
 class Weights:
     """Packed weights of one network and dtype, shared by its programs: each is packed once."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self.packed: dict[Any, Tensor] = {}
+        self.packed: dict[Any, tuple[Tensor, ...]] = {}
 
     def pack(self, weight: Tensor) -> Tensor:
         key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         if key not in self.packed:
-            self.packed[key] = arrange(weight, self.dtype)
+            self.packed[key] = (arrange(weight, self.dtype),)
+        return self.packed[key][0]
+
+    def quantise(self, weight: Tensor, of: Range) -> tuple[Tensor, ...]:
+        r"""Packed int8 weights, the scale of their integer sums, and what a bias must have added, for an input quantised as ``of``.
+
+        ``sum_c w_c x_c = scale sum_c v_c q_c - scale sum_c v_c zero_c`` with ``v = round(w step / scale)`` and ``scale = max |w step| / 127``
+        of an output.
+        """
+        key = (weight.data_ptr(), weight.shape, weight.stride(), id(of))
+        if key not in self.packed:
+            step, zero = of.quantised()
+            stepped = weight.float() * step[:, None, None]
+            scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
+            whole = (stepped / scale[:, None, None, None]).round()
+            self.packed[key] = arrange(whole, torch.uint8), scale, -scale * (whole.sum((2, 3)) * zero).sum(1)
         return self.packed[key]
 
 
@@ -378,13 +420,29 @@ def arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Program:
-    """A recorded network, arranged: call `run` after writing to ``inputs``, then read ``outputs``, all of them tensors in its memory."""
+    """A recorded network, arranged: call `run` after writing to ``inputs``, then read ``outputs``, all of them tensors in its memory.
 
-    def __init__(self, recorder: Recorder, outputs: list[Value], weights: Weights, threads: int):
+    With ``ranges``, by the number of the normalisation among all, the convolutions of these normalisations' results multiply 8-bit integers.
+    With ``keep``, every value stays in memory until the next run, to be looked at.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        outputs: list[Value],
+        weights: Weights,
+        threads: int,
+        ranges: dict[int, Range] | None = None,
+        keep: bool = False,
+    ):
+        global count
+        count += 1
         self.dtype, self.weights, self.threads = weights.dtype, weights, threads
         self.kept: list[Any] = []
+        self.normalised = self._normalised(recorder.steps)
+        self.ranges = {id(self.normalised[n]): each for n, each in (ranges or {}).items()}
         steps = self._with_borders(recorder.steps, outputs)
-        self.memory = torch.empty(self._place(steps, recorder.inputs, outputs) + ALIGNMENT, dtype=torch.uint8)
+        self.memory = torch.empty(self._place(steps, recorder.inputs, outputs, keep) + ALIGNMENT, dtype=torch.uint8)
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
         for value in {v for step in steps for v in (step.y, step.also, *step.read) if v is not None} | {*recorder.inputs}:
             value.address += base
@@ -410,13 +468,31 @@ class Program:
         self.kept.append(ctypes.create_string_buffer(data, len(data)))
         return ctypes.addressof(self.kept[-1])
 
+    def observe(self, ranges: dict[int, Range]) -> None:
+        """Extend the ranges by what the last run has left, of a program that keeps it."""
+        for n, value in self.normalised.items():
+            at, b = value.address - self.memory.data_ptr(), value.border
+            image = self.memory[at : at + value.bytes].view(value.dtype)
+            rows = image.view(value.n, value.height + 2 * b, value.width + 2 * b, value.padded)[:, b : b + value.height, b : b + value.width]
+            ranges.setdefault(n, Range(torch.zeros(value.channels), torch.zeros(value.channels))).extend(rows)
+
+    @staticmethod
+    def _normalised(steps: list[Step]) -> dict[int, Value]:
+        """What 3x3 convolutions alone read, and may have in 8 bits, of the results of normalisations, by their number among these."""
+        norms = [step.y for step in steps if step.kind == GROUP_NORM_SILU]
+        return {
+            n: y
+            for n, y in enumerate(norms)
+            if y.channels % 4 == 0 and y.readers and all(r.kind == CONVOLUTION and r.attributes["weight"].shape[2] == 3 for r in y.readers)
+        }
+
     def _with_borders(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
         """The steps with one more before every 3x3 convolution of a value that cannot have the border that it needs."""
         lanes = 4 // BYTES[self.dtype]
         for step in steps:
             for value in (step.y, step.also, *step.read):
                 if value is not None:
-                    value.dtype, value.padded = value.dtype or self.dtype, value.channels
+                    value.dtype, value.padded = value.dtype or (torch.uint8 if id(value) in self.ranges else self.dtype), value.channels
         done: list[Step] = []
         gathered: dict[int, Value] = {}
         for step in steps:
@@ -426,7 +502,7 @@ class Program:
                 wide = step.attributes["weight"].shape[2] == 3
                 if wide and source.step is not None and not source.border and source not in outputs:
                     source.border = int(all(self._takes_border(source, reader) for reader in source.readers))
-                if (wide and not source.border) or source.dtype != self.dtype or source.channels % lanes:
+                if (wide and not source.border) or source.dtype not in (self.dtype, torch.uint8) or source.channels % lanes:
                     if source.step is not None and source.step.kind == GATHER and len(source.readers) == 1:
                         source.padded = -(-source.channels // lanes) * lanes
                     else:
@@ -446,7 +522,7 @@ class Program:
         """Whether the step reads the value with a border as well: all but a value that it needs without gaps."""
         return reader.kind in (CONVOLUTION, GATHER)
 
-    def _place(self, steps: list[Step], inputs: list[Value], outputs: list[Value]) -> int:
+    def _place(self, steps: list[Step], inputs: list[Value], outputs: list[Value], keep: bool) -> int:
         """Give every value an address, from 0 on, where no other value lies that is still read; returns how many bytes they need."""
         first: dict[Value, int] = dict.fromkeys(inputs, -1)
         last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
@@ -454,7 +530,7 @@ class Program:
             for value in (step.y, step.also, *step.read):
                 if value is not None:
                     first.setdefault(value, n)
-                    last[value] = max(last.get(value, n), n)
+                    last[value] = max(last.get(value, n), len(steps) if keep else n)
         total, live = 0, []  # live: (address, end, last)
         for value in sorted(first, key=lambda value: first[value]):
             live = sorted(entry for entry in live if entry[2] >= first[value])
@@ -501,7 +577,13 @@ class Program:
         x, residual = step.reads
         assert x is not None
         weight, bias, y = step.attributes["weight"], step.attributes["bias"], step.y
-        addresses = self._keep(self.weights.pack(weight)), 0 if bias is None else self._keep(bias.float().contiguous()), 0
+        scale = None
+        if x.dtype == torch.uint8:
+            packed, scale, added = self.weights.quantise(weight, self.ranges[id(x)])
+            bias = added if bias is None else bias.float() + added
+        else:
+            packed = self.weights.pack(weight)
+        addresses = (0 if v is None else self._keep(v.contiguous()) for v in (packed, None if bias is None else bias.float(), scale))
         sizes = y.n, y.height, y.width, x.padded, y.channels, weight.shape[2] ** 2, step.attributes["stride"], step.attributes["relu"]
         return struct.pack("26q", *self._image(x), *self._image(residual), *self._image(y), *addresses, *sizes)
 
@@ -513,7 +595,11 @@ class Program:
         sizes = x.n, x.channels, c2, x.height * x.width, a["num_groups"], a["activation"] == "silu"
         vectors = (field for name in ("weight", "bias", "pre_bias") for field in self._vector(a[name]))
         film = (field for v in (scale, shift) for field in ((0, 0, 0) if v is None else (v.address, 0, v.channels)))
-        return struct.pack("24qd8q", *head, *sizes, *vectors, *film, self.threads, a["eps"], *self._image(y), y.width, 0, 0)
+        inverse = zero = 0
+        if y.dtype == torch.uint8:
+            step_size, offset = self.ranges[id(y)].quantised()
+            inverse, zero = self._keep(1 / step_size), self._keep(offset.to(torch.uint8))
+        return struct.pack("24qd8q", *head, *sizes, *vectors, *film, self.threads, a["eps"], *self._image(y), y.width, inverse, zero)
 
     def _gather(self, step: Step) -> bytes:
         parts = [*step.reads, None][:2]
