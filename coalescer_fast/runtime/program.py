@@ -27,7 +27,7 @@ ALIGNMENT = 64
 CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE = range(7)  # cf_step_kind
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
-MOST_VECTORS = 3  # of a block of weights
+MOST_VECTORS = 4  # of a block of weights
 BALANCE = 0.5  # see Range.quantised
 
 # How many programs have been made in this process: a call after a warm-up adds none.

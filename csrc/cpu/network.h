@@ -12,7 +12,8 @@
 namespace cf {
 namespace {
 
-constexpr int MOST_POSITIONS = W == 16 ? 8 : 4, MOST_VECTORS = 3;
+constexpr int MOST_POSITIONS = W == 16 ? 6 : 4, MOST_VECTORS = W == 16 ? 4 : 3;
+constexpr int64_t X_IN_CACHE = 400 << 10;  // bytes of an image, beside a block of weights
 
 // E: the elements that are multiplied. Sum: a vector of their sums; products(a, b, sum): of four bytes broadcast and a vector of weights.
 template <class E>
@@ -70,7 +71,7 @@ inline void multiply(const char* const* x, const int64_t* taps, int64_t count, i
         for (int64_t q = taps[tap], end = q + 4 * quads; q < end; q += 4, w += V * 4 * W)
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) s[m][v] = Products<E>::add(at[m] + q, w + v * 4 * W, s[m][v]);
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) sums[m][v] = s[m][v];
@@ -81,8 +82,6 @@ inline void multiply_some(int64_t positions, const char* const* x, const int64_t
                           typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
     switch (positions) {
 #if CF_WIDTH == 16
-        case 8: return multiply<E, 8, V>(x, taps, count, quads, w, sums);
-        case 7: return multiply<E, 7, V>(x, taps, count, quads, w, sums);
         case 6: return multiply<E, 6, V>(x, taps, count, quads, w, sums);
         case 5: return multiply<E, 5, V>(x, taps, count, quads, w, sums);
 #endif
@@ -96,6 +95,7 @@ inline void multiply_some(int64_t positions, const char* const* x, const int64_t
 template <class E>
 inline void multiply_any(int64_t vectors, int64_t positions, const char* const* x, const int64_t* taps, int64_t count, int64_t quads,
                          const char* w, typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
+    if (vectors == 4) return multiply_some<E, 4>(positions, x, taps, count, quads, w, sums);
     if (vectors == 3) return multiply_some<E, 3>(positions, x, taps, count, quads, w, sums);
     if (vectors == 2) return multiply_some<E, 2>(positions, x, taps, count, quads, w, sums);
     return multiply_some<E, 1>(positions, x, taps, count, quads, w, sums);
@@ -202,22 +202,31 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
             }
         }
     };
-    // Threads share blocks times tiles, block by block, a block counting for its vectors: with few positions, each reads weights of its own.
-    const int64_t units = vectors * tiles;
-    parallel_for(units < 2 ? 1 : units, threads, [&](int64_t begin, int64_t end) {
-        // the tile of a block that a unit is in; a unit between two tiles belongs to the later thread
-        const auto split = [&](int64_t unit, int64_t& block, int64_t& tile) {
-            block = unit >= units ? blocks.count : blocks.after(unit / tiles);
-            tile = block < blocks.count ? (unit - blocks.first(block) * tiles) / blocks.size(block) : 0;
-        };
-        int64_t block, tile, last_block, last_tile;
-        split(begin, block, tile);
-        split(end, last_block, last_tile);
-        for (; block < last_block; ++block, tile = 0) run_block(block, tile, tiles);
-        if (tile < last_tile) run_block(block, tile, last_tile);
-        if (begin == 0)
-            for (int64_t n = 0; n < a.n; ++n) write_border(a.y, n, a.height, a.width, out, nullptr);
-    });
+    const int64_t x_bytes = a.n * a.x.sample, w_bytes = vectors * W * a.taps * pixel;
+    if (x_bytes > w_bytes) {
+        // Threads share the positions, and take as many of them through all weights as a second-level cache holds.
+        const int64_t chunk = X_IN_CACHE * tiles / x_bytes + 1;
+        parallel_for(tiles, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t tile = begin; tile < end; tile += chunk)
+                for (int64_t block = 0; block < blocks.count; ++block) run_block(block, tile, tile + chunk < end ? tile + chunk : end);
+        });
+    } else {
+        // Threads share the weights, blocks times tiles, a block counting for its vectors.
+        const int64_t units = vectors * tiles;
+        parallel_for(units, threads, [&](int64_t begin, int64_t end) {
+            // the tile of a block that a unit is in; a unit between two tiles belongs to the later thread
+            const auto split = [&](int64_t unit, int64_t& block, int64_t& tile) {
+                block = unit >= units ? blocks.count : blocks.after(unit / tiles);
+                tile = block < blocks.count ? (unit - blocks.first(block) * tiles) / blocks.size(block) : 0;
+            };
+            int64_t block, tile, last_block, last_tile;
+            split(begin, block, tile);
+            split(end, last_block, last_tile);
+            for (; block < last_block; ++block, tile = 0) run_block(block, tile, tiles);
+            if (tile < last_tile) run_block(block, tile, last_tile);
+        });
+    }
+    for (int64_t n = 0; n < a.n && a.y.border; ++n) write_border(a.y, n, a.height, a.width, out, nullptr);
     return CF_OK;
 }
 
