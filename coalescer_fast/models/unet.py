@@ -370,7 +370,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         """
         if description.ndim != 2 or description.shape[1] != self.config.description_dim:
             raise ValueError(f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})")
-        description = description.to(self.dtype)
+        description = description.to(self.null.dtype)
         embedding = self.embed(description)
         film = [tuple(block.film(embedding).chunk(2, 1)) for block in self.residual_blocks]
         if self.anchor_mlp is not None and anchor is None:
@@ -379,7 +379,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         if self.config.cross_attention_dim is not None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is missing: this network attends to the description's token rows")
-            rows = encoder_hidden_states.to(self.dtype)
+            rows = encoder_hidden_states.to(self.null.dtype)
             keys_values = [m.keys_values(rows) for m in self._in_order() if isinstance(m, TransformerBlock)]
         return Conditioning(film, anchor, keys_values, encoder_attention_mask)
 
@@ -399,7 +399,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                     h = module(h)
             return h
 
-        x = sample.to(self.dtype)
+        x = sample.to(self.null.dtype)
         h = self.conv_in(x if conditioning.anchor is None else torch.cat([x, conditioning.anchor.to(x.dtype)], 1))
         skips = [h]
         for part in self.down:

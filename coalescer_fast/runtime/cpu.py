@@ -68,44 +68,45 @@ class CpuRuntime:
             self.refused = {name: reason for name in ("unet", "decoder") if (reason := program_reason())}
             self.plain: dict[str, Any] = {}
             self.ranges: dict[int, Range] = {}
+            self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
+            self.empty: Conditioning | None = None
             self.state = state
             if self.quantised:
                 self._calibrate()
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
-        """The reference's, in float32."""
-        return self.pipe.condition(texts, device)
+        """The reference's, in float32; the empty description's is computed once."""
+        if texts != [""]:
+            return self.pipe.condition(texts, device)
+        with self.lock:
+            if self.empty is None:
+                self.empty = self.pipe.condition(texts, device)
+            return self.empty
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        pairs = [t for pair in conditioning.film for t in pair]
-        heads = [t for pair in conditioning.keys_values for t in pair]
-        images = [t for t in (sample, conditioning.anchor) if t is not None]
-        mask = [t for t in (conditioning.mask,) if t is not None]
+        with self.lock:
+            given = self.given.get(id(conditioning))
+            if given is None or given.conditioning is not conditioning:
+                while len(self.given) > 1:
+                    self.given.popitem(last=False)
+                given = self.given[id(conditioning)] = Given(conditioning)
 
-        def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-            given = [recorder.given(t, images=True) for t in images]
-            film = [recorder.given(t) for t in pairs]
-            keys_values = [recorder.given(t, own=True) for t in heads]
-            masked = [recorder.given(t) for t in mask]
-            conditioned = Conditioning(by_two(film), (given + [None])[1], by_two(keys_values), (masked + [None])[0])
-            unet.set_backend("auto")
-            return unet(given[0], conditioned, return_dict=False)
+            def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
+                unet.set_backend("auto")
+                return unet(recorder.given(sample, images=True), given.record(recorder), return_dict=False)
 
-        results = self._run("unet", self.pipe.unet, [*images, *pairs, *heads, *mask], run, conditioning)
+            results = self._run("unet", self.pipe.unet, sample, given, run)
         if results is not None:
             return results[0], results[1]
         unet = self._plain("unet", self.pipe.unet)
-        cast = Conditioning(
-            by_two([t.to(self.dtype) for t in pairs]), conditioning.anchor, by_two([t.to(self.dtype) for t in heads]), conditioning.mask
-        )
-        return unet(sample.contiguous(memory_format=torch.channels_last), cast, return_dict=False)
+        return unet(sample.contiguous(memory_format=torch.channels_last), given.cast(self.dtype), return_dict=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
             return [decoder.layers(recorder.given(latents, images=True))]
 
         decoder = self.pipe.vae.decoder
-        results = self._run("decoder", decoder, [torch.tanh(latents / 3) * 3], run)
+        results = self._run("decoder", decoder, torch.tanh(latents / 3) * 3, None, run)
         if results is None:
             x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
             pictures = self._plain("decoder", decoder)(x).float()
@@ -114,12 +115,11 @@ class CpuRuntime:
         return F.pixel_shuffle(pictures, self.pipe.vae.patch_size)
 
     def _run(
-        self, name: str, network: nn.Module, inputs: list[Tensor], run: Callable[[Any, Recorder], Iterable[Tensor]], bound: object = None
+        self, name: str, network: nn.Module, x: Tensor, given: Given | None, run: Callable[[Any, Recorder], Iterable[Tensor]]
     ) -> list[Tensor] | None:
-        """What the network's program gives, copied; None if there can be no program. Of inputs that belong to ``bound``, all but the first
-        are written only when they are others than the last time."""
+        """What the network's program gives, copied; None if there can be no program."""
         threads = torch.get_num_threads()
-        key = name, threads, *[t.shape for t in inputs]
+        key = name, threads, x.shape, given and given.shapes
         with self.lock:
             if name in self.refused:
                 return None
@@ -137,10 +137,10 @@ class CpuRuntime:
                 ):
                     self.programs.popitem(last=False)
             self.programs.move_to_end(key)
-            found.inputs[0].copy_(inputs[0])
-            if len(inputs) > 1 and found.bound is not bound:
-                torch._foreach_copy_(found.inputs[1:], inputs[1:])
-                found.bound = bound
+            found.inputs[0].copy_(x)
+            if given is not None and found.bound is not given:
+                torch._foreach_copy_(found.inputs[1:], given.tensors)
+                found.bound = given
             found.run()
             if self.observing and name == "unet":
                 found.observe(self.ranges)
@@ -195,10 +195,43 @@ class CpuRuntime:
         return rows
 
 
-def by_two(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2]))
+class Given:
+    """A conditioning as the inputs of a program: tensors, in order, and their shapes."""
+
+    def __init__(self, conditioning: Conditioning):
+        self.conditioning = conditioning
+        self.tensors = [t for pair in (*conditioning.film, *conditioning.keys_values) for t in pair]
+        self.tensors += [t for t in (conditioning.anchor, conditioning.mask) if t is not None]
+        self.shapes = tuple(t.shape for t in self.tensors)
+
+    def record(self, recorder: Recorder) -> Conditioning:
+        """The conditioning with the recorder's inputs in the place of its tensors."""
+        c = self.conditioning
+        film = [(recorder.given(scale), recorder.given(shift)) for scale, shift in c.film]
+        keys_values = [(recorder.given(k, own=True), recorder.given(v, own=True)) for k, v in c.keys_values]
+        anchor = None if c.anchor is None else recorder.given(c.anchor, images=True)
+        return Conditioning(film, anchor, keys_values, None if c.mask is None else recorder.given(c.mask))
+
+    def cast(self, dtype: torch.dtype) -> Conditioning:
+        """The conditioning for a network of this dtype."""
+        c = self.conditioning
+        film, keys_values = ([(a.to(dtype), b.to(dtype)) for a, b in pairs] for pairs in (c.film, c.keys_values))
+        return Conditioning(film, c.anchor, keys_values, c.mask)
 
 
 def fingerprint(*networks: nn.Module) -> list[tuple[int, int]]:
     """Where the weights lie and how often they have been written to: another one after any change of them."""
-    return [(t.data_ptr(), t._version) for network in networks for t in network.parameters()]
+    found: list[tuple[int, int]] = []
+
+    def visit(module: nn.Module) -> None:
+        # not module.parameters(), which takes three times as long, at every call
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found.append((parameter.data_ptr(), parameter._version))
+        for child in module._modules.values():
+            if child is not None:
+                visit(child)
+
+    for network in networks:
+        visit(network)
+    return found
