@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from ..models.convolution import Convolution
 from ..models.unet import SelfAttention, TransformerBlock
-
-# How many weights have been packed in this process: a call after a warm-up adds none.
-count = 0
+from .base import counted
 
 
 @functools.cache
@@ -38,12 +36,6 @@ def unavailable() -> str:
     except Exception as error:  # whatever a private operator that has changed may raise
         return f"torch's packed operators do not run: {str(error).splitlines()[0]}"
     return ""
-
-
-def counted(weight: Tensor) -> Tensor:
-    global count
-    count += 1
-    return weight
 
 
 class Packed:
