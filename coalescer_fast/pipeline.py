@@ -24,7 +24,7 @@ from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
 
 if TYPE_CHECKING:
-    from .runtime.cpu import CpuRuntime
+    from .runtime.base import Runtime
 
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORKS = ("unet", "description_encoder", "vae")
@@ -61,7 +61,7 @@ class CoalescerPipeline(DiffusionPipeline):
     """
 
     # what `accelerate` has put in the place of the networks
-    runtime: CpuRuntime | None = None
+    runtime: Runtime | None = None
     model_cpu_offload_seq = "unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
 
@@ -233,7 +233,7 @@ class CoalescerPipeline(DiffusionPipeline):
         means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
-    def _networks(self) -> CoalescerPipeline | CpuRuntime:
+    def _networks(self) -> CoalescerPipeline | Runtime:
         """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
         if self.runtime is None:
             return self

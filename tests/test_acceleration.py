@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import coalescer_fast as cf
+from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import cpu, packing
+from coalescer_fast.runtime import base, cpu, packing
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -106,14 +107,14 @@ def test_after_a_warmup_nothing_is_packed(pipe):
     if packing.unavailable():
         pytest.skip(packing.unavailable())
     cf.accelerate(pipe)
-    before = packing.count
+    before = base.count
     cf.warmup(pipe, batch_sizes=(1, 4))
-    assert packing.count > before
-    after = packing.count
+    assert base.count > before
+    after = base.count
     draw(pipe)
     draw(pipe, "owl")
     draw(pipe, PROMPTS * 3)  # a batch size that was not warmed up just works
-    assert packing.count == after
+    assert base.count == after
 
 
 def test_other_sizes_just_work():
@@ -169,9 +170,10 @@ def test_threads_may_draw_at_once(pipe):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu"),
+        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, compile"),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
         ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
+        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'"),
     ],
 )
 def test_bad_use_is_one_sentence(pipe, kwargs, words):
@@ -179,6 +181,14 @@ def test_bad_use_is_one_sentence(pipe, kwargs, words):
         cf.accelerate(pipe, **kwargs)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
+    assert pipe.runtime is None
+
+
+def test_a_missing_package_is_one_sentence(pipe, monkeypatch):
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
+    words = r"^backend 'openvino' needs the package openvino, which is not installed: run pip install openvino onnx onnxscript$"
+    with pytest.raises(ValueError, match=words):
+        cf.accelerate(pipe, "openvino")
     assert pipe.runtime is None
 
 
@@ -205,8 +215,10 @@ def test_a_pipeline_that_was_moved_is_refused(pipe):
     pipe.to("meta")
     with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
         pipe("octopus")
-    with pytest.raises(ValueError, match=r"the pipeline is on meta, and is accelerated on CPUs only: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(ValueError, match=r"backend 'auto' runs on cpu, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"):
         cf.accelerate(pipe)
+    with pytest.raises(ValueError, match="backend 'compile' runs on cpu and cuda, and the pipeline is on meta"):
+        cf.accelerate(pipe, "compile")
 
 
 def test_explain_says_what_runs_and_why(pipe):

@@ -16,6 +16,7 @@ from .. import ops
 from ..models.unet import Conditioning
 from ..ops import library
 from . import program
+from .base import counted
 from .program import Program, Range, Recorder, Unsupported, Weights
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ def native_bfloat16() -> bool:
     return torch.bfloat16 in library.products()
 
 
-def program_reason() -> str:
-    """Why no network can run as a program here, or ""."""
+def no_programs(dtype: torch.dtype) -> str:
+    """Why no network can run as a program of this dtype here, or ""."""
     if reason := library.unavailable():
         return reason
+    if dtype not in library.products():
+        return f"the processor does not multiply {str(dtype).removeprefix('torch.')} itself"
     # vectors of four floats are no match for torch's own convolutions
     return "the processor has neither AVX2 nor AVX-512" if library.isa() == "portable" else ""
 
@@ -53,6 +56,8 @@ class CpuRuntime:
         self.pipe, self.prompts = pipe, prompts
         self.quantised = dtype == torch.int8
         self.dtype = torch.bfloat16 if self.quantised else dtype
+        if self.quantised and (reason := no_programs(torch.uint8)):
+            raise ValueError(f"dtype 'int8' cannot run: {reason}")
         self.backend = "reference" if library.unavailable() else "cpu"
         self.lock = threading.RLock()
         self.observing = False
@@ -65,7 +70,7 @@ class CpuRuntime:
                 return
             self.weights = Weights(self.dtype)
             self.programs: OrderedDict[Any, Program] = OrderedDict()
-            self.refused = {name: reason for name in ("unet", "decoder") if (reason := program_reason())}
+            self.refused = {name: reason for name in ("unet", "decoder") if (reason := no_programs(self.dtype))}
             self.plain: dict[str, Any] = {}
             self.ranges: dict[int, Range] = {}
             self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
@@ -127,7 +132,7 @@ class CpuRuntime:
                 try:
                     recorder, outputs = program.record(network, run)
                     ranges = self.ranges if name == "unet" and not self.observing else None
-                    found = Program(recorder, outputs, self.weights, threads, ranges, self.observing)
+                    found = counted(Program(recorder, outputs, self.weights, threads, ranges, self.observing))
                 except Unsupported as reason:
                     self.refused[name] = str(reason)
                     return None

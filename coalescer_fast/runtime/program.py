@@ -30,9 +30,6 @@ CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 MOST_VECTORS = 4  # of a block of weights
 BALANCE = 0.5  # see Range.quantised
 
-# How many programs have been made in this process: a call after a warm-up adds none.
-count = 0
-
 
 class Unsupported(Exception):
     """The network does something that no step does, and what."""
@@ -435,8 +432,6 @@ class Program:
         ranges: dict[int, Range] | None = None,
         keep: bool = False,
     ):
-        global count
-        count += 1
         self.dtype, self.weights, self.threads = weights.dtype, weights, threads
         self.kept: list[Any] = []
         self.normalised = self._normalised(recorder.steps)
