@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.unet import Conditioning
 from ..ops import library
-from . import program
 from .base import counted
-from .program import Program, Range, Recorder, Unsupported, Weights
+from .packed import Range, Weights
+from .program import Program
+from .recorder import Recorder, Unsupported, record
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -130,7 +131,7 @@ class CpuRuntime:
                 return None
             if (found := self.programs.get(key)) is None:
                 try:
-                    recorder, outputs = program.record(network, run)
+                    recorder, outputs = record(network, run)
                     ranges = self.ranges if name == "unet" and not self.observing else None
                     found = counted(Program(recorder, outputs, self.weights, threads, ranges, self.observing))
                 except Unsupported as reason:
@@ -154,7 +155,7 @@ class CpuRuntime:
     def _calibrate(self) -> None:
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
         encoder, unet, scheduler = self.pipe.description_encoder, self.pipe.unet, self.pipe.scheduler
-        names = self.prompts or encoder.known_names or VOCABULARY
+        names = list(self.prompts or encoder.known_names or VOCABULARY)
         prompts = [names[i * len(names) // CALIBRATION] for i in range(CALIBRATION)] if len(names) > CALIBRATION else names
         side, generator = unet.config.sample_size, torch.Generator().manual_seed(0)
         self.observing = True
