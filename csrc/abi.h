@@ -147,7 +147,7 @@ typedef struct {
 } cf_group_norm_image_args;
 
 /* y = act(convolution(x) + bias + residual). Weights are packed: the outputs in vectors of cf_cpu_vector_width(), the vectors in blocks of
- * three or two (ceil(vectors / 3) blocks, the first ones larger by one), and a block as (taps, channels * size / 4, vectors, width, 4 / size). */
+ * up to three, or of four if they have sixteen floats (as few blocks as can be, the first ones larger by one), and a block as (taps, channels * size / 4, vectors, width, 4 / size). */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */

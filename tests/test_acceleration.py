@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import base, cpu, packing
+from coalescer_fast.runtime import base, cpu
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -36,7 +37,7 @@ def dtypes() -> list[str]:
     return ["float32", "bfloat16"] if cpu.native_bfloat16() else ["float32"]
 
 
-@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("dtype", [*dtypes(), *(["int8"] if torch.uint8 in library.products() else [])])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_same_call_same_seed_same_pictures(pipe, dtype, steps):
     reference = draw(pipe, num_inference_steps=steps)
@@ -103,18 +104,17 @@ def test_changed_weights_take_effect(pipe, network, change):
     assert psnr(after, draw(pipe)).median() > 70
 
 
-def test_after_a_warmup_nothing_is_packed(pipe):
-    if packing.unavailable():
-        pytest.skip(packing.unavailable())
+def test_after_a_warmup_nothing_is_prepared(pipe):
     cf.accelerate(pipe)
     before = base.count
     cf.warmup(pipe, batch_sizes=(1, 4))
-    assert base.count > before
-    after = base.count
+    assert base.count == before + 4  # the UNet and the decoder for each
+    draw(pipe, "octopus")
     draw(pipe)
-    draw(pipe, "owl")
+    draw(pipe, "owl", guidance_scale=1)
+    assert base.count == before + 4
     draw(pipe, PROMPTS * 3)  # a batch size that was not warmed up just works
-    assert base.count == after
+    assert base.count == before + 6
 
 
 def test_other_sizes_just_work():
@@ -126,14 +126,6 @@ def test_other_sizes_just_work():
     for size in (64, 48, 80):
         expected = draw(cf.restore(pipe), height=size, width=64)
         assert psnr(draw(cf.accelerate(pipe, dtype="float32"), height=size, width=64), expected).median() > 60
-
-
-@pytest.mark.parametrize(("length", "width"), [(256, 256), (7, 130), (16, 32), (600, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention(dtype, length, width):
-    q, k, v = torch.randn(3, 2, 3, length, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(packing.attention(q, k, v).double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_many_batch_sizes_leave_memory_flat(pipe):
@@ -202,12 +194,32 @@ def test_without_the_native_library(pipe, monkeypatch):
     assert psnr(draw(pipe), reference).median() > 70
 
 
-def test_without_packed_weights(pipe, monkeypatch):
-    monkeypatch.setattr(packing, "unavailable", lambda: "this torch has no oneDNN")
+class Odd(torch.nn.Module):
+    """What no program has a step for."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x):
+        return self.convolution(x).double().float()
+
+
+def test_int8_needs_a_processor_that_has_it(pipe, monkeypatch):
+    monkeypatch.setattr(library, "products", lambda: (torch.float32, torch.bfloat16))
+    with pytest.raises(ValueError, match="^dtype 'int8' cannot run: the processor does not multiply uint8 itself$"):
+        cf.accelerate(pipe, dtype="int8")
+    assert pipe.runtime is None
+
+
+def test_a_network_that_does_something_else_runs_all_the_same_and_says_why(pipe):
+    pipe.unet.conv_in = Odd(pipe.unet.conv_in)
     reference = draw(pipe)
     cf.accelerate(pipe, dtype="float32")
     assert psnr(draw(pipe), reference).median() > 70
-    assert "not packed: this torch has no oneDNN" in cf.explain(pipe)
+    lines = cf.explain(pipe).splitlines()
+    assert re.match(r"unet +torch, channels innermost, torch.float32 +there is no step for aten._to_copy", lines[1])
+    assert re.match(r"decoder +native program, torch.float32 +it can run", lines[2])
 
 
 def test_a_pipeline_that_was_moved_is_refused(pipe):

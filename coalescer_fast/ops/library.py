@@ -71,7 +71,7 @@ def vector_width() -> int:
 def products() -> tuple[torch.dtype, ...]:
     """The dtypes that the instruction set in use multiplies itself."""
     library, _ = _load()
-    found = 0 if library is None else library.cf_cpu_products()
+    found = 0 if library is None or unavailable() else library.cf_cpu_products()
     return (torch.float32, *(dtype for bit, dtype in enumerate((torch.bfloat16, torch.uint8)) if found >> bit & 1))
 
 

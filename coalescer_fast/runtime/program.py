@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,20 @@ from torch import Tensor
 
 from ..ops import library
 from .packed import Range, Weights
-from .recorder import BYTES, CONVOLUTION, GATHER, GROUP_NORM_SILU, Recorder, Step, Value
+from .recorder import (
+    ATTENTION,
+    BYTES,
+    CONVOLUTION,
+    DUAL_HEAD,
+    GATE,
+    GATHER,
+    GROUP_NORM_SILU,
+    LAYER_NORM,
+    Recorder,
+    Step,
+    Unsupported,
+    Value,
+)
 
 ALIGNMENT = 64
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
@@ -52,10 +66,10 @@ class Program:
         self.kept: list[Any] = []
         self.normalised = self._normalised(recorder.steps)
         self.ranges = {id(self.normalised[n]): each for n, each in (ranges or {}).items()}
-        steps = self._with_borders(recorder.steps, outputs)
+        steps = self._arranged(recorder.steps, outputs)
         self.memory = torch.empty(self._place(steps, recorder.inputs, outputs, keep) + ALIGNMENT, dtype=torch.uint8)
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-        for value in {v for step in steps for v in (step.y, step.also, *step.read) if v is not None} | {*recorder.inputs}:
+        for value in {v for step in steps for v in step.all} | {*recorder.inputs}:
             value.address += base
         self.inputs = [self._tensor(value) for value in recorder.inputs]
         self.outputs = [self._tensor(value) for value in outputs]
@@ -97,51 +111,66 @@ class Program:
             if y.channels % 4 == 0 and y.readers and all(r.kind == CONVOLUTION and r.attributes["weight"].shape[2] == 3 for r in y.readers)
         }
 
-    def _with_borders(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
-        """The steps with one more before every 3x3 convolution of a value that cannot have the border that it needs."""
-        lanes = 4 // BYTES[self.dtype]
+    def _arranged(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
+        """The steps with dtypes and borders chosen, and one more where a value has to be copied to have those that a step needs."""
+        for value in outputs:
+            if value.step is not None and value.step.kind in (CONVOLUTION, DUAL_HEAD):
+                value.dtype = torch.float32
         for step in steps:
-            for value in (step.y, step.also, *step.read):
-                if value is not None:
-                    value.dtype, value.padded = value.dtype or (torch.uint8 if id(value) in self.ranges else self.dtype), value.channels
+            for value in step.all:
+                value.dtype = value.dtype or (torch.uint8 if id(value) in self.ranges else self.dtype)
+                value.padded = value.channels
         done: list[Step] = []
-        gathered: dict[int, Value] = {}
+        copies: dict[Any, Value] = {}
+
+        def copied(value: Value, dtype: torch.dtype, border: int = 0, padded: int = 0) -> Value:
+            key = id(value), dtype, border, padded
+            if key not in copies:
+                copy = Value(value.n, value.height, value.width, value.channels, dtype, border=border, padded=padded or value.channels)
+                copy.step = Step(GATHER, copy, [value], {"factor": 1})
+                copies[key] = copy
+                done.append(copy.step)
+            return copies[key]
+
         for step in steps:
-            source = step.reads[0]
-            assert source is not None
             if step.kind == CONVOLUTION:
-                wide = step.attributes["weight"].shape[2] == 3
-                if wide and source.step is not None and not source.border and source not in outputs:
-                    source.border = int(all(self._takes_border(source, reader) for reader in source.readers))
-                if (wide and not source.border) or source.dtype not in (self.dtype, torch.uint8) or source.channels % lanes:
-                    if source.step is not None and source.step.kind == GATHER and len(source.readers) == 1:
-                        source.padded = -(-source.channels // lanes) * lanes
-                    else:
-                        if id(source) not in gathered:
-                            copied = Value(source.n, source.height, source.width, source.channels, self.dtype, border=int(wide))
-                            copied.padded = -(-source.channels // lanes) * lanes
-                            copy_step = Step(GATHER, copied, [source], {"factor": 1})
-                            copied.step = copy_step
-                            gathered[id(source)] = copied
-                            done.append(copy_step)
-                        step.reads[0] = gathered[id(source)]
+                step.reads[0] = self._multiplied(step, outputs, copied)
+                if (residual := step.reads[1]) is not None and residual.dtype != step.y.dtype:
+                    step.reads[1] = copied(residual, step.y.dtype)
+            # what of the others' has to be of the program's dtype
+            for n in range({GROUP_NORM_SILU: 2, LAYER_NORM: 1, GATE: 1, ATTENTION: 3}.get(step.kind, 0)):
+                if (value := step.reads[n]) is not None and value.dtype != self.dtype:
+                    if step.kind == ATTENTION:
+                        raise Unsupported(f"it attends to what is given as {value.dtype}")
+                    step.reads[n] = copied(value, self.dtype)
             done.append(step)
+        for n, value in enumerate(outputs):
+            if value.dtype != torch.float32:
+                outputs[n] = copied(value, torch.float32)
+                outputs[n].tensor = value.tensor
         return done
 
-    @staticmethod
-    def _takes_border(value: Value, reader: Step) -> bool:
-        """Whether the step reads the value with a border as well: all but a value that it needs without gaps."""
-        return reader.kind in (CONVOLUTION, GATHER)
+    def _multiplied(self, step: Step, outputs: list[Value], copied: Callable[..., Value]) -> Value:
+        """What a convolution reads: its input as it is, if it can have the border and the channels that are needed, or a copy."""
+        source, wide, lanes = step.read[0], step.attributes["weight"].shape[2] == 3, 4 // BYTES[self.dtype]
+        padded = -(-source.channels // lanes) * lanes
+        writer = None if source.step is None else source.step.kind
+        if wide and writer in (CONVOLUTION, GROUP_NORM_SILU, GATHER) and source not in outputs:
+            source.border = int(all(reader.kind in (CONVOLUTION, GATHER) for reader in source.readers))
+        if writer == GATHER and len(source.readers) == 1 and source not in outputs:
+            source.padded = padded
+        if source.dtype in (self.dtype, torch.uint8) and source.padded % lanes == 0 and (source.border or not wide):
+            return source
+        return copied(source, self.dtype, int(wide), padded)
 
     def _place(self, steps: list[Step], inputs: list[Value], outputs: list[Value], keep: bool) -> int:
         """Give every value an address, from 0 on, where no other value lies that is still read; returns how many bytes they need."""
         first: dict[Value, int] = dict.fromkeys(inputs, -1)
         last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
         for n, step in enumerate(steps):
-            for value in (step.y, step.also, *step.read):
-                if value is not None:
-                    first.setdefault(value, n)
-                    last[value] = max(last.get(value, n), len(steps) if keep else n)
+            for value in step.all:
+                first.setdefault(value, n)
+                last[value] = max(last.get(value, n), len(steps) if keep else n)
         total = 0
         live: list[tuple[int, int, int]] = []  # address, end, last
         for value in sorted(first, key=lambda value: first[value]):
@@ -181,7 +210,7 @@ class Program:
             return (0,) * 6
         size = BYTES[value.dtype]
         strides = value.bytes // value.n // size, 1, value.row // size, value.padded
-        if value.tensor is not None:
+        if value.tensor is not None and value.tensor.ndim == 4:
             strides = tuple(value.tensor.stride())  # type: ignore[assignment]
         return value.address + value.border * (value.row + value.pixel), CODES[value.dtype], *strides
 
@@ -224,6 +253,8 @@ class Program:
 
     def _attention(self, step: Step) -> bytes:
         a, size = step.attributes, BYTES[self.dtype]
+        if a["width"] * size % 4:
+            raise Unsupported(f"its attention has heads of width {a['width']}")
         heads: list[int] = []
         for name, value in zip("qkv", step.read):
             offset, *strides = a[name]

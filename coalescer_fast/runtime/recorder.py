@@ -78,6 +78,10 @@ class Step:
     def read(self) -> list[Value]:
         return [value for value in self.reads if value is not None]
 
+    @property
+    def all(self) -> list[Value]:
+        return [self.y, *([] if self.also is None else [self.also]), *self.read]
+
 
 class Recorder(TorchDispatchMode):
     """Notes the steps of what runs on tensors without data. A tensor is known by its storage, so that views need no note."""
@@ -143,7 +147,9 @@ class Recorder(TorchDispatchMode):
         return view.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
 
     def add(self, step: Step) -> None:
-        step.y.step = step
+        for value in (step.y, step.also):
+            if value is not None:
+                value.step = step
         self.steps.append(step)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,11 +160,13 @@ class Recorder(TorchDispatchMode):
             bound = {a.name: a.default_value for a in func._schema.arguments}
             bound |= dict(zip(bound, args)) | (kwargs or {})
             handler(self, result, **bound)
-        elif func._schema.is_mutable:
-            raise Unsupported(f"there is no step for {func}")
-        elif isinstance(result, Tensor) and (key := result.untyped_storage()._cdata) not in self.values and key not in self.parameters:
-            self.alive.append(result)
-            self.unknown[key] = str(func)
+        elif isinstance(result, Tensor):
+            key = result.untyped_storage()._cdata
+            if key not in self.values and key not in self.parameters:
+                self.alive.append(result)
+                self.unknown[key] = str(func)
+            elif func._schema.is_mutable:
+                raise Unsupported(f"there is no step for {func}")
         return result
 
     # What has a step. Every function is given the result, on no device, and the arguments.
@@ -338,5 +346,5 @@ def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Ten
     for value, y in zip(outputs, results):
         if value.readers or y.numel() != value.count:
             raise Unsupported("it gives something that it also computes with, or a part of it")
-        value.tensor, value.dtype = y, torch.float32
+        value.tensor = y
     return recorder, outputs

@@ -19,6 +19,7 @@ from coalescer_fast.ops.group_norm import native as group_norm
 from coalescer_fast.ops.head import native as head
 from coalescer_fast.ops.residual import native as residual
 from coalescer_fast.ops.step import native as step
+from coalescer_fast.runtime import program
 
 from . import test_group_norm, test_head, test_residual, test_step
 from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
@@ -211,8 +212,9 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch):
+    version = library.ABI_VERSION
     monkeypatch.setattr(library, "ABI_VERSION", 99)
-    assert "has interface version 1; expected 99: install coalescer_fast again" in library._load.__wrapped__()[1]
+    assert f"has interface version {version}; expected 99: install coalescer_fast again" in library._load.__wrapped__()[1]
 
 
 FORMATS = {
@@ -221,17 +223,19 @@ FORMATS = {
     "cf_dual_head_args": head._pack,
     "cf_coalesce_step_args": step._pack,
 }
+PROGRAMS = {f"cf_{name}_args": packed for name, packed in program.ARGUMENTS.items() if name != "dual_head"}
+PROGRAMS |= {"cf_step": program.STEP, "cf_program_args": program.PROGRAM}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_python_packs_what_the_header_declares(tmp_path):
-    lines = "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, "cf_cuda_device", "cf_cuda_plan"))
+    lines = "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, *PROGRAMS, "cf_cuda_device", "cf_cuda_plan"))
     (tmp_path / "sizes.c").write_text(f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n')
     subprocess.run(["c++", "-x", "c", "sizes.c", "-o", "sizes"], cwd=tmp_path, check=True)  # the header is C as well
     sizes = dict(
         line.split() for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
     )
-    expected = {name: pack.__self__.size for name, pack in FORMATS.items()}
+    expected = {name: pack.__self__.size for name, pack in FORMATS.items()} | {name: packed.size for name, packed in PROGRAMS.items()}
     expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
     assert {name: int(size) for name, size in sizes.items()} == expected
 
