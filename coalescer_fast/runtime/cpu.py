@@ -50,13 +50,13 @@ class CpuRuntime:
     The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when a weight has changed.
     """
 
-    name = "cpu"
     device = torch.device("cpu")
 
     def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = ()):
         self.pipe, self.prompts = pipe, prompts
         self.quantised = dtype == torch.int8
         self.dtype = torch.bfloat16 if self.quantised else dtype
+        self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
             raise ValueError(f"dtype 'int8' cannot run: {reason}")
         self.backend = "reference" if library.unavailable() else "cpu"
@@ -191,6 +191,8 @@ class CpuRuntime:
         for name in ("unet", "decoder"):
             native = name not in self.refused
             way = f"native program, {self.dtype}" if native else f"torch, channels innermost, {self.dtype}"
+            if native and name == "unet" and self.quantised:
+                way += f", {len(self.ranges)} convolutions in int8"
             rows.append({"part": name, "runs on": way, "because": f"it can run on {library.isa()}" if native else self.refused[name]})
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and "unet" not in self.refused:
