@@ -43,9 +43,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
+from coalescer_fast import sampling
 from coalescer_fast.cli import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.scheduler import CoalescerScheduler, guide
 
 from . import common, sampler_peers, sampler_report, timing
 from .common import Parser, Row, add_report_options, append, command, open_csv, reported
@@ -208,6 +208,7 @@ def providers(
 
 
 def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: list[str]) -> Iterator[Part]:
+    pipe.scheduler.set_timesteps(2)
     batch, own = len(texts), float(pipe.scheduler.config.guidance_scale)
     guided = 2 if pipe.scheduler.config.guided_steps == "all" else 1
 
@@ -216,10 +217,13 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
 
     def steps(engine: Engine, scale: float) -> Callable[[], Tensors]:
         conditioning, empty = (engine.runtime.condition(some, sample.device) for some in (texts, [""] * batch))
-        return lambda: (walk(engine.runtime, pipe.scheduler, sample, conditioning, empty, scale),)
+        given = (pipe.scheduler, sample, conditioning, None if scale == 1 else empty, scale)
+        if at_once := getattr(engine.runtime, "generate", None):
+            return lambda: (at_once(*given, decode=False),)
+        return lambda: (sampling.sample(engine.runtime, *given),)
 
     def decoding(engine: Engine) -> Callable[[], Tensors]:
-        latents = walk(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
+        latents = sampling.sample(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
         return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:
@@ -233,18 +237,6 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
     if model == "emoji-64":
         yield Part("decoder", "", 0, decoding)
         yield Part("pipeline", own, 2 if own == 1 else 2 + guided, lambda engine: partial(draw, engine))
-
-
-def walk(networks: Any, scheduler: CoalescerScheduler, sample: torch.Tensor, conditioning: Any, empty: Any, scale: float) -> torch.Tensor:
-    """A call of the pipeline from R to latents, by the runtime or the pipeline ``networks``."""
-    scheduler.set_timesteps(2)
-    for t in range(2):
-        direction, distance = networks.evaluate(sample, conditioning)
-        if scale != 1 and scheduler.is_guided(t):
-            empty_direction, empty_distance = networks.evaluate(sample, empty)
-            direction = guide(direction, distance, empty_direction, empty_distance, scale)
-        sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
-    return sample
 
 
 def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.CpuTimer, budget: float) -> Iterator[Row]:
