@@ -10,7 +10,7 @@ import torch
 import coalescer_fast as cf
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import cpu, packing
+from coalescer_fast.runtime import cpu, cuda, packing
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -169,12 +169,14 @@ def test_threads_may_draw_at_once(pipe):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu"),
+        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, cuda"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot run where the pipeline is, on cpu: there is no CUDA device"),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
         ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
     ],
 )
-def test_bad_use_is_one_sentence(pipe, kwargs, words):
+def test_bad_use_is_one_sentence(pipe, kwargs, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="is") as caught:
         cf.accelerate(pipe, **kwargs)
     assert str(caught.value).startswith(words)
@@ -205,8 +207,30 @@ def test_a_pipeline_that_was_moved_is_refused(pipe):
     pipe.to("meta")
     with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
         pipe("octopus")
-    with pytest.raises(ValueError, match=r"the pipeline is on meta, and is accelerated on CPUs only: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(ValueError, match=r"on meta, and is accelerated on CPUs and CUDA devices only: move it with pipe.to\('cpu'\) first"):
         cf.accelerate(pipe)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_on_a_cuda_device_it_is_the_cuda_runtime(pipe, backend, monkeypatch):
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(type(pipe), "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "CudaRuntime", lambda *args: args)
+    assert cf.accelerate(pipe, backend=backend).runtime == (pipe, "auto", torch.bfloat16)
+    assert cf.accelerate(pipe, backend=backend, dtype="float16").runtime[2] == torch.float16
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run where the pipeline is, on cuda:0: move it with pipe.to\('cpu'\) first"):
+        cf.accelerate(pipe, backend="cpu")
+
+
+def test_the_empty_description_is_prepared_once_for_its_weights(pipe):
+    cf.accelerate(pipe, dtype="float32")
+    first = pipe.runtime.condition([""], pipe.device)
+    assert pipe.runtime.condition([""], pipe.device) is first
+    with torch.no_grad():
+        pipe.unet.null.add_(1)
+    pipe.runtime.refresh()
+    assert not torch.equal(pipe.runtime.condition([""], pipe.device).film[0][0], first.film[0][0])
 
 
 def test_explain_says_what_runs_and_why(pipe):
