@@ -112,7 +112,7 @@ def parser() -> Parser:
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
     top.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for one part of a batch (default: %(default)s)")
-    top.add_argument("--seconds", type=float, metavar="S", help="begin no batch that would end later, if it takes as long as the longest so far")
+    top.add_argument("--seconds", type=float, metavar="S", help="begin no batch that would end later, judged by the longest so far")
     top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
     top.add_argument("--cold", action="store_true", help="measure instead the time to the first picture of a new process")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
