@@ -31,7 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # -Wno-...: the compiler's own intrinsics
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
-X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni")}
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities times ten

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from coalescer_fast.cli import check_writable, step_counts
+from coalescer_fast.cli import check_writable, counts
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import (
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", metavar="FILE", help="the data set, as for coalescer-fast evaluate")
     parser.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
     parser.add_argument("--flow-matching", metavar="DIR", help="saved FlowMatchingUNet (the unet folder of its training)")
-    parser.add_argument("--steps", type=step_counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)")
+    parser.add_argument("--steps", type=counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)")
     parser.add_argument(
-        "--guided-steps", type=step_counts, metavar="N,N", help="step counts that are measured with guidance, too (default: as --steps)"
+        "--guided-steps", type=counts, metavar="N,N", help="step counts that are measured with guidance, too (default: as --steps)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare")

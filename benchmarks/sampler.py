@@ -193,7 +193,7 @@ def providers(
 ) -> Iterator[Provider]:
     """All of them, prepared as far as they can be. The first is the reference, whether or not it is asked for."""
     wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
-    wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name][1] if dtype in args.dtypes]
+    wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name] if dtype in args.dtypes]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:
         if (name, dtype) in known:  # ours chose it itself

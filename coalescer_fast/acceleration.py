@@ -2,63 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .ops import library
+from .runtime import compiled, onnx_file
+from .runtime.cpu import CpuRuntime, native_bfloat16
+from .runtime.cuda import CudaRuntime
+from .runtime.static import StaticRuntime
+
 if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
-    from .runtime.networks import Networks
+    from .runtime.base import Runtime
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = ("auto", "cpu", "cuda")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+BOTH = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """make: (pipe, dtype) -> runtime; dtypes: device type -> what it can compute in there; packages: what it needs; unavailable: why it
+    cannot run in this process all the same, or ""."""
+
+    make: Callable[[CoalescerPipeline, torch.dtype], Runtime]
+    dtypes: Mapping[str, Sequence[str]]
+    packages: Sequence[str] = ()
+    unavailable: Callable[[], str] = lambda: ""
+
+
+BACKENDS = {
+    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: library.unavailable()),
+    "cuda": Backend(
+        lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
+        {"cuda": (*BOTH, "float16")},
+        unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
+    ),
+    "compile": Backend(lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}),
+    "onnxruntime": Backend(
+        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
+        {"cpu": ["float32"]},
+        ("onnxruntime", "onnx", "onnxscript"),
+    ),
+    "openvino": Backend(
+        lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
+        {"cpu": BOTH},
+        ("openvino", "onnx", "onnxscript"),
+    ),
+}
+# device type: what "auto" takes there, even where ops of its have to run on the reference
+AUTO = {"cpu": "cpu", "cuda": "cuda"}
+
+
+def unavailable(name: str) -> str:
+    """Why backend ``name`` cannot run in this process, as what is to be said of it, or ""."""
+    packages = BACKENDS[name].packages
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f"needs the package {package}, which is not installed: run pip install {' '.join(packages)}"
+    reason = BACKENDS[name].unavailable()
+    return f"cannot run: {reason}" if reason else ""
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    return native_bfloat16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def native_dtype(device: str, dtypes: Sequence[str]) -> str:
+    """Of the dtypes, bfloat16 where the device multiplies it itself, else on a GPU float16, else float32."""
+    order = ["bfloat16"] * multiplies_bfloat16(device) + ["float16"] * (device == "cuda") + ["float32"]
+    return next(name for name in order if name in dtypes)
 
 
 def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto") -> CoalescerPipeline:
     """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to rounding.
 
-    On a CPU: channels innermost in memory, weights packed once for oneDNN, native fused ops, and bfloat16 where the CPU multiplies it
-    itself (else float32). On a CUDA device: channels innermost, fused ops, bfloat16 (float16 before compute capability 8.0), and all steps
-    with the decoder in one CUDA graph for each batch size, captured at the first call of its kind; calls with a callback or a trace go
-    step by step. What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. A
-    weight that is changed later takes effect at the next call.
+    - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size and resolution.
+      Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images multiply 8-bit integers, their ranges
+      found here on a few dozen known names; it needs a processor with AVX-512 VNNI and bfloat16.
+    - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size, resolution, step count
+      and use of guidance, captured at the first call of its kind; calls with a callback or a trace go step by step.
+    - "compile" (on GPUs, too), "onnxruntime" and "openvino": the networks by torch.compile, ONNX Runtime or OpenVINO, each prepared for a
+      batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call; the last eight are kept.
+
+    What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. A weight that is
+    changed later takes effect at the next call.
 
     Args:
-        pipe: a pipeline on a CPU or a CUDA device.
-        backend: "auto", or "cpu" or "cuda", which is where the pipeline must be.
-        dtype: "auto", "float32", "bfloat16" or, on a CUDA device, "float16", or the torch.dtype.
+        pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
+        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or one of `BACKENDS`.
+        dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a dtype or its name, as
+            in `BACKENDS`.
 
     Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
 
     Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here.
     """
-    from .ops import library
-    from .runtime.cpu import CpuRuntime, native_bfloat16
-
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
-    where = pipe.device.type
-    if where not in ("cpu", "cuda"):
-        raise ValueError(f"the pipeline is on {where}, and is accelerated on CPUs and CUDA devices only: move it with pipe.to('cpu') first")
-    if backend not in ("auto", where):
-        lacks = backend == "cuda" and not torch.cuda.is_available()
-        mend = "there is no CUDA device" if lacks else f"move it with pipe.to({backend!r}) first"
-        raise ValueError(f"backend {backend!r} cannot run where the pipeline is, on {pipe.device}: {mend}")
-    if where == "cuda":
-        from .runtime import cuda
-
-        pipe.runtime = cuda.CudaRuntime(pipe, "auto", cuda.chosen_dtype(dtype, pipe.device))
-        return pipe
-    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
-    if dtype == "auto":
-        chosen = torch.bfloat16 if native_bfloat16() else torch.float32
-    if chosen is None:
-        raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
-    reason = library.unavailable()
-    if reason and backend == "cpu":
-        raise ValueError(f"backend 'cpu' cannot run: {reason}")
-    pipe.runtime = CpuRuntime(pipe, "reference" if reason else "cpu", chosen)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
+    device = pipe.device.type
+    devices = list(AUTO if backend == "auto" else BACKENDS[backend].dtypes)
+    if device not in devices:
+        where = f"runs on {' and '.join(devices)}, and the pipeline is on {pipe.device}"
+        raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
+    name = AUTO[device] if backend == "auto" else backend
+    dtypes = BACKENDS[name].dtypes[device]
+    chosen = native_dtype(device, dtypes) if dtype == "auto" else str(dtype).removeprefix("torch.")
+    if chosen not in dtypes:
+        raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {name!r} on {device}")
+    if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
+        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, dtypes)}")
+    if backend != "auto" and (reason := unavailable(name)):
+        raise ValueError(f"backend {name!r} {reason}")
+    pipe.runtime = BACKENDS[name].make(pipe, DTYPES[chosen])
     return pipe
 
 
@@ -69,9 +128,9 @@ def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
 
 
 def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: Any) -> None:
-    """Do now what the first call would do once: pack the weights, choose a kernel for every call of these batch sizes, capture its graph.
+    """Do now what the first call of these batch sizes would do once: pack the weights, prepare the networks, capture graphs.
 
-    ``call``: what else the calls to come will be given, of that which is captured: num_inference_steps, height, width, output_type,
+    ``call``: what else the calls to come will be given, of that which is prepared for: num_inference_steps, height, width, output_type,
     guidance_scale (whether it is 1).
 
     Raises: ValueError if the pipeline is not accelerated.
@@ -89,7 +148,7 @@ def explain(pipe: CoalescerPipeline) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def accelerated(pipe: CoalescerPipeline) -> Networks:
+def accelerated(pipe: CoalescerPipeline) -> Runtime:
     if pipe.runtime is None:
         raise ValueError("the pipeline is not accelerated: call coalescer_fast.accelerate(pipe) first")
     return pipe.runtime

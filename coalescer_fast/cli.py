@@ -9,6 +9,7 @@ import logging
 import platform
 import re
 import secrets
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,12 @@ def parser() -> Parser:
     sub.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
+    sub = command("warmup", warmup, "time the preparation of an accelerated model, and a call after it")
+    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    sub.add_argument("--backend", default="auto", help="what runs the networks, as of accelerate (default: %(default)s)")
+    sub.add_argument("--dtype", default="auto", help="what they compute in, as of accelerate (default: %(default)s)")
+    sub.add_argument("--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)")
+
     sub = command("train", train, "train a model on pictures with descriptions")
     sub.add_argument("kind", choices=["autoencoder", "coalescer"])
     sub.add_argument("--config", required=True, metavar="FILE.toml", help="a TOML file, or the name of one of the package's own")
@@ -98,7 +105,7 @@ def parser() -> Parser:
     sub = command("evaluate", evaluate, "measure a model on a data set")
     sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
     sub.add_argument("--data", required=True, metavar="FILE.npz", help="a data set made by build-data")
-    sub.add_argument("--steps", type=step_counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)")
+    sub.add_argument("--steps", type=counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)")
     sub.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the rows to a file, too")
 
     sub = command("build-data", build_data, "build the emoji data set from npm packages")
@@ -151,6 +158,7 @@ def sample(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     import torch
 
+    from . import acceleration
     from .ops import backends
     from .ops.dispatch import BACKENDS
     from .pipeline import WEIGHTS, embedded_models
@@ -162,6 +170,8 @@ def info(args: argparse.Namespace) -> None:
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     states = backends("group_norm_silu")
     facts["backends"] = {name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()}
+    reasons = {name: acceleration.unavailable(name) for name in acceleration.BACKENDS}
+    facts["accelerate"] = {name: {"able": not reason, "reason": reason} for name, reason in reasons.items()}
     facts["models"] = {name: sum(file.stat().st_size for file in (WEIGHTS / name).rglob("*")) for name in embedded_models()}
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -170,8 +180,11 @@ def info(args: argparse.Namespace) -> None:
     for name, state in facts.pop("backends").items():
         note = f" ({state['note']})" if state["note"] else ""
         facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}{note}"
+    for name, state in facts.pop("accelerate").items():
+        facts[f"accelerate {name}"] = state["reason"] or "can run"
+    width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:18s} {value or 'none'}")
+        print(f"{name:{width}s}  {value or 'none'}")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -183,6 +196,32 @@ def verify(args: argparse.Namespace) -> int:
     result = compare(pipe, args.prompts)
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)
     return 0 if result.passed else 1
+
+
+def warmup(args: argparse.Namespace) -> None:
+    import torch
+
+    from .acceleration import accelerate
+    from .acceleration import warmup as prepare
+    from .pipeline import CoalescerPipeline
+
+    pipe: Any = accelerate(CoalescerPipeline.from_pretrained(args.model), backend=args.backend, dtype=args.dtype)
+    pipe.set_progress_bar_config(disable=True)
+
+    def seconds(function: Callable[..., object], *args: Any) -> float:
+        start = time.perf_counter()
+        function(*args)
+        return time.perf_counter() - start
+
+    def call(n: int) -> None:
+        pipe("octopus", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), output_type="pt")
+
+    rows = []
+    for n in args.batch_sizes:
+        row = {"pictures": n, "warm-up, s": seconds(prepare, pipe, (n,))}
+        rows.append({**row, "call, s": statistics.median(seconds(call, n) for _ in range(5))})
+    print(f"{pipe.runtime.name}, {str(pipe.runtime.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads")
+    print(aligned(rows))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -230,7 +269,7 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def step_counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
 
 

@@ -26,7 +26,7 @@ from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler
 
 if TYPE_CHECKING:
-    from .runtime.networks import Networks
+    from .runtime.base import Runtime
 
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORKS = ("unet", "description_encoder", "vae")
@@ -63,7 +63,7 @@ class CoalescerPipeline(DiffusionPipeline):
     """
 
     # what `accelerate` has put in the place of the networks
-    runtime: Networks | None = None
+    runtime: Runtime | None = None
     model_cpu_offload_seq = "unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
 
@@ -239,7 +239,7 @@ class CoalescerPipeline(DiffusionPipeline):
         means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
-    def _networks(self) -> CoalescerPipeline | Networks:
+    def _networks(self) -> CoalescerPipeline | Runtime:
         """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
         if self.runtime is None:
             return self

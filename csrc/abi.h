@@ -22,9 +22,9 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 1
+#define CF_ABI_VERSION 2
 
-enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2 };
+enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
 enum cf_status {
     CF_OK = 0,
@@ -119,6 +119,115 @@ CF_API int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args);
 CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
 CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
 CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
+
+/* A network as a list of steps, run by threads that stay together from the first step to the last: nothing is allocated, chosen or packed
+ * on the way, and no step costs more than a few hundred nanoseconds to start. */
+
+/* Images (height, width, channels), channels innermost: element (n, y, x, c) is data[n * sample + y * row + x * channels + c], sizes in
+ * bytes. With border = 1, there is a position more on every side, at which data points: whoever writes the image writes `zero` there. */
+typedef struct {
+    void* data;
+    int64_t dtype;
+    int64_t row, sample; /* bytes */
+    int64_t border;
+} cf_image;
+
+/* How float values are made 8 bits: q[c] = round(value * inverse[c]) + zero[c], in 0 ... 255; inverse null for other dtypes. */
+typedef struct {
+    const float* inverse;
+    const uint8_t* zero;
+} cf_quantisation;
+
+/* group_norm_silu with channels innermost, into an image: norm's own y, dtype of y, and threads are not looked at. */
+typedef struct {
+    cf_group_norm_silu_args norm;
+    cf_image y;
+    int64_t width; /* spatial is height * width */
+    cf_quantisation quantisation;
+} cf_group_norm_image_args;
+
+/* y = act(convolution(x) + bias + residual). Weights are packed: the outputs in vectors of cf_cpu_vector_width(), the vectors in blocks of
+ * three or two (ceil(vectors / 3) blocks, the first ones larger by one), and a block as (taps, channels * size / 4, vectors, width, 4 / size). */
+typedef struct {
+    cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
+    cf_image residual; /* of y's shape and dtype, or data null */
+    cf_image y;        /* float32 or bfloat16 */
+    const void* weight;
+    const float* bias;  /* (outputs) */
+    const float* scale; /* (outputs), of the integer sums, for uint8; else null */
+    int64_t n, height, width; /* of y */
+    int64_t channels; /* of x, a multiple of 4 bytes */
+    int64_t outputs, taps, stride, relu;
+} cf_convolution_args;
+
+/* y = cat([x, skip], 1), each position repeated `factor` times along both axes, converted, channels after the last being zero. */
+typedef struct {
+    cf_tensor4 parts[2]; /* (n, channels, height / factor, width / factor), any strides; the second may be null */
+    int64_t channels[2];
+    cf_image y;
+    int64_t n, height, width, y_channels, factor;
+} cf_gather_args;
+
+/* Element (n, head, i, d) is data[n * sample + head * head_stride + i * row + d], in elements. */
+typedef struct {
+    const void* data;
+    int64_t sample, head_stride, row;
+} cf_heads;
+
+/* y = softmax(q k^T * scale) v for every sample and head, over the keys whose mask is not 0. */
+typedef struct {
+    cf_heads q, k, v;
+    const uint8_t* mask; /* (n, k_length), or null */
+    void* y;             /* (n, length, heads * width) */
+    int64_t dtype;       /* float32 or bfloat16 */
+    int64_t n, heads, length, k_length, width;
+    double scale;
+} cf_attention_args;
+
+/* y = (x - mean) / sqrt(var + eps) * weight + bias over the channels of every row. */
+typedef struct {
+    const void* x; /* (rows, channels) */
+    void* y;
+    int64_t dtype; /* float32 or bfloat16 */
+    int64_t rows, channels;
+    const float *weight, *bias;
+    double eps;
+} cf_layer_norm_args;
+
+/* y = value * gelu(gate), gelu(x) = x (1 + erf(x / sqrt(2))) / 2; rows of value and gate are `stride` elements apart. */
+typedef struct {
+    const void *value, *gate;
+    void* y;       /* (rows, channels) */
+    int64_t dtype; /* float32 or bfloat16 */
+    int64_t rows, channels, stride;
+} cf_gate_args;
+
+enum cf_step_kind {
+    CF_CONVOLUTION = 0,
+    CF_GROUP_NORM_SILU = 1,
+    CF_GATHER = 2,
+    CF_ATTENTION = 3,
+    CF_DUAL_HEAD = 4,
+    CF_LAYER_NORM = 5,
+    CF_GATE = 6
+};
+
+typedef struct {
+    int64_t kind;
+    const void* args; /* of that kind */
+} cf_step;
+
+typedef struct {
+    const cf_step* steps;
+    int64_t count;
+    int64_t threads;
+} cf_program_args;
+
+/* Floats in a vector of the instruction set in use; weights are packed for it. */
+CF_API int cf_cpu_vector_width(void);
+/* Dtypes beside float32 that the instruction set in use multiplies: bit 0 bfloat16, bit 1 uint8. */
+CF_API int cf_cpu_products(void);
+CF_API int cf_cpu_run(const cf_program_args* args);
 
 /* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor
  * allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h, direction_weight, and sample and direction of

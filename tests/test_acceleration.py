@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import coalescer_fast as cf
+from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import cpu, cuda, packing
+from coalescer_fast.runtime import base, cpu
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -103,17 +104,15 @@ def test_changed_weights_take_effect(pipe, network, change):
 
 
 def test_after_a_warmup_nothing_is_packed(pipe):
-    if packing.unavailable():
-        pytest.skip(packing.unavailable())
     cf.accelerate(pipe)
-    before = packing.count
+    before = base.count
     cf.warmup(pipe, batch_sizes=(1, 4))
-    assert packing.count > before
-    after = packing.count
+    assert base.count > before
+    after = base.count
     draw(pipe)
     draw(pipe, "owl")
     draw(pipe, PROMPTS * 3)  # a batch size that was not warmed up just works
-    assert packing.count == after
+    assert base.count == after
 
 
 def test_other_sizes_just_work():
@@ -125,14 +124,6 @@ def test_other_sizes_just_work():
     for size in (64, 48, 80):
         expected = draw(cf.restore(pipe), height=size, width=64)
         assert psnr(draw(cf.accelerate(pipe, dtype="float32"), height=size, width=64), expected).median() > 60
-
-
-@pytest.mark.parametrize(("length", "width"), [(256, 256), (7, 130), (16, 32), (600, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention(dtype, length, width):
-    q, k, v = torch.randn(3, 2, 3, length, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(packing.attention(q, k, v).double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_many_batch_sizes_leave_memory_flat(pipe):
@@ -169,18 +160,26 @@ def test_threads_may_draw_at_once(pipe):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, cuda"),
-        ({"backend": "cuda"}, "backend 'cuda' cannot run where the pipeline is, on cpu: there is no CUDA device"),
+        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, cuda, compile"),
+        ({"backend": "cuda"}, "backend 'cuda' runs on cuda, and the pipeline is on cpu: move it with pipe.to('cuda') first"),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
         ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
+        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'"),
     ],
 )
-def test_bad_use_is_one_sentence(pipe, kwargs, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_bad_use_is_one_sentence(pipe, kwargs, words):
     with pytest.raises(ValueError, match="is") as caught:
         cf.accelerate(pipe, **kwargs)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
+    assert pipe.runtime is None
+
+
+def test_a_missing_package_is_one_sentence(pipe, monkeypatch):
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
+    words = r"^backend 'openvino' needs the package openvino, which is not installed: run pip install openvino onnx onnxscript$"
+    with pytest.raises(ValueError, match=words):
+        cf.accelerate(pipe, "openvino")
     assert pipe.runtime is None
 
 
@@ -194,32 +193,42 @@ def test_without_the_native_library(pipe, monkeypatch):
     assert psnr(draw(pipe), reference).median() > 70
 
 
-def test_without_packed_weights(pipe, monkeypatch):
-    monkeypatch.setattr(packing, "unavailable", lambda: "this torch has no oneDNN")
-    reference = draw(pipe)
-    cf.accelerate(pipe, dtype="float32")
-    assert psnr(draw(pipe), reference).median() > 70
-    assert "not packed: this torch has no oneDNN" in cf.explain(pipe)
-
-
 def test_a_pipeline_that_was_moved_is_refused(pipe):
     cf.accelerate(pipe)
     pipe.to("meta")
     with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
         pipe("octopus")
-    with pytest.raises(ValueError, match=r"on meta, and is accelerated on CPUs and CUDA devices only: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(ValueError, match=r"runs on cpu and cuda, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"):
         cf.accelerate(pipe)
+    with pytest.raises(ValueError, match="backend 'compile' runs on cpu and cuda, and the pipeline is on meta"):
+        cf.accelerate(pipe, "compile")
 
 
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
-def test_on_a_cuda_device_it_is_the_cuda_runtime(pipe, backend, monkeypatch):
-    device = torch.device("cuda:0")
-    monkeypatch.setattr(type(pipe), "device", device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "CudaRuntime", lambda *args: args)
-    assert cf.accelerate(pipe, backend=backend).runtime == (pipe, "auto", torch.bfloat16)
-    assert cf.accelerate(pipe, backend=backend, dtype="float16").runtime[2] == torch.float16
-    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run where the pipeline is, on cuda:0: move it with pipe.to\('cpu'\) first"):
+@pytest.mark.parametrize(
+    ("native", "dtype", "expected"),
+    [
+        (True, "auto", torch.bfloat16),
+        (False, "auto", torch.float16),
+        (True, torch.float16, torch.float16),
+        (False, "float32", torch.float32),
+        (False, "bfloat16", "dtype is 'bfloat16', which cuda:0 lacks: use float16"),
+        (True, "int8", "dtype is 'int8'; use one of auto, float32, bfloat16, float16 with backend 'cuda' on cuda"),
+    ],
+    ids=str,
+)
+def test_on_a_cuda_device_it_is_the_cuda_runtime(pipe, backend, native, dtype, expected, monkeypatch):
+    monkeypatch.setattr(type(pipe), "device", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(acceleration, "CudaRuntime", lambda *args: args)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match="dtype is") as caught:
+            cf.accelerate(pipe, backend, dtype)
+        assert str(caught.value) == expected
+    else:
+        assert cf.accelerate(pipe, backend, dtype).runtime == (pipe, "auto", expected)
+    with pytest.raises(ValueError, match=r"backend 'cpu' runs on cpu, and the pipeline is on cuda:0: move it with pipe.to\('cpu'\) first"):
         cf.accelerate(pipe, backend="cpu")
 
 

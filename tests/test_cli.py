@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coalescer_fast import __version__, cli
+from coalescer_fast import __version__, acceleration, cli
 from coalescer_fast.parity import Verification, at_least
 
 
@@ -143,10 +143,13 @@ def test_info(run):
     assert facts["models"]["emoji-64"] > 1e5
     assert list(facts["backends"]) == ["reference", "cpu", "triton", "cuda"]
     assert facts["backends"]["reference"] == {"able": True, "reason": "", "note": ""}
+    assert list(facts["accelerate"]) == list(acceleration.BACKENDS)
+    assert facts["accelerate"]["compile"] == {"able": True, "reason": ""}
     status, out, _ = run("info")
     assert status == 0
     assert "emoji-64" in out
-    assert "backend reference  can run\n" in out
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert {"backend reference can run", "accelerate compile can run"} <= lines
     for name in ("triton", "cuda"):
         (line,) = (line for line in out.splitlines() if line.startswith(f"backend {name}"))
         assert line.endswith("(not yet run on a GPU)")
@@ -159,7 +162,7 @@ def test_sample_accelerated(run, tmp_path):
     assert np.abs(reference - accelerated).max() <= 2
     status, _, error = run("sample", "octopus", "--backend", "magic")
     assert status == 1
-    assert error.splitlines()[-1] == "coalescer-fast: backend is 'magic'; use one of auto, cpu"
+    assert error.splitlines()[-1] == "coalescer-fast: backend is 'magic'; use one of auto, " + ", ".join(acceleration.BACKENDS)
 
 
 def test_sample_one(run, tmp_path):
@@ -250,3 +253,15 @@ def test_verify(run):
     status, _, error = run("verify", "--backend", "abacus")
     assert status == 1
     assert_one_sentence(error.splitlines()[-1] + "\n", "abacus", "auto")  # below a progress bar
+
+
+def test_warmup(run):
+    status, out, _ = run("warmup", "--dtype", "float32", "--batch-sizes", "1,2")
+    assert status == 0
+    head, *lines = out.splitlines()
+    assert head.startswith("cpu, float32, ")
+    assert lines[0].split() == ["pictures", "1", "2"]
+    for line in lines[1:]:
+        assert all(float(cell) > 0 for cell in line.split()[-2:])
+    assert [line.split()[0] for line in lines[1:]] == ["warm-up,", "call,"]
+    assert_one_sentence(run("warmup", "--batch-sizes", "0")[2], "--batch-sizes", "whole number")

@@ -152,16 +152,15 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
         norm1, norm2 = self.norm1, self.norm2
         h = ops.group_norm_silu(x, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps, skip=skip, backend=self.backend)
-        h, bias = self.conv1.without_bias(h)
         h = ops.group_norm_silu(
-            h,
+            self.conv1.without_bias(h),
             norm2.num_groups,
             norm2.weight,
             norm2.bias,
             norm2.eps,
             scale=film[0],
             shift=film[1],
-            pre_bias=bias,
+            pre_bias=self.conv1.bias,
             backend=self.backend,
         )
         return self.conv2.plus(h, self._residual(x, skip), self.backend)
@@ -174,8 +173,6 @@ class ResidualBlock(nn.Module):
 
 class SelfAttention(nn.Module):
     """x + proj(attention(GroupNorm(x))) over the H*W positions."""
-
-    attend: Callable[..., torch.Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, num_heads: int, num_groups: int):
         super().__init__()
@@ -191,7 +188,7 @@ class SelfAttention(nn.Module):
         h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
         rows = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
-        rows = self.to_out(merge_heads(self.attend(q, k, v)))
+        rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + rows.transpose(1, 2).reshape(x.shape)
 
 
@@ -379,7 +376,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         """
         if description.ndim != 2 or description.shape[1] != self.config.description_dim:
             raise ValueError(f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})")
-        description = description.to(self.dtype)
+        description = description.to(self.null.dtype)
         embedding = self.embed(description)
         film = [tuple(block.film(embedding).chunk(2, 1)) for block in self.residual_blocks]
         if self.anchor_mlp is not None and anchor is None:
@@ -388,7 +385,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         if self.config.cross_attention_dim is not None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is missing: this network attends to the description's token rows")
-            rows = encoder_hidden_states.to(self.dtype)
+            rows = encoder_hidden_states.to(self.null.dtype)
             keys_values = [m.keys_values(rows) for m in self._in_order() if isinstance(m, TransformerBlock)]
         return Conditioning(film, anchor, keys_values, encoder_attention_mask)
 
@@ -408,7 +405,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                     h = module(h)
             return h
 
-        x = sample.to(self.dtype)
+        x = sample.to(self.null.dtype)
         h = self.conv_in(x if conditioning.anchor is None else torch.cat([x, conditioning.anchor.to(x.dtype)], 1))
         skips = [h]
         for part in self.down:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {1: "an argument that it does not take", 2: "out of memory"}
 Call = Callable[[bytes], None]
@@ -58,6 +58,21 @@ def isa() -> str:
     if library is None:
         raise RuntimeError(reason)
     return library.cf_cpu_isa().decode()
+
+
+def vector_width() -> int:
+    """Floats in a vector of the instruction set in use."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library.cf_cpu_vector_width()
+
+
+def products() -> tuple[torch.dtype, ...]:
+    """The dtypes that the instruction set in use multiplies itself."""
+    library, _ = _load()
+    found = 0 if library is None else library.cf_cpu_products()
+    return (torch.float32, *(dtype for bit, dtype in enumerate((torch.bfloat16, torch.uint8)) if found >> bit & 1))
 
 
 def set_isa(name: str) -> None:

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..nvtx_ranges import span
 from ..ops.dispatch import BACKENDS, PREFERENCE
 from ..scheduler import CoalescerScheduler
+from .cpu import fingerprint
 from .graphs import CudaRecorder, Graphs, Recorder
-from .networks import Networks
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_GRAPHS = 16
 SHARE = 4  # of the device's memory, one part in so many is for graphs
 VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
-
-
-def chosen_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """What "auto" or a name stands for on the device: bfloat16 from compute capability 8.0 on, else float16.
-
-    Raises: ValueError, in one sentence, for another name, and for bfloat16 on a device without it.
-    """
-    capability = torch.cuda.get_device_capability(device)
-    if dtype == "auto":
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16
-    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
-        raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
-    if chosen == torch.bfloat16 and capability < (8, 0):
-        version = ".".join(map(str, capability))
-        raise ValueError(f"dtype is {dtype!r}, which {device} of compute capability {version} lacks: use float16 or float32")
-    return chosen
 
 
 class Key(NamedTuple):
@@ -63,13 +48,16 @@ class Key(NamedTuple):
         return ", ".join(words + ([f"{self.tokens[0]} tokens"] if any(self.tokens) else []))
 
 
-class CudaRuntime(Networks):
-    """`Networks`, and their steps and decoder as one graph for each `Key`.
+class CudaRuntime:
+    """Copies of a pipeline's networks, channels innermost, and their steps and decoder as one graph for each `Key`.
+
+    R, directions, distances and pictures are float32. The pipeline's own networks stay as they are; the copies are made anew when a weight
+    has changed.
 
     Args:
         pipe: a pipeline on a CUDA device.
         backend: of the ops; "auto" takes the fastest that can run each call.
-        dtype: see `chosen_dtype`.
+        dtype: of weights and activations.
         most_bytes: of memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no graphs.
         most_graphs: the least recently used goes.
         recorder: what captures; CUDA if None.
@@ -89,11 +77,48 @@ class CudaRuntime(Networks):
         if most_bytes is None:
             most_bytes = graph_bytes(pipe.device)
         self.graphs = Graphs(CudaRecorder(pipe.device) if recorder is None else recorder, most_graphs, most_bytes)
-        super().__init__(pipe, backend, dtype)
+        self.pipe, self.backend, self.dtype, self.device = pipe, backend, dtype, pipe.device
+        self.state: list[tuple[int, int]] | None = None
+        self.lock = threading.Lock()
+        self.refresh()
 
-    def prepare(self) -> None:
-        """Graphs hold the addresses of the weights."""
-        self.release()
+    def refresh(self) -> None:
+        """Take over the pipeline's weights if they are not those that the copies were made of; graphs hold the copies' addresses."""
+        with self.lock:
+            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
+                return
+            self.unet = self._copy(self.pipe.unet)
+            self.unet.set_backend(self.backend)
+            self.decoder = self._copy(self.pipe.vae.decoder)
+            self.empty: Conditioning | None = None
+            self.release()
+            self.state = state
+
+    def _copy(self, network: nn.Module) -> Any:
+        fast = copy.deepcopy(network).eval().requires_grad_(False)
+        for parameter in fast.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+        """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
+        description alone is kept, for it depends on the weights only."""
+        if texts == [""] and self.empty is not None:
+            return self.empty
+        full = self.pipe.condition(texts, device)
+        rounded = full.map(lambda x: x.to(self.dtype))
+        anchor = None if full.anchor is None else full.anchor.contiguous(memory_format=torch.channels_last)
+        found = Conditioning(rounded.film, anchor, rounded.keys_values, full.mask)
+        if texts == [""]:
+            self.empty = found
+        return found
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        return self.unet(sample.contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.decoder(x).float(), self.pipe.vae.patch_size)
 
     def release(self) -> None:
         """Give the graphs' memory back; the next call captures anew."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.unet import Conditioning
+from .base import counted
 
 # what a graph is given: a tensor (N, C, H, W); conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
 Input = Tensor | Conditioning | float | None
@@ -121,7 +122,7 @@ class Graphs:
                     self.recorder.clear()
                 raise
         self.captures += 1
-        graph = Graph(inputs, [None if isinstance(x, Tensor) else x for x in given], replay, output, 0)
+        graph = counted(Graph(inputs, [None if isinstance(x, Tensor) else x for x in given], replay, output, 0))
         graph.bytes = input_bytes(graph) + self.recorder.bytes() - before
         return graph
 

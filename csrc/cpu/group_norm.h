@@ -223,17 +223,36 @@ inline vf apply(vf x, vf mean, vf factor, vf offset) {
     return SILU ? silu(y) : y;
 }
 
-template <class T, bool SILU, bool STREAM>
-void apply_channels_last(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t positions, int64_t width, Coefficients k) {
-    for (int64_t r = 0; r < positions; ++r, x += x_stride, y += y_stride) {
+// Where normalised rows of a sample go: to y, a row behind the other.
+template <class T, bool STREAM>
+struct Dense {
+    T* y;
+    int64_t spatial, channels;
+
+    struct Row {
+        T* y;
+        void whole(int64_t c, vf value) const { STREAM ? store_streaming(y + c, value) : store(y + c, value); }
+        void part(int64_t c, vf value, int64_t count) const { store_part(y + c, value, count); }
+    };
+
+    Row row(int64_t n, int64_t r) const { return {y + (n * spatial + r) * channels}; }
+    void finish(int64_t, int64_t, int64_t) const {
+        if (STREAM) end_streaming();
+    }
+};
+
+template <class T, bool SILU, class Target>
+void apply_channels_last(const T* x, int64_t x_stride, const Target& target, int64_t n, int64_t begin, int64_t end, int64_t offset,
+                         int64_t width, Coefficients k) {
+    for (int64_t r = begin; r < end; ++r, x += x_stride) {
+        const auto row = target.row(n, r);
         int64_t c = 0;
-        for (; c + W <= width; c += W) {
-            const vf value = apply<SILU>(load(x + c), load(k.mean + c), load(k.factor + c), load(k.offset + c));
-            STREAM ? store_streaming(y + c, value) : store(y + c, value);
-        }
+        for (; c + W <= width; c += W)
+            row.whole(offset + c, apply<SILU>(load(x + c), load(k.mean + c), load(k.factor + c), load(k.offset + c)));
         if (c < width) {
             const int64_t part = width - c;
-            store_part(y + c, apply<SILU>(load_part(x + c, part), load(k.mean + c), load(k.factor + c), load(k.offset + c)), part);
+            const vf value = apply<SILU>(load_part(x + c, part), load(k.mean + c), load(k.factor + c), load(k.offset + c));
+            row.part(offset + c, value, part);
         }
     }
 }
@@ -260,21 +279,20 @@ struct Sample {
     }
 };
 
-template <class T, bool SILU, bool STREAM>
-void apply_rows(const cf_group_norm_silu_args& a, const Sample<T>& sample, int64_t begin, int64_t end, Coefficients k) {
-    const int64_t channels = a.c1 + a.c2;
+template <class T, bool SILU, class Target>
+void apply_rows(const Sample<T>& sample, int64_t begin, int64_t end, Coefficients k, const Target& target) {
     for (const Part<T>& part : sample.parts) {
         if (!part.width) continue;
-        T* y = static_cast<T*>(a.y) + (sample.n * a.spatial + begin) * channels + part.offset;
         const Coefficients mine{k.mean + part.offset, k.factor + part.offset, k.offset + part.offset};
-        apply_channels_last<T, SILU, STREAM>(part.x + begin * part.stride, part.stride, y, channels, end - begin, part.width, mine);
+        const T* x = part.x + begin * part.stride;
+        apply_channels_last<T, SILU>(x, part.stride, target, sample.n, begin, end, part.offset, part.width, mine);
     }
-    if (STREAM) end_streaming();
+    target.finish(sample.n, begin, end);
 }
 
 // All threads on the positions of one sample after another.
-template <class T, bool SILU, bool STREAM>
-int share_positions(const cf_group_norm_silu_args& a) {
+template <class T, bool SILU, class Target>
+int share_positions(const cf_group_norm_silu_args& a, const Target& target) {
     const int64_t channels = a.c1 + a.c2, padded = channels + W;
     const int64_t chunk = chunk_of(a.spatial), chunks = (a.spatial + chunk - 1) / chunk;
     const size_t bytes = Workspace::bytes(channels);
@@ -296,7 +314,7 @@ int share_positions(const cf_group_norm_silu_args& a) {
             merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, ws.channels);
         find_coefficients(a, n, 0, channels, ws);
         parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
-            apply_rows<T, SILU, STREAM>(a, sample, begin * chunk, end_of(end - 1), ws.coefficients);
+            apply_rows<T, SILU>(sample, begin * chunk, end_of(end - 1), ws.coefficients, target);
         });
     }
     return CF_OK;
@@ -325,8 +343,8 @@ int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t thread
 }
 
 // Each thread on samples of its own, channels innermost.
-template <class T, bool SILU, bool STREAM>
-int share_samples(const cf_group_norm_silu_args& a, int64_t threads) {
+template <class T, bool SILU, class Target>
+int share_samples(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
     const int64_t channels = a.c1 + a.c2, chunk = chunk_of(a.spatial);
     return share_blocks(a, channels, threads, [&](int64_t n, int64_t, const Workspace& ws) {
         const Sample<T> sample(a, n);
@@ -337,7 +355,7 @@ int share_samples(const cf_group_norm_silu_args& a, int64_t threads) {
             merge_chunk(r, stop, channels, ws.shift, ws.sums, ws.squares, ws.channels);
         }
         find_coefficients(a, n, 0, channels, ws);
-        apply_rows<T, SILU, STREAM>(a, sample, 0, a.spatial, ws.coefficients);
+        apply_rows<T, SILU>(sample, 0, a.spatial, ws.coefficients, target);
     });
 }
 
@@ -361,13 +379,20 @@ int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
     });
 }
 
+// Channels innermost.
+template <class T, bool SILU, class Target>
+int share_rows(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
+    const int64_t size = a.n * (a.c1 + a.c2) * a.spatial;
+    const bool few = a.n % threads && a.n < 4 * threads;
+    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, target);
+    return share_samples<T, SILU>(a, size < SERIAL ? 1 : threads, target);
+}
+
 template <class T, bool SILU, bool STREAM>
 int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
-    const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial, threads = size < SERIAL ? 1 : a.threads;
-    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, threads);
-    const bool few = a.n % threads && a.n < 4 * threads;
-    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU, STREAM>(a);
-    return share_samples<T, SILU, STREAM>(a, threads);
+    const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial;
+    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, size < SERIAL ? 1 : a.threads);
+    return share_rows<T, SILU>(a, a.threads, Dense<T, STREAM>{static_cast<T*>(a.y), a.spatial, channels});
 }
 
 inline int group_norm_silu(const cf_group_norm_silu_args& a) {

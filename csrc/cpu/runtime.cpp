@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__unix__) || defined(__APPLE__)
@@ -15,6 +16,8 @@ void (*omp_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
 int (*omp_thread_num)(void) = nullptr;
 int (*omp_num_threads)(void) = nullptr;
 
+constexpr int64_t MOST_THREADS = 64;
+
 struct Buffer {
     void* data = nullptr;
     size_t size = 0;
@@ -28,19 +31,69 @@ struct Ranges {
     void* context;
 };
 
-void run_range(void* pointer) {
-    const Ranges& ranges = *static_cast<const Ranges*>(pointer);
-    const int64_t team = omp_num_threads(), rank = omp_thread_num();
-    const int64_t begin = ranges.items * rank / team, end = ranges.items * (rank + 1) / team;
+// Threads that stay together: the one that has the work, rank 0, and others that look for it.
+struct Team {
+    int64_t size = 1;
+    alignas(64) int64_t posted = 0;  // counts the pieces of work; -1: there will be no more
+    const Ranges* work = nullptr;
+    struct alignas(64) Done {
+        int64_t count;
+    };
+    Done done[MOST_THREADS] = {};
+    int (*body)(void*);
+    void* context;
+    int status = 0;
+};
+thread_local Team* team = nullptr;
+
+// Until ready() is true. Other threads may need the processor before it can be.
+template <class F>
+void look_until(const F& ready) {
+    for (int spins = 0; !ready(); ++spins) {
+        if (spins < 4096) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+void run_share(const Ranges& ranges, int64_t rank, int64_t size) {
+    const int64_t begin = ranges.items * rank / size, end = ranges.items * (rank + 1) / size;
     if (begin < end) ranges.task(ranges.context, begin, end);
 }
+
+void run_member(void* pointer) {
+    Team& mine = *static_cast<Team*>(pointer);
+    const int64_t rank = omp_thread_num(), size = omp_num_threads();
+    if (rank == 0) {
+        mine.size = size;
+        team = &mine;
+        mine.status = mine.body(mine.context);
+        team = nullptr;
+        __atomic_store_n(&mine.posted, -1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int64_t seen = 0;;) {
+        int64_t posted;
+        look_until([&] { return (posted = __atomic_load_n(&mine.posted, __ATOMIC_ACQUIRE)) != seen; });
+        if (posted < 0) return;
+        seen = posted;
+        run_share(*mine.work, rank, size);
+        __atomic_store_n(&mine.done[rank].count, seen, __ATOMIC_RELEASE);
+    }
+}
+
+void run_range(void* pointer) { run_share(*static_cast<const Ranges*>(pointer), omp_thread_num(), omp_num_threads()); }
 
 const Kernels* find(const char* isa) {
 #if defined(__x86_64__) && !defined(CF_PORTABLE_ONLY)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (!strcmp(isa, "avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels;
+    if (!strcmp(isa, "avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return &avx512_bf16_kernels;
     if (!strcmp(isa, "avx512") && avx512) return &avx512_kernels;
     // every processor with AVX2 and FMA has F16C
     if (!strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;
@@ -97,6 +150,16 @@ void prepare_output(void* data, int64_t bytes) {
 #endif
 }
 
+int with_team(int64_t threads, int (*body)(void*), void* context) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads <= 1 || !omp_parallel) return body(context);
+    Team mine;
+    mine.body = body;
+    mine.context = context;
+    omp_parallel(run_member, &mine, static_cast<unsigned>(threads), 0);
+    return mine.status;
+}
+
 void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {
     if (threads > items) threads = items;
     if (threads <= 1 || !omp_parallel) {
@@ -104,6 +167,16 @@ void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t
         return;
     }
     Ranges ranges{items, task, context};
+    if (team) {
+        Team& mine = *team;
+        mine.work = &ranges;
+        const int64_t posted = mine.posted + 1;
+        __atomic_store_n(&mine.posted, posted, __ATOMIC_RELEASE);
+        run_share(ranges, 0, mine.size);
+        for (int64_t rank = 1; rank < mine.size; ++rank)
+            look_until([&] { return __atomic_load_n(&mine.done[rank].count, __ATOMIC_ACQUIRE) == posted; });
+        return;
+    }
     omp_parallel(run_range, &ranges, static_cast<unsigned>(threads), 0);
 }
 
@@ -154,4 +227,19 @@ int cf_cpu_coalesce_step(const cf_coalesce_step_args* a) {
     if (!valid(a->dtype) || !valid(a->direction_dtype) || !valid(a->distance) || a->n < 0 || a->size < 0 || !(a->eps > 0))
         return CF_INVALID_ARGUMENT;
     return a->n * a->size > 0 ? current->coalesce_step(*a) : CF_OK;
+}
+
+int cf_cpu_vector_width(void) { return current->width; }
+
+int cf_cpu_products(void) { return current->products; }
+
+int cf_cpu_run(const cf_program_args* a) {
+    if (a->count < 0 || a->threads < 1) return CF_INVALID_ARGUMENT;
+    const auto body = [](void* context) {
+        const cf_program_args& program = *static_cast<const cf_program_args*>(context);
+        for (int64_t i = 0; i < program.count; ++i)
+            if (const int status = current->run_step(program.steps[i], program.threads)) return status;
+        return static_cast<int>(CF_OK);
+    };
+    return with_team(a->threads, body, const_cast<cf_program_args*>(a));
 }

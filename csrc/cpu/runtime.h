@@ -18,6 +18,9 @@ struct Kernels {
     int (*bias_residual)(const cf_bias_residual_args&);
     int (*dual_head)(const cf_dual_head_args&);
     int (*coalesce_step)(const cf_coalesce_step_args&);
+    int (*run_step)(const cf_step&, int64_t threads);
+    int width;     // floats in a vector
+    int products;  // see cf_cpu_products
 };
 
 extern const Kernels portable_kernels;
@@ -35,6 +38,10 @@ int64_t last_level_cache();
 // To be called before an output of so many bytes is written. Large ones are new memory, whose pages the system provides when they are first
 // touched, in 4 KiB steps that cost more than the op: ask for huge pages.
 void prepare_output(void* data, int64_t bytes);
+
+// Run body(context) with a team of so many threads around it, which `parallel_ranges` in body then uses: they wait for work by looking for
+// it, so that it costs a fraction of a microsecond to start. Returns what body returns.
+int with_team(int64_t threads, int (*body)(void*), void* context);
 
 // Run task(context, begin, end) over a partition of [0, items) into one range a thread. The partition depends on the number of threads:
 // what an item computes must not.

@@ -1,0 +1,342 @@
+"""What a network does, noted as steps that csrc/cpu/network.h has.
+
+`record` runs a network once on tensors without data. Biases, residuals and ReLUs join the convolution before them; what has no step is
+refused. The network's own code is the only description of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import ops  # noqa: F401 (registers the ops)
+
+aten = torch.ops.aten
+CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE = range(7)  # cf_step_kind
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
+
+
+class Unsupported(Exception):
+    """The network does something that no step does, and what."""
+
+
+@dataclass(eq=False)
+class Value:
+    """(n, height, width, channels) in memory, or what a caller gives or takes, whose ``tensor`` then says how it lies there."""
+
+    n: int
+    height: int
+    width: int
+    channels: int
+    dtype: Any = None  # None: the program's, until it is arranged
+    tensor: Tensor | None = None
+    step: Step | None = None  # that writes it
+    readers: list[Step] = field(default_factory=list)
+    border: int = 0
+    padded: int = 0  # channels with those that are added
+    address: int = 0
+
+    @property
+    def pixel(self) -> int:
+        return self.padded * BYTES[self.dtype]
+
+    @property
+    def row(self) -> int:
+        return (self.width + 2 * self.border) * self.pixel
+
+    @property
+    def count(self) -> int:
+        return self.n * self.height * self.width * self.channels
+
+    @property
+    def bytes(self) -> int:
+        return self.n * (self.height + 2 * self.border) * self.row
+
+
+@dataclass(eq=False)
+class Step:
+    """y: what it writes first; reads: the values that it reads, None for one that is not given."""
+
+    kind: int
+    y: Value
+    reads: list[Value | None]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    also: Value | None = None  # that it writes
+
+    def __post_init__(self) -> None:
+        for value in self.read:
+            value.readers.append(self)
+
+    @property
+    def read(self) -> list[Value]:
+        return [value for value in self.reads if value is not None]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the steps of what runs on tensors without data. A tensor is known by its storage, so that views need no note."""
+
+    def __init__(self, parameters: dict[Tensor, Tensor]):
+        super().__init__()
+        self.parameters = {key.untyped_storage()._cdata: real for key, real in parameters.items()}
+        self.values: dict[int, Value] = {}
+        self.unknown: dict[int, str] = {}  # what gave a tensor that is no value
+        self.gates: dict[int, Tensor] = {}  # what a GELU is of
+        self.alive: list[Any] = list(parameters)  # storages are told apart by their addresses
+        self.steps: list[Step] = []
+        self.inputs: list[Value] = []
+
+    def given(self, like: Tensor, images: bool = False, own: bool = False) -> Tensor:
+        """An input of the program of this shape: images (N, C, H, W) with channels innermost, or contiguous rows; float32, bool for a mask,
+        or the program's ``own`` dtype."""
+        dtype = torch.bool if like.dtype == torch.bool else torch.float32
+        layout = torch.channels_last if images else torch.contiguous_format
+        tensor = torch.empty(like.shape, dtype=dtype, device="meta", memory_format=layout)
+        n, channels, height, width = like.shape if images else (like.shape[0], like.shape[-1], 1, like[0, ..., 0].numel())
+        value = Value(n, height, width, channels, None if own else dtype, tensor)
+        self.inputs.append(value)
+        return self._know(tensor, value)
+
+    def _know(self, tensor: Tensor, value: Value) -> Tensor:
+        self.alive.append(tensor)
+        self.values[tensor.untyped_storage()._cdata] = value
+        return tensor
+
+    def _forget(self, value: Value) -> None:
+        """What is known as the value will be another: nobody may read it any more."""
+        for key in [key for key, known in self.values.items() if known is value]:
+            del self.values[key]
+
+    def value(self, tensor: Tensor) -> Value:
+        found = self.values.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            function = self.unknown.get(tensor.untyped_storage()._cdata, "a tensor from elsewhere")
+            raise Unsupported(f"there is no step for {function}")
+        return found
+
+    def whole(self, tensor: Tensor) -> Value:
+        """The value that the tensor is all of, channels innermost."""
+        value = self.value(tensor)
+        order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+        if not order.is_contiguous() or order.shape[-1] != value.channels or order.numel() != value.count:
+            raise Unsupported(f"it computes with a part of a tensor of shape {tuple(tensor.shape)}")
+        return value
+
+    def real(self, parameter: Tensor | None) -> Tensor | None:
+        """What stands for it in the network, or for a view of it."""
+        if parameter is None:
+            return None
+        found = self.parameters.get(parameter.untyped_storage()._cdata)
+        if found is None:
+            raise Unsupported("a weight is computed, not given")
+        view = found.detach()
+        if view.stride() == parameter.stride() and view.shape == parameter.shape:
+            return view
+        if not view.is_contiguous():
+            view = view.contiguous()
+        return view.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+
+    def add(self, step: Step) -> None:
+        step.y.step = step
+        self.steps.append(step)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if handler := HANDLERS.get(func):
+            if isinstance(result, Tensor) and result.ndim == 4 and not func._schema.is_mutable:
+                result = torch.empty_like(result, memory_format=torch.channels_last)  # as the steps will have it
+            bound = {a.name: a.default_value for a in func._schema.arguments}
+            bound |= dict(zip(bound, args)) | (kwargs or {})
+            handler(self, result, **bound)
+        elif func._schema.is_mutable:
+            raise Unsupported(f"there is no step for {func}")
+        elif isinstance(result, Tensor) and (key := result.untyped_storage()._cdata) not in self.values and key not in self.parameters:
+            self.alive.append(result)
+            self.unknown[key] = str(func)
+        return result
+
+    # What has a step. Every function is given the result, on no device, and the arguments.
+
+    def convolution(self, y: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, **rest: Any) -> None:
+        kernel, real, source = tuple(weight.shape[2:]), self.real(weight), self.whole(input)
+        plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
+        if rest != plain or kernel not in ((1, 1), (3, 3)) or list(padding) != [kernel[0] // 2] * 2 or stride[0] != stride[1]:
+            raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
+        self._convolve(y, source, real, self.real(bias), stride[0])
+
+    def _convolve(self, y: Tensor, source: Value, weight: Any, bias: Tensor | None, stride: int = 1) -> None:
+        height, width = ((side + stride - 1) // stride for side in (source.height, source.width))
+        value = Value(source.n, height, width, weight.shape[0])
+        attributes = {"weight": weight, "bias": bias, "stride": stride, "relu": 0}
+        self.add(Step(CONVOLUTION, value, [source, None], attributes))
+        self._know(y, value)
+
+    def linear(self, x: Tensor, layer_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight: Any = self.real(layer_weight)
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), device="meta")
+        self._convolve(y, self.whole(x), weight[:, :, None, None], self.real(bias))
+        return y
+
+    def group_norm_silu(self, y: Tensor, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, **rest: Any) -> None:
+        rest |= {name: self.real(rest[name]) for name in ("weight", "bias", "pre_bias")}
+        reads = [None if t is None else self.whole(t) for t in (x, skip, scale, shift)]
+        source: Any = reads[0]
+        value = Value(source.n, source.height, source.width, y.shape[1])
+        self.add(Step(GROUP_NORM_SILU, value, reads, rest))
+        self._know(y, value)
+
+    def bias_residual(self, y: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, **rest: Any) -> None:
+        self._join(y, self.whole(x), None if residual is None else self.whole(residual), self.real(bias))
+
+    def sum(self, y: Tensor, self_: Tensor, other: Any, alpha: Any) -> None:
+        if alpha != 1 or not isinstance(other, Tensor) or self_.shape != other.shape:
+            raise Unsupported("it has an addition of other than two images")
+        one, two = self.whole(self_), self.whole(other)
+        order = {id(step): n for n, step in enumerate(self.steps)}
+        if order.get(id(one.step), -1) < order.get(id(two.step), -1):
+            one, two = two, one
+        self._join(y, one, two, None)
+
+    def _join(self, y: Tensor, value: Value, residual: Value | None, bias: Tensor | None) -> None:
+        """Add to what a convolution, the later of two, has just given."""
+        step = value.step
+        if step is None or step.kind != CONVOLUTION or value.readers or step.reads[1] is not None or step.attributes["relu"]:
+            raise Unsupported("it adds to something other than a convolution's output")
+        step.reads[1] = residual
+        if residual is not None:
+            residual.readers.append(step)
+        self._forget(value)
+        if bias is not None:
+            before = step.attributes["bias"]
+            step.attributes["bias"] = bias if before is None else before.float() + bias.float()
+        self._know(y, value)
+
+    def relu(self, y: Tensor, self_: Tensor) -> None:
+        value = self.whole(self_)
+        if value.step is None or value.step.kind != CONVOLUTION or value.readers:
+            raise Unsupported("it has a ReLU of something other than a convolution's output")
+        value.step.attributes["relu"] = 1
+        self._forget(value)
+        self._know(y, value)
+
+    def concatenate(self, y: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+        if dim != 1 or len(tensors) != 2:
+            raise Unsupported("it concatenates other than two images along their channels")
+        self._gather(y, [self.whole(t) for t in tensors], 1)
+
+    def upsample(self, y: Tensor, self_: Tensor, output_size: Any, scales_h: Any, scales_w: Any) -> None:
+        source = self.whole(self_)
+        factor = y.shape[2] // source.height
+        if tuple(y.shape[2:]) != (source.height * factor, source.width * factor):
+            raise Unsupported("it resizes by other than a whole number")
+        self._gather(y, [source], factor)
+
+    def _gather(self, y: Tensor, parts: list[Value], factor: int) -> None:
+        value = Value(y.shape[0], y.shape[2], y.shape[3], y.shape[1])
+        self.add(Step(GATHER, value, [*parts], {"factor": factor}))
+        self._know(y, value)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        n, heads, length, width = q.shape
+        mask = None if attn_mask is None else self.value(attn_mask)
+        if rest or (mask is not None and (mask.dtype != torch.bool or attn_mask.shape != (n, 1, 1, k.shape[2]))):  # type: ignore[union-attr]
+            raise Unsupported("it has attention of another kind")
+        if any(t.stride(-1) != 1 for t in (q, k, v)):
+            raise Unsupported("its attention has heads whose elements do not lie beside each other")
+        attributes: dict[str, Any] = {"heads": heads, "length": length, "k_length": k.shape[2], "width": width}
+        attributes |= {name: (t.storage_offset(), *t.stride()[:3]) for name, t in zip("qkv", (q, k, v))}
+        source = self.value(q)
+        value = Value(n, source.height, source.width, heads * width)
+        self.add(Step(ATTENTION, value, [source, self.value(k), self.value(v), mask], attributes))
+        return self._know(torch.empty((n, length, heads, width), device="meta"), value).transpose(1, 2)
+
+    def layer_norm(self, y: tuple[Tensor, ...], input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> None:
+        source = self.whole(input)
+        if list(normalized_shape) != [source.channels] or weight is None or bias is None:
+            raise Unsupported("it has a LayerNorm of another kind")
+        value = Value(source.n, source.height, source.width, source.channels)
+        self.add(Step(LAYER_NORM, value, [source], {"weight": self.real(weight), "bias": self.real(bias), "eps": eps}))
+        self._know(y[0], value)
+
+    def gelu(self, y: Tensor, self_: Tensor, approximate: str) -> None:
+        """Noted, and refused unless a product follows."""
+        if approximate != "none":
+            raise Unsupported(f"it has a GELU approximated by {approximate}")
+        self.alive.append(y)
+        self.gates[y.untyped_storage()._cdata] = self_
+        self.unknown[y.untyped_storage()._cdata] = "a GELU that multiplies nothing"
+
+    def product(self, y: Tensor, self_: Tensor, other: Any) -> None:
+        gate = self.gates.get(other.untyped_storage()._cdata) if isinstance(other, Tensor) else None
+        if gate is None or gate.shape != self_.shape or gate.stride() != self_.stride() or self.value(gate) is not self.value(self_):
+            raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
+        source = self.value(gate)
+        if self_.stride(-1) != 1 or self_.stride(-2) != source.channels or self_[..., 0].numel() * source.channels != source.count:
+            raise Unsupported("it has a product of parts of images")
+        value = Value(source.n, source.height, source.width, self_.shape[-1])
+        self.add(Step(GATE, value, [source], {"value": self_.storage_offset(), "gate": gate.storage_offset()}))
+        self._know(y, value)
+
+    def dual_head(self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any) -> None:
+        names = ("direction_weight", "direction_bias", "distance_weight", "distance_bias")
+        attributes = {name: self.real(rest[name]) for name in names}
+        reads = [None if t is None else self.whole(t) for t in (h, sample, anchor)]
+        values = []
+        for tensor in y:
+            n, channels, height, width = (*tensor.shape, 1, 1, 1)[:4]
+            values.append(Value(n, height, width, channels))
+            self._know(tensor, values[-1])
+        self.add(Step(DUAL_HEAD, values[0], reads, attributes, values[1]))
+
+
+def _renamed(handler: Callable[..., None]) -> Callable[..., None]:
+    return lambda recorder, y, **kwargs: handler(recorder, y, **{"self_" if k == "self" else k: v for k, v in kwargs.items()})
+
+
+HANDLERS: dict[Any, Callable[..., None]] = {
+    aten.convolution.default: Recorder.convolution,
+    aten.add.Tensor: _renamed(Recorder.sum),
+    aten.relu.default: _renamed(Recorder.relu),
+    aten.relu_.default: _renamed(Recorder.relu),
+    aten.cat.default: Recorder.concatenate,
+    aten.upsample_nearest2d.default: _renamed(Recorder.upsample),
+    aten.native_layer_norm.default: Recorder.layer_norm,
+    aten.gelu.default: _renamed(Recorder.gelu),
+    aten.mul.Tensor: _renamed(Recorder.product),
+    torch.ops.coalescer_fast.group_norm_silu.default: Recorder.group_norm_silu,
+    torch.ops.coalescer_fast.bias_residual.default: Recorder.bias_residual,
+    torch.ops.coalescer_fast.dual_head.default: Recorder.dual_head,
+}
+
+
+class Functions(TorchFunctionMode):
+    """What torch takes apart before a `Recorder` can see it."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.table = {nn.functional.linear: recorder.linear, nn.functional.scaled_dot_product_attention: recorder.attention}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Tensor]]) -> tuple[Recorder, list[Value]]:
+    """What ``run(network without data, recorder)`` does, and the values of the tensors that it gives. Raises Unsupported."""
+    parameters = list(network.parameters())
+    hollow = {id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), device="meta"), requires_grad=False) for p in parameters}
+    twin = copy.deepcopy(network, dict(hollow)).eval()
+    recorder = Recorder({hollow[id(p)]: p for p in parameters})
+    with torch.inference_mode(False), torch.no_grad(), Functions(recorder), recorder:
+        results = list(run(twin, recorder))
+    outputs = [recorder.value(y) for y in results]
+    for value, y in zip(outputs, results):
+        if value.readers or y.numel() != value.count:
+            raise Unsupported("it gives something that it also computes with, or a part of it")
+        value.tensor, value.dtype = y, torch.float32
+    return recorder, outputs

@@ -1,0 +1,153 @@
+"""A pipeline's networks by a compiler or an inference engine that prepares each for one batch size and resolution."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.unet import CoalescerUNet, Conditioning
+from ..ops import library
+from .base import counted
+from .cpu import fingerprint
+
+if TYPE_CHECKING:
+    from ..pipeline import CoalescerPipeline
+
+# prepared networks that a runtime keeps: the UNet and the decoder for eight sizes
+LIMIT = 16
+
+Tensors = tuple[Tensor, ...]
+Call = Callable[[Tensor], Tensors]
+Bind = Callable[[Sequence[Tensor]], Call]
+# (module, args, dtype, folder) -> bind: makes of a float32 module, which is its own to change, for the shapes of ``args``, a function that
+# takes the module's arguments but the first, once, and gives the call of the first alone; files go into the folder, which is then deleted
+Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
+
+
+class Evaluation(nn.Module):
+    """One evaluation of the UNet, its conditioning as plain tensors: what exporters and compilers take. float32 in and out."""
+
+    def __init__(self, unet: CoalescerUNet, like: Conditioning):
+        super().__init__()
+        self.unet = unet
+        self.film, self.anchored, self.masked = len(like.film), like.anchor is not None, like.mask is not None
+
+    @staticmethod
+    def flatten(conditioning: Conditioning, dtype: torch.dtype) -> Tensors:
+        """The anchor stays float32: the heads are residual to the way there. Copies of one layout, whatever the pipeline expanded."""
+        pairs = [t.to(dtype) for pair in (*conditioning.film, *conditioning.keys_values) for t in pair]
+        rest = [t for t in (conditioning.anchor, conditioning.mask) if t is not None]
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (*pairs, *rest))
+
+    def forward(self, sample: Tensor, *flat: Tensor) -> Tensors:
+        given = list(flat)
+        mask = given.pop() if self.masked else None
+        anchor = given.pop() if self.anchored else None
+        pairs = list(zip(given[::2], given[1::2]))
+        conditioning = Conditioning(pairs[: self.film], anchor, pairs[self.film :], mask)
+        direction, distance = self.unet(sample, conditioning, return_dict=False)
+        return direction.float(), distance.float()
+
+
+class Decoding(nn.Module):
+    """The decoder, float32 in and out."""
+
+    def __init__(self, decoder: nn.Module, patch_size: int):
+        super().__init__()
+        self.decoder, self.patch_size = decoder, patch_size
+
+    def forward(self, latents: Tensor) -> Tensors:
+        x = latents.to(next(self.decoder.parameters()).dtype)
+        return (F.pixel_shuffle(self.decoder(x).float(), self.patch_size),)
+
+
+class StaticRuntime:
+    """name: the runtime's; prepare: makes a network run; dtype: what it computes in; takes: the dtype of what it is given of descriptions.
+
+    The pipeline's own networks stay as they are: what runs is made of copies, for a batch size and resolution when it first comes, and
+    all anew after a weight has changed. One call runs at a time.
+    """
+
+    def __init__(self, pipe: CoalescerPipeline, name: str, prepare: Prepare, dtype: torch.dtype, takes: torch.dtype | None = None):
+        self.pipe, self.name, self.prepare, self.dtype, self.takes = pipe, name, prepare, dtype, takes or dtype
+        self.device = pipe.device
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.lock = threading.Lock()
+        self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        # (id of a conditioning, shape of R): the call; what is taken of a conditioning is taken once
+        self.bound: dict[tuple[int, torch.Size], Call] = {}
+        self.state: Any = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Drop what was prepared of weights that have changed since."""
+        if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
+            return
+        with self.lock:
+            self.networks.clear()
+            self.bound.clear()
+            self.state = state
+
+    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+        """The reference's: it is small, and what it gives is then rounded once."""
+        return self.pipe.condition(texts, device)
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        key = id(conditioning), sample.shape
+        # compilers guard against another mode, and freeze no weights in inference mode
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            call = self.bound.get(key)
+            if call is None:
+                args = (sample, *Evaluation.flatten(conditioning, self.takes))
+                shapes = ("UNet", *(a.shape for a in args))
+                bind = self._kept(shapes, lambda: self._prepare(Evaluation(copy.deepcopy(self.pipe.unet), conditioning), args))
+                call = self.bound[key] = bind(args[1:])
+                weakref.finalize(conditioning, self.bound.pop, key, None)
+            direction, distance = call(sample)
+        return direction, distance
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae, args = self.pipe.vae, (latents,)
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            shapes = ("decoder", latents.shape)
+            call = self._kept(shapes, lambda: self._prepare(Decoding(copy.deepcopy(vae.decoder), vae.patch_size), args)(()))
+            return call(latents)[0]
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What was made for the key, or is now; the least recently used goes when there are too many."""
+        if key not in self.networks:
+            self.networks[key] = make()
+        self.networks.move_to_end(key)
+        if len(self.networks) > LIMIT:
+            self.networks.popitem(last=False)
+        return self.networks[key]
+
+    def _prepare(self, module: Any, args: Tensors) -> Bind:
+        module = module.eval().float()
+        if isinstance(module, Evaluation):
+            module.unet.set_backend("reference")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            try:
+                return counted(self.prepare(module, args, self.dtype, Path(folder)))
+            except Exception as error:  # whatever a compiler or an exporter raises, its first paragraph
+                reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
+                raise ValueError(f"backend {self.name!r} cannot prepare the networks: {reason}") from error
+
+    def explain(self) -> list[dict[str, str]]:
+        """What runs each part, and for which sizes it is ready."""
+        rows = []
+        for part in ("UNet", "decoder"):
+            sizes = ["x".join(map(str, key[1])) for key in self.networks if key[0] == part]
+            ready = f"it was asked for; prepared for inputs {', '.join(sorted(sizes))}" if sizes else "it was asked for; not prepared yet"
+            rows.append({"part": part, "runs on": f"{self.name}, {self.dtype}", "because": ready})
+        return [*rows, {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"}]
