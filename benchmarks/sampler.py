@@ -8,12 +8,12 @@ Parts: unet, one evaluation; sampler, the two steps from what is derived of the 
 model's own; decoder; pipeline, a whole call, prompt to pictures (the last two of emoji-64 alone). m and l have random weights: their
 times say something, their latents nothing. Providers of a part are measured in turn:
 
-- ours: `coalescer_fast.accelerate`;
+- ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched kernel by kernel;
 - eager: the reference, float32, as users have it; eager_channels_last: channels innermost, float32 and bfloat16;
 - compile: torch.compile of the reference, channels innermost, weights frozen, static shapes; on a GPU max-autotune;
 - onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for latency. Both on the CPU;
-- convolutions: the part's convolutions alone, by torch, weights packed once, in either dtype: ``percent_of_floor`` is their time over a
-  provider's. What beats torch's own convolutions is above 100.
+- convolutions: the part's convolutions alone, by torch, weights packed once, in either dtype, on a GPU as one CUDA graph:
+  ``percent_of_floor`` is their time over a provider's. What beats torch's own convolutions is above 100.
 
 Conditioning is computed before the clock starts, but for the pipeline. Every result is held against the reference in float32: relative
 error of the direction and of the distance, or of the whole result; a provider that is off by more than a tenth has no time. compile_s is
@@ -43,9 +43,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
+from coalescer_fast import sampling
 from coalescer_fast.cli import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.scheduler import CoalescerScheduler, guide
 
 from . import common, sampler_peers, sampler_report, timing
 from .common import Parser, Row, add_report_options, append, command, open_csv, reported
@@ -112,6 +112,7 @@ def parser() -> Parser:
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
     top.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for one part of a batch (default: %(default)s)")
+    top.add_argument("--seconds", type=float, metavar="S", help="begin no batch that would end later, judged by the longest so far")
     top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
     top.add_argument("--cold", action="store_true", help="measure instead the time to the first picture of a new process")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
@@ -155,11 +156,16 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     if "compile" in args.peers:
         torch.compile(torch.neg)(torch.ones(1, device=device))  # the compiler's own start is no network's time
     print("Milliseconds, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed.")
+    start, longest = time.monotonic(), 0.0
     for model in args.model:
         with torch.inference_mode(False):
             pipe = sampler_peers.load(model, device)
         weights = "embedded" if model == "emoji-64" else RANDOM
         for batch in args.batch:
+            begun = time.monotonic()
+            if args.seconds is not None and longest and begun - start + longest > args.seconds:
+                print(f"LEFT OUT {model} batch {batch}")
+                continue
             torch._dynamo.reset()
             gc.collect()  # compiled functions are in cycles, and hold on to tensors
             config = pipe.unet.config
@@ -179,6 +185,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
                         rows.append({**row, "model": model, "batch": batch, "weights": weights})
                     yield rows
                 del found
+            longest = max(longest, time.monotonic() - begun)
 
 
 def providers(
@@ -208,6 +215,7 @@ def providers(
 
 
 def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: list[str]) -> Iterator[Part]:
+    pipe.scheduler.set_timesteps(2)
     batch, own = len(texts), float(pipe.scheduler.config.guidance_scale)
     guided = 2 if pipe.scheduler.config.guided_steps == "all" else 1
 
@@ -216,10 +224,13 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
 
     def steps(engine: Engine, scale: float) -> Callable[[], Tensors]:
         conditioning, empty = (engine.runtime.condition(some, sample.device) for some in (texts, [""] * batch))
-        return lambda: (walk(engine.runtime, pipe.scheduler, sample, conditioning, empty, scale),)
+        given = (pipe.scheduler, sample, conditioning, None if scale == 1 else empty, scale)
+        if at_once := getattr(engine.runtime, "generate", None):
+            return lambda: (at_once(*given, decode=False),)
+        return lambda: (sampling.sample(engine.runtime, *given),)
 
     def decoding(engine: Engine) -> Callable[[], Tensors]:
-        latents = walk(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
+        latents = sampling.sample(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
         return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:
@@ -233,18 +244,6 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
     if model == "emoji-64":
         yield Part("decoder", "", 0, decoding)
         yield Part("pipeline", own, 2 if own == 1 else 2 + guided, lambda engine: partial(draw, engine))
-
-
-def walk(networks: Any, scheduler: CoalescerScheduler, sample: torch.Tensor, conditioning: Any, empty: Any, scale: float) -> torch.Tensor:
-    """A call of the pipeline from R to latents, by the runtime or the pipeline ``networks``."""
-    scheduler.set_timesteps(2)
-    for t in range(2):
-        direction, distance = networks.evaluate(sample, conditioning)
-        if scale != 1 and scheduler.is_guided(t):
-            empty_direction, empty_distance = networks.evaluate(sample, empty)
-            direction = guide(direction, distance, empty_direction, empty_distance, scale)
-        sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
-    return sample
 
 
 def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.CpuTimer, budget: float) -> Iterator[Row]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .ops import library
 from .runtime import compiled, onnx_file
 from .runtime.cpu import CpuRuntime, native_bfloat16
+from .runtime.cuda import CudaRuntime
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 BOTH = ("float32", "bfloat16")
 
 
@@ -34,7 +35,12 @@ class Backend:
 
 
 BACKENDS = {
-    "cpu": Backend(CpuRuntime, {"cpu": tuple(DTYPES)}, unavailable=lambda: library.unavailable()),
+    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: library.unavailable()),
+    "cuda": Backend(
+        lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
+        {"cuda": (*BOTH, "float16")},
+        unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
+    ),
     "compile": Backend(lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}),
     "onnxruntime": Backend(
         lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
@@ -48,7 +54,7 @@ BACKENDS = {
     ),
 }
 # device type: what "auto" takes there, even where ops of its have to run on the reference
-AUTO = {"cpu": "cpu"}
+AUTO = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def unavailable(name: str) -> str:
@@ -61,10 +67,14 @@ def unavailable(name: str) -> str:
     return f"cannot run: {reason}" if reason else ""
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    return native_bfloat16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def native_dtype(device: str, dtypes: Sequence[str]) -> str:
-    """bfloat16 where it is among the dtypes and the device multiplies it itself, else float32."""
-    native = native_bfloat16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native and "bfloat16" in dtypes else "float32"
+    """Of the dtypes, bfloat16 where the device multiplies it itself, else on a GPU float16, else float32."""
+    order = ["bfloat16"] * multiplies_bfloat16(device) + ["float16"] * (device == "cuda") + ["float32"]
+    return next(name for name in order if name in dtypes)
 
 
 def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto") -> CoalescerPipeline:
@@ -73,6 +83,8 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size and resolution.
       Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images multiply 8-bit integers, their ranges
       found here on a few dozen known names; it needs a processor with AVX-512 VNNI and bfloat16.
+    - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size, resolution, step count
+      and use of guidance, captured at the first call of its kind; calls with a callback or a trace go step by step.
     - "compile" (on GPUs, too), "onnxruntime" and "openvino": the networks by torch.compile, ONNX Runtime or OpenVINO, each prepared for a
       batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call; the last eight are kept.
 
@@ -80,9 +92,10 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     changed later takes effect at the next call.
 
     Args:
-        pipe: a pipeline on a CPU, or for "compile" on a CUDA device.
-        backend: "auto", which is "cpu" on a CPU, or one of `BACKENDS`.
-        dtype: "auto", which is bfloat16 where device and backend have it (else float32), or a dtype or its name, as in `BACKENDS`.
+        pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
+        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or one of `BACKENDS`.
+        dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a dtype or its name, as
+            in `BACKENDS`.
 
     Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
 
@@ -100,6 +113,8 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     chosen = native_dtype(device, dtypes) if dtype == "auto" else str(dtype).removeprefix("torch.")
     if chosen not in dtypes:
         raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {name!r} on {device}")
+    if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
+        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, dtypes)}")
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
     pipe.runtime = BACKENDS[name].make(pipe, DTYPES[chosen])
@@ -112,14 +127,17 @@ def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
     return pipe
 
 
-def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,)) -> None:
-    """Do now what the first call of these batch sizes would do once: pack the weights, prepare the networks.
+def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: Any) -> None:
+    """Do now what the first call of these batch sizes would do once: pack the weights, prepare the networks, capture graphs.
+
+    ``call``: what else the calls to come will be given, of that which is prepared for: num_inference_steps, height, width, output_type,
+    guidance_scale (whether it is 1).
 
     Raises: ValueError if the pipeline is not accelerated.
     """
     accelerated(pipe)
     for n in batch_sizes:
-        pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), output_type="pt")
+        pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), **{"output_type": "pt", **call})
 
 
 def explain(pipe: CoalescerPipeline) -> str:

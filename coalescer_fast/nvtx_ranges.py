@@ -2,7 +2,8 @@
 
 ``COALESCER_FAST_NVTX=1``, read when a pipeline is first imported, or `enable`, turns them on; they need the package ``nvtx``. A call
 has ``encode`` (styles are chosen), ``condition``, then for step i ``evaluate[i]``, and ``evaluate_empty[i]`` where it is guided, and
-``decode``; all in the domain "coalescer_fast".
+``decode``; where steps and decoder are one CUDA graph, ``graph``, in which those are opened while it is captured. All in the domain
+"coalescer_fast".
 """
 
 from __future__ import annotations

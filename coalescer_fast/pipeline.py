@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors import safe_open
 
+from . import sampling
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .nvtx_ranges import span
-from .scheduler import CoalescerScheduler, guide
+from .scheduler import CoalescerScheduler
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
@@ -144,35 +146,39 @@ class CoalescerPipeline(DiffusionPipeline):
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, 1 for none")
         self.scheduler.set_timesteps(num_inference_steps)
+        scheduler = copy.copy(self.scheduler)  # of this call alone: another thread's may have other steps
+        scheduler.set_timesteps(num_inference_steps)
         networks = self._networks()
         sample = self._initial_sample(len(prompts), height, width, generator, latents)
         with span("encode"):
             texts = self.with_styles(prompts, sample)
         with span("condition"):
             conditioning = networks.condition(texts, sample.device)
-            empty = networks.condition([""], sample.device).expand(len(prompts)) if scale != 1 else None
+            empty = networks.condition([""], sample.device) if scale != 1 else None
 
-        trace = []
+        trace: list[TraceStep] = []
+        decodes = output_type != "latent"
+        # a runtime may do all of it in one go, where nobody looks at the steps
+        at_once = None if return_trace or callback_on_step_end is not None else getattr(networks, "generate", None)
         with self.progress_bar(total=num_inference_steps) as bar:
-            for i, t in enumerate(self.scheduler.timesteps.tolist()):
-                with span(f"evaluate[{i}]"):
-                    direction, distance = networks.evaluate(sample, conditioning)
-                if return_trace:
-                    length = direction.float().square().mean((1, 2, 3)).sqrt()
-                    trace.append(TraceStep(sample, distance, length))
-                if empty is not None and self.scheduler.is_guided(t):
-                    with span(f"evaluate_empty[{i}]"):
-                        empty_direction, empty_distance = networks.evaluate(sample, empty)
-                    direction = guide(direction, distance, empty_direction, empty_distance, scale)
-                sample = self.scheduler.step(direction, distance, t, sample, return_dict=False, backend=networks.backend)[0]
-                if callback_on_step_end is not None:
-                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
-                bar.update()
 
-        images = sample
-        if output_type != "latent":
+            def on_step(i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+                if return_trace:
+                    trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
+                if callback_on_step_end is not None:
+                    end = (callback_on_step_end(self, i, i, {"latents": end}) or {}).get("latents", end)
+                bar.update()
+                return end
+
+            if at_once is not None:
+                images = at_once(scheduler, sample, conditioning, empty, scale, decodes)
+                bar.update(num_inference_steps)
+            else:
+                images = sampling.sample(networks, scheduler, sample, conditioning, empty, scale, on_step)
+        if decodes:
             with span("decode"):
-                images = self.image_processor.postprocess(networks.decode(sample), output_type=output_type)
+                pictures = networks.decode(images) if at_once is None else images
+                images = self.image_processor.postprocess(pictures, output_type=output_type)
         self.maybe_free_model_hooks()
         output = CoalescerPipelineOutput(images, trace if return_trace else None)
         return output if return_dict else output.to_tuple()
@@ -237,7 +243,7 @@ class CoalescerPipeline(DiffusionPipeline):
         """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
         if self.runtime is None:
             return self
-        if self.device.type != self.runtime.device.type:
+        if self.device != self.runtime.device:
             here = self.runtime.device
             raise ValueError(f"the pipeline was accelerated on {here} and is on {self.device}: accelerate it again, or restore it")
         self.runtime.refresh()

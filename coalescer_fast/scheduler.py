@@ -102,13 +102,18 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
 
 
 def guide(
-    direction: torch.Tensor, distance: torch.Tensor, empty_direction: torch.Tensor, empty_distance: torch.Tensor, guidance_scale: float
+    direction: torch.Tensor,
+    distance: torch.Tensor,
+    empty_direction: torch.Tensor,
+    empty_distance: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
 ) -> torch.Tensor:
     r"""The direction towards the guided endpoint, to be gone the distance of the description.
 
     ``x = x_d + w (x_d - x_empty)`` with ``x_. = R + distance_. * direction_.`` and w = guidance_scale - 1, so that
     ``(x - R) / distance = direction + w (direction - distance_empty / distance * direction_empty)``: guidance extrapolates where the
-    network lands, the equivalent of classifier-free guidance (arXiv 2207.12598). Directions (N, C, H, W), distances (N,).
+    network lands, the equivalent of classifier-free guidance (arXiv 2207.12598). Directions (N, C, H, W), distances (N,); a scale that is
+    a tensor is (), float64, which gives the bits of the number.
     """
     ratio = (empty_distance / distance.clamp_min(1e-6))[:, None, None, None]
     return direction + (guidance_scale - 1) * (direction - ratio * empty_direction)

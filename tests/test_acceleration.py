@@ -162,7 +162,8 @@ def test_threads_may_draw_at_once(pipe):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, compile"),
+        ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, cuda, compile"),
+        ({"backend": "cuda"}, "backend 'cuda' runs on cuda, and the pipeline is on cpu: move it with pipe.to('cuda') first"),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
         ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
         ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'"),
@@ -227,10 +228,48 @@ def test_a_pipeline_that_was_moved_is_refused(pipe):
     pipe.to("meta")
     with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
         pipe("octopus")
-    with pytest.raises(ValueError, match=r"backend 'auto' runs on cpu, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(ValueError, match=r"runs on cpu and cuda, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"):
         cf.accelerate(pipe)
     with pytest.raises(ValueError, match="backend 'compile' runs on cpu and cuda, and the pipeline is on meta"):
         cf.accelerate(pipe, "compile")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("native", "dtype", "expected"),
+    [
+        (True, "auto", torch.bfloat16),
+        (False, "auto", torch.float16),
+        (True, torch.float16, torch.float16),
+        (False, "float32", torch.float32),
+        (False, "bfloat16", "dtype is 'bfloat16', which cuda:0 lacks: use float16"),
+        (True, "int8", "dtype is 'int8'; use one of auto, float32, bfloat16, float16 with backend 'cuda' on cuda"),
+    ],
+    ids=str,
+)
+def test_on_a_cuda_device_it_is_the_cuda_runtime(pipe, backend, native, dtype, expected, monkeypatch):
+    monkeypatch.setattr(type(pipe), "device", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(acceleration, "CudaRuntime", lambda *args: args)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match="dtype is") as caught:
+            cf.accelerate(pipe, backend, dtype)
+        assert str(caught.value) == expected
+    else:
+        assert cf.accelerate(pipe, backend, dtype).runtime == (pipe, "auto", expected)
+    with pytest.raises(ValueError, match=r"backend 'cpu' runs on cpu, and the pipeline is on cuda:0: move it with pipe.to\('cpu'\) first"):
+        cf.accelerate(pipe, backend="cpu")
+
+
+def test_the_empty_description_is_prepared_once_for_its_weights(pipe):
+    cf.accelerate(pipe, dtype="float32")
+    first = pipe.runtime.condition([""], pipe.device)
+    assert pipe.runtime.condition([""], pipe.device) is first
+    with torch.no_grad():
+        pipe.unet.null.add_(1)
+    pipe.runtime.refresh()
+    assert not torch.equal(pipe.runtime.condition([""], pipe.device).film[0][0], first.film[0][0])
 
 
 def test_explain_says_what_runs_and_why(pipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,18 +84,23 @@ class Conditioning:
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]
     mask: torch.Tensor | None = None
 
-    def expand(self, n: int) -> Conditioning:
-        """The conditioning of one description, for n samples, without a copy."""
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, in order."""
+        pairs = [t for pair in (*self.film, *self.keys_values) for t in pair]
+        return pairs + [t for t in (self.anchor, self.mask) if t is not None]
 
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            return x.expand(n, *x.shape[1:])
-
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
+        """The conditioning of every tensor's ``function(tensor)``."""
         return Conditioning(
-            [(rows(scale), rows(shift)) for scale, shift in self.film],
-            None if self.anchor is None else rows(self.anchor),
-            [(rows(k), rows(v)) for k, v in self.keys_values],
-            None if self.mask is None else rows(self.mask),
+            [(function(scale), function(shift)) for scale, shift in self.film],
+            None if self.anchor is None else function(self.anchor),
+            [(function(keys), function(values)) for keys, values in self.keys_values],
+            None if self.mask is None else function(self.mask),
         )
+
+    def expand(self, n: int) -> Conditioning:
+        """The conditioning of one description, for n samples, without a copy; itself if it is of n already."""
+        return self if len(self.film[0][0]) == n else self.map(lambda x: x.expand(n, *x.shape[1:]))
 
 
 def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor:

@@ -208,8 +208,7 @@ class Given:
 
     def __init__(self, conditioning: Conditioning):
         self.conditioning = conditioning
-        self.tensors = [t for pair in (*conditioning.film, *conditioning.keys_values) for t in pair]
-        self.tensors += [t for t in (conditioning.anchor, conditioning.mask) if t is not None]
+        self.tensors = conditioning.tensors()
         self.shapes = tuple(t.shape for t in self.tensors)
 
     def record(self, recorder: Recorder) -> Conditioning:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import common, gpu, gpu_calls, gpu_report, kernels, shapes
+from benchmarks import common, gpu, gpu_calls, gpu_report, kernels, sampler, shapes
 from coalescer_fast import ops
 from coalescer_fast.ops.dispatch import Backend
 
@@ -96,7 +96,7 @@ def test_every_part_of_both_plans_asks_for_what_exists(tmp_path, monkeypatch):
     for quick in (False, True):
         results = list(gpu.execute(gpu.parts(tmp_path, quick), gpu.QUICK_SECONDS if quick else gpu.SECONDS))
         assert {result.status for result in results} <= {"ok", "left out"}
-        assert len(results) == 9
+        assert len(results) == 12
     measured = [argv[3:] for argv in asked if argv[1:3] == ["-m", "benchmarks.kernels"]]
     assert len(measured) == 5
     for argv in measured:
@@ -106,6 +106,20 @@ def test_every_part_of_both_plans_asks_for_what_exists(tmp_path, monkeypatch):
         assert args.budget * len(kernels.CACHES) < 1
     assert any(cell.batch * cell.call.elements * 2 >= gpu_report.LARGE for cell in kernels.cells(args))
     assert sum("benchmarks.gpu_calls" in argv for argv in asked) == 5
+    drawn = [sampler.parser().parse_args(argv[3:]) for argv in asked if argv[1:3] == ["-m", "benchmarks.sampler"]]
+    assert [args.model for args in drawn] == [["emoji-64"], ["m"], ["l"]]
+    for args in drawn:
+        assert set(map(str, args.batch)) >= set(gpu_report.OVER_COMPILE)
+        assert (args.device, "compile" in args.peers, args.seconds > 20) == ("cuda", True, True)
+
+
+def test_only_some_parts(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(gpu, "run", lambda plan, out, seconds, facts: plans.append([part.name for part in plan]) or 0)
+    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main(["--out", str(tmp_path), "--only", "build,sampler"]) == 0
+    assert plans == [["build", "sampler emoji-64", "sampler m", "sampler l"]]
 
 
 def test_sanitizer(monkeypatch, tmp_path):
@@ -152,6 +166,60 @@ def test_a_peer_may_fail_and_a_backend_may_not(provider, output, status, tmp_pat
     assert said.splitlines()[-1].endswith("3 of 9 calls are left out, the first of them this one")
     monkeypatch.setattr(gpu.ops, "backends", lambda op: {"triton": (False, "there is no CUDA device")})
     assert gpu.measure(csv, [], 1.0, 30.0) == ("failed", "triton cannot run: there is no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("ended", "own", "status"),
+    [
+        ("ok", "ok", "ok"),
+        ("failed", "ok", "ok"),
+        ("failed", "FAIL: error", "failed"),
+        ("timed out", "ok", "ok"),
+        ("timed out", "", "timed out"),
+    ],
+)
+def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, monkeypatch):
+    csv = tmp_path / "sampler.csv"
+    rows = [sampled("compile", 2.0, status="FAIL: error"), *([sampled("ours", 1.0, status=own)] if own else [])]
+
+    def command(argv, limit, **variables):
+        common.append(csv, rows, sampler.COLUMNS)
+        return ended, "LEFT OUT m batch 64"
+
+    monkeypatch.setattr(gpu, "command", command)
+    found, said = gpu.sample(csv, "m", 30.0)
+    assert found == status
+    assert said.splitlines()[-1].startswith(f"{len(rows)} times, ")
+    assert "; LEFT OUT m batch 64" in said.splitlines()[-1]
+    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "ok")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.sample(csv, "m", 30.0) == ("not installed", "the sampler needs diffusers")
+
+
+def sampled(provider: str, ms: float, batch: int = 1, part: str = "sampler", status: str = "ok") -> common.Row:
+    """A row as benchmarks.sampler writes it."""
+    found: common.Row = dict.fromkeys(sampler.COLUMNS, "")
+    found |= {"model": "m", "part": part, "batch": batch, "provider": provider, "dtype": "bf16", "gpu": "a GPU", "threads": 1, "quiet": 1}
+    return found | {"timestamp": "1", "status": status, **({f"y_value_{p}": ms for p in (50, 20, 80)} if status == "ok" else {})}
+
+
+def test_goals_of_the_sampler(tmp_path):
+    rows = [sampled("ours", 1.0), sampled("compile", 1.4), sampled("eager", 5.0), sampled("eager_channels_last", 3.0)]
+    rows += [sampled("ours", 1.0, part="pipeline"), sampled("compile", 1.2, part="pipeline")]
+    rows += [sampled("ours", 10.0, 16), sampled("eager", 9.0, 16), sampled("compile", 0.0, 16, status="FAIL: wrong")]
+    csv = tmp_path / "sampler.csv"
+    common.append(csv, rows, sampler.COLUMNS)
+    first, large, every = gpu_report.goals(common.read(csv))
+    assert first["target"] == "sampler: at least 1.3 x as fast as compile at batch 1"
+    assert (first["status"], first["figures"]) == ("missed", "1 of 2 cases; from 1.2 to 1.4, median 1.3")
+    assert (large["status"], large["figures"]) == ("not measured", "")
+    assert (every["status"], every["figures"]) == ("missed", "2 of 3 cases; from 0.9 to 1.4, median 1.2")
+    common.append(csv, [sampled("ours", 1.0, 64), sampled("compile", 1.15, 64)], sampler.COLUMNS)
+    assert gpu_report.goals(common.read(csv))[1]["status"] == "met"
+    _, report, summary = run([gpu.Part("sampler m", 1, lambda limit: ("ok", ""))], tmp_path)
+    assert [goal["status"] for goal in report["goals"]] == ["missed", "met", "missed"]
+    assert "| sampler: at least 1.15 x as fast as compile at batch 64 | met | 1 of 1 cases" in summary
+    assert "SLOWER, 1.11x the time: m sampler batch 16" in summary
 
 
 def row(provider: str, us: float, call: shapes.Call = LARGE, batch: int = 64, cache: str = "warm", status: str = "ok") -> common.Row:

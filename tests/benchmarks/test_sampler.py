@@ -10,7 +10,7 @@ from torch import nn
 
 import coalescer_fast
 from benchmarks import common, sampler, sampler_peers, sampler_report, timing
-from coalescer_fast import acceleration
+from coalescer_fast import acceleration, sampling
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
 from coalescer_fast.pipeline import CoalescerPipeline
@@ -166,6 +166,32 @@ def test_ours_as_it_is(tmp_path):
     mine = [row for row in rows if row["provider"] == "ours"]
     assert {row["part"] for row in mine if row["dtype"] == "fp32"} == {"unet", "sampler", "decoder", "pipeline"}
     assert all(row["status"] == "ok" and row["y_value_50"] for row in mine)
+
+
+def test_a_runtime_that_draws_at_once_is_measured_so(tmp_path, monkeypatch):
+    calls = []
+
+    def at_once(pipe, **kwargs):
+        def generate(scheduler, sample, conditioning, empty, guidance_scale, decode):
+            calls.append((len(sample), guidance_scale, decode))
+            latents = sampling.sample(pipe, scheduler, sample, conditioning, empty, guidance_scale)
+            return pipe.decode(latents) if decode else latents
+
+        accelerate(pipe, **kwargs).runtime.generate = generate
+        return pipe
+
+    monkeypatch.setattr(coalescer_fast, "accelerate", at_once)
+    status, rows = run(tmp_path, "--batch", "2", "--peers", "none", "--parts", "sampler,pipeline")
+    assert status == 0
+    assert {row["part"] for row in rows if row["provider"] == "ours" and row["y_value_50"]} == {"sampler", "pipeline"}
+    assert set(calls) == {(2, 1.0, False), (2, 1.5, False), (2, 1.5, True)}
+
+
+def test_batches_for_which_there_is_no_time(tmp_path, accelerated, capsys):
+    status, rows = run(tmp_path, "--seconds", "1e-9", "--peers", "none", "--parts", "unet")
+    assert status == 0
+    assert {row["batch"] for row in rows} == {"1"}  # of the first it is not known how long it takes
+    assert "LEFT OUT emoji-64 batch 3\n" in capsys.readouterr().out
 
 
 def test_a_wrong_result_has_no_time(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,174 @@
+"""A pipeline's networks on a CUDA device: fused ops, and all of a call but its conditioning in one CUDA graph. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops, sampling
+from ..models.unet import Conditioning
+from ..nvtx_ranges import span
+from ..ops.dispatch import BACKENDS, PREFERENCE
+from ..scheduler import CoalescerScheduler
+from .cpu import fingerprint
+from .graphs import CudaRecorder, Graphs, Recorder
+
+if TYPE_CHECKING:
+    from ..pipeline import CoalescerPipeline
+
+MOST_GRAPHS = 16
+SHARE = 4  # of the device's memory, one part in so many is for graphs
+VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
+
+
+class Key(NamedTuple):
+    """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of the description,
+    0 without cross-attention; pictures: whether it decodes."""
+
+    batch: int
+    size: tuple[int, int]
+    etas: tuple[float, ...]
+    modes: tuple[str, ...]
+    eps: float
+    guided: tuple[int, ...]
+    pictures: bool
+    tokens: tuple[int, int]
+
+    def __str__(self) -> str:
+        steps = len(self.etas)
+        words = [f"batch {self.batch}", "latents {}x{}".format(*self.size), f"{steps} step{'s' * (steps != 1)}"]
+        words += [f"{len(self.guided)} guided"] if self.guided else []
+        words += ["decoder"] if self.pictures else []
+        return ", ".join(words + ([f"{self.tokens[0]} tokens"] if any(self.tokens) else []))
+
+
+class CudaRuntime:
+    """Copies of a pipeline's networks, channels innermost, and their steps and decoder as one graph for each `Key`.
+
+    R, directions, distances and pictures are float32. The pipeline's own networks stay as they are; the copies are made anew when a weight
+    has changed.
+
+    Args:
+        pipe: a pipeline on a CUDA device.
+        backend: of the ops; "auto" takes the fastest that can run each call.
+        dtype: of weights and activations.
+        most_bytes: of memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no graphs.
+        most_graphs: the least recently used goes.
+        recorder: what captures; CUDA if None.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        pipe: CoalescerPipeline,
+        backend: str,
+        dtype: torch.dtype,
+        most_bytes: int | None = None,
+        most_graphs: int = MOST_GRAPHS,
+        recorder: Recorder | None = None,
+    ):
+        if most_bytes is None:
+            most_bytes = graph_bytes(pipe.device)
+        self.graphs = Graphs(CudaRecorder(pipe.device) if recorder is None else recorder, most_graphs, most_bytes)
+        self.pipe, self.backend, self.dtype, self.device = pipe, backend, dtype, pipe.device
+        self.state: list[tuple[int, int]] | None = None
+        self.lock = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the pipeline's weights if they are not those that the copies were made of; graphs hold the copies' addresses."""
+        with self.lock:
+            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
+                return
+            self.unet = self._copy(self.pipe.unet)
+            self.unet.set_backend(self.backend)
+            self.decoder = self._copy(self.pipe.vae.decoder)
+            self.empty: Conditioning | None = None
+            self.release()
+            self.state = state
+
+    def _copy(self, network: nn.Module) -> Any:
+        fast = copy.deepcopy(network).eval().requires_grad_(False)
+        for parameter in fast.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+        """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
+        description alone is kept, for it depends on the weights only."""
+        if texts == [""] and self.empty is not None:
+            return self.empty
+        full = self.pipe.condition(texts, device)
+        rounded = full.map(lambda x: x.to(self.dtype))
+        anchor = None if full.anchor is None else full.anchor.contiguous(memory_format=torch.channels_last)
+        found = Conditioning(rounded.film, anchor, rounded.keys_values, full.mask)
+        if texts == [""]:
+            self.empty = found
+        return found
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        return self.unet(sample.contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.decoder(x).float(), self.pipe.vae.patch_size)
+
+    def release(self) -> None:
+        """Give the graphs' memory back; the next call captures anew."""
+        self.graphs.clear()
+
+    def generate(
+        self,
+        scheduler: CoalescerScheduler,
+        sample: Tensor,
+        conditioning: Conditioning,
+        empty: Conditioning | None,
+        guidance_scale: float,
+        decode: bool,
+    ) -> Tensor:
+        """The latents of `sampling.sample`, or with ``decode`` their pictures, by one graph, on the caller's stream."""
+        guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
+        tokens = tuple(0 if c is None or c.mask is None else c.mask.shape[1] for c in (conditioning, empty))
+        batch, _, *size = sample.shape
+        key = Key(batch, tuple(size), scheduler.etas, scheduler.modes, scheduler.config.eps, guided, decode, tokens)  # type: ignore[arg-type]
+
+        def draw(sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor) -> Tensor:
+            latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)
+            return self.decode(latents) if decode else latents
+
+        with span("graph"):
+            return self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)
+
+    def explain(self) -> list[dict[str, str]]:
+        """What runs each part, and why not something faster; then the graphs that are held."""
+        rows = [{"part": "convolutions, linear layers", "runs on": f"torch, {self.dtype}", "because": "channels innermost in memory"}]
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
+            states = ops.backends(op, probe)
+            order = [name for name in PREFERENCE if BACKENDS[name].device in (None, self.device.type)]
+            able = [name for name in (order if self.backend == "auto" else [self.backend]) if states[name][0]]
+            chosen = able[0] if able else self.backend
+            passed = [f"not on {name}: {states[name][1]}" for name in order[: order.index(chosen)]] if self.backend == "auto" else []
+            reason = "; ".join(passed) or ("it can run" if able else states[chosen][1])
+            rows.append({"part": op, "runs on": chosen, "because": reason})
+        for key, size in self.graphs.sizes():
+            rows.append({"part": "graph", "runs on": str(key), "because": f"{size / 1e6:.1f} MB"})
+        total = f"{self.graphs.bytes() / 1e6:.1f} MB of {self.graphs.most_bytes / 1e6:.0f} MB"
+        return [*rows, {"part": "graphs", "runs on": f"{len(self.graphs.held)} of {self.graphs.most}", "because": total}]
+
+
+def graph_bytes(device: torch.device) -> int:
+    """Of memory for graphs. Raises ValueError if the variable is no number."""
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return torch.cuda.get_device_properties(device).total_memory // SHARE
+    if not given.isdecimal():
+        raise ValueError(f"{VARIABLE} is {given!r}; expected a number of bytes, 0 for no CUDA graphs")
+    return int(given)

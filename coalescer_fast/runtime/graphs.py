@@ -1,0 +1,209 @@
+"""Captured work, kept for replay: an LRU of graphs with static inputs, and the capture on a CUDA device. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..models.unet import Conditioning
+from .base import counted
+
+# what a graph is given: a tensor (N, C, H, W); conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
+Input = Tensor | Conditioning | float | None
+
+_capturing = threading.Lock()  # torch captures one graph at a time in a process
+
+
+class Recorder(Protocol):
+    """Captures on a device. ``bytes()``: of all memory that captured graphs hold, but for their inputs."""
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """What does the function's work again, and the output that it writes anew."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside, the caller's stream has the graphs to itself."""
+
+    def bytes(self) -> int: ...
+
+    def wait(self) -> None:
+        """Until what was replayed last is done."""
+
+    def clear(self) -> None:
+        """Give the memory back: no graph is left."""
+
+
+@dataclass
+class Graph:
+    """inputs: static, of which ``given`` says what was copied there last; bytes: what it added to those that were held."""
+
+    inputs: list[Tensor | Conditioning | None]
+    given: list[Input]
+    replay: Callable[[], object]
+    output: Tensor
+    bytes: int
+
+    def fill(self, given: Sequence[Input]) -> None:
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for mine, last, new in zip(self.inputs, self.given, given):
+            if isinstance(mine, Conditioning) and isinstance(new, Conditioning) and new is not last:
+                targets += mine.tensors()
+                sources += new.tensors()
+            elif isinstance(mine, Tensor) and isinstance(new, Tensor):
+                targets.append(mine)
+                sources.append(new)
+            elif isinstance(mine, Tensor) and isinstance(new, float) and new != last:
+                mine.fill_(new)
+        torch._foreach_copy_(targets, sources)
+        self.given = [None if isinstance(new, Tensor) else new for new in given]
+
+
+class Graphs:
+    """Functions of tensors, captured once for each key and replayed from then on; any number of threads may `run` them.
+
+    Args:
+        recorder: captures.
+        most: graphs to hold; the least recently used goes.
+        most_bytes: to hold, in all. Where another graph does not fit, all make room for it. One is held whatever it takes; 0 is no graphs.
+    """
+
+    def __init__(self, recorder: Recorder, most: int, most_bytes: int):
+        self.recorder, self.most, self.most_bytes = recorder, most, most_bytes
+        self.held: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.captures = 0
+        self._lock = threading.RLock()
+
+    def run(self, key: Hashable, given: Sequence[Input], function: Callable[..., Tensor]) -> Tensor:
+        """``function(*given)``, in memory of the caller's own. The key says all that the function depends on but what it is given, and
+        the shapes of that."""
+        if not self.most_bytes:
+            return function(*given)
+        with self._lock, self.recorder.turn():
+            graph = self.held.get(key)
+            if graph is None:
+                graph = self._add(key, given, function)
+            else:
+                graph.fill(given)
+            self.held.move_to_end(key)
+            graph.replay()
+            return graph.output.clone(memory_format=torch.contiguous_format)
+
+    def _add(self, key: Hashable, given: Sequence[Input], function: Callable[..., Tensor]) -> Graph:
+        if len(self.held) >= self.most:
+            self.recorder.wait()
+            self.held.popitem(last=False)
+            if not self.held:
+                self.recorder.clear()
+        graph = self.held[key] = self._captured(given, function)
+        if self.bytes() > self.most_bytes and len(self.held) > 1:
+            del graph  # torch gives memory that graphs share back when none of them is left
+            self.clear()
+            graph = self.held[key] = self._captured(given, function)
+        return graph
+
+    def _captured(self, given: Sequence[Input], function: Callable[..., Tensor]) -> Graph:
+        before = self.recorder.bytes()
+        # ordinary tensors, which may be written to in and out of inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            device = next(x.device for x in given if isinstance(x, Tensor))
+            inputs = [static(x, device) for x in given]
+            try:
+                with _capturing:
+                    replay, output = self.recorder.capture(lambda: function(*inputs))
+            except BaseException:
+                if not self.held:
+                    self.recorder.clear()
+                raise
+        self.captures += 1
+        graph = counted(Graph(inputs, [None if isinstance(x, Tensor) else x for x in given], replay, output, 0))
+        graph.bytes = input_bytes(graph) + self.recorder.bytes() - before
+        return graph
+
+    def bytes(self) -> int:
+        """All that is held."""
+        with self._lock:
+            return self.recorder.bytes() + sum(map(input_bytes, self.held.values()))
+
+    def sizes(self) -> list[tuple[Hashable, int]]:
+        """Each key, and what its graph added to the bytes."""
+        with self._lock:
+            return [(key, graph.bytes) for key, graph in self.held.items()]
+
+    def clear(self) -> None:
+        with self._lock:
+            if self.held:
+                self.recorder.wait()
+                self.held.clear()
+                self.recorder.clear()
+
+
+def static(given: Input, device: torch.device) -> Tensor | Conditioning | None:
+    """A copy that stays where it is; of a tensor (N, C, H, W) with channels innermost, as the networks take it."""
+    if isinstance(given, Conditioning):
+        return given.map(torch.clone)
+    if isinstance(given, float):
+        return torch.full((), given, dtype=torch.float64, device=device)
+    return None if given is None else given.clone(memory_format=torch.channels_last)
+
+
+def input_bytes(graph: Graph) -> int:
+    tensors = [t for x in graph.inputs if x is not None for t in (x.tensors() if isinstance(x, Conditioning) else [x])]
+    return sum(t.nbytes for t in tensors)
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, in one memory pool: they are replayed one after the other, whatever the streams of their callers."""
+
+    WARM_UPS = 2  # the first compiles, chooses and makes workspaces, the second shows that nothing is left to do
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+            self.done = torch.cuda.Event()
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        home = torch.cuda.current_stream()
+        self.stream.wait_stream(home)
+        with torch.cuda.stream(self.stream):
+            for _ in range(self.WARM_UPS):
+                function()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: what other threads do meanwhile, allocate for instance, is no part of it and no mistake
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                output = function()
+        finally:
+            torch.cuda.set_stream(home)  # a capture that fails leaves its own stream as the current one
+        home.wait_stream(self.stream)
+        return graph.replay, output
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            try:
+                yield
+            finally:
+                self.done.record(stream)
+
+    def bytes(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self.pool))
+
+    def wait(self) -> None:
+        self.done.synchronize()
+
+    def clear(self) -> None:
+        with torch.cuda.device(self.device):
+            self.pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()

@@ -1,0 +1,48 @@
+"""From a random R to latents: the loop of a call, the same for whatever runs the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .models.unet import Conditioning
+from .nvtx_ranges import span
+from .scheduler import CoalescerScheduler, guide
+
+OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def sample(
+    networks: Any,
+    scheduler: CoalescerScheduler,
+    sample: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning | None,
+    guidance_scale: float | torch.Tensor,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """R after ``scheduler``'s steps: evaluate, guide where the scheduler says so, move.
+
+    Args:
+        networks: has ``evaluate(R, conditioning)``, direction and distance, and ``backend``, of the update.
+        scheduler: with its steps set.
+        sample: R, (N, C, h, w).
+        conditioning, empty: of the descriptions, N rows; of the empty description, N rows or one, None for no guidance.
+        guidance_scale: see `guide`.
+        on_step: called after each step as (step, R before it, direction before guidance, distance, R after it); gives the R to go on from.
+    """
+    if empty is not None:
+        empty = empty.expand(len(sample))
+    for i in scheduler.timesteps.tolist():
+        with span(f"evaluate[{i}]"):
+            direction, distance = networks.evaluate(sample, conditioning)
+        towards = direction
+        if empty is not None and scheduler.is_guided(i):
+            with span(f"evaluate_empty[{i}]"):
+                empty_direction, empty_distance = networks.evaluate(sample, empty)
+            towards = guide(direction, distance, empty_direction, empty_distance, guidance_scale)
+        moved = scheduler.step(towards, distance, i, sample, return_dict=False, backend=networks.backend)[0]
+        sample = moved if on_step is None else on_step(i, sample, direction, distance, moved)
+    return sample

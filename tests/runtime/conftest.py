@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+class CpuRecorder:
+    """Stands in for a CUDA device: a graph is its function, run again at every replay on its static inputs, into the same output. Like a
+    pool of torch's, memory that a graph once took is held until `clear`."""
+
+    def __init__(self) -> None:
+        self.taken = self.waits = self.clears = self.replays = 0
+        self.alone = threading.Lock()
+
+    def capture(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        assert self.alone.locked()
+        for _ in range(2):
+            function()
+        output = function().clone()
+        self.taken += output.nbytes
+        output.fill_(torch.nan)  # a capture computes nothing
+
+        def replay() -> None:
+            self.replays += 1
+            with torch.no_grad():
+                output.copy_(function())
+
+        return replay, output
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        assert self.alone.acquire(blocking=False), "two callers at once"
+        try:
+            yield
+        finally:
+            self.alone.release()
+
+    def bytes(self) -> int:
+        return self.taken
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def clear(self) -> None:
+        self.taken = 0
+        self.clears += 1
+
+
+@pytest.fixture
+def recorder() -> CpuRecorder:
+    return CpuRecorder()

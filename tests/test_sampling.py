@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coalescer_fast import sampling
+from coalescer_fast.models.unet import Conditioning
+from coalescer_fast.scheduler import CoalescerScheduler, guide
+
+
+class Networks:
+    """direction = a - R and distance = a, by the conditioning's own number a of each sample."""
+
+    backend = "reference"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, ...]] = []
+
+    def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        a = conditioning.film[0][0][:, 0]
+        self.asked.append(tuple(a.tolist()))
+        return a[:, None, None, None] - sample, a
+
+
+def conditioning(*numbers: float) -> Conditioning:
+    column = torch.tensor(numbers)[:, None]
+    return Conditioning([(column, column)], None, [])
+
+
+def scheduler(steps: int = 2, **config) -> CoalescerScheduler:
+    made = CoalescerScheduler(**config)
+    made.set_timesteps(steps)
+    return made
+
+
+R = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+DESCRIBED, EMPTY = conditioning(0.5, 2.0), conditioning(0.25)
+
+
+def test_the_formulas_by_hand():
+    networks = Networks()
+    found = sampling.sample(networks, scheduler(), R, DESCRIBED, EMPTY, 1.5)
+    assert networks.asked == [(0.5, 2.0), (0.5, 2.0), (0.25, 0.25)]  # guided in the last step, by the one empty description
+    a, e = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), 0.25
+    middle = R + 0.5 * a * (a - R)
+    direction = guide(a - middle, a.flatten(), e - middle, torch.full((2,), e), 1.5)
+    expected = middle + a * direction / direction.square().mean((1, 2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("guided_steps", ["last", "all"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_evaluations(steps, guided_steps):
+    networks = Networks()
+    sampling.sample(networks, scheduler(steps, guided_steps=guided_steps), R, DESCRIBED, EMPTY, 2.0)
+    assert networks.asked.count((0.25, 0.25)) == (steps if guided_steps == "all" else 1)
+    assert networks.asked.count((0.5, 2.0)) == steps
+    networks.asked.clear()
+    sampling.sample(networks, scheduler(steps, guided_steps=guided_steps), R, DESCRIBED, None, 2.0)
+    assert networks.asked == [(0.5, 2.0)] * steps
+
+
+def test_each_step_is_shown_and_may_be_replaced():
+    seen = []
+
+    def on_step(i, start, direction, distance, end):
+        seen.append(SimpleNamespace(i=i, start=start, direction=direction, distance=distance, end=end))
+        return end if i else torch.zeros_like(end)
+
+    found = sampling.sample(Networks(), scheduler(3), R, DESCRIBED, EMPTY, 1.5, on_step)
+    assert [step.i for step in seen] == [0, 1, 2]
+    assert torch.equal(seen[0].start, R)
+    assert not seen[1].start.any()
+    assert torch.equal(seen[2].start, seen[1].end)
+    assert torch.equal(found, seen[2].end)
+    for step in seen:  # before guidance
+        assert torch.equal(step.direction, DESCRIBED.film[0][0].view(2, 1, 1, 1) - step.start)
+        assert torch.equal(step.distance, DESCRIBED.film[0][0][:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1.4, 7.3])
+def test_a_scale_in_a_tensor_gives_the_bits_of_the_number(scale, dtype):
+    direction, away = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    distance, far = torch.rand(2, 4, generator=torch.Generator().manual_seed(2)) + 0.5
+    expected = guide(direction, distance, away, far, scale)
+    found = guide(direction, distance, away, far, torch.tensor(scale, dtype=torch.float64))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
