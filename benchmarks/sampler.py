@@ -9,6 +9,7 @@ model's own; decoder; pipeline, a whole call, prompt to pictures (the last two o
 times say something, their latents nothing. Providers of a part are measured in turn:
 
 - ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched kernel by kernel;
+- ours_int8: the same with dtype="int8", on the CPU; of larger error, so that it is compared with nobody;
 - eager: the reference, float32, as users have it; eager_channels_last: channels innermost, float32 and bfloat16;
 - compile: torch.compile of the reference, channels innermost, weights frozen, static shapes; on a GPU max-autotune;
 - onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for latency. Both on the CPU;
@@ -192,7 +193,7 @@ def providers(
     args: argparse.Namespace, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
 ) -> Iterator[Provider]:
     """All of them, prepared as far as they can be. The first is the reference, whether or not it is asked for."""
-    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
+    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32"), *([("ours_int8", "int8")] if args.device == "cpu" else [])]
     wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name] if dtype in args.dtypes]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:
@@ -200,7 +201,7 @@ def providers(
             continue
         known.add((name, dtype))
         try:
-            if name == "ours":
+            if name in ("ours", "ours_int8"):
                 engine = sampler_peers.ours(dtype, pipe)
             else:
                 engine = sampler_peers.peer(name, dtype, pipe, sample, texts, decodes, folder)

@@ -115,13 +115,16 @@ def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, t
 
 
 def ours(dtype: str, pipe: CoalescerPipeline) -> Engine:
-    """`coalescer_fast.accelerate`, dtype "auto" or one of `DTYPES`."""
+    """`coalescer_fast.accelerate`, dtype "auto", "int8" or one of `DTYPES`. Raises Missing for int8 where there is none."""
     with torch.inference_mode(False):  # it looks after changes of its weights, as a user's
         start = time.perf_counter()
-        mine: Any = coalescer_fast.accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
+        try:
+            mine: Any = coalescer_fast.accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
+        except ValueError as reason:
+            raise Missing(str(reason)) from reason
         seconds = time.perf_counter() - start
     names = {kind: name for name, kind in DTYPES.items()}
-    return Engine(mine, names.get(mine.runtime.dtype, dtype), {"unet": seconds})
+    return Engine(mine, dtype if dtype == "int8" else names.get(mine.runtime.dtype, dtype), {"unet": seconds})
 
 
 def twin(pipe: CoalescerPipeline) -> CoalescerPipeline:

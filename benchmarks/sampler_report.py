@@ -10,7 +10,15 @@ Text = dict[str, str]
 
 MACHINE = ("cpu", "gpu", "threads", "torch", "allocator")
 CELL = ("model", "part", "guidance_scale", "batch")
-COLOURS = {"ours": "C3", "openvino": "C0", "compile": "C1", "onnxruntime": "C2", "eager_channels_last": "0.6", "eager": "0.8"}
+COLOURS = {
+    "ours": "C3",
+    "ours_int8": "C4",
+    "openvino": "C0",
+    "compile": "C1",
+    "onnxruntime": "C2",
+    "eager_channels_last": "0.6",
+    "eager": "0.8",
+}
 
 
 def groups(rows: Sequence[Text]) -> dict[tuple[str, ...], dict[str, Text]]:
@@ -54,7 +62,7 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
             heads = f"{'eager':>10} {'ours':>17} {'fastest peer':>37} {'peer/ours':>9} {'% of floor':>10}"
             yield f"  {'model':9} {'part':14} {'batch':>5} {heads}"
         model, part, guidance, batch = key[4:]
-        own, peer = fastest(mine, "ours"), fastest(mine, *(name for name in COLOURS if name != "ours"))
+        own, peer = fastest(mine, "ours"), fastest(mine, *(name for name in COLOURS if not name.startswith("ours")))
         ratio = time(peer) / time(own)
         title = part + (f" w={float(guidance):g}" if guidance else "")
         floor = own["percent_of_floor"] if own else ""

@@ -213,7 +213,7 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is {pixels}; this model has an anchor and draws {native} pixels only")
             sides.append(pixels // factor)
         shape = (batch_size, config.latent_channels, *sides)
-        device = self._execution_device
+        device = self._execution_device if self.runtime is None else self.runtime.device
         if latents is None:
             for one in generator if isinstance(generator, list) else [generator]:
                 if not isinstance(one, (torch.Generator, type(None))):
@@ -243,9 +243,9 @@ class CoalescerPipeline(DiffusionPipeline):
         """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
         if self.runtime is None:
             return self
-        if self.device != self.runtime.device:
-            here = self.runtime.device
-            raise ValueError(f"the pipeline was accelerated on {here} and is on {self.device}: accelerate it again, or restore it")
+        here, there = self.unet.null.device, self.runtime.device  # not self.device, which takes longer than a small network
+        if here != there:
+            raise ValueError(f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it")
         self.runtime.refresh()
         return self.runtime
 

@@ -208,7 +208,7 @@ class Odd(torch.nn.Module):
 
 def test_int8_needs_a_processor_that_has_it(pipe, monkeypatch):
     monkeypatch.setattr(library, "products", lambda: (torch.float32, torch.bfloat16))
-    with pytest.raises(ValueError, match="dtype .int8. cannot run: the processor does not multiply uint8 itself"):
+    with pytest.raises(ValueError, match=r"dtype .int8. cannot run: the processor does not multiply uint8 itself"):
         cf.accelerate(pipe, dtype="int8")
     assert pipe.runtime is None
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
 from .base import counted
@@ -154,21 +154,18 @@ class CpuRuntime:
 
     def _calibrate(self) -> None:
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
-        encoder, unet, scheduler = self.pipe.description_encoder, self.pipe.unet, self.pipe.scheduler
+        encoder, config = self.pipe.description_encoder, self.pipe.unet.config
         names = list(self.prompts or encoder.known_names or VOCABULARY)
         prompts = [names[i * len(names) // CALIBRATION] for i in range(CALIBRATION)] if len(names) > CALIBRATION else names
-        side, generator = unet.config.sample_size, torch.Generator().manual_seed(0)
+        scheduler, generator = copy.copy(self.pipe.scheduler), torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(2)
         self.observing = True
         try:
             for first in range(0, len(prompts), 8):
                 some = prompts[first : first + 8]
-                sample = torch.randn(len(some), unet.config.latent_channels, side, side, generator=generator)
-                conditioning, empty = (self.condition(t, self.device) for t in (self.pipe.with_styles(some, sample), [""] * len(some)))
-                scheduler.set_timesteps(2)
-                for t in range(2):
-                    direction, distance = self.evaluate(sample, conditioning)
-                    self.evaluate(sample, empty)
-                    sample = scheduler.step(direction, distance, t, sample, return_dict=False, backend=self.backend)[0]
+                noise = torch.randn(len(some), config.latent_channels, config.sample_size, config.sample_size, generator=generator)
+                conditioning, empty = (self.condition(texts, self.device) for texts in (self.pipe.with_styles(some, noise), [""]))
+                sampling.sample(self, scheduler, noise, conditioning, empty, scheduler.config.guidance_scale)
         finally:
             self.observing = False
             self.programs.clear()

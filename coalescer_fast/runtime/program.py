@@ -139,10 +139,10 @@ class Program:
                     step.reads[1] = copied(residual, step.y.dtype)
             # what of the others' has to be of the program's dtype
             for n in range({GROUP_NORM_SILU: 2, LAYER_NORM: 1, GATE: 1, ATTENTION: 3}.get(step.kind, 0)):
-                if (value := step.reads[n]) is not None and value.dtype != self.dtype:
+                if (read := step.reads[n]) is not None and read.dtype != self.dtype:
                     if step.kind == ATTENTION:
-                        raise Unsupported(f"it attends to what is given as {value.dtype}")
-                    step.reads[n] = copied(value, self.dtype)
+                        raise Unsupported(f"it attends to what is given as {read.dtype}")
+                    step.reads[n] = copied(read, self.dtype)
             done.append(step)
         for n, value in enumerate(outputs):
             if value.dtype != torch.float32:
