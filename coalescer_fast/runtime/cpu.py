@@ -18,7 +18,7 @@ from ..ops import library
 from .base import counted
 from .packed import Range, Weights
 from .program import Program
-from .recorder import Recorder, Unsupported, record
+from .recorder import Hollow, Recorder, Unsupported, record
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -72,6 +72,7 @@ class CpuRuntime:
             self.weights = Weights(self.dtype)
             self.programs: OrderedDict[Any, Program] = OrderedDict()
             self.refused = {name: reason for name in ("unet", "decoder") if (reason := no_programs(self.dtype))}
+            self.hollow: dict[str, Hollow] = {}
             self.plain: dict[str, Any] = {}
             self.ranges: dict[int, Range] = {}
             self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
@@ -131,7 +132,9 @@ class CpuRuntime:
                 return None
             if (found := self.programs.get(key)) is None:
                 try:
-                    recorder, outputs = record(network, run)
+                    if name not in self.hollow:
+                        self.hollow[name] = Hollow(network)
+                    recorder, outputs = record(self.hollow[name], run)
                     ranges = self.ranges if name == "unet" and not self.observing else None
                     found = counted(Program(recorder, outputs, self.weights, threads, ranges, self.observing))
                 except Unsupported as reason:

@@ -334,14 +334,23 @@ class Functions(TorchFunctionMode):
         return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
-def record(network: nn.Module, run: Callable[[nn.Module, Recorder], Iterable[Tensor]]) -> tuple[Recorder, list[Value]]:
-    """What ``run(network without data, recorder)`` does, and the values of the tensors that it gives. Raises Unsupported."""
-    parameters = list(network.parameters())
-    hollow = {id(p): nn.Parameter(torch.empty_strided(p.shape, p.stride(), device="meta"), requires_grad=False) for p in parameters}
-    twin = copy.deepcopy(network, dict(hollow)).eval()
-    recorder = Recorder({hollow[id(p)]: p for p in parameters})
+class Hollow:
+    """A network's code with parameters that have no data, to be recorded any number of times: ``twin``, and its parameters' originals."""
+
+    def __init__(self, network: nn.Module):
+        memo: dict[int, Any] = {}
+        self.parameters: dict[Tensor, Tensor] = {}
+        for p in network.parameters():
+            memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), device="meta"), requires_grad=False)
+            self.parameters[memo[id(p)]] = p
+        self.twin = copy.deepcopy(network, memo).eval()
+
+
+def record(hollow: Hollow, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> tuple[Recorder, list[Value]]:
+    """What ``run(the network without data, recorder)`` does, and the values of the tensors that it gives. Raises Unsupported."""
+    recorder = Recorder(hollow.parameters)
     with torch.inference_mode(False), torch.no_grad(), Functions(recorder), recorder:
-        results = list(run(twin, recorder))
+        results = list(run(hollow.twin, recorder))
     outputs = [recorder.value(y) for y in results]
     for value, y in zip(outputs, results):
         if value.readers or y.numel() != value.count:

@@ -12,7 +12,7 @@ from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.packed import Range, Weights
 from coalescer_fast.runtime.program import Program
-from coalescer_fast.runtime.recorder import Recorder, record
+from coalescer_fast.runtime.recorder import Hollow, Recorder, record
 
 from ..ops.test_native import available
 
@@ -51,7 +51,7 @@ def program(network: nn.Module, *inputs: torch.Tensor, dtype: torch.dtype, threa
         results = (call or (lambda network, *args: network(*args)))(twin, *given)
         return results if isinstance(results, tuple) else (results,)
 
-    recorder, outputs = record(network, run)
+    recorder, outputs = record(Hollow(network), run)
     made = Program(recorder, outputs, Weights(dtype), threads, **kwargs)
     for mine, x in zip(made.inputs, inputs):
         mine.copy_(x)
@@ -187,7 +187,7 @@ def test_transformer(able):
             given = recorder.given(x, images=True), recorder.given(k, own=True), recorder.given(v, own=True), recorder.given(mask)
             return (twin(*given),)
 
-        recorder, outputs = record(network, run)
+        recorder, outputs = record(Hollow(network), run)
         made = Program(recorder, outputs, Weights(able), 2)
         for mine, t in zip(made.inputs, (x, k, v, mask)):
             mine.copy_(t)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.runtime.recorder import ATTENTION, CONVOLUTION, GROUP_NORM_SILU, Recorder, Unsupported, record
+from coalescer_fast.runtime.recorder import ATTENTION, CONVOLUTION, GROUP_NORM_SILU, Hollow, Recorder, Unsupported, record
 
 
 class Function(nn.Module):
@@ -22,7 +22,7 @@ class Function(nn.Module):
 
 
 def recorded(network: nn.Module) -> Recorder:
-    return record(network, lambda twin, recorder: [twin(recorder.given(torch.ones(2, 4, 6, 6), images=True))])[0]
+    return record(Hollow(network), lambda twin, recorder: [twin(recorder.given(torch.ones(2, 4, 6, 6), images=True))])[0]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_network_is_recorded_without_data_and_left_as_it_is():
 
         return twin(recorder.given(torch.ones(1, 16, 8, 8), images=True), Conditioning(given, None, []), return_dict=False)
 
-    recorder, outputs = record(network, run)
+    recorder, outputs = record(Hollow(network), run)
     kinds = [step.kind for step in recorder.steps]
     assert kinds.count(GROUP_NORM_SILU) == sum(isinstance(m, nn.GroupNorm) for m in network.modules())
     assert kinds.count(ATTENTION) == sum(type(m).__name__ == "SelfAttention" for m in network.modules())
