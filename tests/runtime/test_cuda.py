@@ -20,6 +20,15 @@ PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style", "red apple"]
 PLENTY = 10**9
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny calls on the CPU: a second thread would only be waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def pipe():
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
@@ -161,7 +170,7 @@ def test_pictures_are_not_overwritten_by_the_next_call(fast):
 def test_eviction_and_a_cap_change_no_picture(pipe, recorder):
     for most_bytes, most_graphs in ((PLENTY, 2), (100_000, 10), (1, 10), (0, 10)):
         pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, most_bytes, most_graphs, type(recorder)())
-        for n in (1, 2, 5, 1, 5, 2):
+        for n in (1, 2, 3, 1, 3):
             assert torch.equal(draw(pipe, PROMPTS[:n]), plainly(pipe, PROMPTS[:n]))
             held = pipe.runtime.graphs
             assert len(held.held) <= most_graphs
@@ -198,10 +207,10 @@ def test_many_shapes_leave_memory_flat(free):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     draw(free, "dog", height=120, width=160)  # the largest of all
-    before = loop(0, 100)
-    assert loop(100, 300) - before < 20_000  # kilobytes
+    before = loop(0, 50)
+    assert loop(50, 150) - before < 20_000  # kilobytes
     graphs = free.runtime.graphs
-    assert graphs.captures == 301
+    assert graphs.captures == 151
     assert len(graphs.held) == graphs.most
 
 
