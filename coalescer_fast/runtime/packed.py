@@ -11,7 +11,6 @@ from torch import Tensor
 from ..ops import library
 from .recorder import BYTES
 
-MOST_VECTORS = 4  # of a block of weights
 BALANCE = 0.5  # see Range.quantised
 
 
@@ -75,7 +74,7 @@ def arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:
     rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
     rows[:outputs, :, :channels] = weight.permute(0, 2, 3, 1).reshape(outputs, taps, channels)
     split = rows.view(vectors, width, taps, quads, lanes)
-    blocks = -(-vectors // MOST_VECTORS)
+    blocks = -(-vectors // (4 if width == 16 else 3))
     least, larger = divmod(vectors, blocks)
     sizes = [least + (block < larger) for block in range(blocks)]
     return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in split.split(sizes)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import library
 from .packed import Range, Weights
-from .recorder import BYTES, CONVOLUTION, GATHER, GROUP_NORM_SILU, Recorder, Step, Value
+from .recorder import BYTES, CONVOLUTION, GATHER, GROUP_NORM_SILU, Recorder, Step, Unsupported, Value
 
 ALIGNMENT = 64
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
@@ -224,6 +224,8 @@ class Program:
 
     def _attention(self, step: Step) -> bytes:
         a, size = step.attributes, BYTES[self.dtype]
+        if a["width"] * size % 4:
+            raise Unsupported(f"its attention has heads of {a['width']} channels")
         heads: list[int] = []
         for name, value in zip("qkv", step.read):
             offset, *strides = a[name]
