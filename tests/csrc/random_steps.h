@@ -519,7 +519,8 @@ void dual_head_step(Program& p, int64_t n, int64_t dtype) {
         set_results(alone, expected);
         alone.threads = 1;
         bool right = cf_cpu_dual_head(&alone) == CF_OK;
-        for (size_t i = 0; i < 2 && n; ++i) right = right && !memcmp(expected[i].data(), results[i]->bytes.data(), results[i]->bytes.size());
+        for (size_t i = 0; i < 2 && n; ++i)
+            right = right && !memcmp(expected[i].data(), results[i]->bytes.data(), results[i]->bytes.size());
         if (right) return;
         printf("dual_head: another result as a step\n");
         exit(1);
