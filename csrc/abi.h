@@ -132,7 +132,7 @@ typedef struct {
     int64_t border;
 } cf_image;
 
-/* How float values are made 8 bits: q[c] = round(value * inverse[c]) + zero[c], in 0 ... 255; inverse null for other dtypes. */
+/* How float values are made 8 bits: q[c] = round(value * inverse[c]) + zero[c], in 0 ... 255; both null for other dtypes. */
 typedef struct {
     const float* inverse;
     const uint8_t* zero;
@@ -147,7 +147,8 @@ typedef struct {
 } cf_group_norm_image_args;
 
 /* y = act(convolution(x) + bias + residual). Weights are packed: the outputs in vectors of cf_cpu_vector_width(), the vectors in blocks of
- * up to three, or of four if they have sixteen floats (as few blocks as can be, the first ones larger by one), and a block as (taps, channels * size / 4, vectors, width, 4 / size). */
+ * up to M, which is 4 if the width is 16 and else 3 (ceil(vectors / M) blocks, the first ones larger by one), and a block as (taps,
+ * channels * size / 4, vectors, width, 4 / size). */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
@@ -177,10 +178,11 @@ typedef struct {
 /* y = softmax(q k^T * scale) v for every sample and head, over the keys whose mask is not 0. */
 typedef struct {
     cf_heads q, k, v;
-    const uint8_t* mask; /* (n, k_length), or null */
+    const uint8_t* mask; /* (n, k_length), or null; without keys, y is 0 */
     void* y;             /* (n, length, heads * width) */
     int64_t dtype;       /* float32 or bfloat16 */
-    int64_t n, heads, length, k_length, width;
+    int64_t n, heads, length, k_length;
+    int64_t width; /* a multiple of 4 bytes */
     double scale;
 } cf_attention_args;
 

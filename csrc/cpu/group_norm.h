@@ -292,7 +292,7 @@ void apply_rows(const Sample<T>& sample, int64_t begin, int64_t end, Coefficient
 
 // All threads on the positions of one sample after another.
 template <class T, bool SILU, class Target>
-int share_positions(const cf_group_norm_silu_args& a, const Target& target) {
+int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
     const int64_t channels = a.c1 + a.c2, padded = channels + W;
     const int64_t chunk = chunk_of(a.spatial), chunks = (a.spatial + chunk - 1) / chunk;
     const size_t bytes = Workspace::bytes(channels);
@@ -305,7 +305,7 @@ int share_positions(const cf_group_norm_silu_args& a, const Target& target) {
     for (int64_t n = 0; n < a.n; ++n) {
         const Sample<T> sample(a, n);
         for (const Part<T>& part : sample.parts) find_shift(part, a.spatial, ws.shift);
-        parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
+        parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 for (const Part<T>& part : sample.parts)
                     chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded);
@@ -313,7 +313,7 @@ int share_positions(const cf_group_norm_silu_args& a, const Target& target) {
         for (int64_t i = 0; i < chunks; ++i)
             merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, ws.channels);
         find_coefficients(a, n, 0, channels, ws);
-        parallel_for(chunks, a.threads, [&](int64_t begin, int64_t end) {
+        parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
             apply_rows<T, SILU>(sample, begin * chunk, end_of(end - 1), ws.coefficients, target);
         });
     }
@@ -384,7 +384,7 @@ template <class T, bool SILU, class Target>
 int share_rows(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
     const int64_t size = a.n * (a.c1 + a.c2) * a.spatial;
     const bool few = a.n % threads && a.n < 4 * threads;
-    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, target);
+    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, threads, target);
     return share_samples<T, SILU>(a, size < SERIAL ? 1 : threads, target);
 }
 

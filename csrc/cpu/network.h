@@ -135,8 +135,6 @@ struct Position {
     }
 };
 
-inline int64_t size_of(int64_t dtype) { return dtype == CF_FLOAT32 ? 4 : (dtype == CF_UINT8 ? 1 : 2); }
-
 // The border of sample n: `pixel` bytes a position, from `zero`, or 0 bytes.
 inline void write_border(const cf_image& image, int64_t n, int64_t height, int64_t width, int64_t pixel, const void* zero) {
     if (!image.border) return;
@@ -257,12 +255,13 @@ struct ImageRow<uint8_t> {
         value *= count == W ? load(inverse + c) : load_part(inverse + c, count);
         for (int64_t i = 0; i < count; ++i) {
             const float q = nearbyintf(value[i]) + static_cast<float>(zero[c + i]);
-            y[c + i] = static_cast<uint8_t>(q < 0 ? 0 : (q > 255 ? 255 : q));
+            y[c + i] = static_cast<uint8_t>(q > 255 ? 255 : (q > 0 ? q : 0));
         }
     }
     void whole(int64_t c, vf value) const {
 #if CF_WIDTH == 16
-        const __m512i q = _mm512_cvtps_epi32((__m512)(value * load(inverse + c)));
+        // what is large stays so as an integer; NaN, as the second of the two, becomes the least one, and then 0
+        const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(value * load(inverse + c))));
         const __m512i shifted = _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c), _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
 #else
@@ -452,16 +451,23 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             const T* from = static_cast<const T*>(source.data) + n * source.sample + h * source.head_stride;
             const int64_t row = source.row;
             T* to = reinterpret_cast<T*>(memory + head * (k_bytes + v_bytes) + (is_key ? 0 : k_bytes) + first * quads * 4 * W);
+            const int64_t columns = is_key ? a.k_length : a.width;
             for (int64_t q = 0; q < quads; ++q)
-                for (int64_t v = 0; v < V; ++v)
-                    for (int64_t i = 0; i < W; ++i)
-                        for (int64_t lane = 0; lane < LANES; ++lane, ++to) {
-                            const int64_t column = (first + v) * W + i, k = q * LANES + lane;
-                            if (is_key)
-                                *to = column < a.k_length ? from[column * row + k] : T{};
+                for (int64_t v = 0; v < V; ++v, to += W * LANES) {
+                    const int64_t column = (first + v) * W, count = columns - column < W ? columns - column : W;
+                    if (is_key) {  // four bytes of each of so many keys
+                        for (int64_t i = 0; i < count; ++i) memcpy(to + i * LANES, from + (column + i) * row + q * LANES, 4);
+                    } else {  // as many columns of LANES values, interleaved
+                        for (int64_t lane = 0; lane < LANES; ++lane) {
+                            const T* value = from + (q * LANES + lane) * row + column;
+                            if (q * LANES + lane < a.k_length)
+                                for (int64_t i = 0; i < count; ++i) to[i * LANES + lane] = value[i];
                             else
-                                *to = column < a.width && k < a.k_length ? from[k * row + column] : T{};
+                                for (int64_t i = 0; i < count; ++i) to[i * LANES + lane] = T{};
                         }
+                    }
+                    memset(to + count * LANES, 0, static_cast<size_t>((W - count) * LANES) * sizeof(T));
+                }
         }
     });
     const int64_t tiles = (a.length + MOST_POSITIONS - 1) / MOST_POSITIONS, weights_row = v_quads * LANES;
@@ -494,7 +500,7 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
                 float* row = scores + m * keys;
                 for (int64_t k = 0; k < a.k_length && a.mask; ++k)
                     if (!a.mask[n * a.k_length + k]) row[k] = -__builtin_inff();
-                const float most = largest(row, a.k_length);
+                const float found = largest(row, a.k_length), most = found == -__builtin_inff() ? 0 : found;
                 for (int64_t k = a.k_length; k < keys; ++k) row[k] = -__builtin_inff();
                 vf total = {};
                 for (int64_t k = 0; k < keys; k += W) {
@@ -502,7 +508,8 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
                     total += e;
                     store(row + k, e);
                 }
-                inverse[m] = 1 / sum(total);
+                const float all = sum(total);
+                inverse[m] = all == 0 ? 0 : 1 / all;  // without keys
                 T* to = weights + m * weights_row;
                 int64_t k = 0;
                 for (; k + W <= weights_row; k += W) store(to + k, load(row + k));
@@ -525,6 +532,7 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
 }
 
 inline int attention(const cf_attention_args& a, int64_t threads) {
+    if (a.n == 0) return CF_OK;
     if (a.dtype == CF_FLOAT32) return attention_typed<float>(a, threads);
 #if defined(__AVX512BF16__)
     if (a.dtype == CF_BFLOAT16) return attention_typed<bfloat>(a, threads);

@@ -114,6 +114,80 @@ bool valid(int64_t dtype) { return dtype == CF_FLOAT32 || dtype == CF_FLOAT16 ||
 bool valid(const cf_vector& v) { return valid(v.dtype) || !v.data; }
 bool valid(const cf_tensor4& t) { return valid(t.dtype) || !t.data; }
 
+bool valid(const cf_group_norm_silu_args& a) {
+    return valid(a.dtype) && valid(a.weight) && valid(a.bias) && valid(a.pre_bias) && valid(a.scale) && valid(a.shift) && a.n >= 0 &&
+           a.c1 >= 1 && a.c2 >= 0 && a.spatial >= 0 && a.groups >= 1 && (a.c1 + a.c2) % a.groups == 0 && a.eps >= 0 &&
+           (a.c2 == 0 || a.skip || a.n * a.spatial == 0);
+}
+
+bool valid(const cf_dual_head_args& a) {
+    return valid(a.dtype) && valid(a.direction_weight) && valid(a.direction_bias) && valid(a.distance_weight) && valid(a.distance_bias) &&
+           valid(a.sample) && valid(a.anchor) && valid(a.direction) && a.n >= 0 && a.c >= 1 && a.cz >= 1 && a.height >= 1 && a.width >= 1 &&
+           (a.n == 0 || !a.sample.data == !a.anchor.data);  // an empty tensor has any address
+}
+
+// The rest are steps alone, and of no samples, which have any address, only if they have other arguments that are valid.
+
+bool valid_activation(int64_t dtype) { return dtype == CF_FLOAT32 || dtype == CF_BFLOAT16; }
+bool valid_image(const cf_image& image, int64_t n) { return (image.data || n == 0) && (image.border == 0 || image.border == 1); }
+
+bool valid(const cf_group_norm_image_args& a) {
+    const bool quantised = a.y.dtype == CF_UINT8;
+    return valid(a.norm) && valid_activation(a.norm.dtype) && valid_image(a.y, a.norm.n) && (quantised || a.y.dtype == a.norm.dtype) &&
+           quantised == !!a.quantisation.inverse && quantised == !!a.quantisation.zero && (a.norm.x || a.norm.n == 0) &&
+           a.norm.spatial >= 1 && a.width >= 1 && a.norm.spatial % a.width == 0;
+}
+
+bool valid(const cf_convolution_args& a) {
+    const bool integers = a.x.dtype == CF_UINT8;
+    const int64_t size = integers ? 1 : (a.x.dtype == CF_BFLOAT16 ? 2 : 4);
+    return (integers || valid_activation(a.x.dtype)) && (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) &&
+           valid_image(a.x, a.n) && valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
+           a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) && a.stride >= 1 && a.weight &&
+           integers == !!a.scale && (!a.residual.data || (valid_image(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
+           (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
+}
+
+bool valid(const cf_gather_args& a) {
+    bool parts = true;
+    for (int i = 0; i < 2; ++i)
+        parts = parts && valid(a.parts[i]) && a.channels[i] >= 0 && (a.channels[i] == 0 || a.parts[i].data || a.n == 0);
+    return parts && valid_activation(a.y.dtype) && valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.factor >= 1 &&
+           a.height % a.factor == 0 && a.width % a.factor == 0 && a.y_channels >= 1 && a.channels[0] + a.channels[1] <= a.y_channels;
+}
+
+bool valid(const cf_attention_args& a) {
+    return valid_activation(a.dtype) && a.n >= 0 && a.heads >= 1 && a.length >= 1 && a.k_length >= 1 && a.width >= 1 &&
+           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
+}
+
+bool valid(const cf_layer_norm_args& a) {
+    return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && a.weight && a.bias && a.eps >= 0 && ((a.x && a.y) || a.rows == 0);
+}
+
+bool valid(const cf_gate_args& a) {
+    return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && ((a.value && a.gate && a.y) || a.rows == 0);
+}
+
+template <class Args>
+bool valid_args(const cf_step& step) {
+    return valid(*static_cast<const Args*>(step.args));
+}
+
+bool valid(const cf_step& step) {
+    if (!step.args) return false;
+    switch (step.kind) {
+        case CF_CONVOLUTION: return valid_args<cf_convolution_args>(step);
+        case CF_GROUP_NORM_SILU: return valid_args<cf_group_norm_image_args>(step);
+        case CF_GATHER: return valid_args<cf_gather_args>(step);
+        case CF_ATTENTION: return valid_args<cf_attention_args>(step);
+        case CF_DUAL_HEAD: return valid_args<cf_dual_head_args>(step);
+        case CF_LAYER_NORM: return valid_args<cf_layer_norm_args>(step);
+        case CF_GATE: return valid_args<cf_gate_args>(step);
+        default: return false;
+    }
+}
+
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
@@ -202,11 +276,7 @@ int cf_cpu_set_isa(const char* isa) {
 }
 
 int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* a) {
-    const int64_t channels = a->c1 + a->c2;
-    if (!valid(a->dtype) || !valid(a->weight) || !valid(a->bias) || !valid(a->pre_bias) || !valid(a->scale) || !valid(a->shift) ||
-        a->n < 0 || a->c1 < 1 || a->c2 < 0 || a->spatial < 0 || a->groups < 1 || channels % a->groups || !(a->eps >= 0) ||
-        (a->c2 > 0 && !a->skip && a->n * a->spatial > 0))
-        return CF_INVALID_ARGUMENT;
+    if (!valid(*a) || a->threads < 1) return CF_INVALID_ARGUMENT;
     return a->n * a->spatial > 0 ? current->group_norm_silu(*a) : CF_OK;
 }
 
@@ -216,10 +286,7 @@ int cf_cpu_bias_residual(const cf_bias_residual_args* a) {
 }
 
 int cf_cpu_dual_head(const cf_dual_head_args* a) {
-    if (!valid(a->dtype) || !valid(a->direction_weight) || !valid(a->direction_bias) || !valid(a->distance_weight) ||
-        !valid(a->distance_bias) || !valid(a->sample) || !valid(a->anchor) || !valid(a->direction) || a->n < 0 || a->c < 1 || a->cz < 1 ||
-        a->height < 1 || a->width < 1 || (a->n > 0 && !a->sample.data != !a->anchor.data))  // an empty tensor has any address
-        return CF_INVALID_ARGUMENT;
+    if (!valid(*a)) return CF_INVALID_ARGUMENT;
     return a->n > 0 ? current->dual_head(*a) : CF_OK;
 }
 
@@ -234,12 +301,13 @@ int cf_cpu_vector_width(void) { return current->width; }
 int cf_cpu_products(void) { return current->products; }
 
 int cf_cpu_run(const cf_program_args* a) {
-    if (a->count < 0 || a->threads < 1) return CF_INVALID_ARGUMENT;
+    if (a->count < 0 || a->threads < 1 || (a->count > 0 && !a->steps)) return CF_INVALID_ARGUMENT;
     const auto body = [](void* context) {
         const cf_program_args& program = *static_cast<const cf_program_args*>(context);
-        for (int64_t i = 0; i < program.count; ++i)
-            if (const int status = current->run_step(program.steps[i], program.threads)) return status;
-        return static_cast<int>(CF_OK);
+        int status = CF_OK;
+        for (int64_t i = 0; i < program.count && status == CF_OK; ++i)
+            status = valid(program.steps[i]) ? current->run_step(program.steps[i], program.threads) : static_cast<int>(CF_INVALID_ARGUMENT);
+        return status;
     };
     return with_team(a->threads, body, const_cast<cf_program_args*>(a));
 }

@@ -10,7 +10,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 declare -A flags=([runtime]= [portable]= [avx2]="-mavx2 -mfma -mf16c")
 flags[avx512]="${flags[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-flags[avx512_bf16]="${flags[avx512]} -mavx512bf16"
+flags[avx512_bf16]="${flags[avx512]} -mavx512bf16 -mavx512vnni"
 files=(runtime portable avx2 avx512 avx512_bf16)
 [[ $(uname -m) == x86_64 ]] || files=(runtime portable)
 

@@ -1,4 +1,4 @@
-"""Faults planted in the CUDA kernels, every one of which the random calls must find: barriers taken away, wrong indices and counts."""
+"""Faults planted in the kernels, every one of which the random calls must find: barriers taken away, wrong indices and counts."""
 
 from __future__ import annotations
 
@@ -56,6 +56,28 @@ WRONG_RESULTS = [
 READ_OUTSIDE = [
     ("head.cu", "if (first + o >= p.cz) break;", "if (first + o > p.cz) break;"),
     ("residual.cu", "if (row >= p.rows) break;\n        left", "if (row > p.rows) break;\n        left"),
+]
+
+# Of the steps on a CPU: sanitizers, and as above.
+STEPS = [
+    (ADDRESS, "network.h", "fill(origin + (height + 1) * image.row, width + 2);", "fill(origin + (height + 1) * image.row, width + 3);"),
+    (ADDRESS, "network.h", "for (int64_t y = 1; y <= height; ++y) {", "for (int64_t y = 1; y < height; ++y) {"),
+    (ADDRESS, "network.h", "if (begin == 0) write_border", "if (false) write_border"),
+    (ADDRESS, "network.h", "static_cast<int64_t>(sizeof(T)), quantisation.zero);", "static_cast<int64_t>(sizeof(T)), nullptr);"),
+    (ADDRESS, "network.h", "const int64_t origin = a.taps == 1 ?", "const int64_t origin = a.taps == 9 ?"),
+    (ADDRESS, "network.h", "part = a.outputs - c < W ? a.outputs - c : W;", "part = W;"),
+    (ADDRESS, "network.h", "if (++y < height) return;", "if (++y <= height) return;"),
+    (ADDRESS, "network.h", "block * least + (block < larger ? block : larger)", "block * least + larger"),
+    (ADDRESS, "network.h", "for (; c + W <= a.channels[i]; c += W) store(y_at", "for (; c < a.channels[i]; c += W) store(y_at"),
+    (ADDRESS, "network.h", "x < a.width && offset < a.y_channels;", "x < a.width && offset + 1 < a.y_channels;"),
+    (ADDRESS, "network.h", "column < a.k_length ? from[column * row + k] : T{};", "from[column * row + k];"),
+    (ADDRESS, "network.h", "keys * 4 + (weights_row + W) * SIZE", "keys * 4"),
+    (ADDRESS, "network.h", "for (int64_t k = a.k_length; k < keys; ++k) row[k]", "for (int64_t k = a.k_length + 1; k < keys; ++k) row[k]"),
+    (ADDRESS, "network.h", "for (int64_t i = count; i < W; ++i) d[i] = 0;", ""),
+    (ADDRESS, "runtime.cpp", "a.k_length >= 1 && a.width >= 1", "a.width >= 1"),
+    (ADDRESS, "runtime.cpp", "for (int64_t rank = 1; rank < mine.size; ++rank)", "for (int64_t rank = 2; rank < mine.size; ++rank)"),
+    (THREAD, "runtime.cpp", "seen, __ATOMIC_RELEASE);", "seen, __ATOMIC_RELAXED);"),
+    (THREAD, "runtime.cpp", "(&mine.posted, posted, __ATOMIC_RELEASE);", "(&mine.posted, posted, __ATOMIC_RELAXED);"),
 ]
 
 
@@ -143,3 +165,30 @@ def test_a_read_outside_is_found(calls, tmp_path, name, old, new):
 def test_a_missing_barrier_is_a_race(calls, tmp_path):
     name, number = next(b for b in BARRIERS if b[0] == "device.h")
     assert calls.find(name, without_barrier(name, number), THREAD, tmp_path)
+
+
+def run_cpu_calls(csrc: Path, flags: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess:
+    """random_calls of the portable CPU kernels under `csrc`."""
+    program = folder / "calls"
+    sources = HERE / "random_calls.cpp", csrc / "cpu" / "runtime.cpp", csrc / "cpu" / "portable.cpp"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-w", "-DCF_PORTABLE_ONLY", *flags]
+    subprocess.run([*command, *sources, "-pthread", "-o", program], check=True)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program, "60"], capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_steps_without_a_fault_pass(tmp_path):
+    result = run_cpu_calls(CSRC, ADDRESS, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "name", "old", "new"), STEPS, ids=[f"{name}: {new or old}" for _, name, old, new in STEPS])
+def test_a_fault_of_a_step_is_found(tmp_path, flags, name, old, new):
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    changed = tmp_path / "csrc" / "cpu" / name
+    text = changed.read_text()
+    assert text.count(old) == 1
+    changed.write_text(text.replace(old, new))
+    assert run_cpu_calls(tmp_path / "csrc", flags, tmp_path).returncode != 0
