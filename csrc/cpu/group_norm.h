@@ -17,7 +17,10 @@ namespace {
 
 constexpr int64_t RUN = 1024;  // positions a partial sum is taken over, contiguous
 // Elements below which a second thread costs more than it saves, starting once (blocks) or twice (positions).
-constexpr int64_t SERIAL = 32 << 10, SERIAL_POSITIONS = 96 << 10;
+struct Serial {
+    int64_t blocks, positions;
+};
+constexpr Serial ALONE{32 << 10, 96 << 10}, IN_A_TEAM{4 << 10, 12 << 10};
 
 // The same, channels innermost: enough chunks for threads to share, and not so many that merging them is work. By the shape alone.
 inline int64_t chunk_of(int64_t spatial) { return spatial < 1024 ? 32 : (spatial < 4096 ? 64 : 128); }
@@ -381,18 +384,18 @@ int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
 
 // Channels innermost.
 template <class T, bool SILU, class Target>
-int share_rows(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
+int share_rows(const cf_group_norm_silu_args& a, int64_t threads, Serial serial, const Target& target) {
     const int64_t size = a.n * (a.c1 + a.c2) * a.spatial;
     const bool few = a.n % threads && a.n < 4 * threads;
-    if (few && size >= SERIAL_POSITIONS && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, threads, target);
-    return share_samples<T, SILU>(a, size < SERIAL ? 1 : threads, target);
+    if (few && size >= serial.positions && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, threads, target);
+    return share_samples<T, SILU>(a, size < serial.blocks ? 1 : threads, target);
 }
 
 template <class T, bool SILU, bool STREAM>
 int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
     const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial;
-    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, size < SERIAL ? 1 : a.threads);
-    return share_rows<T, SILU>(a, a.threads, Dense<T, STREAM>{static_cast<T*>(a.y), a.spatial, channels});
+    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, size < ALONE.blocks ? 1 : a.threads);
+    return share_rows<T, SILU>(a, a.threads, ALONE, Dense<T, STREAM>{static_cast<T*>(a.y), a.spatial, channels});
 }
 
 inline int group_norm_silu(const cf_group_norm_silu_args& a) {

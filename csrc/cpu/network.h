@@ -291,7 +291,8 @@ inline int group_norm_image(const cf_group_norm_image_args& a, int64_t threads) 
     const auto run = [&](auto type, auto out) {
         typedef decltype(type) T;
         const ImageTarget<decltype(out)> target{a.y, a.width, norm.c1 + norm.c2, norm.spatial, a.quantisation};
-        return norm.silu ? share_rows<T, true>(norm, threads, target) : share_rows<T, false>(norm, threads, target);
+        return norm.silu ? share_rows<T, true>(norm, threads, IN_A_TEAM, target)
+                         : share_rows<T, false>(norm, threads, IN_A_TEAM, target);
     };
     if (norm.dtype == CF_FLOAT32) return a.y.dtype == CF_UINT8 ? run(float{}, uint8_t{}) : run(float{}, float{});
     if (norm.dtype == CF_BFLOAT16) return a.y.dtype == CF_UINT8 ? run(bfloat{}, uint8_t{}) : run(bfloat{}, bfloat{});
