@@ -13,7 +13,7 @@ namespace cf {
 namespace {
 
 constexpr int MOST_POSITIONS = W == 16 ? 6 : 4, MOST_VECTORS = W == 16 ? 4 : 3;
-constexpr int64_t X_IN_CACHE = 400 << 10;  // bytes of an image, beside a block of weights
+constexpr int64_t X_IN_CACHE = 200 << 10;  // bytes of an image, beside a block of weights
 
 // E: the elements that are multiplied. Sum: a vector of their sums; products(a, b, sum): of four bytes broadcast and a vector of weights.
 template <class E>
@@ -60,15 +60,15 @@ constexpr int PRODUCTS = 0;
 inline vf to_floats(vf v) { return v; }
 inline vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
 
-// sums[m][v] over `taps` byte offsets and `quads` units of four bytes: x[m] are positions, w is the block of weights.
+// sums[m][v] over `count` byte offsets and, from each, `quads` units of four bytes: x[m] are positions, w is the block of weights.
 template <class E, int M, int V>
-inline void multiply(const char* const* x, const int64_t* taps, int64_t count, int64_t quads, const char* w,
+inline void multiply(const char* const* x, const int64_t* offsets, int64_t count, int64_t quads, const char* w,
                      typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
     typename Products<E>::Sum s[M][V] = {};
     const char* at[M];
     for (int m = 0; m < M; ++m) at[m] = x[m];
-    for (int64_t tap = 0; tap < count; ++tap)
-        for (int64_t q = taps[tap], end = q + 4 * quads; q < end; q += 4, w += V * 4 * W)
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t q = offsets[i], end = q + 4 * quads; q < end; q += 4, w += V * 4 * W)
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -78,27 +78,27 @@ inline void multiply(const char* const* x, const int64_t* taps, int64_t count, i
 }
 
 template <class E, int V>
-inline void multiply_some(int64_t positions, const char* const* x, const int64_t* taps, int64_t count, int64_t quads, const char* w,
+inline void multiply_some(int64_t positions, const char* const* x, const int64_t* offsets, int64_t count, int64_t quads, const char* w,
                           typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
     switch (positions) {
 #if CF_WIDTH == 16
-        case 6: return multiply<E, 6, V>(x, taps, count, quads, w, sums);
-        case 5: return multiply<E, 5, V>(x, taps, count, quads, w, sums);
+        case 6: return multiply<E, 6, V>(x, offsets, count, quads, w, sums);
+        case 5: return multiply<E, 5, V>(x, offsets, count, quads, w, sums);
 #endif
-        case 4: return multiply<E, 4, V>(x, taps, count, quads, w, sums);
-        case 3: return multiply<E, 3, V>(x, taps, count, quads, w, sums);
-        case 2: return multiply<E, 2, V>(x, taps, count, quads, w, sums);
-        default: return multiply<E, 1, V>(x, taps, count, quads, w, sums);
+        case 4: return multiply<E, 4, V>(x, offsets, count, quads, w, sums);
+        case 3: return multiply<E, 3, V>(x, offsets, count, quads, w, sums);
+        case 2: return multiply<E, 2, V>(x, offsets, count, quads, w, sums);
+        default: return multiply<E, 1, V>(x, offsets, count, quads, w, sums);
     }
 }
 
 template <class E>
-inline void multiply_any(int64_t vectors, int64_t positions, const char* const* x, const int64_t* taps, int64_t count, int64_t quads,
+inline void multiply_any(int64_t vectors, int64_t positions, const char* const* x, const int64_t* offsets, int64_t count, int64_t quads,
                          const char* w, typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
-    if (vectors == 4) return multiply_some<E, 4>(positions, x, taps, count, quads, w, sums);
-    if (vectors == 3) return multiply_some<E, 3>(positions, x, taps, count, quads, w, sums);
-    if (vectors == 2) return multiply_some<E, 2>(positions, x, taps, count, quads, w, sums);
-    return multiply_some<E, 1>(positions, x, taps, count, quads, w, sums);
+    if (vectors == 4) return multiply_some<E, 4>(positions, x, offsets, count, quads, w, sums);
+    if (vectors == 3) return multiply_some<E, 3>(positions, x, offsets, count, quads, w, sums);
+    if (vectors == 2) return multiply_some<E, 2>(positions, x, offsets, count, quads, w, sums);
+    return multiply_some<E, 1>(positions, x, offsets, count, quads, w, sums);
 }
 
 template <class T>
@@ -160,8 +160,8 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
     const int64_t pixel = a.channels * static_cast<int64_t>(sizeof(E)), out = a.outputs * static_cast<int64_t>(sizeof(T));
     const int64_t quads = pixel / 4, vectors = (a.outputs + W - 1) / W, positions = a.n * a.height * a.width;
     const Blocks blocks(vectors);
-    int64_t taps[9] = {};
-    for (int64_t tap = 0; tap < a.taps && a.taps > 1; ++tap) taps[tap] = tap / 3 * a.x.row + tap % 3 * pixel;
+    // the three taps of a row lie behind one another, in the image and in the weights
+    const int64_t rows = a.taps == 9 ? 3 : 1, offsets[3] = {0, a.x.row, 2 * a.x.row};
     // a border that a 1x1 convolution does not look at
     const int64_t origin = a.taps == 1 ? a.x.border * (a.x.row + pixel) : 0;
     const int64_t tiles = (positions + MOST_POSITIONS - 1) / MOST_POSITIONS;
@@ -184,7 +184,7 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
                 p.next(a.height, a.width);
             }
             typename P::Sum sums[MOST_POSITIONS][MOST_VECTORS];
-            multiply_any<E>(V, count, x, taps, a.taps, quads, w, sums);
+            multiply_any<E>(V, count, x, offsets, rows, quads * rows, w, sums);
             for (int64_t v = 0; v < V; ++v) {
                 const int64_t c = (first + v) * W, part = a.outputs - c < W ? a.outputs - c : W;
                 const vf bias = a.bias ? load_some(a.bias + c, part) : vf{}, scale = a.scale ? load_some(a.scale + c, part) : broadcast(1.0f);
