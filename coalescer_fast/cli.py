@@ -67,31 +67,31 @@ def parser() -> Parser:
         sub.set_defaults(run=run)
         return sub
 
+    def model(sub: Parser, default: str | None = None) -> None:
+        said = "%(default)s" if default else "the plain reference"
+        sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+        sub.add_argument("--backend", default=default, help=f"what runs the networks, as of accelerate (default: {said})")
+        sub.add_argument("--dtype", default=default, help=f"what they compute in, as of accelerate (default: {said})")
+
     sub = command("sample", sample, "draw pictures of prompts")
     sub.add_argument("prompts", nargs="+", metavar="PROMPT")
-    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    model(sub)
     sub.add_argument("-n", type=positive, default=1, metavar="N", help="pictures a prompt (default: %(default)s)")
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
     sub.add_argument("--steps", type=positive, default=2, help="steps, the network evaluations without guidance (default: %(default)s)")
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
-    sub.add_argument("--backend", help="what runs the networks, as of accelerate (default: the plain reference)")
-    sub.add_argument("--dtype", help="what they compute in, as of accelerate (default: the plain reference)")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
 
     sub = command("info", info, "say what is installed, on what machine")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("verify", verify, "compare an accelerated model with its own float32 reference")
-    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-    sub.add_argument("--backend", default="auto", help="what runs the networks, as of accelerate (default: %(default)s)")
-    sub.add_argument("--dtype", default="auto", help="what they compute in, as of accelerate (default: %(default)s)")
+    model(sub, "auto")
     sub.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("warmup", warmup, "time the preparation of an accelerated model, and a call after it")
-    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-    sub.add_argument("--backend", default="auto", help="what runs the networks, as of accelerate (default: %(default)s)")
-    sub.add_argument("--dtype", default="auto", help="what they compute in, as of accelerate (default: %(default)s)")
+    model(sub, "auto")
     sub.add_argument("--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)")
 
     sub = command("train", train, "train a model on pictures with descriptions")
@@ -103,7 +103,7 @@ def parser() -> Parser:
     )
 
     sub = command("evaluate", evaluate, "measure a model on a data set")
-    sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    model(sub)
     sub.add_argument("--data", required=True, metavar="FILE.npz", help="a data set made by build-data")
     sub.add_argument("--steps", type=counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)")
     sub.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the rows to a file, too")
@@ -127,14 +127,9 @@ def sample(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     import torch
 
-    from .pipeline import CoalescerPipeline
     from .training.pictures import sheet
 
-    pipe: Any = CoalescerPipeline.from_pretrained(args.model)
-    if args.backend is not None or args.dtype is not None:
-        from .acceleration import accelerate
-
-        accelerate(pipe, args.backend or "auto", args.dtype or "auto")
+    pipe = load(args)
     loaded = time.perf_counter()
     pictures = pipe(
         args.prompts,
@@ -188,11 +183,9 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from .acceleration import accelerate
     from .parity import verify as compare
-    from .pipeline import CoalescerPipeline
 
-    pipe = accelerate(CoalescerPipeline.from_pretrained(args.model), backend=args.backend, dtype=args.dtype)
+    pipe = load(args)
     result = compare(pipe, args.prompts)
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)
     return 0 if result.passed else 1
@@ -201,11 +194,9 @@ def verify(args: argparse.Namespace) -> int:
 def warmup(args: argparse.Namespace) -> None:
     import torch
 
-    from .acceleration import accelerate
     from .acceleration import warmup as prepare
-    from .pipeline import CoalescerPipeline
 
-    pipe: Any = accelerate(CoalescerPipeline.from_pretrained(args.model), backend=args.backend, dtype=args.dtype)
+    pipe = load(args)
     pipe.set_progress_bar_config(disable=True)
 
     def seconds(function: Callable[..., object], *args: Any) -> float:
@@ -234,13 +225,12 @@ def train(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     if args.csv:
         check_writable(args.csv)
-    from .training.data import load
+    from .training.data import load as load_data
 
-    data = load(args.data)
-    from .pipeline import CoalescerPipeline
+    data = load_data(args.data)
     from .training.evaluation import evaluate as measure
 
-    rows = measure(CoalescerPipeline.from_pretrained(args.model), data, steps=args.steps)
+    rows = measure(load(args), data, steps=args.steps)
     print(aligned(rows))
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
@@ -255,6 +245,16 @@ def build_data(args: argparse.Namespace) -> None:
     with logging_to_stderr():
         path = build(args.out, args.cache or args.out / "packages", args.sizes, args.styles or DEFAULT_STYLES)
     print(path)
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The pipeline that the options name, accelerated if they name a backend or a dtype."""
+    from .acceleration import accelerate
+    from .pipeline import CoalescerPipeline
+
+    pipe = CoalescerPipeline.from_pretrained(args.model)
+    plain = args.backend is None and args.dtype is None
+    return pipe if plain else accelerate(pipe, args.backend or "auto", args.dtype or "auto")
 
 
 def positive(text: str) -> int:
