@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -31,7 +32,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "tests" / "csrc"))
 
+import coalescer_fast  # noqa: E402
 import emulate  # noqa: E402
+
+if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, not installed
+    coalescer_fast.__path__.append(str(ROOT))
 
 
 def emulated_library() -> Path:
