@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "tests" / "csrc"))
 
-import coalescer_fast  # noqa: E402
 import emulate  # noqa: E402
+
+import coalescer_fast  # noqa: E402
 
 if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, not installed
     coalescer_fast.__path__.append(str(ROOT))
