@@ -70,7 +70,7 @@ def export_graph(
             large = sum(map(stored, model.graph.initializers.values())) > LARGEST
             ir.save(model, path, external_data=f"{path.name}.data" if large else None)
             onnx.checker.check_model(str(path), full_check=True)
-    except (RuntimeError, TypeError, onnx.checker.ValidationError) as error:
+    except (RuntimeError, onnx.checker.ValidationError) as error:
         reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
         raise ValueError(f"the network cannot be exported: {reason:.500}") from error
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
                 def stage(text: str, kind: str = kind) -> None:
                     bar.set_description(f"{kind}: {text}")
-                    bar.update(bar.n < bar.total)
+                    bar.update()
 
                 inner = folder / kind if args.what == "all" else folder
                 inner.mkdir(exist_ok=True)

@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for kind, found in artefacts.items():
         name = args.model or found.manifest.model
-        pipe = pipes.setdefault(name, None) or CoalescerPipeline.from_pretrained(name)
-        pipes[name] = pipe
-        found.check_weights(pipe)
-        results[kind] = compare(found, open_artefact(found), pipe, args.prompts, args.seed)
+        if name not in pipes:
+            pipes[name] = CoalescerPipeline.from_pretrained(name)
+        found.check_weights(pipes[name])
+        results[kind] = compare(found, open_artefact(found), pipes[name], args.prompts, args.seed)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:
