@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import Command, Distribution, setup
+from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -186,5 +186,13 @@ class NativeDistribution(Distribution):
         return chosen() != "off"
 
 
+def packages() -> list[str]:
+    """export/ is coalescer_fast.export: a folder of its own, for nothing in coalescer_fast may import it."""
+    return find_packages(str(ROOT), include=["coalescer_fast*"]) + [
+        f"coalescer_fast.{each}" for each in find_packages(str(ROOT), include=["export*"])
+    ]
+
+
 if __name__ == "__main__":
-    setup(distclass=NativeDistribution, cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel})
+    commands = {"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel}
+    setup(packages=packages(), distclass=NativeDistribution, cmdclass=commands)

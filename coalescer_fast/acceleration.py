@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from .ops import library
 from .runtime import compiled, onnx_file
 from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
+from .runtime.exported import ExportedRuntime
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ BOTH = ("float32", "bfloat16")
 @dataclass(frozen=True)
 class Backend:
     """make: (pipe, dtype) -> runtime; dtypes: device type -> what it can compute in there; packages: what it needs; unavailable: why it
-    cannot run in this process all the same, or ""."""
+    cannot run in this process all the same, or ""; load: (pipe, folder) -> runtime of exported artefacts, which needs the first of the
+    packages alone."""
 
     make: Callable[[CoalescerPipeline, torch.dtype], Runtime]
     dtypes: Mapping[str, Sequence[str]]
     packages: Sequence[str] = ()
     unavailable: Callable[[], str] = lambda: ""
+    load: Callable[[CoalescerPipeline, str | Path], Runtime] | None = None
 
 
 BACKENDS = {
@@ -46,6 +50,7 @@ BACKENDS = {
         lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
+        load=lambda pipe, folder: ExportedRuntime(pipe, "onnxruntime", folder, onnx_file.open_artefact),
     ),
     "openvino": Backend(
         lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
@@ -57,9 +62,9 @@ BACKENDS = {
 AUTO = {"cpu": "cpu", "cuda": "cuda"}
 
 
-def unavailable(name: str) -> str:
-    """Why backend ``name`` cannot run in this process, as what is to be said of it, or ""."""
-    packages = BACKENDS[name].packages
+def unavailable(name: str, loads: bool = False) -> str:
+    """Why backend ``name`` cannot run in this process (or load artefacts), as what is to be said of it, or ""."""
+    packages = BACKENDS[name].packages[: 1 if loads else None]
     for package in packages:
         if importlib.util.find_spec(package) is None:
             return f"needs the package {package}, which is not installed: run pip install {' '.join(packages)}"
@@ -77,7 +82,9 @@ def native_dtype(device: str, dtypes: Sequence[str]) -> str:
     return next(name for name in order if name in dtypes)
 
 
-def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto") -> CoalescerPipeline:
+def accelerate(
+    pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto", artefact: str | Path | None = None
+) -> CoalescerPipeline:
     """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to rounding.
 
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size and resolution.
@@ -87,6 +94,8 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
       and use of guidance, captured at the first call of its kind; calls with a callback or a trace go step by step.
     - "compile" (on GPUs, too), "onnxruntime" and "openvino": the networks by torch.compile, ONNX Runtime or OpenVINO, each prepared for a
       batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call; the last eight are kept.
+    - "onnxruntime" with ``artefact``, a folder that `coalescer-export` wrote: its graphs, for the batch sizes and in the precision that
+      they were exported for. Nothing is prepared. They are of these weights, or refused, now and in every call.
 
     What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. A weight that is
     changed later takes effect at the next call.
@@ -99,7 +108,8 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
 
     Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
 
-    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here.
+    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here, and for an artefact that is
+        damaged or of another model.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
@@ -108,6 +118,8 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     if device not in devices:
         where = f"runs on {' and '.join(devices)}, and the pipeline is on {pipe.device}"
         raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
+    if artefact is not None:
+        return _load(pipe, backend, dtype, artefact)
     name = AUTO[device] if backend == "auto" else backend
     dtypes = BACKENDS[name].dtypes[device]
     chosen = native_dtype(device, dtypes) if dtype == "auto" else str(dtype).removeprefix("torch.")
@@ -118,6 +130,18 @@ def accelerate(pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torc
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
     pipe.runtime = BACKENDS[name].make(pipe, DTYPES[chosen])
+    return pipe
+
+
+def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:
+    able = [name for name, each in BACKENDS.items() if each.load is not None]
+    if backend not in able or (load := BACKENDS[backend].load) is None:
+        raise ValueError(f"backend {backend!r} takes no artefact; use one of {', '.join(able)}")
+    if dtype != "auto":
+        raise ValueError(f"dtype is {dtype!r}, and an artefact has its own precision: leave dtype out")
+    if reason := unavailable(backend, loads=True):
+        raise ValueError(f"backend {backend!r} {reason}")
+    pipe.runtime = load(pipe, artefact)
     return pipe
 
 

@@ -25,26 +25,27 @@ from . import __version__
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"coalescer-fast: {message} (see '{self.prog} --help')\n")
+        self.exit(2, f"{self.prog.partition(' ')[0]}: {message} (see '{self.prog} --help')\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit status."""
-    args = parser().parse_args(argv)
+    return execute(parser(), argv)
+
+
+def execute(top: Parser, argv: Sequence[str] | None) -> int:
+    """Run what ``top`` makes of ``argv``: its ``run(args)``."""
+    args = top.parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:
             raise
-        say(sentence(error))
-        return 1
+        message, status = sentence(error), 1
     except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-
-
-def say(message: str) -> None:
-    print(f"coalescer-fast: {message}", file=sys.stderr)
+        message, status = "interrupted", 130
+    print(f"{top.prog}: {message}", file=sys.stderr)
+    return status
 
 
 def sentence(error: Exception) -> str:

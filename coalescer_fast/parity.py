@@ -130,7 +130,7 @@ def verify(
         raise ValueError(f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference")
     limits = _limits(budget, runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
-    texts = pipe._check_prompts(_descriptions(pipe, prompts, generator), num_images)
+    texts = pipe._check_prompts(descriptions(pipe, prompts, generator), num_images)
     noise = pipe._initial_sample(len(texts), None, None, generator, None)
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
@@ -167,7 +167,7 @@ def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> 
     return replace(Budget.of(dtype), **budget)
 
 
-def _descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
+def descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
     """``prompts``, or names that the model was trained on, without repeats."""
     if prompts is not None and (not isinstance(prompts, int) or isinstance(prompts, bool)):
         return prompts

@@ -254,12 +254,16 @@ class CoalescerPipeline(DiffusionPipeline):
         """Of the ops, in the reference networks."""
         return self.unet.backend
 
+    def describe(self, texts: list[str], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What the UNet takes of descriptions: vectors (N, D) and, for cross-attention, token rows (N, L, D) and their mask (N, L)."""
+        described = [self.description_encoder(texts)]
+        if self.unet.config.cross_attention_dim is not None:
+            described += self.description_encoder.token_rows(texts)
+        return tuple(x.to(device) for x in described)
+
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone."""
-        rows = mask = None
-        if self.unet.config.cross_attention_dim is not None:
-            rows, mask = (x.to(device) for x in self.description_encoder.token_rows(texts))
-        return self.unet.condition(self.description_encoder(texts).to(device), rows, mask)
+        return self.unet.condition(*self.describe(texts, device))
 
     def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """Direction (N, C, h, w) and distance (N,) at R."""

@@ -34,7 +34,7 @@ def sample(
         on_step: called after each step as (step, R before it, direction before guidance, distance, R after it); gives the R to go on from.
     """
     if empty is not None:
-        empty = empty.expand(len(sample))
+        empty = empty.expand(sample.shape[0])
     for i in scheduler.timesteps.tolist():
         with span(f"evaluate[{i}]"):
             direction, distance = networks.evaluate(sample, conditioning)

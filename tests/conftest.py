@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -32,6 +33,11 @@ sys.path.append(str(ROOT))
 sys.path.append(str(ROOT / "tests" / "csrc"))
 
 import emulate  # noqa: E402
+
+import coalescer_fast  # noqa: E402
+
+if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, not installed
+    coalescer_fast.__path__.append(str(ROOT))
 
 
 def emulated_library() -> Path:

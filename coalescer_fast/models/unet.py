@@ -100,7 +100,7 @@ class Conditioning:
 
     def expand(self, n: int) -> Conditioning:
         """The conditioning of one description, for n samples, without a copy; itself if it is of n already."""
-        return self if len(self.film[0][0]) == n else self.map(lambda x: x.expand(n, *x.shape[1:]))
+        return self if self.film[0][0].shape[0] == n else self.map(lambda x: x.expand(n, *x.shape[1:]))
 
 
 def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor:

@@ -4,55 +4,89 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .artefact import Artefact
 from .static import Bind, Call, Tensors
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Inside, torch's exporter runs, and says nothing."""
+    logging.disable(logging.WARNING)  # of packages that the exporter does without
+    try:
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def export(module: nn.Module, args: Tensors, folder: Path) -> Path:
     """The module as ONNX, made once a folder."""
     path = folder / f"{type(module).__name__}.onnx"
     if not path.exists():
-        logging.disable(logging.WARNING)  # of packages that the exporter does without
-        try:
-            with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                plain = tuple(a.clone() for a in args)  # the exporter takes no inference tensors
-                torch.onnx.export(module, plain, path, dynamo=True, external_data=True, verbose=False)
-        finally:
-            logging.disable(logging.NOTSET)
+        with exporting():
+            plain = tuple(a.clone() for a in args)  # the exporter takes no inference tensors
+            torch.onnx.export(module, plain, path, dynamo=True, external_data=True, verbose=False)
     return path
 
 
-def onnxruntime(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
-    """ONNX Runtime's CPU provider with all optimisations; inputs and outputs are bound to torch's memory."""
-    import numpy as np
+def session(path: Path) -> Any:
+    """ONNX Runtime's CPU provider with all optimisations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = ort.InferenceSession(export(module, args, folder), options, providers=["CPUExecutionProvider"])
-    first, *names = (i.name for i in session.get_inputs())
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
+    """An exported graph by ONNX Runtime, see `exported.Open`."""
+    if artefact.manifest.engine != "onnx":
+        raise ValueError(f"{artefact.folder} is for {artefact.manifest.engine}, not for ONNX Runtime: give the artefact it was built from")
+    try:
+        opened = session(artefact.graph)
+    except Exception as error:  # ONNX Runtime has its own classes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ONNX Runtime cannot load {artefact.graph} ({reason:.200}): {artefact.mend}") from error
+    names = [port.name for port in artefact.manifest.inputs]
+
+    def run(inputs: Tensors) -> Tensors:
+        outputs = opened.run(None, {name: x.detach().contiguous().numpy() for name, x in zip(names, inputs)})
+        return tuple(torch.from_numpy(y) for y in outputs)
+
+    return run
+
+
+def onnxruntime(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
+    """`session`; inputs and outputs are bound to torch's memory."""
+    import numpy as np
+    import onnxruntime as ort
+
+    opened = session(export(module, args, folder))
+    first, *names = (i.name for i in opened.get_inputs())
 
     def bind(rest: Sequence[Tensor]) -> Call:
-        binding = session.io_binding()
+        binding = opened.io_binding()
         kept = [ort.OrtValue.ortvalue_from_numpy(t.numpy()) for t in rest]
         for name, value in zip(names, kept):
             binding.bind_ortvalue_input(name, value)
-        results = tuple(torch.zeros(o.shape) for o in session.get_outputs())
-        for o, result in zip(session.get_outputs(), results):
+        results = tuple(torch.zeros(o.shape) for o in opened.get_outputs())
+        for o, result in zip(opened.get_outputs(), results):
             binding.bind_output(o.name, "cpu", 0, np.float32, o.shape, result.data_ptr())
 
         def call(x: Tensor, kept: object = (rest, kept)) -> Tensors:
             x = x.contiguous()
             binding.bind_input(first, "cpu", 0, np.float32, x.shape, x.data_ptr())
-            session.run_with_iobinding(binding)
+            opened.run_with_iobinding(binding)
             return tuple(y.clone() for y in results)
 
         return call

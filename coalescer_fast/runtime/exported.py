@@ -1,0 +1,122 @@
+"""A pipeline's networks from exported artefacts, by the engine that they were exported for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import sampling
+from ..models.unet import Conditioning
+from ..ops import library
+from ..scheduler import CoalescerScheduler
+from . import artefact
+from .artefact import Artefact, Schedule
+from .base import counted
+from .cpu import fingerprint
+
+if TYPE_CHECKING:
+    from ..pipeline import CoalescerPipeline
+
+Tensors = tuple[Tensor, ...]
+# of an artefact: a function of its inputs, in order, that gives its outputs; several threads may call it at once
+Open = Callable[[Artefact], Callable[[Tensors], Tensors]]
+# what an int8 graph does not quantise counts as half precision
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float16}
+
+
+@dataclass
+class Described(Conditioning):
+    """Descriptions as exported networks take them, which derive the rest: `CoalescerPipeline.describe`."""
+
+    description: Tensors = ()
+
+    def expand(self, n: int) -> Described:
+        return Described([], None, [], description=tuple(x.expand(n, *x.shape[1:]) for x in self.description))
+
+
+class ExportedRuntime:
+    """name: the runtime's; folder: of artefacts; open_artefact: makes one callable.
+
+    A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
+    the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
+    alone refuses a call with another schedule.
+
+    Raises: ValueError for artefacts that are damaged or were made of other weights.
+    """
+
+    def __init__(self, pipe: CoalescerPipeline, name: str, folder: str | Path, open_artefact: Open):
+        self.pipe, self.name, self.device = pipe, name, pipe.device
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.artefacts = artefact.find(folder)
+        self.lock = threading.Lock()
+        self.state: Any = None
+        self.refresh()
+        self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
+        # of several, the coarsest
+        self.dtype = DTYPES[max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)]
+
+    def refresh(self) -> None:
+        """Raise ValueError if the pipeline's weights are not those that were exported."""
+        with self.lock:
+            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) != self.state:
+                for each in self.artefacts.values():
+                    each.check_weights(self.pipe)
+                self.state = state
+
+    def condition(self, texts: list[str], device: torch.device) -> Described:
+        return Described([], None, [], description=self.pipe.describe(texts, device))
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        assert isinstance(conditioning, Described)
+        if "unet" not in self.runs:
+            return self.pipe.unet(sample, *conditioning.description, return_dict=False)
+        direction, distance = self._run("unet", sample, *conditioning.description)
+        return direction, distance
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(latents)
+
+    def generate(
+        self,
+        scheduler: CoalescerScheduler,
+        sample: Tensor,
+        conditioning: Described,
+        empty: Described | None,
+        guidance_scale: float,
+        decode: bool,
+    ) -> Tensor:
+        """The latents of `sampling.sample`, or with ``decode`` their pictures, about in [-1, 1]."""
+        if "generator" in self.runs:
+            found = self.artefacts["generator"]
+            wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
+            if decode and wanted == made:
+                return 2 * self._run("generator", sample, *conditioning.description)[0] - 1
+            if "unet" not in self.runs:
+                asked = f"{wanted}" if decode else "latents"
+                reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
+                raise ValueError(f"{reason}: export that with --steps and --guidance, or --what all, which serves every call")
+        latents = sampling.sample(self, scheduler, sample, conditioning, empty, guidance_scale)
+        return self.decode(latents) if decode else latents
+
+    def _run(self, kind: str, *inputs: Tensor) -> Tensors:
+        self.artefacts[kind].check_inputs(inputs)
+        return self.runs[kind](inputs)
+
+    def explain(self) -> list[dict[str, str]]:
+        """What runs each part, from which artefact."""
+        rows = []
+        for part in artefact.KINDS:
+            if (found := self.artefacts.get(part)) is not None:
+                m = found.manifest
+                because = f"{found.folder}, {m.schedule or 'any schedule'}, {m.batch[0]} to {m.batch[2]} pictures"
+                rows.append({"part": part, "runs on": f"{self.name}, {m.precision}", "because": because})
+            elif part != "generator":
+                alone = "in calls with a callback or a trace alone; " if "generator" in self.runs else ""
+                rows.append({"part": part, "runs on": "reference", "because": f"{alone}it is not among the artefacts"})
+        return [*rows, {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"}]

@@ -1,0 +1,34 @@
+"""The command ``coalescer-export``.
+
+A subcommand is a module of `commands` with ``add_arguments(parser)`` and ``run(args)``, the exit status; its name is the module's, its help
+the first line of the module's docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coalescer_fast import __version__
+from coalescer_fast.cli import Parser, execute
+
+from .commands import inspect, onnx, verify
+
+COMMANDS = (onnx, verify, inspect)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit status."""
+    return execute(parser(), argv)
+
+
+def parser() -> Parser:
+    top = Parser(prog="coalescer-export", description="Exports a coalescer, and checks what was exported.")
+    top.add_argument("--version", action="version", version=__version__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        text = (command.__doc__ or "").partition("\n")[0].rstrip(".")
+        sub = subparsers.add_parser(command.__name__.rpartition(".")[2], help=text[0].lower() + text[1:], description=f"{text}.")
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return top

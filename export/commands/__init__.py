@@ -1,0 +1,1 @@
+"""The subcommands of coalescer-export, a module each."""

@@ -1,0 +1,81 @@
+"""Export a model's networks as ONNX.
+
+`--what all` writes the UNet, the decoder and the generator into folders of these names; else the output is the artefact itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from coalescer_fast.cli import positive
+from coalescer_fast.runtime.artefact import KINDS, creating
+
+STAGES = ("trace", "translate", "simplify", "check", "compare")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    parser.add_argument("--what", choices=[*KINDS, "all"], default="all", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--target", choices=["cpu", "tensorrt"], default="cpu", help="what the file is written for (default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the artefact")
+    parser.add_argument("--force", action="store_true", help="replace artefacts that are there")
+    parser.add_argument("--min-batch", type=positive, default=1, metavar="N", help="fewest pictures a run (default: %(default)s)")
+    parser.add_argument("--opt-batch", type=positive, metavar="N", help="pictures to be fastest for (default: 4, within the others)")
+    parser.add_argument("--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=2, help="of the generator (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    best = max(args.min_batch, min(4, args.max_batch)) if args.opt_batch is None else args.opt_batch
+    batch = args.min_batch, best, args.max_batch
+    if not args.min_batch <= best <= args.max_batch:
+        raise ValueError(
+            f"--min-batch {batch[0]}, --opt-batch {best} and --max-batch {batch[2]} are not in order: give them from small to large"
+        )
+    with creating(args.out, args.force) as folder:
+        from tqdm import tqdm
+
+        from coalescer_fast.pipeline import CoalescerPipeline
+
+        from ..exporting import export_onnx
+
+        pipe: Any = CoalescerPipeline.from_pretrained(args.model)
+        kinds = KINDS if args.what == "all" else (args.what,)
+        with tqdm(total=len(STAGES) * len(kinds), disable=None) as bar:
+            for kind in kinds:
+
+                def stage(text: str, kind: str = kind) -> None:
+                    bar.set_description(f"{kind}: {text}")
+                    bar.update()
+
+                inner = folder / kind if args.what == "all" else folder
+                inner.mkdir(exist_ok=True)
+                export_onnx(
+                    pipe,
+                    kind,
+                    inner,
+                    model=args.model,
+                    precision=args.precision,
+                    target=args.target,
+                    batch=batch,
+                    steps=args.steps,
+                    guidance=args.guidance,
+                    command=command(args, kind, batch),
+                    stage=stage,
+                )
+    print(args.out)
+    return 0
+
+
+def command(args: argparse.Namespace, kind: str, batch: tuple[int, int, int]) -> tuple[str, ...]:
+    """The arguments that give this one artefact again."""
+    words = ["onnx", "--model", args.model, "--what", kind, "--precision", args.precision, "--target", args.target]
+    words += [word for name, size in zip(("min", "opt", "max"), batch) for word in (f"--{name}-batch", str(size))]
+    if kind == "generator":
+        words += ["--steps", str(args.steps)]
+        words += [] if args.guidance is None else ["--guidance", f"{args.guidance:g}"]
+    return tuple(words)

@@ -1,0 +1,41 @@
+"""Compare exported artefacts with the float32 reference on real prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from coalescer_fast.cli import natural, positive
+from coalescer_fast.runtime import artefact
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an artefact, or a folder of several")
+    parser.add_argument("--model", help="the model that it was exported from (default: as its manifest says)")
+    parser.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the choice of names and the noise (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    artefacts = artefact.find(args.folder)
+    from coalescer_fast.pipeline import CoalescerPipeline
+    from coalescer_fast.runtime.onnx_file import open_artefact
+
+    from ..figures import compare
+
+    pipes: dict[str, Any] = {}
+    results = {}
+    for kind, found in artefacts.items():
+        name = args.model or found.manifest.model
+        if name not in pipes:
+            pipes[name] = CoalescerPipeline.from_pretrained(name)
+        found.check_weights(pipes[name])
+        results[kind] = compare(found, open_artefact(found), pipes[name], args.prompts, args.seed)
+    if args.json:
+        print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
+    else:
+        print("\n\n".join(map(str, results.values())))
+    return 0 if all(result.passed for result in results.values()) else 1

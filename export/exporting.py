@@ -1,0 +1,89 @@
+"""From a pipeline to an artefact in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from coalescer_fast import __version__
+from coalescer_fast.runtime import artefact, onnx_file
+from coalescer_fast.runtime.artefact import Artefact, Manifest, Schedule
+
+from . import figures, graphs, networks
+
+GRAPH = "model.onnx"
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
+
+
+def export_onnx(
+    pipe: Any,
+    kind: str,
+    folder: Path,
+    *,
+    model: str,
+    precision: str = "fp32",
+    target: str = "cpu",
+    batch: tuple[int, int, int] = (1, 4, 16),
+    steps: int = 2,
+    guidance: float | None = None,
+    command: tuple[str, ...] = (),
+    stage: Callable[[str], object] = lambda text: None,
+) -> Artefact:
+    """Export one network into an empty folder (of `artefact.creating`), and measure it in ONNX Runtime at batches 1, 2 and 5.
+
+    Args:
+        kind: "unet", "decoder" or "generator", see `networks`.
+        model: name of the pipeline, as of ``from_pretrained``.
+        precision: "fp32" or "fp16"; target: "cpu" or "tensorrt", which decide the opset.
+        batch: least, best and most pictures.
+        steps, guidance: a generator's; the model's own guidance if None.
+        command: see `Manifest`; stage: told what begins.
+
+    Raises: ValueError for a network that cannot be exported, or whose figures are beyond `figures.BUDGETS`.
+    """
+    least, best, most = batch
+    if not 1 <= least <= best <= most:
+        raise ValueError(f"batches are {least}, {best} and {most}; expected 1 <= least <= best <= most")
+    inputs, outputs = networks.ports(pipe, kind)
+    number = graphs.opset(target, precision)
+    network = networks.network(pipe, kind, precision, steps, guidance)
+    graphs.export_graph(network, inputs, outputs, batch, number, folder / GRAPH, stage)
+    manifest = Manifest(
+        kind=kind,
+        engine="onnx",
+        target=target,
+        precision=precision,
+        recipe=networks.RECIPES[precision],
+        graph=GRAPH,
+        model=model,
+        weights=artefact.weights(pipe, kind),
+        inputs=inputs,
+        outputs=outputs,
+        batch=batch,
+        opset=number,
+        command=command,
+        schedule=Schedule.of(*networks.schedule_of(pipe, steps, guidance)) if kind == "generator" else None,
+        packages=packages(),
+    )
+    stage("compare")
+    written = Artefact(folder, manifest)
+    sizes = figures.batches(manifest)
+    result = figures.compare(written, onnx_file.open_artefact(written), pipe, sum(sizes))
+    if not result.passed:
+        failed = next(row for row in result.rows if not row.ok)
+        raise ValueError(f"the exported {kind} is not the model's: {failed.what} is {failed.value:.3g}, the limit {failed.limit}")
+    return artefact.write(folder, replace(manifest, measured=figures.to_measured(result)))
+
+
+def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Versions of this package and of those that are installed."""
+    found = {"coalescer_fast": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,171 @@
+"""How far an exported graph is from the float32 reference, on the reference's own trajectories of real prompts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coalescer_fast.models.unet import Conditioning
+from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
+from coalescer_fast.runtime.artefact import Artefact, Manifest
+from coalescer_fast.runtime.exported import Described
+
+Tensors = tuple[Tensor, ...]
+BATCHES = (1, 2, 5)
+BUDGETS = {
+    "fp32": Budget(psnr_median=60.0, psnr_minimum=60.0, direction_cosine=0.99999, distance_error=1e-3),
+    "fp16": Budget(psnr_median=45.0, psnr_minimum=45.0),
+}
+# of pixels in [0, 1], directions and distances, in float32
+LARGEST_ERROR = 1e-3
+
+
+@dataclass
+class Trajectory:
+    """A call of the reference. evaluations: (R, description...) -> (direction, distance), in turn, those of the empty description too;
+    latents -> decoded; noise, description... -> pictures (N, 3, H, W) in [0, 1]."""
+
+    noise: Tensor
+    description: Tensors = ()
+    evaluations: list[tuple[Tensors, Tensors]] = field(default_factory=list)
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    decoded: Tensor = field(default_factory=lambda: torch.empty(0))
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def calls(self, kind: str) -> list[tuple[Tensors, Tensors]]:
+        """(inputs, outputs) of a graph of this kind."""
+        if kind == "unet":
+            return self.evaluations
+        if kind == "decoder":
+            return [((self.latents,), (self.decoded,))]
+        return [((self.noise, *self.description), (self.pictures,))]
+
+
+class _Witness:
+    """A pipeline's runtime: the float32 reference, with what goes in and comes out noted."""
+
+    name, backend, dtype = "reference", "reference", torch.float32
+
+    def __init__(self, pipe: Any):
+        self.seen: Trajectory  # of the call that runs
+        self.pipe, self.device = pipe, pipe.device
+        self.unet = copy.deepcopy(pipe.unet)
+        self.unet.set_backend("reference")
+
+    def refresh(self) -> None: ...
+
+    def condition(self, texts: list[str], device: torch.device) -> Described:
+        return Described([], None, [], description=self.pipe.describe(texts, device))
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        assert isinstance(conditioning, Described)
+        if not self.seen.evaluations:
+            self.seen.description = conditioning.description
+        inputs = (sample, *conditioning.description)
+        direction, distance = self.unet(*inputs, return_dict=False)
+        self.seen.evaluations.append((inputs, (direction, distance)))
+        return direction, distance
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.seen.latents, self.seen.decoded = latents, self.pipe.decode(latents)
+        return self.seen.decoded
+
+
+def trajectories(
+    pipe: Any, prompts: int | Sequence[str], batches: Sequence[int] = (1,), seed: int = 0, steps: int = 2, guidance: float | None = None
+) -> Iterator[Trajectory]:
+    """What the reference does for prompts, or for so many known names without repeats, in calls of the sizes ``batches``, again and again.
+
+    The names, their order, and the noise depend on the seed alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    texts = list(descriptions(pipe, prompts, generator))
+    runtime = pipe.runtime
+    witness = _Witness(pipe)
+    sizes = cycle(batches)
+    bars = getattr(pipe, "_progress_bar_config", {})
+    while texts:
+        size = next(sizes)
+        part, texts = texts[:size], texts[size:]
+        part += [part[-1]] * (min(batches) - len(part))  # a graph may take no fewer
+        noise = pipe._initial_sample(len(part), None, None, generator, None)
+        witness.seen = Trajectory(noise)
+        try:
+            pipe.runtime = witness
+            pipe.set_progress_bar_config(**{**bars, "disable": True})
+            pictures = pipe(part, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="pt").images
+        finally:
+            pipe.runtime = runtime
+            pipe.set_progress_bar_config(**bars)
+        witness.seen.pictures = pictures
+        yield witness.seen
+
+
+def batches(manifest: Manifest) -> tuple[int, ...]:
+    """Those of `BATCHES` that the graph takes, or nearly."""
+    least, _, most = manifest.batch
+    return tuple(dict.fromkeys(min(max(size, least), most) for size in BATCHES))
+
+
+def compare(
+    artefact: Artefact,
+    run: Callable[[Tensors], Tensors],
+    pipe: Any,
+    prompts: int | Sequence[str] = NUM_PROMPTS,
+    seed: int = 0,
+    budget: Budget | None = None,
+    runtime: str = "onnxruntime",
+) -> Verification:
+    """Figures of an artefact that ``run`` runs, against ``budget``, that of its precision if None."""
+    m = artefact.manifest
+    budget = BUDGETS[m.precision] if budget is None else budget
+    steps, scale = (2, None) if m.schedule is None else (len(m.schedule.etas), m.schedule.guidance_scale)
+    expected: list[Tensors] = []
+    found: list[Tensors] = []
+    pictures = 0
+    for trajectory in trajectories(pipe, prompts, batches(m), seed, steps, scale):
+        pictures += len(trajectory.noise)
+        for inputs, outputs in trajectory.calls(m.kind):
+            artefact.check_inputs(inputs)
+            expected.append(tuple(y.double() for y in outputs))
+            found.append(tuple(y.double() for y in run(inputs)))
+    y, e = ([torch.cat(each) for each in zip(*all_)] for all_ in (found, expected))
+    rows = _heads(y, e, budget) if m.kind == "unet" else _pictures(m.kind, y[0], e[0], budget)
+    largest = max(float((a - b).abs().max()) for a, b in zip(y, e))
+    what = "largest error"
+    rows.append(at_most(what, largest, LARGEST_ERROR) if m.precision == "fp32" else finite(what, largest))
+    return Verification(f"{runtime}, {m.kind}", m.precision, pictures, tuple(rows))
+
+
+def _heads(found: list[Tensor], expected: list[Tensor], budget: Budget) -> list[Row]:
+    (direction, distance), (true_direction, true_distance) = found, expected
+    a, b = direction.flatten(1), true_direction.flatten(1)
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return [
+        finite("direction, relative L2 error", float((a - b).norm() / b.norm())),
+        at_least("direction, cosine, minimum", float(cosine.min()), budget.direction_cosine),
+        at_most("distance, relative error, maximum", float((distance / true_distance - 1).abs().max()), budget.distance_error),
+    ]
+
+
+def _pictures(kind: str, found: Tensor, expected: Tensor, budget: Budget) -> list[Row]:
+    if kind == "decoder":
+        found, expected = ((x / 2 + 0.5).clamp(0, 1) for x in (found, expected))
+    psnr = -10 * (found - expected).square().mean((1, 2, 3)).log10()
+    return [
+        at_least("pictures: PSNR, median", float(psnr.median()), budget.psnr_median, " dB"),
+        at_least("pictures: PSNR, minimum", float(psnr.min()), budget.psnr_minimum, " dB"),
+    ]
+
+
+def to_measured(result: Verification) -> dict[str, Any]:
+    """For `Manifest.measured`: figure -> value, and how many pictures by what."""
+    rows = {row.what: row.value if math.isfinite(row.value) else str(row.value) for row in result.rows}
+    return {"runtime": result.runtime, "pictures": result.pictures, "error": rows}

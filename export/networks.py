@@ -1,0 +1,126 @@
+"""What is exported: the pipeline's own networks and sampling loop as modules of plain tensors, float32 in and out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coalescer_fast import sampling
+from coalescer_fast.models.unet import CoalescerUNet, Conditioning
+from coalescer_fast.runtime.artefact import BATCH, Port, Schedule
+from coalescer_fast.runtime.static import Decoding
+from coalescer_fast.scheduler import CoalescerScheduler
+
+HEADS = ("direction_head", "distance_head")
+RECIPES = {
+    "fp32": "all in float32",
+    "fp16": "weights and activations in float16; inputs, outputs, both heads, norms of directions, the update and the empty description's "
+    "anchor in float32; statistics of normalisations in float32, by the operators' own definition (stash_type 1)",
+}
+
+
+class Evaluation(nn.Module):
+    """(R (N, Cz, h, w), description (N, D), with cross-attention token rows and mask) -> direction (N, Cz, h, w), distance (N,).
+
+    It takes the description's vector and not the `Conditioning` made of it: one small input, the same for every model, that needs nothing
+    of this package at run time but the token table. What the network derives from it is then computed again in every evaluation; in
+    `Generator`, once.
+    """
+
+    def __init__(self, unet: CoalescerUNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, *description: Tensor) -> tuple[Tensor, Tensor]:
+        direction, distance = self.unet(sample, *description, return_dict=False)
+        return direction.float(), distance.float()
+
+
+class Generator(nn.Module):
+    """(noise (N, Cz, h, w), description as of `Evaluation`) -> pictures (N, 3, H, W) in [0, 1]: `sampling.sample` and the decoder.
+
+    ``empty``: what the UNet derives of the empty description, one row, or None for no guidance; it is part of the graph.
+    """
+
+    backend = "reference"
+
+    def __init__(self, unet: CoalescerUNet, decoding: Decoding, scheduler: CoalescerScheduler, scale: float, empty: Conditioning | None):
+        super().__init__()
+        self.unet, self.decoding, self.scheduler, self.scale, self.empty = unet, decoding, scheduler, scale, empty
+
+    def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        return self.unet(sample, conditioning, return_dict=False)
+
+    def forward(self, noise: Tensor, *description: Tensor) -> tuple[Tensor]:
+        n = noise.shape[0]
+        # expanded here, where nobody asks whether n is 1, which would fix it
+        empty = None if self.empty is None else self.empty.map(lambda x: x.expand(n, *x.shape[1:]))
+        latents = sampling.sample(self, self.scheduler, noise, self.unet.condition(*description), empty, self.scale)
+        (pictures,) = self.decoding(latents)
+        return ((pictures / 2 + 0.5).clamp(0, 1),)
+
+
+def schedule_of(pipe: Any, steps: int, guidance: float | None) -> tuple[CoalescerScheduler, float]:
+    """The pipeline's scheduler with ``steps`` set, and the guidance scale, the model's own if None."""
+    scheduler = copy.copy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    return scheduler, scheduler.config.guidance_scale if guidance is None else guidance
+
+
+def network(pipe: Any, kind: str, precision: str, steps: int = 2, guidance: float | None = None) -> nn.Module:
+    """A module to export, of copies; steps and guidance are a generator's."""
+    unet, decoding = _unet(pipe, precision), Decoding(_decoder(pipe, precision), pipe.vae.patch_size)
+    if kind == "unet":
+        return Evaluation(unet).eval()
+    if kind == "decoder":
+        return decoding.eval()
+    scheduler, scale = schedule_of(pipe, steps, guidance)
+    empty = None
+    if Schedule.of(scheduler, scale).guided:
+        exact = pipe.condition([""], pipe.device)
+        empty = exact.map(lambda x: x.to(unet.null.dtype) if x.is_floating_point() else x)
+        empty.anchor = exact.anchor
+    return Generator(unet, decoding, scheduler, scale, empty).eval()
+
+
+def _unet(pipe: Any, precision: str) -> CoalescerUNet:
+    unet = copy.deepcopy(pipe.unet).float().requires_grad_(False)
+    unet.set_backend("reference")
+    if precision == "fp16":
+        for name, parameter in unet.named_parameters():
+            if not name.startswith(HEADS):
+                parameter.data = parameter.data.half()
+        features = unet.features
+        unet.features = lambda *args: features(*args).float()  # what the heads read
+    return unet
+
+
+def _decoder(pipe: Any, precision: str) -> nn.Module:
+    decoder = copy.deepcopy(pipe.vae.decoder).float().requires_grad_(False)
+    return decoder.half() if precision == "fp16" else decoder
+
+
+def ports(pipe: Any, kind: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Inputs and outputs of `network`."""
+    config, factor = pipe.unet.config, pipe.vae.scale_factor
+    side = config.sample_size
+    latents: tuple[int | str, ...] = (BATCH, config.latent_channels, side, side)
+    picture = Port("picture", "float32", (BATCH, 3, side * factor, side * factor))
+    if kind == "decoder":
+        return (Port("latents", "float32", latents),), (picture,)
+    names = ("description", "token_rows", "token_mask")
+    described = tuple(
+        Port(name, str(x.dtype).removeprefix("torch."), (BATCH, *x.shape[1:])) for name, x in zip(names, pipe.describe([""], pipe.device))
+    )
+    if kind == "generator":
+        return (Port("noise", "float32", latents), *described), (picture,)
+    heads = Port("direction", "float32", latents), Port("distance", "float32", (BATCH,))
+    return (Port("sample", "float32", latents), *described), heads
+
+
+def example(inputs: tuple[Port, ...], batch: int) -> tuple[Tensor, ...]:
+    """Tensors to trace a network with."""
+    return tuple(torch.ones([batch if size == BATCH else int(size) for size in p.shape], dtype=getattr(torch, p.dtype)) for p in inputs)

@@ -1,0 +1,86 @@
+"""A model that is exported in seconds, and its artefacts, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import coalescer_fast as cf
+from coalescer_fast.export import cli
+from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
+
+UNET = dict(
+    sample_size=4,
+    latent_channels=4,
+    block_out_channels=(8, 12),
+    norm_num_groups=4,
+    attention_levels=(1,),
+    mid_attention=False,
+    num_attention_heads=2,
+    embedding_dim=16,
+)
+
+
+def build(**config) -> cf.CoalescerPipeline:
+    """An untrained pipeline with the embedded model's descriptions."""
+    whole = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    torch.manual_seed(0)
+    unet, vae = CoalescerUNet(**UNET, **config).eval(), CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1)).eval()
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    pipe = cf.CoalescerPipeline(unet, whole.scheduler, whole.description_encoder, vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def small() -> cf.CoalescerPipeline:
+    return build(anchor="mlp", anchor_hidden_dim=16)
+
+
+@pytest.fixture(scope="session")
+def model(small, tmp_path_factory) -> Path:
+    """Its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    small.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(model, tmp_path_factory) -> Path:
+    """The folder of its three artefacts in float32."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs the package {package}")
+    folder = tmp_path_factory.mktemp("exported") / "fp32"
+    assert cli.main(["onnx", "--model", str(model), "-o", str(folder), "--max-batch", "8"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_half(model, exported) -> Path:
+    """Its generator for TensorRT in float16."""
+    folder = exported.parent / "fp16"
+    options = ["--what", "generator", "--precision", "fp16", "--target", "tensorrt", "--guidance", "2"]
+    assert cli.main(["onnx", "--model", str(model), "-o", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command line in an empty folder; returns (exit status, stdout, the last line of stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv) -> tuple[int, str, str]:
+        try:
+            status = cli.main([str(word) for word in argv])
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        out, error = capsys.readouterr()
+        assert "Traceback" not in error
+        return status, out, (error.splitlines() or [""])[-1]
+
+    return call

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coalescer_fast.export import figures
+from coalescer_fast.parity import Budget
+from coalescer_fast.runtime import artefact
+
+
+def test_a_trajectory_is_a_call(small):
+    (seen,) = figures.trajectories(small, ["octopus", "pizza"], (2,), seed=3)
+    assert small.runtime is None
+    assert len(seen.evaluations) == 3  # two, and the empty description in the last step
+    assert torch.equal(seen.evaluations[0][0][0], seen.noise)
+    (r, description), _ = seen.evaluations[1]
+    assert torch.equal(description, seen.description[0])
+    (same, empty), _ = seen.evaluations[2]
+    assert torch.equal(same, r)
+    assert not torch.equal(r, seen.noise)
+    assert not empty.any()
+    expected = small(["octopus", "pizza"], latents=seen.noise, output_type="pt").images
+    torch.testing.assert_close(seen.pictures, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close((seen.decoded / 2 + 0.5).clamp(0, 1), seen.pictures)
+
+
+def test_names_without_repeats_in_calls_of_the_sizes(small):
+    first, again = (list(figures.trajectories(small, 10, (1, 2, 5), seed=1, guidance=1)) for _ in range(2))
+    assert [len(each.noise) for each in first] == [1, 2, 5, 1, 1]
+    assert [len(each.evaluations) for each in first] == [2] * 5
+    for a, b in zip(first, again):
+        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.pictures, b.pictures)
+    assert [len(each.noise) for each in figures.trajectories(small, 3, (2,))] == [2, 2]
+
+
+def test_a_pipeline_is_left_as_it_is_when_a_call_fails(small):
+    small.runtime = None
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        next(figures.trajectories(small, 1, (1,), steps=0))
+    assert small.runtime is None
+
+
+@pytest.mark.parametrize("kind", artefact.KINDS)
+def test_what_is_wrong_fails(small, exported, kind):
+    from coalescer_fast.runtime.onnx_file import open_artefact
+
+    found = artefact.read(exported / kind)
+    run = open_artefact(found)
+    good = figures.compare(found, run, small, 3)
+    assert good.passed, str(good)
+    assert good.pictures == 3
+
+    def off(inputs):
+        return tuple(1.05 * y + 0.01 for y in run(inputs))
+
+    bad = figures.compare(found, off, small, 3)
+    assert not any(row.ok for row in bad.rows if row.limit is not None), str(bad)
+    loose = Budget(psnr_median=1, psnr_minimum=1, direction_cosine=0.9, distance_error=1)
+    failed = [row.what for row in figures.compare(found, off, small, 3, budget=loose).rows if not row.ok]
+    assert failed == ["largest error"]
+
+    def nan(inputs):
+        return tuple(torch.full_like(y, torch.nan) for y in run(inputs))
+
+    assert not figures.compare(found, nan, small, 3).passed

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+import coalescer_fast as cf
+from coalescer_fast import acceleration
+from coalescer_fast.export import networks
+from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.artefact import Manifest, Schedule
+from coalescer_fast.runtime.exported import ExportedRuntime
+
+PROMPTS = ["octopus", "pizza"]
+
+
+def load():
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt=PROMPTS, output_type="pt", **kwargs) -> torch.Tensor:
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), output_type=output_type, **kwargs).images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Artefacts whose graphs are read by `open_artefact`."""
+    pipe, root = load(), tmp_path_factory.mktemp("artefacts")
+    for kind in artefact.KINDS:
+        inputs, outputs = networks.ports(pipe, kind)
+        (root / kind).mkdir()
+        (root / kind / "model.onnx").write_text(kind)
+        schedule = Schedule.of(*networks.schedule_of(pipe, 2, None)) if kind == "generator" else None
+        made = Manifest(
+            kind,
+            "onnx",
+            "cpu",
+            "fp32",
+            "",
+            "model.onnx",
+            "emoji-64",
+            artefact.weights(pipe, kind),
+            inputs,
+            outputs,
+            (1, 2, 4),
+            18,
+            (),
+            schedule,
+        )
+        artefact.write(root / kind, made)
+    return root
+
+
+def open_artefact(found):
+    """The same modules in torch: what is tested is what stands around the engine."""
+    module = networks.network(load(), found.graph.read_text(), "fp32")
+
+    def run(inputs):
+        runs.append(found.manifest.kind)
+        with torch.no_grad():
+            return module(*inputs)
+
+    return run
+
+
+runs: list[str] = []
+
+
+@pytest.fixture
+def accelerated(folder):
+    """(kinds) -> a pipeline that runs copies of these artefacts."""
+
+    def make(*kinds: str):
+        pipe = load()
+        some = folder.parent / "-".join(kinds)
+        for kind in kinds:
+            shutil.copytree(folder / kind, some / kind, dirs_exist_ok=True)
+        pipe.runtime = ExportedRuntime(pipe, "onnxruntime", some, open_artefact)
+        pipe.runtime.backend = "reference"
+        runs.clear()
+        return pipe
+
+    return make
+
+
+def test_a_call_is_one_run_of_the_generator(accelerated):
+    pipe = accelerated("generator")
+    drawn = draw(pipe)
+    assert runs == ["generator"]
+    torch.testing.assert_close(drawn, draw(load()), atol=1e-5, rtol=0)
+
+
+def test_without_a_generator_the_networks_run_step_by_step(accelerated):
+    pipe = accelerated("unet", "decoder")
+    drawn = draw(pipe)
+    assert runs == ["unet", "unet", "unet", "decoder"]
+    torch.testing.assert_close(drawn, draw(load()), atol=1e-5, rtol=0)
+
+
+def test_with_all_of_them_every_call_has_its_run(accelerated):
+    pipe, plain = accelerated(*artefact.KINDS), load()
+    for call, expected in (
+        ({}, ["generator"]),
+        ({"guidance_scale": 1.5}, ["generator"]),
+        ({"guidance_scale": 1.0}, ["unet"] * 2 + ["decoder"]),
+        ({"num_inference_steps": 1}, ["unet"] * 2 + ["decoder"]),
+        ({"output_type": "latent"}, ["unet"] * 3),
+        ({"return_trace": True}, ["unet"] * 3 + ["decoder"]),
+    ):
+        runs.clear()
+        torch.testing.assert_close(draw(pipe, **call), draw(plain, **call), atol=1e-4, rtol=1e-4)
+        assert runs == expected
+
+
+def test_a_generator_alone_refuses_another_schedule(accelerated):
+    pipe = accelerated("generator")
+    for call in ({"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"output_type": "latent"}):
+        with pytest.raises(ValueError, match=r"is a generator of pictures in 2 steps .*and the call asks for .*--what all"):
+            draw(pipe, **call)
+    assert runs == []
+
+
+def test_what_is_not_exported_is_the_pipelines_own_and_explained(accelerated):
+    pipe = accelerated("generator")
+    torch.testing.assert_close(draw(pipe, return_trace=True), draw(load()), atol=1e-5, rtol=0)
+    assert runs == []
+    rows = {row["part"]: row for row in pipe.runtime.explain()}
+    assert rows["generator"]["runs on"] == "onnxruntime, fp32"
+    assert rows["unet"]["runs on"] == "reference"
+    assert "a callback or a trace alone" in rows["unet"]["because"]
+    assert cf.verify(pipe, ["octopus"]).passed
+    assert "callback" not in cf.explain(accelerated("unet"))
+
+
+def test_batches_outside_the_range(accelerated):
+    for kind in ("generator", "unet"):
+        with pytest.raises(ValueError, match=r"has shape \(6, 16, 8, 8\) where .* takes \(1 to 4, 16, 8, 8\)"):
+            draw(accelerated(kind), num_images_per_prompt=3)
+
+
+def test_changed_weights_are_refused_in_the_next_call(accelerated):
+    pipe = accelerated("generator")
+    draw(pipe)
+    with torch.no_grad():
+        pipe.vae.decoder.layers[0].weight.mul_(1.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="other weights of the decoder"):
+            draw(pipe)
+    with pytest.raises(ValueError, match="other weights of the decoder"):
+        ExportedRuntime(pipe, "onnxruntime", pipe.runtime.artefacts["generator"].folder, open_artefact)
+
+
+def test_accelerate_says_what_takes_an_artefact(folder, monkeypatch):
+    pipe = load()
+    with pytest.raises(ValueError, match=r"^backend 'cpu' takes no artefact; use one of onnxruntime$"):
+        cf.accelerate(pipe, "cpu", artefact=folder)
+    with pytest.raises(ValueError, match="an artefact has its own precision: leave dtype out"):
+        cf.accelerate(pipe, "onnxruntime", "float32", artefact=folder)
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package onnxruntime"):
+        cf.accelerate(pipe, "onnxruntime", artefact=folder)
+    assert pipe.runtime is None
+
+
+def test_a_graph_that_is_none(folder):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    with pytest.raises(ValueError, match=r"^ONNX Runtime cannot load .*unet.model.onnx .*build it again with") as caught:
+        cf.accelerate(load(), "onnxruntime", artefact=folder / "unet")
+    assert "\n" not in str(caught.value)
