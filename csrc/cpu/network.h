@@ -114,7 +114,8 @@ inline vf load_some(const T* x, int64_t count) {
 // How vectors of outputs are divided into blocks.
 struct Blocks {
     int64_t count, least, larger;
-    explicit Blocks(int64_t vectors) : count((vectors + MOST_VECTORS - 1) / MOST_VECTORS), least(vectors / count), larger(vectors % count) {}
+    explicit Blocks(int64_t vectors)
+        : count((vectors + MOST_VECTORS - 1) / MOST_VECTORS), least(vectors / count), larger(vectors % count) {}
     int64_t size(int64_t block) const { return least + (block < larger); }
     int64_t first(int64_t block) const { return block * least + (block < larger ? block : larger); }
     // The first block after `vectors` of them.
@@ -172,7 +173,7 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
     const auto run_block = [&](int64_t block, int64_t first_tile, int64_t last_tile) {
         const int64_t V = blocks.size(block), first = blocks.first(block);
         const char* w = static_cast<const char*>(a.weight) + first * a.taps * quads * 4 * W;
-        const int64_t begin = first_tile * MOST_POSITIONS, end = last_tile * MOST_POSITIONS < positions ? last_tile * MOST_POSITIONS : positions;
+        const int64_t begin = first_tile * MOST_POSITIONS, stop = last_tile * MOST_POSITIONS, end = stop < positions ? stop : positions;
         Position p{begin / (a.height * a.width), begin / a.width % a.height, begin % a.width};
         for (int64_t i = begin; i < end; i += MOST_POSITIONS) {
             const int64_t count = end - i < MOST_POSITIONS ? end - i : MOST_POSITIONS;
@@ -187,7 +188,7 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
             multiply_any<E>(V, count, x, offsets, rows, quads * rows, w, sums);
             for (int64_t v = 0; v < V; ++v) {
                 const int64_t c = (first + v) * W, part = a.outputs - c < W ? a.outputs - c : W;
-                const vf bias = a.bias ? load_some(a.bias + c, part) : vf{}, scale = a.scale ? load_some(a.scale + c, part) : broadcast(1.0f);
+                const vf bias = a.bias ? load_some(a.bias + c, part) : vf{}, scale = a.scale ? load_some(a.scale + c, part) : vf{};
                 for (int64_t m = 0; m < count; ++m) {
                     vf value = to_floats(sums[m][v]);
                     value = a.scale ? fma(value, scale, bias) : value + bias;
@@ -231,8 +232,9 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
 inline int convolution(const cf_convolution_args& a, int64_t threads) {
     if (a.x.dtype == CF_FLOAT32) return convolution_typed<float, float>(a, threads);
 #if defined(__AVX512BF16__)
-    if (a.x.dtype == CF_BFLOAT16) return a.y.dtype == CF_FLOAT32 ? convolution_typed<bfloat, float>(a, threads) : convolution_typed<bfloat, bfloat>(a, threads);
-    if (a.x.dtype == CF_UINT8) return a.y.dtype == CF_FLOAT32 ? convolution_typed<uint8_t, float>(a, threads) : convolution_typed<uint8_t, bfloat>(a, threads);
+    const bool wide = a.y.dtype == CF_FLOAT32;
+    if (a.x.dtype == CF_BFLOAT16) return wide ? convolution_typed<bfloat, float>(a, threads) : convolution_typed<bfloat, bfloat>(a, threads);
+    if (a.x.dtype == CF_UINT8) return wide ? convolution_typed<uint8_t, float>(a, threads) : convolution_typed<uint8_t, bfloat>(a, threads);
 #endif
     return CF_INVALID_ARGUMENT;
 }
@@ -277,8 +279,8 @@ struct ImageTarget {
     cf_quantisation quantisation;
 
     ImageRow<T> row(int64_t n, int64_t r) const {
-        const int64_t y = r / width, x = r - y * width, b = image.border;
-        char* at = static_cast<char*>(image.data) + n * image.sample + (y + b) * image.row + (x + b) * channels * static_cast<int64_t>(sizeof(T));
+        const int64_t y = r / width, x = r - y * width, b = image.border, pixel = channels * static_cast<int64_t>(sizeof(T));
+        char* at = static_cast<char*>(image.data) + n * image.sample + (y + b) * image.row + (x + b) * pixel;
         return {reinterpret_cast<T*>(at), quantisation.inverse, quantisation.zero};
     }
     void finish(int64_t n, int64_t begin, int64_t) const {
@@ -324,8 +326,8 @@ int gather_typed(const cf_gather_args& a, int64_t threads) {
                     return 0;
                 });
             }
-            for (int64_t x = 0; x < a.width && offset < a.y_channels; ++x)
-                memset(to + x * pixel + offset * static_cast<int64_t>(sizeof(T)), 0, static_cast<size_t>(a.y_channels - offset) * sizeof(T));
+            const int64_t used = offset * static_cast<int64_t>(sizeof(T));
+            for (int64_t x = 0; x < a.width && used < pixel; ++x) memset(to + x * pixel + used, 0, static_cast<size_t>(pixel - used));
             if (y == 0) write_border(a.y, n, a.height, a.width, pixel, nullptr);
         }
     });
@@ -400,7 +402,9 @@ int gate_typed(const cf_gate_args& a, int64_t threads) {
         for (int64_t r = begin; r < end; ++r) {
             const T *value = static_cast<const T*>(a.value) + r * a.stride, *gate = static_cast<const T*>(a.gate) + r * a.stride;
             T* y = static_cast<T*>(a.y) + r * a.channels;
-            each_vector(gate, a.channels, [&](int64_t c, vf g, int64_t count) { store_some(y + c, load_some(value + c, count) * gelu(g), count); });
+            each_vector(gate, a.channels, [&](int64_t c, vf g, int64_t count) {
+                store_some(y + c, load_some(value + c, count) * gelu(g), count);
+            });
         }
     });
     return CF_OK;
@@ -488,8 +492,8 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             const char *packed_k = memory + head * (k_bytes + v_bytes), *packed_v = packed_k + k_bytes;
             typename P::Sum sums[MOST_POSITIONS][MOST_VECTORS];
             const char* x[MOST_POSITIONS];
-            for (int64_t m = 0; m < count; ++m)
-                x[m] = reinterpret_cast<const char*>(static_cast<const T*>(a.q.data) + n * a.q.sample + h * a.q.head_stride + (i + m) * a.q.row);
+            const T* queries = static_cast<const T*>(a.q.data) + n * a.q.sample + h * a.q.head_stride;
+            for (int64_t m = 0; m < count; ++m) x[m] = reinterpret_cast<const char*>(queries + (i + m) * a.q.row);
             for (int64_t block = 0; block < k_blocks.count; ++block) {
                 const int64_t V = k_blocks.size(block), first = k_blocks.first(block);
                 multiply_any<T>(V, count, x, none, 1, k_quads, packed_k + first * k_quads * 4 * W, sums);

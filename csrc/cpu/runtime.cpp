@@ -93,7 +93,8 @@ const Kernels* find(const char* isa) {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (!strcmp(isa, "avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return &avx512_bf16_kernels;
+    const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avx512_bf16") && avx512 && products) return &avx512_bf16_kernels;
     if (!strcmp(isa, "avx512") && avx512) return &avx512_kernels;
     // every processor with AVX2 and FMA has F16C
     if (!strcmp(isa, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels;

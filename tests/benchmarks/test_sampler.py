@@ -109,7 +109,7 @@ def test_a_row_for_every_provider_part_and_batch(measured):
         ("m", "sampler", "1", "2"),
     }
     columns = [("eager", "fp32"), ("eager_channels_last", "fp32"), ("eager_channels_last", "bf16"), ("ours", "bf16"), ("ours", "fp32")]
-    columns += [("convolutions", "fp32"), ("convolutions", "bf16")]
+    columns += [("ours_int8", "int8"), ("convolutions", "fp32"), ("convolutions", "bf16")]
     assert len(rows) == len(parts) * 2 * len(columns)
     assert {(row["provider"], row["dtype"]) for row in rows} == set(columns)
     for row in rows:
