@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,9 +93,7 @@ def profile(m: Manifest, least: str | None = None, best: str | None = None, most
         if not fits or not m.batch[0] <= a[0] <= b[0] <= c[0] <= m.batch[2]:
             takes = "x".join(f"[{m.batch[0]} to {m.batch[2]}]" if size == BATCH else str(size) for size in p.shape)
             given = ", ".join("x".join(map(str, x)) for x in (a, b, c))
-            raise ValueError(
-                f"the shapes of {p.name} are {given} where the graph takes {takes}: give shapes within that, from small to large"
-            )
+            raise ValueError(f"the shapes of {p.name} are {given} where the graph takes {takes}: give some within that, in this order")
     return {p.name: (asked[0][p.name], asked[1][p.name], asked[2][p.name]) for p in m.inputs}
 
 
@@ -141,9 +140,7 @@ def build(found: Artefact, folder: Path, shapes: Profile, options: Options, comm
     rtx, title = options.flavour == "tensorrt_rtx", TITLES[options.flavour]
     here = tensorrt.gpu()
     if here is None and not rtx:
-        raise ValueError(
-            f"{title} builds a plan on the GPU that it is for, and there is no CUDA device: take --flavour tensorrt_rtx, or build there"
-        )
+        raise ValueError(f"{title} builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx")
     if here is None and options.strip_weights:
         raise ValueError(f"{title} builds a plan without weights on a GPU only, and there is no CUDA device: leave --stripWeights out")
     trt = tensorrt.load(options.flavour)
@@ -328,8 +325,8 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
         {
             "name": each["Name"],
             "type": each["LayerType"],
-            "inputs": [dtype(t["Format/Datatype"]) for t in each.get("Inputs", [])],
-            "outputs": [dtype(t["Format/Datatype"]) for t in each.get("Outputs", [])],
+            "inputs": [t["Format/Datatype"] for t in each.get("Inputs", [])],
+            "outputs": [t["Format/Datatype"] for t in each.get("Outputs", [])],
             "of": each.get("Metadata", ""),
         }
         for each in json.loads(text)["Layers"]
@@ -340,6 +337,15 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
 def layers_of_log(text: str) -> list[Layer]:
     """The fused layers that a message of the builder's tells of, one a line."""
     return []
+
+
+def counts(layers: list[Layer]) -> list[tuple[str, str]]:
+    """For each type of layer, how many, and how many for each way from types to types."""
+    kinds: dict[str, Counter[str]] = {}
+    for each in layers:
+        ends = [" ".join(dict.fromkeys(map(dtype, each[end]))) or "nothing" for end in ("inputs", "outputs")]
+        kinds.setdefault(each["type"], Counter()).update([f"{ends[0]} to {ends[1]}"])
+    return [(kind, f"{sum(ways.values())}: " + ", ".join(f"{way} {n}" for way, n in ways.most_common())) for kind, ways in kinds.items()]
 
 
 def dtype(text: str) -> str:

@@ -119,25 +119,29 @@ def behaviour(fake: Fake) -> list[type]:
     """Classes of a package, as far as they are used."""
     does, calls = fake.does, fake.calls
 
-    class Recorded:
+    def check(cls: Any, name: str) -> None:
+        if name not in cls._names:
+            raise AttributeError(f"{fake.__name__} {fake.__version__}: {cls.__name__} has no {name}")
+        fake.used.add((cls.__name__, name))
+
+    class Meta(type):
+        def __getattribute__(cls, name: str) -> Any:
+            if not name.startswith("_") and name != "mro" and "_names" in vars(cls):
+                check(cls, name)
+            return super().__getattribute__(name)
+
+    class Recorded(metaclass=Meta):
         _names: set[str]
 
         def __getattribute__(self, name: str) -> Any:
-            if not name.startswith("_"):
-                for cls in type(self).__mro__:
-                    if "_names" in vars(cls):
-                        if name in cls._names:
-                            fake.used.add((cls.__name__, name))
-                        elif cls is type(self):  # subclasses have names of their own
-                            raise AttributeError(f"{fake.__name__} {fake.__version__}: {cls.__name__} has no {name}")
-                        break
+            # what a subclass adds to it is its own
+            if not name.startswith("_") and ("_names" in vars(type(self)) or name in type(self)._names):
+                check(next(cls for cls in type(self).__mro__ if "_names" in vars(cls)), name)
             return super().__getattribute__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:
             if "_names" in vars(type(self)) and not name.startswith("_"):
-                if name not in type(self)._names:
-                    raise AttributeError(f"{fake.__name__} {fake.__version__}: {type(self).__name__} has no {name}")
-                fake.used.add((type(self).__name__, name))
+                check(type(self), name)
                 calls.append((type(self).__name__, name, value))
             super().__setattr__(name, value)
 
@@ -204,6 +208,9 @@ def behaviour(fake: Fake) -> list[type]:
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             monitor = config.progress_monitor
+            for name in ("phase_start", "step_complete", "phase_finish"):
+                check(IProgressMonitor, name)  # what the library calls
+            check(ILogger, "log")
             monitor.phase_start("building", None, 3)
             monitor.phase_start("timing", "building", 2)
             for step in range(2):

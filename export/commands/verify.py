@@ -29,14 +29,12 @@ def run(args: argparse.Namespace) -> int:
     pipes: dict[str, Any] = {}
     results = {}
     for kind, found in artefacts.items():
-        engine = found.manifest.engine
+        engine = found.manifest.engine.replace("onnx", "onnxruntime")
         name = args.model or found.manifest.model
         if name not in pipes:
             pipes[name] = CoalescerPipeline.from_pretrained(name)
         found.check_weights(pipes[name])
-        results[kind] = compare(
-            found, runs[kind], pipes[name], args.prompts, args.seed, runtime="onnxruntime" if engine == "onnx" else engine
-        )
+        results[kind] = compare(found, runs[kind], pipes[name], args.prompts, args.seed, runtime=engine)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:

@@ -165,7 +165,7 @@ def test_a_plan_that_the_library_refuses(fake, folder, recorder):
 
 def test_a_run_that_fails_says_so(fake, folder, recorder):
     fake.does.compute = None
-    with pytest.raises(RuntimeError, match="TensorRT.*: it does not say why"):
+    with pytest.raises(RuntimeError, match=r"TensorRT.*: it does not say why"):
         plan(fake, folder, recorder)(given(1))
 
 
@@ -241,7 +241,7 @@ def test_accelerate(folder, monkeypatch):
         cf.accelerate(pipe, "tensorrt")
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="^backend 'tensorrt' cannot run: none of the packages tensorrt and tensorrt_rtx is installed"):
+    with pytest.raises(ValueError, match=r"^backend 'tensorrt' cannot run: none of the packages tensorrt and tensorrt_rtx "):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no exported artefact"):
