@@ -336,18 +336,20 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
 
 def layers_of_log(text: str) -> list[Layer]:
     """The fused layers that a message of the builder's tells of, one a line."""
-    return []
+    layers = []
+    for line in text.splitlines():
+        if head := re.match(r"Name: (.+?), LayerType: (\w+)(?:, Inputs: \[(.*?)\])?, Outputs: \[(.*?)\](?:, \w+:|$)", line):
+            name, kind, *ends = head.groups()
+            inputs, outputs = ([t.strip() for t in re.findall(r"Format/Datatype: ([^}]*)", end or "")] for end in ends)
+            of = line.partition("Metadata: ")[2]
+            layers.append({"name": name, "type": kind, "inputs": inputs, "outputs": outputs, "of": of})
+    return layers
 
 
 def counts(layers: list[Layer]) -> list[tuple[str, str]]:
     """For each type of layer, how many, and how many for each way from types to types."""
     kinds: dict[str, Counter[str]] = {}
     for each in layers:
-        ends = [" ".join(dict.fromkeys(map(dtype, each[end]))) or "nothing" for end in ("inputs", "outputs")]
+        ends = [" ".join(dict.fromkeys(each[end])) or "nothing" for end in ("inputs", "outputs")]
         kinds.setdefault(each["type"], Counter()).update([f"{ends[0]} to {ends[1]}"])
     return [(kind, f"{sum(ways.values())}: " + ", ".join(f"{way} {n}" for way, n in ways.most_common())) for kind, ways in kinds.items()]
-
-
-def dtype(text: str) -> str:
-    """The type in a tensor's format, "Half NHWC" or "Channel major FP16"."""
-    return text

@@ -67,7 +67,7 @@ def gpu() -> tuple[str, str] | None:
 
 def unavailable() -> str:
     if not any(importlib.util.find_spec(package) for package in TITLES):
-        return f"none of the packages {' and '.join(TITLES)} is installed"
+        return f"none of the packages {' and '.join(TITLES)} is installed: run pip install tensorrt"
     return "" if gpu() else "there is no CUDA device"
 
 
