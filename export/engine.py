@@ -327,7 +327,7 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
             "type": each["LayerType"],
             "inputs": [t["Format/Datatype"] for t in each.get("Inputs", [])],
             "outputs": [t["Format/Datatype"] for t in each.get("Outputs", [])],
-            "of": each.get("Metadata", ""),
+            "of": re.findall(r"\[ONNX Layer: (.+?)\]", each.get("Metadata", "")),
         }
         for each in json.loads(text)["Layers"]
         if isinstance(each, dict)
@@ -335,14 +335,17 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
 
 
 def layers_of_log(text: str) -> list[Layer]:
-    """The fused layers that a message of the builder's tells of, one a line."""
+    """The fused layers that a message of the builder's tells of, one a line; in "of", what of the ONNX graph is in it."""
     layers = []
     for line in text.splitlines():
-        if head := re.match(r"Name: (.+?), LayerType: (\w+)(?:, Inputs: \[(.*?)\])?, Outputs: \[(.*?)\](?:, \w+:|$)", line):
-            name, kind, *ends = head.groups()
-            inputs, outputs = ([t.strip() for t in re.findall(r"Format/Datatype: ([^}]*)", end or "")] for end in ends)
-            of = line.partition("Metadata: ")[2]
-            layers.append({"name": name, "type": kind, "inputs": inputs, "outputs": outputs, "of": of})
+        head, found, rest = line.partition(", Inputs: [")
+        if found and (named := re.match(r"Name: (.+), LayerType: (\w+)$", head)):
+            given, _, rest = rest.partition(", Outputs: [")
+            outputs, _, rest = rest.partition(", TacticName: ")
+            inputs, _, constants = given.partition(", Constants: [")
+            ends = {"inputs": inputs, "constants": constants, "outputs": outputs}
+            types = {end: re.findall(r"Datatype: (\w+)", part) for end, part in ends.items()}
+            layers.append({"name": named[1], "type": named[2], **types, "of": re.findall(r"\[ONNX Layer: (.+?)\]", rest)})
     return layers
 
 

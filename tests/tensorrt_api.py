@@ -21,6 +21,7 @@ CLASSES = (
     "Builder",
     "BuilderFlag",
     "ComputeCapability",
+    "DynamicShapesKernelSpecializationStrategy",
     "EngineInspector",
     "ExecutionContextAllocationStrategy",
     "HardwareCompatibilityLevel",
@@ -277,6 +278,12 @@ def behaviour(fake: Fake) -> list[type]:
             does.compute({name: (self._addresses[name], self._shapes[name]) for name in inputs}, {n: self._addresses[n] for n in outputs})
             return True
 
+    class IRuntimeConfig(Recorded):
+        dynamic_shapes_kernel_specialization_strategy = None
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self._strategy = strategy
+
     class ICudaEngine(Recorded):
         @property
         def num_io_tensors(self) -> int:
@@ -288,8 +295,11 @@ def behaviour(fake: Fake) -> list[type]:
         def create_engine_inspector(self) -> Any:
             return EngineInspector()
 
-        def create_execution_context(self, strategy: Any) -> Any:
-            calls.append(("create_execution_context", strategy.name))
+        def create_runtime_config(self) -> Any:
+            return IRuntimeConfig()
+
+        def create_execution_context(self, asked: Any) -> Any:
+            calls.append(("create_execution_context", (asked._strategy if isinstance(asked, IRuntimeConfig) else asked).name))
             return IExecutionContext()
 
     class Runtime(Recorded):

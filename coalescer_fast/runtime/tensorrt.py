@@ -152,8 +152,7 @@ class Plan:
     def _enqueue(self, key: int, inputs: Tensors) -> Tensors:
         context = self.contexts.get(key)
         if context is None:
-            context = self.contexts[key] = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            self._require(context is not None)
+            context = self.contexts[key] = self._context()
         bound = []  # kept until all is enqueued
         for port, x in zip(self.manifest.inputs, inputs, strict=True):
             bound.append(x.to(getattr(torch, port.dtype)).contiguous())
@@ -170,6 +169,19 @@ class Plan:
             self._require(context.set_tensor_address(port.name, outputs[-1].data_ptr()))
         self._require(context.execute_async_v3(stream(self.device)))
         return tuple(outputs)
+
+    def _context(self) -> Any:
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.manifest.engine == "tensorrt_rtx":
+            # kernels for the shapes are compiled when they first come, and not beside the calls: a graph holds one and the same
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context(strategy)
+        self._require(context is not None)
+        return context
 
     def _require(self, done: bool) -> None:
         if not done:

@@ -24,6 +24,7 @@ LAYER = {
     "LayerType": "CaskConvolution",
     "Inputs": [{"Name": "x", "Dimensions": [1, 2, 3, 3], "Format/Datatype": "Half"}],
     "Outputs": [{"Name": "y", "Dimensions": [1, 2, 3, 3], "Format/Datatype": "Float"}],
+    "Metadata": "[ONNX Layer: conv]\u001f[ONNX Layer: add]",
 }
 
 
@@ -88,7 +89,7 @@ def test_a_plan_says_what_it_is(run, source, fake):
     assert set(m.files) == {"model.plan", "layers.json"}
     assert found.graph.read_bytes() == b"plan"
     assert json.loads(Path("plan/layers.json").read_text()) == [
-        {"name": "conv", "type": "CaskConvolution", "inputs": ["Half"], "outputs": ["Float"], "of": ""}
+        {"name": "conv", "type": "CaskConvolution", "inputs": ["Half"], "outputs": ["Float"], "of": ["conv", "add"]}
     ]
     flags = [call[:2] for call in fake.calls if call[0] in ("create_network", "set_flag", "clear_flag")]
     assert flags == [("create_network", 1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), ("clear_flag", "TF32")]
