@@ -245,7 +245,7 @@ def _set_flags(trt: Any, config: Any, options: Options) -> None:
         for i, each in enumerate(options.compute_capabilities):
             known = getattr(trt.ComputeCapability, f"SM{each}", None)
             if known is None or not config.set_compute_capability(known, i):
-                able = ", ".join(name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+                able = ", ".join(map(str, sorted(int(n[2:]) for n in trt.ComputeCapability.__members__ if n.startswith("SM"))))
                 raise ValueError(f"TensorRT-RTX {trt.__version__} has no compute capability {each}: use some of {able}")
     if options.hardware == "ampere+":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -337,7 +337,7 @@ def _inspected(trt: Any, log: Any, plan: Any) -> list[Layer]:
 def layers_of_log(text: str) -> list[Layer]:
     """The fused layers that a message of the builder's tells of, one a line; in "of", what of the ONNX graph is in it."""
     layers = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         head, found, rest = line.partition(", Inputs: [")
         if found and (named := re.match(r"Name: (.+), LayerType: (\w+)$", head)):
             given, _, rest = rest.partition(", Outputs: [")

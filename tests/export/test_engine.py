@@ -18,7 +18,7 @@ from ..tensorrt_api import Fake, recorded, surface
 
 A10 = ("NVIDIA A10", "8.6")
 FULL = [which for which in recorded() if which.startswith("tensorrt ")]
-NEWEST = "tensorrt 11.4.0.106"
+NEWEST, RTX = "tensorrt 11.4.0.106", "tensorrt_rtx 1.7.1.116"
 LAYER = {
     "Name": "conv",
     "LayerType": "CaskConvolution",
@@ -230,6 +230,38 @@ def test_without_a_gpu(run, source, newest, monkeypatch):
     status, _, error = run("engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx", "--stripWeights")
     assert error.endswith("leave --stripWeights out")
     assert not Path("other").exists()
+
+
+def test_tensorrt_rtx_builds_for_gpus_that_are_not_here(run, source, monkeypatch):
+    fake = install(monkeypatch, Fake(RTX))
+    fake.does.layers = []
+    monkeypatch.setattr(tensorrt, "gpu", lambda: None)
+    assert run("engine", "onnx", "-o", "plan", "--flavour", "tensorrt_rtx")[0] == 0
+    capabilities = [call[1:] for call in fake.calls if call[0] == "set_compute_capability"]
+    assert capabilities == [("SM80", 0), ("SM86", 1), ("SM89", 2), ("SM120", 3)]
+    m = artefact.read("plan").manifest
+    assert (m.engine, m.tensorrt["version"], m.tensorrt["gpu"]) == ("tensorrt_rtx", "1.7.1.116", None)
+    assert m.tensorrt["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    status, _, error = run("engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx", "--computeCapabilities", "86,90")
+    assert status == 1
+    assert error.endswith("TensorRT-RTX 1.7.1.116 has no compute capability 90: use some of 75, 80, 86, 89, 120, 121")
+
+
+def test_layers_of_the_log():
+    text = (
+        "Layers:\n"
+        "Name: conv1_myl0_14, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,2], Strides: [2,1], StrideOrder: [1,0], "
+        "Datatype: Int8, Format: (NHWC) Channel major format }], Constants: [ { Name: w, Dimensions: [2], Strides: [1], StrideOrder: [0], "
+        "Datatype: Int8, Format: (Linear) Row major linear format }, { Name: b, Dimensions: [2], Strides: [1], StrideOrder: [0], Datatype: "
+        "Float, Format: (Linear) Row major linear format }], Outputs: [ { Name: y, Dimensions: [-1,2], Strides: [2,1], StrideOrder: [1,0], "
+        "Datatype: Half, Format: (Linear) Row major linear format }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: a.b:1]\x1e[ONNX "
+        "Layer: c/2]\n"
+        "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: \n"
+    )
+    conv = {"name": "conv1_myl0_14", "type": "correlation", "inputs": ["Int8"], "constants": ["Int8", "Float"], "outputs": ["Half"]}
+    nothing = {"name": "s", "type": "shape_call", "inputs": [], "constants": [], "outputs": [], "of": []}
+    assert engine.layers_of_log(text) == [{**conv, "of": ["a.b:1", "c/2"]}, nothing]
+    assert engine.counts([conv, conv, nothing]) == [("correlation", "2: Int8 to Half 2"), ("shape_call", "1: nothing to nothing 1")]
 
 
 def test_interrupted(run, source, newest, monkeypatch):
