@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import library
-from .runtime import compiled, onnx_file
+from .runtime import compiled, onnx_file, tensorrt
 from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
 from .runtime.exported import ExportedRuntime
@@ -27,11 +27,11 @@ BOTH = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Backend:
-    """make: (pipe, dtype) -> runtime; dtypes: device type -> what it can compute in there; packages: what it needs; unavailable: why it
-    cannot run in this process all the same, or ""; load: (pipe, folder) -> runtime of exported artefacts, which needs the first of the
-    packages alone."""
+    """make: (pipe, dtype) -> runtime, None where it runs artefacts alone; dtypes: device type -> what it can compute in there; packages:
+    what it needs; unavailable: why it cannot run in this process all the same, or ""; load: (pipe, folder) -> runtime of exported
+    artefacts, which needs the first of the packages alone."""
 
-    make: Callable[[CoalescerPipeline, torch.dtype], Runtime]
+    make: Callable[[CoalescerPipeline, torch.dtype], Runtime] | None
     dtypes: Mapping[str, Sequence[str]]
     packages: Sequence[str] = ()
     unavailable: Callable[[], str] = lambda: ""
@@ -56,6 +56,12 @@ BACKENDS = {
         lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
         {"cpu": BOTH},
         ("openvino", "onnx", "onnxscript"),
+    ),
+    "tensorrt": Backend(
+        None,
+        {"cuda": ()},  # an artefact has its own precision
+        unavailable=tensorrt.unavailable,
+        load=lambda pipe, folder: ExportedRuntime(pipe, "tensorrt", folder, tensorrt.open_artefact),
     ),
 }
 # device type: what "auto" takes there, even where ops of its have to run on the reference
@@ -96,6 +102,8 @@ def accelerate(
       batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call; the last eight are kept.
     - "onnxruntime" with ``artefact``, a folder that `coalescer-export` wrote: its graphs, for the batch sizes and in the precision that
       they were exported for. Nothing is prepared. They are of these weights, or refused, now and in every call.
+    - "tensorrt" with ``artefact``, a folder of plans that `coalescer-export engine` built for this GPU: on the caller's stream, in a CUDA
+      graph for each batch size. Not yet run on a GPU.
 
     What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. A weight that is
     changed later takes effect at the next call.
@@ -121,6 +129,8 @@ def accelerate(
     if artefact is not None:
         return _load(pipe, backend, dtype, artefact)
     name = AUTO[device] if backend == "auto" else backend
+    if (make := BACKENDS[name].make) is None:
+        raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
     dtypes = BACKENDS[name].dtypes[device]
     chosen = native_dtype(device, dtypes) if dtype == "auto" else str(dtype).removeprefix("torch.")
     if chosen not in dtypes:
@@ -129,7 +139,7 @@ def accelerate(
         raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, dtypes)}")
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
-    pipe.runtime = BACKENDS[name].make(pipe, DTYPES[chosen])
+    pipe.runtime = make(pipe, DTYPES[chosen])
     return pipe
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
+from coalescer_fast.runtime import onnx_file, tensorrt
 from coalescer_fast.runtime.artefact import Artefact, Manifest
 from coalescer_fast.runtime.exported import Described
 
@@ -112,6 +113,14 @@ def batches(manifest: Manifest) -> tuple[int, ...]:
     """Those of `BATCHES` that the graph takes, or nearly."""
     least, _, most = manifest.batch
     return tuple(dict.fromkeys(min(max(size, least), most) for size in BATCHES))
+
+
+def opened(artefact: Artefact) -> Callable[[Tensors], Tensors]:
+    """By the engine that it is for, of tensors on the CPU."""
+    if artefact.manifest.engine not in tensorrt.TITLES:
+        return onnx_file.open_artefact(artefact)
+    run = tensorrt.open_artefact(artefact)
+    return lambda inputs: tuple(y.cpu() for y in run(tuple(x.cuda() for x in inputs)))
 
 
 def compare(

@@ -66,13 +66,15 @@ class Schedule:
 class Manifest:
     """What an artefact is.
 
-    kind: of `KINDS`; engine: what reads the graph, "onnx" or that of a plan; target: what the graph is written for, "cpu" or "tensorrt";
-    precision: "fp32", "fp16" or "int8", and recipe, in words, what of it is in which dtype; graph: the file that the engine opens.
-    model: the source's name; weights: network -> `network_sha256`, of those that the graph holds.
+    kind: of `KINDS`; engine: what reads the graph, "onnx" or that of a plan, of `tensorrt.TITLES`; target: what the graph is written for,
+    "cpu" or "tensorrt"; precision: "fp32", "fp16" or "int8", and recipe, in words, what of it is in which dtype; graph: the file that the
+    engine opens. model: the source's name; weights: network -> `network_sha256`, of those that the graph holds.
     batch: least, best and most pictures; schedule: a generator's.
     command: the arguments of coalescer-export that made it, but for the output; flags: further options that decided the result.
-    calibration: SHA-256 of the ranges, of int8; measured: figures and the setting they were measured in; tensorrt: of a plan, version,
-    compute capability and name of the GPU; packages: name -> version; files: name -> {"bytes", "sha256"}, filled in by `write`.
+    calibration: SHA-256 of the ranges, of int8; measured: figures and the setting they were measured in; packages: name -> version;
+    files: name -> {"bytes", "sha256"}, filled in by `write`.
+    tensorrt: of a plan, "version", "compute_capabilities" ("8.6") that it is for, "gpu", the name if it is for that model of GPU alone,
+    "profile", input -> least, best and largest shape, "source", file -> SHA-256 of the artefact that it was built from.
     """
 
     kind: str
@@ -167,9 +169,10 @@ class Artefact:
                 batches = f"{least}" if least == most else f"{least} to {most}"
                 expected = ", ".join(batches if size == BATCH else str(size) for size in port.shape)
                 why = f"{port.name} has shape {tuple(given.shape)} where {self.folder} takes ({expected})"
-                raise ValueError(
-                    f"{why}: export it again with --min-batch and --max-batch around the sizes that you need, or call with those"
-                )
+                words = "export it again with --min-batch and --max-batch"
+                if self.manifest.engine != "onnx":
+                    words = "build it again with --minShapes and --maxShapes"
+                raise ValueError(f"{why}: {words} around the sizes that you need, or call with those")
 
 
 def read(folder: str | Path) -> Artefact:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from ..models.unet import Conditioning
 from .base import counted
 
-# what a graph is given: a tensor (N, C, H, W); conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
+# what a graph is given: a tensor; conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
 Input = Tensor | Conditioning | float | None
+Output = Tensor | tuple[Tensor, ...]
+T = TypeVar("T", bound=Output)
 
 _capturing = threading.Lock()  # torch captures one graph at a time in a process
 
@@ -24,7 +26,7 @@ _capturing = threading.Lock()  # torch captures one graph at a time in a process
 class Recorder(Protocol):
     """Captures on a device. ``bytes()``: of all memory that captured graphs hold, but for their inputs."""
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
         """What does the function's work again, and the output that it writes anew."""
 
     def turn(self) -> AbstractContextManager[None]:
@@ -46,7 +48,7 @@ class Graph:
     inputs: list[Tensor | Conditioning | None]
     given: list[Input]
     replay: Callable[[], object]
-    output: Tensor
+    output: Output
     bytes: int
 
     def fill(self, given: Sequence[Input]) -> None:
@@ -80,7 +82,7 @@ class Graphs:
         self.captures = 0
         self._lock = threading.RLock()
 
-    def run(self, key: Hashable, given: Sequence[Input], function: Callable[..., Tensor]) -> Tensor:
+    def run(self, key: Hashable, given: Sequence[Input], function: Callable[..., T]) -> T:
         """``function(*given)``, in memory of the caller's own. The key says all that the function depends on but what it is given, and
         the shapes of that."""
         if not self.most_bytes:
@@ -93,9 +95,9 @@ class Graphs:
                 graph.fill(given)
             self.held.move_to_end(key)
             graph.replay()
-            return graph.output.clone(memory_format=torch.contiguous_format)
+            return cast(T, own(graph.output))
 
-    def _add(self, key: Hashable, given: Sequence[Input], function: Callable[..., Tensor]) -> Graph:
+    def _add(self, key: Hashable, given: Sequence[Input], function: Callable[..., Output]) -> Graph:
         if len(self.held) >= self.most:
             self.recorder.wait()
             self.held.popitem(last=False)
@@ -108,7 +110,7 @@ class Graphs:
             graph = self.held[key] = self._captured(given, function)
         return graph
 
-    def _captured(self, given: Sequence[Input], function: Callable[..., Tensor]) -> Graph:
+    def _captured(self, given: Sequence[Input], function: Callable[..., Output]) -> Graph:
         before = self.recorder.bytes()
         # ordinary tensors, which may be written to in and out of inference mode
         with torch.inference_mode(False), torch.no_grad():
@@ -150,7 +152,16 @@ def static(given: Input, device: torch.device) -> Tensor | Conditioning | None:
         return given.map(torch.clone)
     if isinstance(given, float):
         return torch.full((), given, dtype=torch.float64, device=device)
-    return None if given is None else given.clone(memory_format=torch.channels_last)
+    if given is None:
+        return None
+    return given.clone(memory_format=torch.channels_last if given.ndim == 4 else torch.contiguous_format)
+
+
+def own(output: Output) -> Output:
+    """A copy for the caller, row by row in memory."""
+    if isinstance(output, Tensor):
+        return output.clone(memory_format=torch.contiguous_format)
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in output)
 
 
 def input_bytes(graph: Graph) -> int:
@@ -170,7 +181,7 @@ class CudaRecorder:
             self.done = torch.cuda.Event()
             self.pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
         home = torch.cuda.current_stream()
         self.stream.wait_stream(home)
         with torch.cuda.stream(self.stream):

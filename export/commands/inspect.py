@@ -11,6 +11,8 @@ from typing import Any
 from coalescer_fast.runtime import artefact
 from coalescer_fast.runtime.artefact import Artefact, Port
 
+from ..engine import LAYERS, counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="an artefact, or a folder of several")
@@ -27,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts(found: Artefact) -> dict[str, Any]:
-    """The manifest, and ``operators``, ``weights`` and ``layers`` of an ONNX graph.
+    """The manifest, and ``operators``, ``stored`` and ``layers`` of an ONNX graph, or ``fused`` of a plan, its `engine.Layer`s.
 
     operators: op type -> nodes; stored: dtype -> {"tensors", "bytes"} of constants; layers: op type -> dtype of the weights -> nodes.
     """
     out: dict[str, Any] = {"manifest": json.loads(found.manifest.to_json())}
     if found.manifest.engine != "onnx":
-        return out
+        return {**out, "fused": json.loads((found.folder / LAYERS).read_text("utf-8"))}
     import onnx
 
     graph = onnx.load(str(found.graph), load_external_data=False).graph
@@ -73,7 +75,8 @@ def table(found: Artefact) -> str:
         ("schedule", str(m.schedule) if m.schedule else ""),
         ("recipe", m.recipe),
         ("calibration", m.calibration or ""),
-        *[(name, ", ".join(f"{k} {v}" for k, v in each.items())) for name, each in (("tensorrt", m.tensorrt or {}), ("flags", m.flags))],
+        *[(m.engine if key == "version" else key.replace("_", " "), plain(value)) for key, value in (m.tensorrt or {}).items()],
+        ("flags", ", ".join(f"{k} {v}" for k, v in m.flags.items() if v)),
         *[(f"measured {k}", f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in flat(m.measured)],
         ("made by", ", ".join(f"{name} {number}" for name, number in m.packages.items())),
         *[(f"file {name}", f"{each['bytes'] / 1e6:.2f} MB, SHA-256 {each['sha256'][:12]}") for name, each in m.files.items()],
@@ -83,6 +86,7 @@ def table(found: Artefact) -> str:
             for dtype, each in said.get("stored", {}).items()
         ],
         *[(f"weights of {op}", ", ".join(f"{d} {n}" for d, n in each.items())) for op, each in said.get("layers", {}).items()],
+        *[(f"layers {what}", text) for what, text in counts(said.get("fused", []))],
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}s}  {value}" for name, value in rows if value)
@@ -90,6 +94,15 @@ def table(found: Artefact) -> str:
 
 def described(port: Port) -> str:
     return f"{port.dtype} ({', '.join(map(str, port.shape))})"
+
+
+def plain(value: Any) -> str:
+    """A part of a plan's `Manifest.tensorrt` in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join("x".join(map(str, each)) if isinstance(each, list) else str(each) for each in value)
+    return "" if value is None else str(value)
 
 
 def flat(values: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -22,18 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     artefacts = artefact.find(args.folder)
     from coalescer_fast.pipeline import CoalescerPipeline
-    from coalescer_fast.runtime.onnx_file import open_artefact
 
-    from ..figures import compare
+    from ..figures import compare, opened
 
+    runs = {kind: opened(found) for kind, found in artefacts.items()}  # what cannot run here is said before anything is loaded
     pipes: dict[str, Any] = {}
     results = {}
     for kind, found in artefacts.items():
+        engine = found.manifest.engine.replace("onnx", "onnxruntime")
         name = args.model or found.manifest.model
         if name not in pipes:
             pipes[name] = CoalescerPipeline.from_pretrained(name)
         found.check_weights(pipes[name])
-        results[kind] = compare(found, open_artefact(found), pipes[name], args.prompts, args.seed)
+        results[kind] = compare(found, runs[kind], pipes[name], args.prompts, args.seed, runtime=engine)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:

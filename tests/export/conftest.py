@@ -28,7 +28,7 @@ def build(**config) -> cf.CoalescerPipeline:
     """An untrained pipeline with the embedded model's descriptions."""
     whole = cf.CoalescerPipeline.from_pretrained("emoji-64")
     torch.manual_seed(0)
-    unet, vae = CoalescerUNet(**UNET, **config).eval(), CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1)).eval()
+    unet, vae = CoalescerUNet(**{**UNET, **config}).eval(), CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1)).eval()
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

@@ -155,7 +155,7 @@ def test_changed_weights_are_refused_in_the_next_call(accelerated):
 
 def test_accelerate_says_what_takes_an_artefact(folder, monkeypatch):
     pipe = load()
-    with pytest.raises(ValueError, match=r"^backend 'cpu' takes no artefact; use one of onnxruntime$"):
+    with pytest.raises(ValueError, match=r"^backend 'cpu' takes no artefact; use one of onnxruntime, tensorrt$"):
         cf.accelerate(pipe, "cpu", artefact=folder)
     with pytest.raises(ValueError, match="an artefact has its own precision: leave dtype out"):
         cf.accelerate(pipe, "onnxruntime", "float32", artefact=folder)
