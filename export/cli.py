@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from coalescer_fast import __version__
 from coalescer_fast.cli import Parser, execute
 
-from .commands import inspect, onnx, verify
+from .commands import inspect, onnx, quantize, verify
 
-COMMANDS = (onnx, verify, inspect)
+COMMANDS = (onnx, quantize, verify, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

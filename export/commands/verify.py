@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from coalescer_fast.runtime.onnx_file import open_artefact
 
     from ..figures import compare
+    from ..ranges import prompts_for
 
     pipes: dict[str, Any] = {}
     results = {}
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         if name not in pipes:
             pipes[name] = CoalescerPipeline.from_pretrained(name)
         found.check_weights(pipes[name])
-        results[kind] = compare(found, open_artefact(found), pipes[name], args.prompts, args.seed)
+        prompts = prompts_for(pipes[name], found, args.prompts, args.seed)
+        results[kind] = compare(found, open_artefact(found), pipes[name], prompts, args.seed)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:
