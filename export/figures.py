@@ -22,7 +22,7 @@ BATCHES = (1, 2, 5)
 BUDGETS = {
     "fp32": Budget(psnr_median=60.0, psnr_minimum=60.0, direction_cosine=0.99999, distance_error=1e-3),
     "fp16": Budget(psnr_median=45.0, psnr_minimum=45.0),
-    "int8": Budget(psnr_median=28.0, psnr_minimum=18.0, direction_cosine=0.98, distance_error=0.1),
+    "int8": Budget(psnr_median=28.0, psnr_minimum=20.0, direction_cosine=0.99, distance_error=0.05),
 }
 # of pixels in [0, 1], directions and distances, in float32
 LARGEST_ERROR = 1e-3

@@ -24,8 +24,8 @@ from onnx import helper, numpy_helper
 from .graphs import LARGEST
 from .ranges import Range
 
-# they cost little to compute and much to round: what reads R and p, what writes the two heads, and what sums into the residual path
-FLOAT = ("*conv_in", "*_head", "*shortcut*")
+# they cost little to compute and much to round: what reads R and p, and what writes the two heads
+FLOAT = ("*conv_in", "*_head")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Layer:
 
 
 def prepare(model: Any, target: str) -> list[Layer]:
-    """The layers that can be quantised, in order: the convolutions of residual blocks, and those that change the resolution.
+    """The layers that can be quantised, in order: all convolutions but `FLOAT` and the decoder's first and last.
 
+    What reads a concatenation is a layer a part by then (`graphs.name_weights`), each with a range of its own.
     For "cpu", a bias that is added behind its convolution becomes part of it, which changes the model.
     """
     graph = model.graph

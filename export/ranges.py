@@ -22,7 +22,7 @@ Range = tuple[float, float]
 FILE = "ranges.json"
 FORMAT = 1
 METHODS = ("max", "percentile", "entropy")
-PERCENTILE = 99.99
+PERCENTILE = 99.999
 PROMPTS = 64  # to calibrate on
 BINS = 8192
 COARSE, LEVELS = 2048, 128  # of entropy: bins, and what is left of them
@@ -30,7 +30,7 @@ COARSE, LEVELS = 2048, 128  # of entropy: bins, and what is left of them
 
 @dataclass(frozen=True)
 class Ranges:
-    """graph: `graph_sha256` of what was calibrated; method: "max", "percentile 99.99" or "entropy"; prompts, seed: the descriptions, and
+    """graph: `graph_sha256` of what was calibrated; method: "max", "percentile 99.999" or "entropy"; prompts, seed: the descriptions, and
     what their noise was drawn with; layers: layer -> {"input": (least, most), "output": ...}."""
 
     graph: str
@@ -138,6 +138,10 @@ class Histogram:
 
 def smallest_divergence(counts: Any) -> int:
     """How many of the bins to keep, the rest falling into the last one: see `Histogram.range`."""
+    counts = counts.copy()
+    counts[0] = counts[1]  # zeros, such as ReLU's, are exact whatever a is, and would outweigh all else
+    if not counts.any():
+        return len(counts)
     used = int(np.flatnonzero(counts)[-1]) + 1
     beyond = counts.sum() - np.cumsum(counts)
     best, smallest = used, np.inf

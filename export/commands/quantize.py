@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not 50 <= args.percentile <= 100:
-        raise ValueError(f"--percentile is {args.percentile:g}; expected 50 to 100, such as 99.99")
+        raise ValueError(f"--percentile is {args.percentile:g}; expected 50 to 100, such as {PERCENTILE}")
     sources = artefact.find(args.source)
     several = not (args.source / artefact.MANIFEST).is_file()
     for option, given in (("--ranges", args.ranges), ("--sensitivity", args.sensitivity), ("--keep-fp16", args.keep)):

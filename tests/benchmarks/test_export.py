@@ -44,6 +44,6 @@ def test_rows_of_both_precisions(monkeypatch, tmp_path, capsys):
         assert float(row["direction_error"]) >= 0
     assert float(rows[0]["speedup_over_fp32"]) == 1
     assert float(rows[1]["direction_error"]) > float(rows[0]["direction_error"])
-    assert rows[1]["method"] == "percentile 99.99"
+    assert rows[1]["method"] == "percentile 99.999"
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert export.main([*words, "--csv", str(tmp_path)]) == 1

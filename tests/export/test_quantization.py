@@ -28,7 +28,7 @@ def test_which_layers(exported):
         names = [layer.name for layer in layers]
         assert len(names) == len(set(names)) > count
         assert all(name.startswith(prefix) for name in names)
-        assert not [name for name in names if any(word in name for word in ("conv_in", "head", "shortcut"))]
+        assert not [name for name in names if any(word in name for word in ("conv_in", "head"))]
         if kind == "unet":
             assert {"unet.down.0.0.conv1", "unet.down.0.0.conv2", "unet.down.1.0", "unet.mid.0.conv1"} <= set(names)
         else:
@@ -45,6 +45,12 @@ def test_every_use_of_a_layer_is_one_of_its_own(exported):
     assert len(quantization.without(layers, ["unet.mid.0.conv1"])) == len(layers) - 3
     assert len(quantization.without(layers, ["unet.mid.0.conv1/2"])) == len(layers) - 1
     assert not [each for each in quantization.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")]
+
+
+def test_parts_of_a_concatenation_have_a_range_each(exported):
+    layers = [layer for layer in prepared(exported / "unet")[1] if layer.name.startswith("unet.up.0.0.shortcut")]
+    assert [layer.name for layer in layers] == ["unet.up.0.0.shortcut:1", "unet.up.0.0.shortcut:2"]
+    assert len({layer.input for layer in layers}) == 2
 
 
 def test_an_unknown_layer(exported):
