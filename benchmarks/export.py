@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one batch of a graph after the other, each printed as it is there."""
-    from coalescer_fast.export import exporting, quantizing
     from coalescer_fast.pipeline import CoalescerPipeline
+    from export import exporting, quantizing  # the checkout's, which need not be installed
 
     pipe: Any = CoalescerPipeline.from_pretrained(args.model)
     sizes = min(args.batch), min(max(4, min(args.batch)), max(args.batch)), max(args.batch)
@@ -110,8 +111,8 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each of the artefacts, the first of which is that in float32."""
-    from coalescer_fast.export import quantizing
     from coalescer_fast.parity import descriptions
+    from export import quantizing
 
     m = replace(found[0].manifest, batch=(batch, batch, batch))
     (inputs, *_) = quantizing.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
@@ -119,7 +120,7 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
     samples = {}
     for each in found:
         opened = onnx_file.open_artefact(each)
-        samples[each.manifest.precision] = timer.warm(lambda opened=opened: opened(inputs))
+        samples[each.manifest.precision] = timer.warm(partial(opened, inputs))
     taken = timing.interleave(samples, budget)
     first = timing.quantiles(taken[m.precision])[0]
     rows = []

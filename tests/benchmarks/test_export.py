@@ -7,7 +7,7 @@ import pytest
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 from benchmarks import export, timing  # noqa: E402
-from coalescer_fast.export import quantizing  # noqa: E402
+from export import quantizing  # noqa: E402
 
 from ..export.conftest import build  # noqa: E402
 
