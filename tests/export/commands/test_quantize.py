@@ -7,9 +7,12 @@ import shutil
 import pytest
 
 import coalescer_fast as cf
-from coalescer_fast.export import figures, quantization, quantizing, ranges
 from coalescer_fast.parity import Budget
 from coalescer_fast.runtime import artefact
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"needs the package {package}")
+from coalescer_fast.export import figures, quantization, quantizing, ranges  # noqa: E402
 
 BRIEF = ("--calibration-prompts", "8")
 # untrained networks draw noise
