@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from coalescer_fast import __version__
 from coalescer_fast.cli import Parser, execute
 
-from .commands import engine, inspect, onnx, verify
+from .commands import engine, inspect, onnx, quantize, verify
 
-COMMANDS = (onnx, engine, verify, inspect)
+COMMANDS = (onnx, quantize, engine, verify, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

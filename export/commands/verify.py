@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from coalescer_fast.pipeline import CoalescerPipeline
 
     from ..figures import compare, opened
+    from ..ranges import prompts_for
 
     runs = {kind: opened(found) for kind, found in artefacts.items()}  # what cannot run here is said before anything is loaded
     pipes: dict[str, Any] = {}
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         if name not in pipes:
             pipes[name] = CoalescerPipeline.from_pretrained(name)
         found.check_weights(pipes[name])
-        results[kind] = compare(found, runs[kind], pipes[name], args.prompts, args.seed, runtime=engine)
+        prompts = prompts_for(pipes[name], found, args.prompts, args.seed)
+        results[kind] = compare(found, runs[kind], pipes[name], prompts, args.seed, runtime=engine)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:

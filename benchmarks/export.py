@@ -1,0 +1,155 @@
+"""Exported graphs in ONNX Runtime on a CPU: int8 beside the float32 that it was made of, in turn, and what it costs in pictures.
+
+    python -m benchmarks.export --csv benchmarks/results/cpu/export.csv
+
+It exports the model and quantises it, as `coalescer-export onnx` and `quantize` do, and times both graphs on the inputs of a real call.
+Errors are those that `quantize` measures, against the reference on 64 names that calibration never saw. Threads are ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import coalescer_fast
+from coalescer_fast.runtime import onnx_file
+from coalescer_fast.runtime.artefact import KINDS, Artefact
+
+from . import common, timing
+from .common import Parser, Row, append, command, open_csv
+from .kernels import listed, positive, positive_list
+
+METHODS = ("max", "percentile", "entropy")
+BUDGET = 3.0
+PROMPTS = 64  # to calibrate on
+PROVIDER = "CPUExecutionProvider"
+ERRORS = {  # of a manifest
+    "direction, relative L2 error": "direction_error",
+    "direction, cosine, minimum": "cosine_minimum",
+    "distance, relative error, maximum": "distance_error",
+    "pictures: PSNR, median": "psnr_median_db",
+    "pictures: PSNR, minimum": "psnr_minimum_db",
+    "largest error": "largest_error",
+}
+COLUMNS = (
+    *("model", "what", "precision", "batch", "threads", "provider", "metric_unit", "y_value_50", "y_value_20", "y_value_80"),
+    *("images_per_s", "speedup_over_fp32", *ERRORS.values(), "error_pictures", "recipe", "method", "megabytes", "samples", "quiet"),
+    *("allocator", "timestamp", "cpu", "python", "torch", "onnx", "onnxruntime", "coalescer_fast"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return command("python -m benchmarks.export", lambda: run(args))
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m benchmarks.export", description=__doc__.partition("\n")[0])
+    top.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    top.add_argument("--what", type=listed(*KINDS), default=list(KINDS), metavar="K,K", help=f"default: {','.join(KINDS)}")
+    top.add_argument("--batch", type=positive_list, default=[1, 4, 16], metavar="N,N", help="default: 1,4,16")
+    top.add_argument("--method", choices=METHODS, default="percentile", help="of calibration (default: %(default)s)")
+    top.add_argument("--prompts", type=positive, default=PROMPTS, metavar="N", help="to calibrate on (default: %(default)s)")
+    top.add_argument("--threads", type=positive, metavar="N", help="(default: torch's own choice)")
+    top.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for one batch of a graph (default: %(default)s)")
+    top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
+    top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
+    return top
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.csv is not None:
+        open_csv(args.csv, COLUMNS)
+    before = torch.get_num_threads()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.allocator == "keep":
+        timing.keep_freed_memory()
+    print("Milliseconds, the median, and the 20 and 80 % quantiles; ~ marks a time that other processes disturbed.")
+    try:
+        with torch.no_grad():
+            for rows in benchmark(args):
+                rows = [{**dict.fromkeys(COLUMNS, ""), **environment(), "allocator": args.allocator, **row} for row in rows]
+                if args.csv is not None:
+                    append(args.csv, rows, COLUMNS)
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one batch of a graph after the other, each printed as it is there."""
+    from coalescer_fast.pipeline import CoalescerPipeline
+    from export import exporting, quantizing  # the checkout's, which need not be installed
+
+    pipe: Any = CoalescerPipeline.from_pretrained(args.model)
+    sizes = min(args.batch), min(max(4, min(args.batch)), max(args.batch)), max(args.batch)
+    for what in args.what:
+        with tempfile.TemporaryDirectory() as folder:
+            folders = [Path(folder) / name for name in ("fp32", "int8")]
+            for each in folders:
+                each.mkdir()
+            exact = exporting.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
+            int8 = quantizing.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
+            for batch in args.batch:
+                rows = measure(pipe, (exact, int8), batch, args.budget)
+                for row in rows:
+                    row["model"] = args.model
+                    print(line(row), flush=True)
+                yield rows
+
+
+def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
+    """A row for each of the artefacts, the first of which is that in float32."""
+    from coalescer_fast.parity import descriptions
+    from export import quantizing
+
+    m = replace(found[0].manifest, batch=(batch, batch, batch))
+    (inputs, *_) = quantizing.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
+    timer = timing.CpuTimer()
+    samples = {}
+    for each in found:
+        opened = onnx_file.open_artefact(each)
+        samples[each.manifest.precision] = timer.warm(partial(opened, inputs))
+    taken = timing.interleave(samples, budget)
+    first = timing.quantiles(taken[m.precision])[0]
+    rows = []
+    for each in found:
+        mine, said = taken[each.manifest.precision], each.manifest
+        median, low, high = timing.quantiles(mine)
+        row: Row = {"what": said.kind, "precision": said.precision, "batch": batch, "provider": PROVIDER, "metric_unit": "ms"}
+        row |= {"y_value_50": median * 1e3, "y_value_20": low * 1e3, "y_value_80": high * 1e3, "images_per_s": batch / median}
+        row |= {"speedup_over_fp32": first / median, "recipe": said.recipe, "method": said.flags.get("int8", {}).get("method", "")}
+        row |= {ERRORS[name]: value for name, value in said.measured["error"].items() if name in ERRORS}
+        row |= {"error_pictures": said.measured["pictures"], "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6}
+        rows.append(row | {"samples": len(mine), "quiet": int(all(one.quiet for one in mine))})
+    return rows
+
+
+def line(row: Row) -> str:
+    mark = " " if row["quiet"] else "~"
+    head = f"{row['model']} {row['what']:9} {row['precision']} batch {row['batch']:3}"
+    words = f"{head} {row['y_value_50']:9.2f}{mark} {row['y_value_20']:9.2f} -{row['y_value_80']:9.2f}  {row['speedup_over_fp32']:.2f}x"
+    return words + (f"  median {row['psnr_median_db']:.1f} dB" if "psnr_median_db" in row else "")
+
+
+def environment() -> Row:
+    found = common.environment()
+    del found["gpu"]
+    versions: Row = {name: version(name) for name in ("onnx", "onnxruntime")}
+    stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**found, **versions, "timestamp": stamp, "coalescer_fast": coalescer_fast.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Int8 in an ONNX graph: which layers, and the QuantizeLinear and DequantizeLinear (Q/DQ) around them.
+
+    q = clip(round(x / s) + z),   x ≈ (q - z) s
+
+Two flavours, for no file serves both. "tensorrt": inputs and weights of convolutions in int8, z = 0, bias and output in float. "cpu": what
+ONNX Runtime fuses to QLinearConv: inputs and outputs in uint8 with a z each, weights in int8 with z = 0, bias in int32 of scale s_x s_w.
+Weights have a scale for each output channel.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from .graphs import LARGEST
+from .ranges import Range
+
+# they cost little to compute and much to round: what reads R and p, and what writes the two heads
+FLOAT = ("*conv_in", "*_head")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, and the tensors that are quantised with it; output: after its bias and ReLU."""
+
+    name: str
+    input: str
+    weight: str
+    output: str
+
+    @property
+    def module(self) -> str:
+        """Its name but for which use of it this is: "unet.mid.0.conv1" of "unet.mid.0.conv1/2"."""
+        return self.name.partition("/")[0]
+
+    def tensors(self, target: str) -> dict[str, str]:
+        return {"input": self.input, **({"output": self.output} if target == "cpu" else {})}
+
+
+def prepare(model: Any, target: str) -> list[Layer]:
+    """The layers that can be quantised, in order: all convolutions but `FLOAT` and the decoder's first and last.
+
+    What reads a concatenation is a layer a part by then (`graphs.name_weights`), each with a range of its own.
+    For "cpu", a bias that is added behind its convolution becomes part of it, which changes the model.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    if target == "cpu":
+        _fold_biases(graph, constants)
+    readers = _readers(graph)
+    convolutions = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in constants]
+    decoder = list(dict.fromkeys(node.name for node in convolutions if "decoder.layers." in node.name))
+    float_ = (*FLOAT, *decoder[:1], *decoder[-1:])
+    found = []
+    for node in convolutions:
+        output = node.output[0]
+        if [each.op_type for each in readers[output]] == ["Relu"]:
+            output = readers[output][0].output[0]
+        layer = Layer(node.name, node.input[0], node.input[1], output)
+        if not any(fnmatchcase(layer.module, pattern) for pattern in float_):
+            found.append(layer)
+    return found
+
+
+def without(layers: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
+    """Those that no pattern names, by their own or their module's name. Raises ValueError for a pattern that names none."""
+    for pattern in patterns:
+        left = [each for each in layers if not (fnmatchcase(each.name, pattern) or fnmatchcase(each.module, pattern))]
+        if len(left) == len(layers):
+            names = list(dict.fromkeys(each.module for each in layers))
+            raise ValueError(f"no layer to keep is called {pattern!r}: the graph quantises {', '.join(names[:3])}, ..., {names[-1]}")
+        layers = left
+    return list(layers)
+
+
+def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str, Range]], target: str) -> Any:
+    """A copy of the prepared model with these layers in int8; a tensor that several of them read is quantised once."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    dtype = next(numpy_helper.to_array(constants[layer.weight]).dtype for layer in layers)
+    tensors = {name: ranges[layer.name][which] for layer in layers for which, name in layer.tensors(target).items()}
+    # what a convolution gives is read in int8 by all, else ONNX Runtime does not fuse it; its input by convolutions alone
+    given = {layer.output for layer in layers} if target == "cpu" else set[str]()
+    scales: dict[str, Any] = {}
+    around: dict[str, list[Any]] = {}
+
+    def constant(name: str, value: Any) -> str:
+        if name not in constants:
+            constants[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    for name, ends in tensors.items():
+        scales[name], zero = scale_of(ends, target, dtype)
+        how = [constant(f"{name}:scale", scales[name]), constant(f"{name}:zero", zero)]
+        around[name] = [
+            helper.make_node("QuantizeLinear", [name, *how], [f"{name}:quantized"], f"{name}/quantize"),
+            helper.make_node("DequantizeLinear", [f"{name}:quantized", *how], [f"{name}:int8"], f"{name}/dequantize"),
+        ]
+
+    by_name = {layer.name: layer for layer in layers}
+    nodes = [each for port in graph.input for each in around.get(port.name, ())]
+    weights: dict[str, Any] = {}
+    for node in graph.node:
+        layer = by_name.get(node.name) if node.op_type == "Conv" else None
+        for i, name in enumerate(node.input):
+            if name in given or (layer is not None and name == layer.input):
+                node.input[i] = f"{name}:int8"
+        if layer is not None:
+            weight = layer.weight
+            if weight not in weights:
+                quantized, weights[weight] = quantize_weight(numpy_helper.to_array(constants[weight]), dtype)
+                zero = constant(f"{weight}:zero", np.zeros(len(quantized), np.int8))
+                what = [constant(f"{weight}:quantized", quantized), constant(f"{weight}:scale", weights[weight]), zero]
+                nodes.append(helper.make_node("DequantizeLinear", what, [f"{weight}:int8"], f"{weight}/dequantize", axis=0))
+            node.input[1] = f"{weight}:int8"
+            if target == "cpu" and len(node.input) == 3:
+                scale = scales[layer.input] * weights[weight]
+                bias = np.rint(numpy_helper.to_array(constants[node.input[2]]) / scale.astype(np.float64)).clip(-(2**31), 2**31 - 1)
+                name = f"{layer.name}:bias"
+                what = [constant(f"{name}:quantized", bias.astype(np.int32)), constant(f"{name}:scale", scale)]
+                nodes.append(helper.make_node("DequantizeLinear", what, [f"{name}:int32"], f"{name}/dequantize", axis=0))
+                node.input[2] = f"{name}:int32"
+        nodes.append(node)
+        nodes += [each for name in node.output for each in around.get(name, ())]
+    _replace(graph, nodes, constants)
+    return out
+
+
+def scale_of(ends: Range, target: str, dtype: Any) -> tuple[Any, Any]:
+    """Scale and zero point of a tensor: int8 of ±max |x|; for "cpu", uint8 of an interval that 0 is in, so that padding is exact."""
+    least, most = min(ends[0], 0.0), max(ends[1], 0.0)
+    smallest = float(np.finfo(dtype).tiny)  # of a tensor that is always 0, or of float16
+    if target != "cpu":
+        return dtype.type(max(-least, most, 127 * smallest) / 127), np.int8(0)
+    scale = dtype.type(max(most - least, 255 * smallest) / 255)
+    return scale, np.uint8(np.rint(-least / scale).clip(0, 255))
+
+
+def quantize_weight(weight: Any, dtype: Any) -> tuple[Any, Any]:
+    """(int8 (C, ...), scales (C,)): of every output channel, max |w| / 127."""
+    wide = weight.astype(np.float32)
+    scales = (np.abs(wide).reshape(len(wide), -1).max(1) / 127).astype(dtype)
+    scales[scales < np.finfo(dtype).tiny] = 1  # nothing but zeros
+    quantized = np.rint(wide / scales.astype(np.float32).reshape(-1, *[1] * (wide.ndim - 1)))
+    return quantized.clip(-127, 127).astype(np.int8), scales
+
+
+def save(model: Any, path: Path) -> None:
+    """Checked, weights beside it where they are too large for one file."""
+    large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > LARGEST
+    location = f"{path.name}.data" if large else None
+    onnx.save(model, path, save_as_external_data=large, location=location)
+    onnx.checker.check_model(str(path), full_check=not large)
+
+
+def float_layers(path: Path, layers: Collection[Layer]) -> list[str]:
+    """Names of those that ONNX Runtime's optimised graph computes in float."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that the optimised graph is for this machine
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimised.onnx"
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    integer = {node.name for node in optimised.graph.node if node.op_type == "QLinearConv"}
+    return [layer.name for layer in layers if layer.name not in integer]
+
+
+def _readers(graph: Any) -> dict[str, list[Any]]:
+    """Tensor -> nodes that read it, where the graph's outputs are read, too."""
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    for port in graph.output:
+        readers[port.name].append(helper.make_node("", [port.name], []))
+    return readers
+
+
+def _fold_biases(graph: Any, constants: dict[str, Any]) -> None:
+    readers = _readers(graph)
+    dropped = set()
+    for node in graph.node:
+        if node.op_type != "Conv" or len(node.input) != 2 or node.input[1] not in constants or len(readers[node.output[0]]) != 1:
+            continue
+        (add,) = readers[node.output[0]]
+        channels = constants[node.input[1]].dims[0]
+        added = [name for name in add.input if name in constants and list(constants[name].dims)[-3:] == [channels, 1, 1]]
+        if add.op_type != "Add" or not added or np.prod(constants[added[0]].dims) != channels:
+            continue
+        bias = f"{added[0]}:bias"
+        if bias not in constants:
+            constants[bias] = numpy_helper.from_array(numpy_helper.to_array(constants[added[0]]).reshape(channels), bias)
+        node.input.append(bias)
+        node.output[0] = add.output[0]
+        dropped.add(add.output[0])
+    kept = [node for node in graph.node if not (node.op_type == "Add" and node.output[0] in dropped)]
+    _replace(graph, kept, constants)
+
+
+def _replace(graph: Any, nodes: Iterable[Any], constants: Mapping[str, Any]) -> None:
+    """New nodes, and of the constants those that they read."""
+    nodes = [_copy(node) for node in nodes]
+    read = {name for node in nodes for name in node.input} | {port.name for port in graph.output}
+    used = [tensor for name, tensor in constants.items() if name in read]
+    copies = [_copy(tensor) for tensor in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(copies)
+
+
+def _copy(message: Any) -> Any:
+    """Of what belongs to a list that is about to be cleared."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+import coalescer_fast as cf
+from coalescer_fast.runtime import artefact
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"needs the package {package}")
+from coalescer_fast.export import exporting, quantization, quantizing, ranges  # noqa: E402
+
+
+def test_functions_are_timed_in_turn(monkeypatch):
+    clock, order = itertools.count(), []
+    monkeypatch.setattr(quantizing.time, "perf_counter", lambda: float(next(clock)))
+    taken = quantizing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
+    assert taken == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert order == list("ab" + "ba" + "ab" + "ba")
+
+
+def test_evaluations_of_a_whole_call_are_calibrated_on(small, exported):
+    source = quantizing.Source.of(artefact.read(exported / "unet"))
+    (first, second, empty) = quantizing.calls(small, source.artefact.manifest, ["octopus", "pizza"], 0)
+    assert not (first[0] == second[0]).all()
+    assert (second[0] == empty[0]).all()
+    assert not empty[1].any()
+
+
+def test_the_ranges_are_the_tensors(small, exported):
+    source = quantizing.Source.of(artefact.read(exported / "generator"))
+    known = quantizing.calibrate(small, source, "max", 100, 4, 0, lambda text: None)
+    assert set(known.layers) == {layer.name for layer in source.layers}
+    tensors = {}
+    for layer in source.layers:
+        for which, name in layer.tensors("cpu").items():
+            ends = known.layers[layer.name][which]
+            assert tensors.setdefault(name, ends) == ends  # one tensor, one range
+    least, most = known.layers["unet.mid.0.conv1"]["input"]
+    assert -0.2785 <= least < 0 < most  # of SiLU
+    assert known.layers["unet.mid.0.conv1"]["input"] != known.layers["unet.mid.0.conv1/2"]["input"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_the_embedded_model(tmp_path, target):
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    for kind in artefact.KINDS:
+        source, folder = tmp_path / "float" / kind, tmp_path / "int8" / kind
+        source.mkdir(parents=True)
+        folder.mkdir(parents=True)
+        found = exporting.export_onnx(pipe, kind, source, model="emoji-64", target=target)
+        # how fast it is depends on who else is at work here
+        quantised = quantizing.quantise(pipe, found, folder, force=True)
+        error = quantised.manifest.measured["error"]
+        assert error["pictures: PSNR, median"] >= 28, error
+        assert quantised.manifest.measured["pictures"] == 64
+        known = ranges.read_ranges(folder / "ranges.json")
+        assert len(known.layers) == len(quantization.prepare(quantizing.onnx.load(found.graph), target))
