@@ -93,3 +93,22 @@ def poison_uninitialised_memory() -> Iterator[None]:
 def skip_without_gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=[(network, how) for network in ("unet", "vae") for how in ("load_state_dict", "in place", "data")], ids="-".join)
+def change_weights(request):
+    """Changes a weight of a pipeline's network, in every way that there is."""
+    network, how = request.param
+
+    def change(pipe) -> None:
+        module = getattr(pipe, network)
+        weight = module.conv_in.weight if network == "unet" else module.decoder.layers[0].weight
+        if how == "load_state_dict":
+            module.load_state_dict({name: 1.01 * p if p.is_floating_point() else p for name, p in module.state_dict().items()})
+        elif how == "in place":
+            with torch.no_grad():
+                weight.mul_(1.2)
+        else:
+            weight.data = 1.2 * weight.data
+
+    return change

@@ -337,19 +337,9 @@ int gather_typed(const cf_gather_args& a, int64_t threads) {
 
 // e^x for x <= 0, to two ulps, and 0 below e^-87; NaN stays NaN.
 inline vf exponential(vf x) {
-    vf t = x * 1.44269504f;
+    const vf t = x * 1.44269504f;
     const vi tiny = t < -126.0f;
-    t = tiny ? broadcast(-126.0f) : t;
-    const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
-    const vf r = t - (shifted - 12582912.0f);
-    vf p = broadcast(1.5345811e-4f);
-    p = fma(p, r, 1.3399931e-3f);
-    p = fma(p, r, 9.6184891e-3f);
-    p = fma(p, r, 5.5503286e-2f);
-    p = fma(p, r, 2.4022646e-1f);
-    p = fma(p, r, 6.9314718e-1f);
-    p = fma(p, r, 1.0f);
-    return tiny ? vf{} : p * (vf)(((vi)shifted << 23) + 0x3f800000);
+    return tiny ? vf{} : power_of_two(tiny ? broadcast(-126.0f) : t);
 }
 
 // erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7.

@@ -211,6 +211,20 @@ inline float sum(vf v) {
 #endif
 }
 
+// 2^t for -126 <= t <= 126: 2^n 2^r with n an integer, and 2^r by the polynomial of the least relative error, 2e-9.
+inline vf power_of_two(vf t) {
+    const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+    const vf r = t - (shifted - 12582912.0f);
+    vf p = broadcast(1.5345811e-4f);
+    p = fma(p, r, 1.3399931e-3f);
+    p = fma(p, r, 9.6184891e-3f);
+    p = fma(p, r, 5.5503286e-2f);
+    p = fma(p, r, 2.4022646e-1f);
+    p = fma(p, r, 6.9314718e-1f);
+    p = fma(p, r, 1.0f);
+    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
+}
+
 // x * sigmoid(x) = x / (1 + 2^t) with t = -x log2(e), to one or two ulps of the result (of 0.1, where it is smaller). NaN stays NaN.
 inline vf silu(vf x) {
 #if CF_WIDTH == 16
@@ -224,20 +238,10 @@ inline vf silu(vf x) {
     const vf p = fma(fma(broadcast(5.5504109e-2f), r, 2.4022651e-1f), r, 6.9314718e-1f) * r;
     return x / (1.0f + (vf)_mm512_scalef_ps((__m512)fma(step, p, step), (__m512)n));
 #else
-    // 2^t = 2^n 2^r with n an integer, and 2^r by the polynomial of the least relative error, 2e-9
     vf t = x * -1.44269504f;
     t = t < -126.0f ? broadcast(-126.0f) : t;
     t = t > 126.0f ? broadcast(126.0f) : t;
-    const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
-    const vf r = t - (shifted - 12582912.0f);
-    vf p = broadcast(1.5345811e-4f);
-    p = fma(p, r, 1.3399931e-3f);
-    p = fma(p, r, 9.6184891e-3f);
-    p = fma(p, r, 5.5503286e-2f);
-    p = fma(p, r, 2.4022646e-1f);
-    p = fma(p, r, 6.9314718e-1f);
-    p = fma(p, r, 1.0f);
-    return x / (1.0f + p * (vf)(((vi)shifted << 23) + 0x3f800000));
+    return x / (1.0f + power_of_two(t));
 #endif
 }
 
