@@ -61,10 +61,7 @@ READ_OUTSIDE = [
 # Of the steps on a CPU: sanitizers, and as above.
 STEPS = [
     (ADDRESS, "network.h", "fill(origin + (height + 1) * image.row, width + 2);", "fill(origin + (height + 1) * image.row, width + 3);"),
-    (ADDRESS, "network.h", "if (begin == 0) write_border", "if (false) write_border"),
     (ADDRESS, "network.h", "part = a.outputs - c < W ? a.outputs - c : W;", "part = W;"),
-    (ADDRESS, "network.h", "block * least + (block < larger ? block : larger)", "block * least + larger"),
-    (ADDRESS, "network.h", "count = columns - column < W ? columns - column : W;", "count = W;"),
     (ADDRESS, "runtime.cpp", "for (int64_t rank = 1; rank < mine.size; ++rank)", "for (int64_t rank = 2; rank < mine.size; ++rank)"),
     (THREAD, "runtime.cpp", "(&mine.posted, posted, __ATOMIC_RELEASE);", "(&mine.posted, posted, __ATOMIC_RELAXED);"),
 ]
@@ -131,20 +128,20 @@ def test_a_missing_barrier_and_a_wrong_count_are_found(calls, tmp_path):
     assert calls.find("step.cu", replaced("step.cu", "rank < p.cluster;", "rank + 1 < p.cluster;"), PLAIN, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.planted
 @pytest.mark.parametrize(("name", "number"), BARRIERS, ids=[f"{name}:{number + 1}" for name, number in BARRIERS])
 def test_a_missing_barrier_is_found(calls, tmp_path, name, number):
     text = without_barrier(name, number)
     assert calls.find(name, text, PLAIN, tmp_path) or calls.find(name, text, THREAD, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.planted
 @pytest.mark.parametrize(("name", "old", "new"), WRONG_RESULTS, ids=[f"{name}: {new}" for name, _, new in WRONG_RESULTS])
 def test_a_wrong_index_or_count_is_found(calls, tmp_path, name, old, new):
     assert calls.find(name, replaced(name, old, new), PLAIN, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.planted
 @pytest.mark.parametrize(("name", "old", "new"), READ_OUTSIDE, ids=[f"{name}: {new}" for name, _, new in READ_OUTSIDE])
 def test_a_read_outside_is_found(calls, tmp_path, name, old, new):
     assert calls.find(name, replaced(name, old, new), ADDRESS, tmp_path)

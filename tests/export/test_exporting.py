@@ -58,7 +58,7 @@ def test_batches_in_disorder(small, tmp_path, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "target"), [("fp32", "cpu"), ("fp32", "tensorrt"), ("fp16", "tensorrt")])
+@pytest.mark.parametrize(("precision", "target"), [("fp32", "cpu"), ("fp16", "tensorrt")])
 def test_the_embedded_model(tmp_path, precision, target):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
     for kind in artefact.KINDS:
