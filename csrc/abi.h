@@ -121,7 +121,7 @@ CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
 CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
 
 /* A network as a list of steps, run by threads that stay together from the first step to the last: nothing is allocated, chosen or packed
- * on the way, and no step costs more than a few hundred nanoseconds to start. */
+ * on the way but what attention makes of its keys and values. */
 
 /* Images (height, width, channels), channels innermost: element (n, y, x, c) is data[n * sample + y * row + x * channels + c], sizes in
  * bytes. With border = 1, there is a position more on every side, at which data points: whoever writes the image writes `zero` there. */

@@ -40,7 +40,7 @@ int64_t last_level_cache();
 void prepare_output(void* data, int64_t bytes);
 
 // Run body(context) with a team of so many threads around it, which `parallel_ranges` in body then uses: they wait for work by looking for
-// it, so that it costs a fraction of a microsecond to start. Returns what body returns.
+// it instead of sleeping. Returns what body returns.
 int with_team(int64_t threads, int (*body)(void*), void* context);
 
 // Run task(context, begin, end) over a partition of [0, items) into one range a thread. The partition depends on the number of threads:
