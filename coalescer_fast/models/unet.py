@@ -98,6 +98,11 @@ class Conditioning:
             None if self.mask is None else function(self.mask),
         )
 
+    def rounded(self, dtype: torch.dtype) -> Conditioning:
+        """For a network of this dtype; the anchor stays as it is, for the heads are residual to the way there."""
+        film, keys_values = ([(a.to(dtype), b.to(dtype)) for a, b in pairs] for pairs in (self.film, self.keys_values))
+        return Conditioning(film, self.anchor, keys_values, self.mask)
+
     def expand(self, n: int) -> Conditioning:
         """The conditioning of one description, for n samples, without a copy; itself if it is of n already."""
         return self if self.film[0][0].shape[0] == n else self.map(lambda x: x.expand(n, *x.shape[1:]))

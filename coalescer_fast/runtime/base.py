@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+import copy
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.unet import Conditioning
 
@@ -20,6 +21,14 @@ def counted(prepared: T) -> T:
     global count
     count += 1
     return prepared
+
+
+def channels_last_copy(network: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy for inference in this dtype, channels innermost."""
+    fast = copy.deepcopy(network).eval().requires_grad_(False)
+    for parameter in fast.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Runtime(Protocol):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..nvtx_ranges import span
 from ..ops.dispatch import BACKENDS, PREFERENCE
 from ..scheduler import CoalescerScheduler
+from .base import channels_last_copy
 from .cpu import fingerprint
 from .graphs import CudaRecorder, Graphs, Recorder
 
@@ -87,28 +87,21 @@ class CudaRuntime:
         with self.lock:
             if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
                 return
-            self.unet = self._copy(self.pipe.unet)
+            self.unet = channels_last_copy(self.pipe.unet, self.dtype)
             self.unet.set_backend(self.backend)
-            self.decoder = self._copy(self.pipe.vae.decoder)
+            self.decoder = channels_last_copy(self.pipe.vae.decoder, self.dtype)
             self.empty: Conditioning | None = None
             self.release()
             self.state = state
-
-    def _copy(self, network: nn.Module) -> Any:
-        fast = copy.deepcopy(network).eval().requires_grad_(False)
-        for parameter in fast.parameters():
-            parameter.data = parameter.data.to(self.dtype)
-        return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
         description alone is kept, for it depends on the weights only."""
         if texts == [""] and self.empty is not None:
             return self.empty
-        full = self.pipe.condition(texts, device)
-        rounded = full.map(lambda x: x.to(self.dtype))
-        anchor = None if full.anchor is None else full.anchor.contiguous(memory_format=torch.channels_last)
-        found = Conditioning(rounded.film, anchor, rounded.keys_values, full.mask)
+        found = self.pipe.condition(texts, device).rounded(self.dtype)
+        if found.anchor is not None:
+            found.anchor = found.anchor.contiguous(memory_format=torch.channels_last)
         if texts == [""]:
             self.empty = found
         return found
