@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
-from .base import counted
+from .base import channels_last_copy, counted
 from .packed import Range, Weights
 from .program import Program
 from .recorder import Hollow, Recorder, Unsupported, record
@@ -106,7 +106,7 @@ class CpuRuntime:
         if results is not None:
             return results[0], results[1]
         unet = self._plain("unet", self.pipe.unet)
-        return unet(sample.contiguous(memory_format=torch.channels_last), given.cast(self.dtype), return_dict=False)
+        return unet(sample.contiguous(memory_format=torch.channels_last), conditioning.rounded(self.dtype), return_dict=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
@@ -177,12 +177,9 @@ class CpuRuntime:
         """A copy of the network that torch runs, channels innermost, on native ops."""
         with self.lock:
             if name not in self.plain:
-                fast = copy.deepcopy(network).eval().requires_grad_(False)
-                for parameter in fast.parameters():
-                    parameter.data = parameter.data.to(self.dtype)
+                self.plain[name] = channels_last_copy(network, self.dtype)
                 if name == "unet":
-                    fast.set_backend(self.backend)  # type: ignore[operator]
-                self.plain[name] = fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    self.plain[name].set_backend(self.backend)
             return self.plain[name]
 
     def explain(self) -> list[dict[str, str]]:
@@ -218,12 +215,6 @@ class Given:
         keys_values = [(recorder.given(k, own=True), recorder.given(v, own=True)) for k, v in c.keys_values]
         anchor = None if c.anchor is None else recorder.given(c.anchor, images=True)
         return Conditioning(film, anchor, keys_values, None if c.mask is None else recorder.given(c.mask))
-
-    def cast(self, dtype: torch.dtype) -> Conditioning:
-        """The conditioning for a network of this dtype."""
-        c = self.conditioning
-        film, keys_values = ([(a.to(dtype), b.to(dtype)) for a, b in pairs] for pairs in (c.film, c.keys_values))
-        return Conditioning(film, c.anchor, keys_values, c.mask)
 
 
 def fingerprint(*networks: nn.Module) -> list[tuple[int, int]]:

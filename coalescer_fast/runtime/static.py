@@ -45,9 +45,7 @@ class Evaluation(nn.Module):
     @staticmethod
     def flatten(conditioning: Conditioning, dtype: torch.dtype) -> Tensors:
         """The anchor stays float32: the heads are residual to the way there. Copies of one layout, whatever the pipeline expanded."""
-        pairs = [t.to(dtype) for pair in (*conditioning.film, *conditioning.keys_values) for t in pair]
-        rest = [t for t in (conditioning.anchor, conditioning.mask) if t is not None]
-        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (*pairs, *rest))
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in conditioning.rounded(dtype).tensors())
 
     def forward(self, sample: Tensor, *flat: Tensor) -> Tensors:
         given = list(flat)
