@@ -70,20 +70,12 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
-    before = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.allocator == "keep":
-        timing.keep_freed_memory()
     print("Milliseconds, the median, and the 20 and 80 % quantiles; ~ marks a time that other processes disturbed.")
-    try:
-        with torch.no_grad():
-            for rows in benchmark(args):
-                rows = [{**dict.fromkeys(COLUMNS, ""), **environment(), "allocator": args.allocator, **row} for row in rows]
-                if args.csv is not None:
-                    append(args.csv, rows, COLUMNS)
-    finally:
-        torch.set_num_threads(before)
+    with timing.settings(args.threads, args.allocator == "keep"), torch.no_grad():
+        for rows in benchmark(args):
+            rows = [{**dict.fromkeys(COLUMNS, ""), **environment(), "allocator": args.allocator, **row} for row in rows]
+            if args.csv is not None:
+                append(args.csv, rows, COLUMNS)
     return 0
 
 

@@ -139,16 +139,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--again needs --csv: name the file whose gaps are to be filled")
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
-    before = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.allocator == "keep":
-        timing.keep_freed_memory()
-    try:
-        with torch.inference_mode(), compiler(args):
-            rows = benchmark(args)
-    finally:
-        torch.set_num_threads(before)
+    with timing.settings(args.threads, args.allocator == "keep"), torch.inference_mode(), compiler(args):
+        rows = benchmark(args)
     if not rows:
         print("Nothing is left to measure.")
         return 0

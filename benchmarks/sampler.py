@@ -130,21 +130,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--cold draws a picture, which needs the model emoji-64: leave --model away")
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
-    before = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.allocator == "keep" and not args.cold:
-        timing.keep_freed_memory()
-    labels: Row = {**environment(args.device), "allocator": "system" if args.cold else args.allocator, "metric_unit": "ms"}
     rows: list[Row] = []
-    try:
-        with torch.inference_mode(), compiler(args):
-            for new in cold(args) if args.cold else benchmark(args):
-                rows += [{**dict.fromkeys(COLUMNS, ""), **labels, **row} for row in new]
-                if args.csv is not None:
-                    append(args.csv, rows[-len(new) :], COLUMNS)
-    finally:
-        torch.set_num_threads(before)
+    with timing.settings(args.threads, args.allocator == "keep" and not args.cold), torch.inference_mode(), compiler(args):
+        labels: Row = {**environment(args.device), "allocator": "system" if args.cold else args.allocator, "metric_unit": "ms"}
+        for new in cold(args) if args.cold else benchmark(args):
+            rows += [{**dict.fromkeys(COLUMNS, ""), **labels, **row} for row in new]
+            if args.csv is not None:
+                append(args.csv, rows[-len(new) :], COLUMNS)
     print()
     print("\n".join(sampler_report.summary([{key: str(value) for key, value in row.items()} for row in rows])))
     return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) else 0

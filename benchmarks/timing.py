@@ -14,7 +14,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,3 +203,16 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+@contextmanager
+def settings(threads: int | None, keep: bool) -> Iterator[None]:
+    """Inside, torch has so many threads (its own choice, if None); with ``keep``, from here on, see `keep_freed_memory`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    if keep:
+        keep_freed_memory()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
