@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import library
+from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
+from .runtime.artefact import Artefact
 from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
 from .runtime.exported import ExportedRuntime
@@ -28,14 +30,15 @@ BOTH = ("float32", "bfloat16")
 @dataclass(frozen=True)
 class Backend:
     """make: (pipe, dtype) -> runtime, None where it runs artefacts alone; dtypes: device type -> what it can compute in there; packages:
-    what it needs; unavailable: why it cannot run in this process all the same, or ""; load: (pipe, folder) -> runtime of exported
-    artefacts, which needs the first of the packages alone."""
+    what it needs; unavailable: why it cannot run in this process all the same, or ""; load: (pipe, artefacts by kind) -> runtime of
+    these, which needs the first of the packages alone; engines: of artefacts that it runs."""
 
     make: Callable[[CoalescerPipeline, torch.dtype], Runtime] | None
     dtypes: Mapping[str, Sequence[str]]
     packages: Sequence[str] = ()
     unavailable: Callable[[], str] = lambda: ""
-    load: Callable[[CoalescerPipeline, str | Path], Runtime] | None = None
+    load: Callable[[CoalescerPipeline, Mapping[str, Artefact]], Runtime] | None = None
+    engines: Sequence[str] = ()
 
 
 BACKENDS = {
@@ -50,7 +53,8 @@ BACKENDS = {
         lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
-        load=lambda pipe, folder: ExportedRuntime(pipe, "onnxruntime", folder, onnx_file.open_artefact),
+        load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnx_file.open_artefact),
+        engines=["onnx"],
     ),
     "openvino": Backend(
         lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
@@ -61,7 +65,8 @@ BACKENDS = {
         None,
         {"cuda": ()},  # an artefact has its own precision
         unavailable=tensorrt.unavailable,
-        load=lambda pipe, folder: ExportedRuntime(pipe, "tensorrt", folder, tensorrt.open_artefact),
+        load=lambda pipe, found: ExportedRuntime(pipe, "tensorrt", found, tensorrt.open_artefact),
+        engines=list(tensorrt.TITLES),
     ),
 }
 # device type: what "auto" takes there, even where ops of its have to run on the reference
@@ -110,7 +115,7 @@ def accelerate(
 
     Args:
         pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
-        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or one of `BACKENDS`.
+        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of `BACKENDS`.
         dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a dtype or its name, as
             in `BACKENDS`.
 
@@ -121,13 +126,10 @@ def accelerate(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
-    device = pipe.device.type
-    devices = list(AUTO if backend == "auto" else BACKENDS[backend].dtypes)
-    if device not in devices:
-        where = f"runs on {' and '.join(devices)}, and the pipeline is on {pipe.device}"
-        raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
     if artefact is not None:
         return _load(pipe, backend, dtype, artefact)
+    _check_device(pipe, backend)
+    device = pipe.device.type
     name = AUTO[device] if backend == "auto" else backend
     if (make := BACKENDS[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
@@ -144,15 +146,27 @@ def accelerate(
 
 
 def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:
-    able = [name for name, each in BACKENDS.items() if each.load is not None]
-    if backend not in able or (load := BACKENDS[backend].load) is None:
-        raise ValueError(f"backend {backend!r} takes no artefact; use one of {', '.join(able)}")
+    loads = {name: each.load for name, each in BACKENDS.items() if each.load is not None}
+    if backend not in ("auto", *loads):
+        raise ValueError(f"backend {backend!r} takes no artefact; use one of auto, {', '.join(loads)}")
     if dtype != "auto":
         raise ValueError(f"dtype is {dtype!r}, and an artefact has its own precision: leave dtype out")
+    found = artefacts.find(artefact)
+    if backend == "auto":
+        engine = next(iter(found.values())).manifest.engine
+        backend = next(name for name in loads if engine in BACKENDS[name].engines)
+    _check_device(pipe, backend)
     if reason := unavailable(backend, loads=True):
         raise ValueError(f"backend {backend!r} {reason}")
-    pipe.runtime = load(pipe, artefact)
+    pipe.runtime = loads[backend](pipe, found)
     return pipe
+
+
+def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
+    devices = list(AUTO if backend == "auto" else BACKENDS[backend].dtypes)
+    if pipe.device.type not in devices:
+        where = f"runs on {' and '.join(devices)}, and the pipeline is on {pipe.device}"
+        raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
 
 
 def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:

@@ -73,6 +73,7 @@ def parser() -> Parser:
         sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
         sub.add_argument("--backend", default=default, help=f"what runs the networks, as of accelerate (default: {said})")
         sub.add_argument("--dtype", default=default, help=f"what they compute in, as of accelerate (default: {said})")
+        sub.add_argument("--artefact", type=Path, metavar="DIR", help="run what coalescer-export wrote into this folder")
 
     sub = command("sample", sample, "draw pictures of prompts")
     sub.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -196,6 +197,7 @@ def warmup(args: argparse.Namespace) -> None:
     import torch
 
     from .acceleration import warmup as prepare
+    from .runtime.base import precision
 
     pipe = load(args)
     pipe.set_progress_bar_config(disable=True)
@@ -212,7 +214,7 @@ def warmup(args: argparse.Namespace) -> None:
     for n in args.batch_sizes:
         row = {"pictures": n, "warm-up, s": seconds(prepare, pipe, (n,))}
         rows.append({**row, "call, s": statistics.median(seconds(call, n) for _ in range(5))})
-    print(f"{pipe.runtime.name}, {str(pipe.runtime.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads")
+    print(f"{pipe.runtime.name}, {precision(pipe.runtime)}, {torch.get_num_threads()} threads")
     print(aligned(rows))
 
 
@@ -249,13 +251,13 @@ def build_data(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The pipeline that the options name, accelerated if they name a backend or a dtype."""
+    """The pipeline that the options name, accelerated if they name a backend, a dtype or an artefact."""
     from .acceleration import accelerate
     from .pipeline import CoalescerPipeline
 
     pipe = CoalescerPipeline.from_pretrained(args.model)
-    plain = args.backend is None and args.dtype is None
-    return pipe if plain else accelerate(pipe, args.backend or "auto", args.dtype or "auto")
+    plain = args.backend is None and args.dtype is None and args.artefact is None
+    return pipe if plain else accelerate(pipe, args.backend or "auto", args.dtype or "auto", args.artefact)
 
 
 def positive(text: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from .models.unet import Conditioning
 from .ops.dispatch import BACKENDS
+from .runtime.base import precision
 
 NUM_PROMPTS = 16
 BATCH_SIZE = 4  # pictures drawn at a time
@@ -51,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. runtime, dtype: what was compared with the float32 reference; pictures: how many; rows: the figures."""
+    """What `verify` found. runtime, dtype (or int8): what was compared with the float32 reference; pictures: how many; rows: the figures."""
 
     runtime: str
     dtype: str
@@ -155,7 +156,7 @@ def verify(
         at_least("pictures: PSNR, median", float(psnr.median()), limits.psnr_median, " dB"),
         at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
     ]
-    return Verification(str(runtime.name), str(runtime.dtype).removeprefix("torch."), len(texts), tuple(rows))
+    return Verification(str(runtime.name), precision(runtime), len(texts), tuple(rows))
 
 
 def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> Budget:

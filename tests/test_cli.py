@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,8 +219,8 @@ def test_verify_prints_the_table_and_fails_with_it(run, monkeypatch, passed):
     result = Verification("cpu", "bfloat16", 3, (at_least("pictures: PSNR, median", 50.0 if passed else math.nan, 35.0, " dB"),))
     asked = []
 
-    def accelerate(pipe, backend, dtype):
-        return (pipe, backend, dtype)
+    def accelerate(pipe, backend, dtype, artefact):
+        return (pipe, backend, dtype, artefact)
 
     def verify(pipe, prompts):
         asked.append((*pipe, prompts))
@@ -230,12 +231,12 @@ def test_verify_prints_the_table_and_fails_with_it(run, monkeypatch, passed):
     monkeypatch.setitem(sys.modules, "coalescer_fast.acceleration", SimpleNamespace(accelerate=accelerate))
     monkeypatch.setattr("coalescer_fast.parity.verify", verify)
     assert run("verify", "--backend", "cpu", "--dtype", "bfloat16", "--prompts", "3") == (int(not passed), f"{result}\n", "")
-    status, out, _ = run("verify", "--json", "--model", "some/folder")
+    status, out, _ = run("verify", "--json", "--model", "some/folder", "--artefact", "exported")
     assert status == int(not passed)
     facts = json.loads(out)
     assert facts["passed"] is passed
     assert facts["rows"][0]["value"] == (50.0 if passed else "nan")
-    assert asked == [("pipe of emoji-64", "cpu", "bfloat16", 3), ("pipe of some/folder", "auto", "auto", 16)]
+    assert asked == [("pipe of emoji-64", "cpu", "bfloat16", None, 3), ("pipe of some/folder", "auto", "auto", Path("exported"), 16)]
 
 
 def test_verify_of_an_unknown_model(run, monkeypatch):

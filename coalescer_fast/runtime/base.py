@@ -31,6 +31,11 @@ def channels_last_copy(network: nn.Module, dtype: torch.dtype) -> Any:
     return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def precision(runtime: Any) -> str:
+    """What a runtime's networks multiply in: "int8", or the name of its dtype, which is then that of the rest."""
+    return "int8" if getattr(runtime, "quantised", False) else str(runtime.dtype).removeprefix("torch.")
+
+
 class Runtime(Protocol):
     """What runs a pipeline's networks in their place. name: the runtime's; device: the pipeline's; dtype: what the networks compute in;
     backend: of the ops that the pipeline itself calls.

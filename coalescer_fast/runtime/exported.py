@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,25 +40,26 @@ class Described(Conditioning):
 
 
 class ExportedRuntime:
-    """name: the runtime's; folder: of artefacts; open_artefact: makes one callable.
+    """name: the runtime's; artefacts: by kind, as of `artefact.find`; open_artefact: makes one callable.
 
     A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
     the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
     alone refuses a call with another schedule.
 
-    Raises: ValueError for artefacts that are damaged or were made of other weights.
+    Raises: ValueError for artefacts that cannot be opened or were made of other weights.
     """
 
-    def __init__(self, pipe: CoalescerPipeline, name: str, folder: str | Path, open_artefact: Open):
+    def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
         self.pipe, self.name, self.device = pipe, name, pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
-        self.artefacts = artefact.find(folder)
+        self.artefacts = artefacts
         self.lock = threading.Lock()
         self.state: Any = None
         self.refresh()
         self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
         # of several, the coarsest
-        self.dtype = DTYPES[max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)]
+        precision = max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)
+        self.dtype, self.quantised = DTYPES[precision], precision == "int8"
 
     def refresh(self) -> None:
         """Raise ValueError if the pipeline's weights are not those that were exported."""

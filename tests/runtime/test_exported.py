@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def accelerated(folder):
         some = folder.parent / "-".join(kinds)
         for kind in kinds:
             shutil.copytree(folder / kind, some / kind, dirs_exist_ok=True)
-        pipe.runtime = ExportedRuntime(pipe, "onnxruntime", some, open_artefact)
+        pipe.runtime = ExportedRuntime(pipe, "onnxruntime", artefact.find(some), open_artefact)
         pipe.runtime.backend = "reference"
         runs.clear()
         return pipe
@@ -150,12 +151,28 @@ def test_changed_weights_are_refused_in_the_next_call(accelerated):
         with pytest.raises(ValueError, match="other weights of the decoder"):
             draw(pipe)
     with pytest.raises(ValueError, match="other weights of the decoder"):
-        ExportedRuntime(pipe, "onnxruntime", pipe.runtime.artefacts["generator"].folder, open_artefact)
+        ExportedRuntime(pipe, "onnxruntime", pipe.runtime.artefacts, open_artefact)
+
+
+def test_auto_takes_what_an_artefact_is_for(folder, monkeypatch):
+    pipe = load()
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(acceleration.onnx_file, "open_artefact", open_artefact)
+    assert cf.accelerate(pipe, artefact=folder).runtime.name == "onnxruntime"
+    runs.clear()
+    draw(pipe)
+    assert runs == ["generator"]
+    plans = folder.parent / "plans"
+    shutil.copytree(folder / "unet", plans)
+    made = artefact.read(plans).manifest
+    artefact.write(plans, replace(made, engine="tensorrt_rtx"))
+    with pytest.raises(ValueError, match=r"^backend 'tensorrt' runs on cuda, and the pipeline is on cpu: move it"):
+        cf.accelerate(pipe, artefact=plans)
 
 
 def test_accelerate_says_what_takes_an_artefact(folder, monkeypatch):
     pipe = load()
-    with pytest.raises(ValueError, match=r"^backend 'cpu' takes no artefact; use one of onnxruntime, tensorrt$"):
+    with pytest.raises(ValueError, match=r"^backend 'cpu' takes no artefact; use one of auto, onnxruntime, tensorrt$"):
         cf.accelerate(pipe, "cpu", artefact=folder)
     with pytest.raises(ValueError, match="an artefact has its own precision: leave dtype out"):
         cf.accelerate(pipe, "onnxruntime", "float32", artefact=folder)

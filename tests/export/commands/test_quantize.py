@@ -79,6 +79,7 @@ def test_it_runs_as_a_pipeline(run, exported, small):
     try:
         assert {row["runs on"] for row in small.runtime.explain()[:3]} == {"onnxruntime, int8"}
         assert len(small(["octopus"] * 3).images) == 3
+        assert cf.verify(small, ["octopus"]).dtype == "int8"
     finally:
         cf.restore(small)
 
