@@ -131,6 +131,13 @@ def test_parameters_of_another_dtype(backend, dtype, parameters):
     check(backend, x, 3, weight, bias, scale=scale, shift=shift, pre_bias=pre_bias)
 
 
+def test_the_reference_computes_in_the_wider_dtype():
+    x, weight, bias = randn(2, 12, 4, 5, dtype=torch.float16), randn(12, seed=1), randn(12, seed=2)
+    y = call(OP, "reference", x, 3, weight, bias)
+    assert torch.equal(y, call(OP, "reference", x.float(), 3, weight, bias).half())
+    assert not torch.equal(y, call(OP, "reference", x, 3, weight.half(), bias.half()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_skip_with_a_group_across_the_seam(backend, layout, dtype):

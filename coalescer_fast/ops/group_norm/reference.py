@@ -20,10 +20,12 @@ def group_norm_silu(
     pre_bias: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
-    def per_channel(v: torch.Tensor) -> torch.Tensor:
-        return v.to(x.dtype).view(*v.shape, *[1] * (x.ndim - 2))
+    wide = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
 
-    z = x if skip is None else torch.cat([x, skip], 1)
+    def per_channel(v: torch.Tensor) -> torch.Tensor:
+        return v.to(wide).view(*v.shape, *[1] * (x.ndim - 2))
+
+    z = (x if skip is None else torch.cat([x, skip], 1)).to(wide)
     if pre_bias is not None:
         z = z + per_channel(pre_bias)
     # not F.group_norm, which refuses a group of one element: its normalised value is 0
@@ -32,7 +34,7 @@ def group_norm_silu(
         y = y * (1 + per_channel(scale))
     if shift is not None:
         y = y + per_channel(shift)
-    return layout.arrange(F.silu(y) if activation == "silu" else y, layout.is_channels_last(x))
+    return layout.arrange((F.silu(y) if activation == "silu" else y).to(x.dtype), layout.is_channels_last(x))
 
 
 def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
