@@ -200,9 +200,7 @@ def measure(built: Artefact) -> str:
     pipe: Any = CoalescerPipeline.from_pretrained(m.model)
     built.check_weights(pipe)
     result = figures.compare(built, figures.opened(built), pipe, sum(figures.batches(m)), runtime=m.engine)
-    if not result.passed:
-        failed = next(row for row in result.rows if not row.ok)
-        raise ValueError(f"the plan of the {m.kind} is not the model's: {failed.what} is {failed.value:.3g}, the limit {failed.limit}")
+    figures.require(result, f"the plan of the {m.kind}")
     artefact.write(built.folder, replace(m, measured=figures.to_measured(result)))
     return ""
 

@@ -185,6 +185,13 @@ def _pictures(kind: str, found: Tensor, expected: Tensor, budget: Budget) -> lis
     ]
 
 
+def require(result: Verification, what: str) -> None:
+    """Raise ValueError if a figure fails."""
+    if not result.passed:
+        failed = next(row for row in result.rows if not row.ok)
+        raise ValueError(f"{what} is not the model's: {failed.what} is {failed.value:.3g}, the limit {failed.limit}")
+
+
 def to_measured(result: Verification) -> dict[str, Any]:
     """For `Manifest.measured`: figure -> value, and how many pictures by what."""
     rows = {row.what: row.value if math.isfinite(row.value) else str(row.value) for row in result.rows}

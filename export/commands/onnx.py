@@ -12,7 +12,7 @@ from typing import Any
 from coalescer_fast.cli import positive
 from coalescer_fast.runtime.artefact import KINDS, creating
 
-STAGES = ("trace", "translate", "simplify", "check", "compare")
+STAGES = {"fp32": 5, "fp16": 6}  # of `export_onnx`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
         pipe: Any = CoalescerPipeline.from_pretrained(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)
-        with tqdm(total=len(STAGES) * len(kinds), disable=None) as bar:
+        with tqdm(total=STAGES[args.precision] * len(kinds), disable=None) as bar:
             for kind in kinds:
 
                 def stage(text: str, kind: str = kind) -> None:
