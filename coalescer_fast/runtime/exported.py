@@ -53,6 +53,7 @@ class ExportedRuntime:
         self.pipe, self.name, self.device = pipe, name, pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
         self.artefacts = artefacts
+        self.most_pictures = min(each.manifest.batch[2] for each in artefacts.values())
         self.lock = threading.Lock()
         self.state: Any = None
         self.refresh()

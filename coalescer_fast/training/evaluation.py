@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 # Latents (N, C, h, w) of N descriptions, from noise of that shape; and the first step from there.
 Sampler = Callable[[list[str], torch.Tensor], torch.Tensor]
 FirstStep = Callable[[list[str], torch.Tensor], TraceStep]
+# Pictures (N, 3, H, W) in [-1, 1], float32 on the CPU, of latents.
+Decode = Callable[[torch.Tensor], torch.Tensor]
 Row = dict[str, float | int | str]
 T = TypeVar("T")
 
@@ -92,10 +94,12 @@ def evaluate(
         without = exclusions(pipe.description_encoder, data)
     real = RealPictures(data, pipe.vae, classifier, without, limit, progress, every_pair=limit is None)
     scale = pipe.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
+    most = min(CHUNK, getattr(pipe.runtime, "most_pictures", CHUNK))
     rows: list[Row] = []
     with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0) as bar:
         for count in steps:
-            measured = measure(coalescer_sampler(pipe, count, guidance_scale), real, seed, first_step_of(pipe), bar)
+            sample = coalescer_sampler(pipe, count, guidance_scale)
+            measured = measure(sample, real, seed, first_step_of(pipe), bar, decode_of(pipe, most), most)
             rows.append({"steps": count, "guidance_scale": float(scale), **measured, **real.floors})
     return rows
 
@@ -118,6 +122,17 @@ def first_step_of(pipe: CoalescerPipeline) -> FirstStep:
         return call.trace[0]
 
     return first_step
+
+
+def decode_of(pipe: CoalescerPipeline, most: int) -> Decode:
+    """By what runs the pipeline, at most so many pictures a run."""
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        run = pipe.decode if pipe.runtime is None else pipe.runtime.decode
+        return torch.cat([run(part.to(pipe.device)).clamp(-1, 1).cpu() for part in latents.split(most)])
+
+    return decode
 
 
 @contextmanager
@@ -251,14 +266,24 @@ class RealPictures:
         return np.array([self.training.concepts[c].group for c in concepts])
 
 
-def measure(sample: Sampler, real: RealPictures, seed: int = 0, first_step: FirstStep | None = None, bar: tqdm | None = None) -> Row:
-    """The module's columns for any sampler; those on the heads where ``first_step`` is given. ``bar`` is told of every sample."""
+def measure(
+    sample: Sampler,
+    real: RealPictures,
+    seed: int = 0,
+    first_step: FirstStep | None = None,
+    bar: tqdm | None = None,
+    decode: Decode | None = None,
+    most: int = CHUNK,
+) -> Row:
+    """The module's columns for any sampler; those on the heads where ``first_step`` is given. ``bar`` is told of every sample; ``decode``:
+    of samples, by ``real`` if None; ``most``: samples at a time."""
+    decode = decode or real.decode
 
     def draw(prompts: list[str], key: int, name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         noise = torch.randn(len(prompts), *real.shape, generator=seeded(seed, key))
         parts = []
-        for i in range(0, len(prompts), CHUNK):
-            parts.append(sample(prompts[i : i + CHUNK], noise[i : i + CHUNK]).float().cpu())
+        for i in range(0, len(prompts), most):
+            parts.append(sample(prompts[i : i + most], noise[i : i + most]).float().cpu())
             if bar is not None:
                 bar.update(len(parts[-1]))
         return torch.cat(parts), noise
@@ -270,7 +295,7 @@ def measure(sample: Sampler, real: RealPictures, seed: int = 0, first_step: Firs
     wanted = torch.tensor(real.names)
     distance, index = nearest(samples.flatten(1), real.latents, 10)
     out["name_top1"], out["name_top10"] = hits(real.concept[index], wanted)
-    _, index = nearest(shrink(real.decode(samples)), real.small, 1)
+    _, index = nearest(shrink(decode(samples)), real.small, 1)
     out["name_top1_pixels"], _ = hits(real.concept[index], wanted)
     memorised = {
         "nearest_train_ratio": float(distance[:, 0].mean() / real.leave_one_out.mean()),
@@ -302,9 +327,9 @@ def measure(sample: Sampler, real: RealPictures, seed: int = 0, first_step: Firs
         out["held_out_group"] = float((groups[index[:, 0].numpy()] == wanted_groups).mean())
         out["held_out_group_chance"] = chance(groups, wanted_groups)
 
-    out["fd_name"] = frechet_distance(real.features_of(real.decode(by_name)), real.features)
+    out["fd_name"] = frechet_distance(real.features_of(decode(by_name)), real.features)
     if real.has_styles:
-        out["fd_name_style"] = frechet_distance(real.features_of(real.decode(by_style)), real.features)
+        out["fd_name_style"] = frechet_distance(real.features_of(decode(by_style)), real.features)
 
     if real.variety:
         samples, _ = draw([name[c] for c in real.variety for _ in range(VARIETY_SEEDS)], 5)
@@ -314,13 +339,13 @@ def measure(sample: Sampler, real: RealPictures, seed: int = 0, first_step: Firs
 
     if first_step is not None and real.has_styles:
         target = real.latents[real.described]
-        steps = [first_step(prompts[i : i + CHUNK], noise[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)]
+        steps = [first_step(prompts[i : i + most], noise[i : i + most]) for i in range(0, len(prompts), most)]
         length, far = (torch.cat([getattr(s, key).float().cpu() for s in steps]) for key in ("direction_length", "distance"))
         out["direction_length_spearman"] = spearman(length, -mean_square(by_style.flatten(1) - target))
         out["distance_r2"] = r_squared(far, mean_square(target - noise.flatten(1)).sqrt())
 
     four, noise = [name[c] for c in (real.names * 4)[:4]], torch.randn(4, *real.shape, generator=seeded(seed, 6))
-    out["seconds_per_picture"] = median_seconds(lambda: real.decode(sample(four, noise))) / 4
+    out["seconds_per_picture"] = median_seconds(lambda: decode(sample(four, noise))) / 4
     return out
 
 

@@ -194,6 +194,20 @@ def test_an_oracle_scores_what_is_known(real):
     assert sum(drawn) == real.num_samples + 4 * 6  # and the timed batches
 
 
+def test_samples_at_a_time_and_what_decodes_them(real):
+    drawn, decoded = [], []
+    sampler = oracle(real, error=1e-3)
+    row = measure(
+        lambda p, z: drawn.append(len(p)) or sampler(p, z), real, decode=lambda z: decoded.append(len(z)) or real.decode(-z), most=7
+    )
+    assert max(drawn) == 7
+    assert len(real.names) in decoded
+    plain = measure(sampler, real)
+    assert row["name_top1"] == plain["name_top1"] == 1  # of latents
+    assert row["name_top1_pixels"] < plain["name_top1_pixels"]
+    assert row["fd_name"] > plain["fd_name"]
+
+
 def test_floors_of_a_lossless_autoencoder(real):
     assert real.floors["psnr_autoencoder_held_out"] == real.floors["psnr_autoencoder_train"] > 99
     order = torch.randperm(24, generator=seeded(0))
