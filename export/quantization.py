@@ -9,6 +9,7 @@ Weights have a scale for each output channel.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,8 +25,12 @@ from onnx import helper, numpy_helper
 from .graphs import LARGEST
 from .ranges import Range
 
-# they cost little to compute and much to round: what reads R and p, and what writes the two heads
+# They cost little to compute and much to round. What reads R and p, what writes the two heads,
 FLOAT = ("*conv_in", "*_head")
+# the last that what the heads read is a sum of, which of all layers of the embedded model costs most (`quantize --sensitivity`),
+LAST = re.compile(r"\bunet\.up\.\d+\.\d+\.conv2$")
+# and of the decoder's outside its blocks the first, the last, and the one before, whose output the last blocks only add to.
+TRUNK = re.compile(r"\bdecoder\.layers\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Layer:
 
 
 def prepare(model: Any, target: str) -> list[Layer]:
-    """The layers that can be quantised, in order: all convolutions but `FLOAT` and the decoder's first and last.
+    """The layers that can be quantised, in order: all convolutions but `FLOAT`, `LAST` and three of `TRUNK`.
 
     What reads a concatenation is a layer a part by then (`graphs.name_weights`), each with a range of its own.
     For "cpu", a bias that is added behind its convolution becomes part of it, which changes the model.
@@ -58,8 +63,9 @@ def prepare(model: Any, target: str) -> list[Layer]:
         _fold_biases(graph, constants)
     readers = _readers(graph)
     convolutions = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in constants]
-    decoder = list(dict.fromkeys(node.name for node in convolutions if "decoder.layers." in node.name))
-    float_ = (*FLOAT, *decoder[:1], *decoder[-1:])
+    modules = list(dict.fromkeys(node.name.partition("/")[0] for node in convolutions))
+    trunk = [name for name in modules if TRUNK.search(name)]
+    float_ = (*FLOAT, *[name for name in modules if LAST.search(name)][-1:], *trunk[:1], *trunk[-2:])
     found = []
     for node in convolutions:
         output = node.output[0]

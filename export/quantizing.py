@@ -126,7 +126,7 @@ def quantise(
 
 def recipe(m: Manifest, layers: int, convolutions: int) -> str:
     what = "inputs and outputs in uint8, weights in int8, bias in int32" if m.target == "cpu" else "inputs and weights in int8"
-    kept = "conv_in, both heads, the decoder's ends, the conditioning path, normalisations and attention"
+    kept = "conv_in, both heads and the last before them, three of the decoder, the conditioning path, normalisations and attention"
     return f"{layers} of {convolutions} convolutions: {what}, weights with a scale a channel; the rest, {kept} among it, in {m.precision}"
 
 

@@ -31,9 +31,12 @@ def test_which_layers(exported):
         assert not [name for name in names if any(word in name for word in ("conv_in", "head"))]
         if kind == "unet":
             assert {"unet.down.0.0.conv1", "unet.down.0.0.conv2", "unet.down.1.0", "unet.mid.0.conv1"} <= set(names)
+            blocks = [node.name for node in model.graph.node if node.name.endswith(".conv2")]
+            assert set(blocks) - set(names) == {blocks[-1]}
         else:
-            ends = [node.name for node in model.graph.node if node.op_type == "Conv"]
-            assert not {ends[0], ends[-1]} & set(names)
+            trunk = [node.name for node in model.graph.node if node.op_type == "Conv" and ".conv." not in node.name]
+            assert len(trunk) >= 3
+            assert set(trunk) - set(names) == {trunk[0], *trunk[-2:]}
 
 
 def test_every_use_of_a_layer_is_one_of_its_own(exported):
