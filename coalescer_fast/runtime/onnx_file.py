@@ -43,8 +43,11 @@ def session(path: Path) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of constants that it leaves in float16
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # its threads wait busily for the next run: torch's, or another session's, would have to do without those cores
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
