@@ -151,14 +151,15 @@ def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artef
         raise ValueError(f"backend {backend!r} takes no artefact; use one of auto, {', '.join(loads)}")
     if dtype != "auto":
         raise ValueError(f"dtype is {dtype!r}, and an artefact has its own precision: leave dtype out")
-    found = artefacts.find(artefact)
+    found = None
     if backend == "auto":
+        found = artefacts.find(artefact)
         engine = next(iter(found.values())).manifest.engine
         backend = next(name for name in loads if engine in BACKENDS[name].engines)
     _check_device(pipe, backend)
     if reason := unavailable(backend, loads=True):
         raise ValueError(f"backend {backend!r} {reason}")
-    pipe.runtime = loads[backend](pipe, found)
+    pipe.runtime = loads[backend](pipe, found or artefacts.find(artefact))
     return pipe
 
 

@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. runtime, dtype (or int8): what was compared with the float32 reference; pictures: how many; rows: the figures."""
+    """What `verify` found. runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures."""
 
     runtime: str
     dtype: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,27 @@ def exported_half(model, exported) -> Path:
     options = ["--what", "generator", "--precision", "fp16", "--target", "tensorrt", "--guidance", "2"]
     assert cli.main(["onnx", "--model", str(model), "-o", str(folder), *options]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Callable[[str, str], Path]:
+    """(precision, target) -> the folder of the embedded model's three artefacts, made when first asked for, as a user makes them."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs the package {package}")
+    root = tmp_path_factory.mktemp("embedded")
+
+    @cache
+    def make(precision: str, target: str) -> Path:
+        folder = root / f"{precision}-{target}"
+        if precision == "int8":
+            # by force, for how fast it is depends on who else is at work here
+            argv = ["quantize", str(make("fp16" if target == "tensorrt" else "fp32", target)), "--force"]
+        else:
+            argv = ["onnx", "--precision", precision, "--target", target]
+        assert cli.main([*argv, "-o", str(folder)]) == 0
+        return folder
+
+    return make
 
 
 @pytest.fixture

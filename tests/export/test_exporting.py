@@ -59,12 +59,13 @@ def test_batches_in_disorder(small, tmp_path, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "target"), [("fp32", "cpu"), ("fp16", "tensorrt")])
-def test_the_embedded_model(tmp_path, precision, target):
+def test_the_embedded_model(embedded, precision, target):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
-    for kind in artefact.KINDS:
-        (tmp_path / kind).mkdir()
-        found = exporting.export_onnx(pipe, kind, tmp_path / kind, model="emoji-64", precision=precision, target=target)
+    folder = embedded(precision, target)
+    for found in artefact.find(folder).values():
         result = figures.compare(found, open_artefact(found), pipe, 64, seed=1)
         assert result.passed, str(result)
-    cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
+        # float16 is measured where it is rounded to
+        assert found.manifest.measured["runtime"].startswith("torch" if precision == "fp16" else "onnxruntime")
+    cf.accelerate(pipe, "onnxruntime", artefact=folder)
     assert cf.verify(pipe).passed

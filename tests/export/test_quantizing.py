@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 
-import coalescer_fast as cf
 from coalescer_fast.runtime import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
-from coalescer_fast.export import exporting, quantization, quantizing, ranges  # noqa: E402
+from coalescer_fast.export import quantization, quantizing, ranges  # noqa: E402
 
 
 def test_functions_are_timed_in_turn(monkeypatch):
@@ -44,17 +43,13 @@ def test_the_ranges_are_the_tensors(small, exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
-def test_the_embedded_model(tmp_path, target):
-    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
-    for kind in artefact.KINDS:
-        source, folder = tmp_path / "float" / kind, tmp_path / "int8" / kind
-        source.mkdir(parents=True)
-        folder.mkdir(parents=True)
-        found = exporting.export_onnx(pipe, kind, source, model="emoji-64", target=target)
-        # how fast it is depends on who else is at work here
-        quantised = quantizing.quantise(pipe, found, folder, force=True)
-        error = quantised.manifest.measured["error"]
+def test_the_embedded_model(embedded, target):
+    sources = artefact.find(embedded("fp32" if target == "cpu" else "fp16", target))
+    found = artefact.find(embedded("int8", target))
+    assert list(found) == list(artefact.KINDS)
+    for kind, each in found.items():
+        error = each.manifest.measured["error"]
         assert error["pictures: PSNR, median"] >= 28, error
-        assert quantised.manifest.measured["pictures"] == 64
-        known = ranges.read_ranges(folder / "ranges.json")
-        assert len(known.layers) == len(quantization.prepare(quantizing.onnx.load(found.graph), target))
+        assert each.manifest.measured["pictures"] == 64
+        known = ranges.read_ranges(each.folder / "ranges.json")
+        assert len(known.layers) == len(quantization.prepare(quantizing.onnx.load(sources[kind].graph), target))
