@@ -104,10 +104,10 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each of the artefacts, the first of which is that in float32."""
     from coalescer_fast.parity import descriptions
-    from export import quantizing
+    from export import figures
 
     m = replace(found[0].manifest, batch=(batch, batch, batch))
-    (inputs, *_) = quantizing.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
+    (inputs, *_) = figures.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
     timer = timing.CpuTimer()
     samples = {}
     for each in found:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from coalescer_fast.runtime.artefact import BATCH, TOOL, Artefact, Manifest
 from coalescer_fast.runtime.tensorrt import TITLES
 
 PLAN, LAYERS, WEIGHTS = "model.plan", "layers.json", "weights.onnx"
+DEVICE = "cuda"  # that a plan runs on
 HARDWARE = ("none", "ampere+", "sameComputeCapability")
 # TensorRT has GroupNormalization from opset 21 on; before that it is pieces, whose statistics in half precision would be half
 OPSETS = {"fp32": 18, "fp16": 21, "int8": 21}
@@ -184,25 +186,52 @@ def build(found: Artefact, folder: Path, shapes: Profile, options: Options, comm
     return artefact.write(folder, built)
 
 
-def measure(built: Artefact) -> str:
-    """Compare a plan with the reference, and note the figures in its manifest; returns why it cannot run here, or "".
+def measure(built: Artefact, found: Artefact, shapes: Profile, options: Options, force: bool = False, bar: Any = None) -> str:
+    """Compare a plan, ``build`` of the rest, with the reference, in int8 its speed with that of a plan of what was quantised, too, and note
+    the figures in its manifest. Returns what was not measured and why, or "".
 
-    Raises: ValueError for figures beyond `figures.BUDGETS`.
+    Raises: ValueError, unless ``force``, for figures beyond `figures.BUDGETS`, and for int8 that is no faster.
     """
     m = built.manifest
     assert m.tensorrt is not None
     if reason := tensorrt.refusal(m, m.tensorrt["version"], tensorrt.gpu()):
-        return reason
+        return f"not measured, it {reason}"
     from coalescer_fast.pipeline import CoalescerPipeline
 
     from . import figures
 
     pipe: Any = CoalescerPipeline.from_pretrained(m.model)
     built.check_weights(pipe)
-    result = figures.compare(built, figures.opened(built), pipe, sum(figures.batches(m)), runtime=m.engine)
-    figures.require(result, f"the plan of the {m.kind}")
-    artefact.write(built.folder, replace(m, measured=figures.to_measured(result)))
-    return ""
+    run = tensorrt.open_artefact(built)
+    result = figures.compare(built, figures.on_cpu(run, DEVICE), pipe, sum(figures.batches(m)), runtime=m.engine)
+    if not force:
+        figures.require(result, f"the plan of the {m.kind}")
+    runs, missing = {m.precision: run}, ""
+    with tempfile.TemporaryDirectory() as folder:
+        if m.precision == "int8":
+            try:
+                source = source_of(found)
+            except ValueError as error:
+                missing = f"not compared in speed with what was quantised: {error}"
+            else:
+                before = build(source, Path(folder), shapes, options, (), bar)
+                runs = {"source": tensorrt.open_artefact(before), "int8": run}
+        times = figures.speed(pipe, m, runs, DEVICE)
+    if "source" in runs and not force:
+        figures.require_faster(f"the plan of the {m.kind}", times, source.manifest.precision)
+    speed = {**times, "gpu": (tensorrt.gpu() or ("", ""))[0]}
+    artefact.write(built.folder, replace(m, measured={**figures.to_measured(result), "speed": speed}))
+    return missing
+
+
+def source_of(found: Artefact) -> Artefact:
+    """What an artefact in int8 was made of. Raises ValueError if that is there no longer."""
+    from .ranges import graph_sha256
+
+    source = artefact.read(found.manifest.command[1])
+    if graph_sha256(source.manifest) != found.manifest.flags["int8"]["source"]:
+        raise ValueError(f"{source.folder} has another graph by now")
+    return source
 
 
 def dotted(capability: int) -> str:

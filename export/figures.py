@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -25,6 +27,7 @@ BUDGETS = {
     "fp16": Budget(psnr_median=45.0, psnr_minimum=45.0),
     "int8": Budget(psnr_median=28.0, psnr_minimum=20.0, direction_cosine=0.99, distance_error=0.05),
 }
+SECONDS = 3.0  # of measuring speed
 # of pixels in [0, 1], directions and distances, in float32
 LARGEST_ERROR = 1e-3
 
@@ -123,12 +126,28 @@ def batches(manifest: Manifest) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(max(size, least), most) for size in BATCHES))
 
 
+def calls(pipe: Any, m: Manifest, names: Sequence[str], seed: int) -> list[Tensors]:
+    """Inputs of a graph, of the reference's trajectories in batches that it is best for."""
+    steps, scale = call_of(m)
+    seen = trajectories(pipe, names, (m.batch[1],), seed, steps, scale)
+    return [inputs for each in seen for inputs, _ in each.calls(m.kind)]
+
+
+def call_of(m: Manifest) -> tuple[int, float | None]:
+    """Steps and guidance scale of a generator, or those that other graphs are measured with."""
+    return (2, None) if m.schedule is None else (len(m.schedule.etas), m.schedule.guidance_scale)
+
+
 def opened(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     """By the engine that it is for, of tensors on the CPU."""
     if artefact.manifest.engine not in tensorrt.TITLES:
         return onnx_file.open_artefact(artefact)
-    run = tensorrt.open_artefact(artefact)
-    return lambda inputs: tuple(y.cpu() for y in run(tuple(x.cuda() for x in inputs)))
+    return on_cpu(tensorrt.open_artefact(artefact), "cuda")
+
+
+def on_cpu(run: Callable[[Tensors], Tensors], device: str) -> Callable[[Tensors], Tensors]:
+    """A function of tensors on a device as one of tensors on the CPU."""
+    return lambda inputs: tuple(y.cpu() for y in run(tuple(x.to(device) for x in inputs)))
 
 
 def compare(
@@ -143,7 +162,7 @@ def compare(
     """Figures of an artefact that ``run`` runs, against ``budget``, that of its precision if None."""
     m = artefact.manifest
     budget = BUDGETS[m.precision] if budget is None else budget
-    steps, scale = (2, None) if m.schedule is None else (len(m.schedule.etas), m.schedule.guidance_scale)
+    steps, scale = call_of(m)
     expected: list[Tensors] = []
     found: list[Tensors] = []
     drawn: list[Tensor] = []
@@ -190,6 +209,43 @@ def require(result: Verification, what: str) -> None:
     if not result.passed:
         failed = next(row for row in result.rows if not row.ok)
         raise ValueError(f"{what} is not the model's: {failed.what} is {failed.value:.3g}, the limit {failed.limit}")
+
+
+def speed(pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]], device: str = "cpu") -> dict[str, Any]:
+    """ "NAME ms", medians, of runs of a graph at its best batch, in turn; of "source" and "int8" the "speedup", too."""
+    (first, *_) = calls(pipe, m, descriptions(pipe, m.batch[1], torch.Generator().manual_seed(0)), 0)
+    inputs = tuple(x.to(device) for x in first)
+
+    def once(run: Callable[[Tensors], object]) -> None:
+        run(inputs)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    times = interleaved({name: lambda run=run: once(run) for name, run in runs.items()})  # type: ignore[misc]
+    out: dict[str, Any] = {"batch": m.batch[1], **{f"{name} ms": statistics.median(each) * 1e3 for name, each in times.items()}}
+    return {**out, "speedup": out["source ms"] / out["int8 ms"]} if "source" in runs else out
+
+
+def require_faster(what: str, times: Mapping[str, Any], than: str) -> None:
+    """Raise ValueError if in int8 it is no faster than its source, see `speed`."""
+    if times["speedup"] <= 1:
+        took = f"{times['int8 ms']:.3g} ms against {times['source ms']:.3g} for {times['batch']} pictures"
+        raise ValueError(f"{what} in int8 is no faster here than in {than}, {took}: use that, or add --force to have this")
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS, least: int = 5) -> dict[str, list[float]]:
+    """Seconds of each call, in turn, so that whatever disturbs the machine disturbs all alike; one call each beforehand."""
+    names, taken = list(functions), {name: list[float]() for name in functions}
+    for function in functions.values():
+        function()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[names[0]]) < least:
+        names.reverse()
+        for name in names:
+            start = time.perf_counter()
+            functions[name]()
+            taken[name].append(time.perf_counter() - start)
+    return taken
 
 
 def to_measured(result: Verification) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +24,6 @@ from .ranges import Ranges
 
 HELD_OUT = 64  # pictures that the error is measured on
 SENSITIVITY_PROMPTS = 8
-SECONDS = 3.0  # of measuring speed
 Stage = Callable[[str], object]
 Row = dict[str, float | str]
 
@@ -118,7 +115,8 @@ def quantise(
     measured = figures.to_measured(result)
     if m.target == "cpu":
         stage("measure speed")
-        measured["speed"] = speed(pipe, found, run)
+        times = figures.speed(pipe, m, {"source": onnx_file.open_artefact(found), "int8": run})
+        measured["speed"] = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
     if not force:
         check(m, result, measured)
     return artefact.write(folder, replace(manifest, measured=measured))
@@ -137,9 +135,8 @@ def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> Non
         how = f"{row.what} is {row.value:.3g}{row.unit}, the limit {row.limit}{row.unit}"
         mend = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
         raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {mend}, or add --force to have it")
-    if (times := measured.get("speed")) and times["speedup"] <= 1:
-        took = f"{times['int8 ms']:.3g} ms against {times['source ms']:.3g} for {times['batch']} pictures"
-        raise ValueError(f"the {m.kind} in int8 is no faster here than in {m.precision}, {took}: use that, or add --force to have this")
+    if times := measured.get("speed"):
+        figures.require_faster(f"the {m.kind}", times, m.precision)
 
 
 def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts: int, seed: int, stage: Stage) -> Ranges:
@@ -151,7 +148,7 @@ def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts
     by_layer = {layer.name: layer.tensors(m.target) for layer in source.layers}
     tensors = list(dict.fromkeys(name for each in by_layer.values() for name in each.values()))
     stage("calibrate")
-    histograms = ranges.observe(source.model, tensors, calls(pipe, m, names, seed))
+    histograms = ranges.observe(source.model, tensors, figures.calls(pipe, m, names, seed))
     stage(f"{method} of {len(tensors)} tensors")
     ends = {name: histogram.range(method, percentile) for name, histogram in histograms.items()}
     return Ranges(
@@ -163,13 +160,6 @@ def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts
     )
 
 
-def calls(pipe: Any, m: Manifest, names: Sequence[str], seed: int) -> list[tuple[Tensor, ...]]:
-    """Inputs of a graph, of the reference's trajectories in batches that it is best for."""
-    steps, scale = (2, None) if m.schedule is None else (len(m.schedule.etas), m.schedule.guidance_scale)
-    seen = figures.trajectories(pipe, names, (m.batch[1],), seed, steps, scale)
-    return [inputs for each in seen for inputs, _ in each.calls(m.kind)]
-
-
 def unseen(pipe: Any, known: Ranges, number: int, seed: int) -> list[str]:
     return ranges.held_out(pipe, known.prompts, number, seed)
 
@@ -179,7 +169,7 @@ def sensitivity(pipe: Any, source: Source, layers: Sequence[Layer], known: Range
     ||y - y_float|| / ||y_float||, of pictures the median PSNR, too. On real prompts that were not calibrated on."""
     m = source.artefact.manifest
     names = unseen(pipe, known, SENSITIVITY_PROMPTS, known.seed + 2)
-    inputs = calls(pipe, m, names, known.seed + 2)
+    inputs = figures.calls(pipe, m, names, known.seed + 2)
     exact = _outputs(onnx_file.open_artefact(source.artefact), inputs)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -202,35 +192,3 @@ def sensitivity(pipe: Any, source: Source, layers: Sequence[Layer], known: Range
 
 def _outputs(run: Callable[[Any], Any], inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat(each).double() for each in zip(*(run(each) for each in inputs))]
-
-
-def speed(pipe: Any, source: Artefact, run: Callable[[Any], Any]) -> dict[str, float | int | str]:
-    """Of a graph beside the one it was made of, in turn, at its best batch."""
-    m = source.manifest
-    (first, *_) = calls(pipe, m, descriptions(pipe, m.batch[1], torch.Generator().manual_seed(0)), 0)
-    before = onnx_file.open_artefact(source)
-    times = interleaved({"source": lambda: before(first), "int8": lambda: run(first)})
-    medians = {name: statistics.median(each) * 1e3 for name, each in times.items()}
-    return {
-        "batch": m.batch[1],
-        "source ms": medians["source"],
-        "int8 ms": medians["int8"],
-        "speedup": medians["source"] / medians["int8"],
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-    }
-
-
-def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS, least: int = 5) -> dict[str, list[float]]:
-    """Seconds of each call, in turn, so that whatever disturbs the machine disturbs all alike; one call each beforehand."""
-    names, taken = list(functions), {name: list[float]() for name in functions}
-    for function in functions.values():
-        function()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken[names[0]]) < least:
-        names.reverse()
-        for name in names:
-            start = time.perf_counter()
-            functions[name]()
-            taken[name].append(time.perf_counter() - start)
-    return taken

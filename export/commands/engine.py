@@ -1,6 +1,8 @@
 """Build plans of TensorRT, or of TensorRT-RTX without a GPU.
 
 Of an artefact in ONNX that was exported with `--target tensorrt`, or of each in a folder of several. The options have trtexec's names.
+Where the plan can run, its error and speed are measured; beyond the error budget, or in int8 no faster than a plan of what was quantised,
+it is written with --force alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="an artefact in ONNX, or a folder of several")
     parser.add_argument("--flavour", choices=list(TITLES), default="tensorrt", help=f"{flavours} (default: %(default)s)")
     parser.add_argument("-o", "--out", "--saveEngine", type=Path, required=True, metavar="DIR", help="folder of the plan")
-    parser.add_argument("--force", action="store_true", help="replace artefacts that are there")
+    parser.add_argument("--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster")
     for word, which in (("min", "least"), ("opt", "best"), ("max", "largest")):
         text = f"{which} shapes, such as noise:1x16x8x8; an input that is left out has its exported one"
         parser.add_argument(f"--{word}Shapes", metavar="SHAPES", help=text)
@@ -68,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
             print(engine.equivalent(found, out, options, shapes[kind]), file=sys.stderr)
             with tqdm(disable=None, desc=kind, unit=" steps") as bar:
                 built = engine.build(found, inner, shapes[kind], options, command(args, found, options), bar)
-            if reason := engine.measure(built):
-                print(f"{kind}: not measured, it {reason}", file=sys.stderr)
+                missing = engine.measure(built, found, shapes[kind], options, args.force, bar)
+            if missing:
+                print(f"{kind}: {missing}", file=sys.stderr)
     print(args.out)
     return 0
 

@@ -14,7 +14,6 @@ from ..export.conftest import build  # noqa: E402
 
 def test_rows_of_both_precisions(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "ROUNDS", (2, 3))
-    monkeypatch.setattr(quantizing, "SECONDS", 0.0)
     monkeypatch.setattr(quantizing, "HELD_OUT", 4)
     build(anchor="mlp", anchor_hidden_dim=16).save_pretrained(tmp_path / "model")
     path = tmp_path / "export.csv"

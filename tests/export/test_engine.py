@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from coalescer_fast.export import engine
+from coalescer_fast.export import engine, figures, networks, ranges
 from coalescer_fast.runtime import artefact, tensorrt
 from coalescer_fast.runtime.artefact import Manifest, Port
 
 from ..tensorrt_api import Fake, recorded, surface
 
+MEASURE = engine.measure
 A10 = ("NVIDIA A10", "8.6")
 FULL = [which for which in recorded() if which.startswith("tensorrt ")]
 NEWEST, RTX = "tensorrt 11.4.0.106", "tensorrt_rtx 1.7.1.116"
@@ -59,7 +60,7 @@ def install(monkeypatch, fake: Fake) -> Fake:
     fake.does.layers = [LAYER]
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
-    monkeypatch.setattr(engine, "measure", lambda built: "")
+    monkeypatch.setattr(engine, "measure", lambda *args: "")
     return fake
 
 
@@ -293,6 +294,87 @@ def test_inspect_and_tampering(run, source, newest, tmp_path):
             status, out, error = run(each, path.parent)
             assert (status, out) == (1, "")
             assert error.startswith(f"coalescer-export: {path} ")
+
+
+@pytest.fixture
+def measured(monkeypatch, newest, small, model, tmp_path):
+    """(precision, seconds of a plan by name, error): the UNet's artefact "onnx", and "float" that it was quantised from; plans run."""
+
+    def make(precision: str, seconds: dict[str, float], off: float = 1e-3) -> None:
+        inputs, outputs = networks.ports(small, "unet")
+        facts = {"model": str(model), "weights": artefact.weights(small, "unet"), "inputs": inputs, "outputs": outputs}
+        source = artefact.read(write(tmp_path / "float", **facts))
+        int8 = {"command": ("quantize", "float"), "flags": {"int8": {"source": ranges.graph_sha256(source.manifest)}}}
+        write(tmp_path / "onnx", **facts, precision=precision, **(int8 if precision == "int8" else {}))
+        network = networks.network(small, "unet", "fp32")
+
+        def open_artefact(found):
+            return lambda inputs: tuple(y * (1 + off) for y in network(*inputs))
+
+        monkeypatch.setattr(tensorrt, "open_artefact", open_artefact)
+        monkeypatch.setattr(engine, "measure", MEASURE)
+        monkeypatch.setattr(engine, "DEVICE", "cpu")
+        monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [seconds[name]] for name in functions})
+
+    return make
+
+
+def test_a_plan_that_can_run_is_measured(run, measured):
+    measured("fp16", {"fp16": 2e-3})
+    assert run("engine", "onnx", "-o", "plan")[:2] == (0, "plan\n")
+    found = artefact.read("plan").manifest.measured
+    assert found["runtime"] == "tensorrt, unet"
+    assert found["error"]["distance, relative error, maximum"] == pytest.approx(1e-3, rel=0.01)
+    assert found["speed"] == {"batch": 4, "fp16 ms": 2.0, "gpu": "NVIDIA A10"}
+    lines = {" ".join(line.split()) for line in run("inspect", "plan")[1].splitlines()}
+    assert "measured fp16 ms 2" in lines
+
+
+def test_a_plan_beyond_the_budget_needs_force(run, measured):
+    measured("fp16", {"fp16": 2e-3}, off=0.5)
+    status, out, error = run("engine", "onnx", "-o", "plan")
+    assert (status, out) == (1, "")
+    assert error.startswith(
+        "coalescer-export: the plan of the unet is not the model's: distance, relative error, maximum is 0.5, the limit"
+    )
+    assert not Path("plan").exists()
+    assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")
+
+
+def test_int8_is_compared_in_speed_with_a_plan_of_what_was_quantised(run, measured, newest):
+    measured("int8", {"source": 3e-3, "int8": 2e-3})
+    assert run("engine", "onnx", "-o", "plan")[0] == 0
+    assert artefact.read("plan").manifest.measured["speed"] == {
+        "batch": 4, "source ms": 3.0, "int8 ms": 2.0, "speedup": 1.5, "gpu": "NVIDIA A10"
+    }  # fmt: skip
+    assert len([call for call in newest.calls if call[0] == "create_network"]) == 2
+
+
+def test_int8_that_is_no_faster_needs_force(run, measured):
+    measured("int8", {"source": 2e-3, "int8": 2e-3})
+    status, out, error = run("engine", "onnx", "-o", "plan")
+    assert (status, out) == (1, "")
+    assert error == (
+        "coalescer-export: the plan of the unet in int8 is no faster here than in fp16, 2 ms against 2 for 4 pictures: use that, "
+        "or add --force to have this"
+    )
+    assert not Path("plan").exists()
+    assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")
+    assert artefact.read("plan").manifest.measured["speed"]["speedup"] == 1
+
+
+@pytest.mark.parametrize("what", ["gone", "other"])
+def test_int8_without_what_was_quantised_is_said(run, measured, what):
+    measured("int8", {"int8": 2e-3})
+    if what == "other":
+        Path("float/model.onnx").write_bytes(b"another graph")
+        artefact.write(Path("float"), Manifest.from_json(Path("float/manifest.json").read_text()))
+    else:
+        shutil.rmtree("float")
+    status, _, error = run("engine", "onnx", "-o", "plan")
+    assert status == 0
+    assert error.startswith("unet: not compared in speed with what was quantised: float ")
+    assert "speedup" not in artefact.read("plan").manifest.measured["speed"]
 
 
 def test_a_folder_of_several(run, source, newest, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,3 +66,19 @@ def test_what_is_wrong_fails(small, exported, kind):
         return tuple(torch.full_like(y, torch.nan) for y in run(inputs))
 
     assert not figures.compare(found, nan, small, 3).passed
+
+
+def test_functions_are_timed_in_turn(monkeypatch):
+    clock, order = itertools.count(), []
+    monkeypatch.setattr(figures.time, "perf_counter", lambda: float(next(clock)))
+    taken = figures.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
+    assert taken == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert order == list("ab" + "ba" + "ab" + "ba")
+
+
+def test_calls_of_a_unet_are_the_evaluations_of_whole_calls(small, exported):
+    m = artefact.read(exported / "unet").manifest
+    (first, second, empty) = figures.calls(small, m, ["octopus", "pizza"], 0)
+    assert not (first[0] == second[0]).all()
+    assert (second[0] == empty[0]).all()
+    assert not empty[1].any()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from coalescer_fast.runtime import artefact
@@ -9,22 +7,6 @@ from coalescer_fast.runtime import artefact
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 from coalescer_fast.export import quantization, quantizing, ranges  # noqa: E402
-
-
-def test_functions_are_timed_in_turn(monkeypatch):
-    clock, order = itertools.count(), []
-    monkeypatch.setattr(quantizing.time, "perf_counter", lambda: float(next(clock)))
-    taken = quantizing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, least=3)
-    assert taken == {"a": [1.0] * 3, "b": [1.0] * 3}
-    assert order == list("ab" + "ba" + "ab" + "ba")
-
-
-def test_evaluations_of_a_whole_call_are_calibrated_on(small, exported):
-    source = quantizing.Source.of(artefact.read(exported / "unet"))
-    (first, second, empty) = quantizing.calls(small, source.artefact.manifest, ["octopus", "pizza"], 0)
-    assert not (first[0] == second[0]).all()
-    assert (second[0] == empty[0]).all()
-    assert not empty[1].any()
 
 
 def test_the_ranges_are_the_tensors(small, exported):

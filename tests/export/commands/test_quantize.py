@@ -22,10 +22,9 @@ LOOSE = Budget(psnr_median=5.0, psnr_minimum=5.0, direction_cosine=0.5, distance
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setitem(figures.BUDGETS, "int8", LOOSE)
-    monkeypatch.setattr(quantizing, "SECONDS", 0.0)
     monkeypatch.setattr(quantizing, "HELD_OUT", 8)
     # a network of eight channels is no faster
-    monkeypatch.setattr(quantizing, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions})
+    monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions})
 
 
 @pytest.fixture
@@ -158,7 +157,7 @@ def test_what_does_not_win_needs_force(run, exported, monkeypatch, tmp_path, why
         monkeypatch.setitem(figures.BUDGETS, "int8", Budget(psnr_median=200.0))
         said = "the decoder in int8 is beyond its budget, pictures: PSNR, median is "
     else:
-        monkeypatch.setattr(quantizing, "interleaved", lambda functions: {name: [1.0] for name in functions})
+        monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [1.0] for name in functions})
         said = "the decoder in int8 is no faster here than in fp32, 1e+03 ms against 1e+03 for 4 pictures"
     status, out, error = run("quantize", exported / "decoder", "-o", "int8", *BRIEF)
     assert (status, out) == (1, "")
