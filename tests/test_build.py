@@ -30,12 +30,23 @@ def lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("coalescer_fast: ")]
 
 
+@pytest.fixture
+def quick(tmp_path_factory) -> str:
+    """A PATH whose c++ and nvcc do not optimise: what is looked at is what was built, not how fast it is."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name, flags in (("c++", "-O0"), ("nvcc", "-Xptxas -O0 -Xcicc -O0")):
+        if (real := shutil.which(name)) is not None:
+            (folder / name).write_text(f'#!/bin/sh\nexec {real} "$@" {flags}\n')
+            (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
 @needs_nvcc
-def test_all_that_is_required_is_built(tmp_path):
-    result = build(tmp_path, COALESCER_FAST_BUILD="require", TORCH_CUDA_ARCH_LIST="8.0")
+def test_all_that_is_required_is_built(tmp_path, quick):
+    result = build(tmp_path, COALESCER_FAST_BUILD="require", TORCH_CUDA_ARCH_LIST="8.0", PATH=quick)
     assert result.returncode == 0, result.stderr
     assert lines(result) == []
     assert built(tmp_path) == built(tmp_path, "cuda") == (True, "")
@@ -49,8 +60,8 @@ def test_all_that_is_required_is_built(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout == "80\n"
 
 
-def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path):
-    result = build(tmp_path, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):
+    result = build(tmp_path, PATH=quick)
     assert result.returncode == 0, result.stderr
     assert built(tmp_path) == (True, "")
     if shutil.which("nvidia-smi") is None:
@@ -80,8 +91,8 @@ def test_without_a_compiler_the_package_is_there_and_one_line_says_what_is_missi
         ("false", "nvcc cannot compile it: nvcc failed"),
     ],
 )
-def test_without_nvcc_the_rest_is_there(tmp_path, nvcc, reason):
-    result = build(tmp_path, NVCC=nvcc, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+def test_without_nvcc_the_rest_is_there(tmp_path, quick, nvcc, reason):
+    result = build(tmp_path, NVCC=nvcc, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", PATH=quick)
     assert result.returncode == 0
     assert lines(result) == [f"coalescer_fast: installed without the CUDA kernels: {reason}"]
     assert built(tmp_path) == (True, "")
@@ -89,8 +100,8 @@ def test_without_nvcc_the_rest_is_there(tmp_path, nvcc, reason):
 
 
 @pytest.mark.parametrize(("variable", "part"), [("CXX", "CPU"), ("NVCC", "CUDA")])
-def test_required_and_missing_fails(tmp_path, variable, part):
-    result = build(tmp_path, COALESCER_FAST_BUILD="require", **{variable: "no-such-compiler"})
+def test_required_and_missing_fails(tmp_path, quick, variable, part):
+    result = build(tmp_path, COALESCER_FAST_BUILD="require", PATH=quick, **{variable: "no-such-compiler"})
     assert result.returncode != 0
     error = f"coalescer_fast: the {part} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for: there is no "
     assert result.stderr.splitlines()[-1].startswith(error)

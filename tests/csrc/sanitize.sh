@@ -15,7 +15,7 @@ files=(runtime portable avx2 avx512 avx512_bf16)
 [[ $(uname -m) == x86_64 ]] || files=(runtime portable)
 
 for sanitizers in address,undefined thread; do
-    common=(-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -w "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    common=(-std=c++17 -O0 -g -ffp-contract=off -fno-math-errno -w "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer)
     for file in "${files[@]}"; do
         "$cxx" "${common[@]}" ${flags[$file]} -c "csrc/cpu/$file.cpp" -o "$scratch/$file.o" &
     done
