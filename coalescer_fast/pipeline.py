@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput, is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors import safe_open
@@ -91,6 +91,7 @@ class CoalescerPipeline(DiffusionPipeline):
                 known = ", ".join(embedded_models())
                 raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
         kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which diffusers would warn of at every start
         try:
             pipe = super().from_pretrained(str(folder), **kwargs)
             if folder.is_dir():

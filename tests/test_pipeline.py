@@ -596,3 +596,15 @@ def test_a_hub_id_without_a_network(offline):
     with pytest.raises(ValueError, match="nobody/nothing is neither a local folder nor a reachable Hub model") as caught:
         CoalescerPipeline.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_nobody_is_told_to_install_accelerate(monkeypatch):
+    said = []
+    monkeypatch.setattr("coalescer_fast.pipeline.is_accelerate_available", lambda: False)
+    for name in ("pipelines.pipeline_utils", "models.modeling_utils"):
+        monkeypatch.setattr(f"diffusers.{name}.is_accelerate_available", lambda: False)
+        monkeypatch.setattr(f"diffusers.{name}.logger.warning", said.append)
+    CoalescerPipeline.from_pretrained("emoji-64")
+    assert said == []
+    CoalescerPipeline.from_pretrained("emoji-64", low_cpu_mem_usage=True)
+    assert any("accelerate" in text for text in said)
