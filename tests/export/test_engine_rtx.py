@@ -16,6 +16,12 @@ CAPABILITIES = (80, 86, 89, 120)
 HEADS = ("unet.direction_head", "unet.distance_head")  # in float32, whatever the rest
 # TensorRT-RTX computes these layers with what follows them
 FUSED = ("correlation", "runtime_fusion")
+# convolutions that are not quantised
+KEPT = {
+    "unet": {"unet.conv_in", "unet.direction_head", "unet.up.7.0.conv2"},
+    "decoder": {"decoder.layers.0", "decoder.layers.11", "decoder.layers.13"},
+}
+KEPT["generator"] = KEPT["unet"] | KEPT["decoder"]
 TYPES = {"fp32": "Float", "fp16": "Half"}
 pytestmark = pytest.mark.slow
 
@@ -31,6 +37,10 @@ def library():
 @pytest.fixture(scope="module")
 def unet():
     return cf.CoalescerPipeline.from_pretrained("emoji-64").unet
+
+
+def residual_blocks(unet) -> list[str]:
+    return [name for name, module in unet.named_modules() if hasattr(module, "norm2")]
 
 
 def build(source: Path, out: Path, capability: int) -> dict[str, list[dict]]:
@@ -68,7 +78,7 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
     source = embedded(precision, "tensorrt")
     plans = build(source, tmp_path / "plan", capability)
     assert set(plans) == set(artefact.KINDS)
-    blocks = [name for name, module in unet.named_modules() if hasattr(module, "norm2")]
+    blocks = residual_blocks(unet)
     attentions = [name for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm) and name.endswith(".norm")]
     assert len(blocks) > 5
     assert attentions
@@ -94,7 +104,7 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_int8(embedded, tmp_path, capability):
+def test_int8(embedded, unet, tmp_path, capability):
     import onnx
 
     source = embedded("int8", "tensorrt")
@@ -110,8 +120,10 @@ def test_int8(embedded, tmp_path, capability):
             (one,) = [each for each in kernels(layers, node.name) if each["type"] == "correlation"]
             assert one["inputs"][0] == "Int8", one
             assert one["constants"][0] == "Int8", one
-        rest = [node.name for node in nodes if node.op_type == "Conv" and node not in body]
-        ends = ["unet.conv_in", *HEADS] if kind != "decoder" else []
-        decoder = [node.name for node in nodes if node.op_type == "Conv" and "decoder.layers." in node.name]
-        ends += [decoder[0], decoder[-1]] if decoder else []
-        assert {name.partition("/")[0] for name in rest} <= set(ends)
+        for block in residual_blocks(unet) if kind != "decoder" else []:
+            for name in uses(nodes, f"unet.{block}.norm1"):
+                (one,) = [each for each in kernels(layers, name) if "Gnor" in each["name"]]  # GroupNorm, SiLU and rounding to 8 bits
+                assert holds(one, "node_silu"), one
+                assert one["outputs"][0] == "Int8", one
+        rest = [node.name.partition("/")[0] for node in nodes if node.op_type == "Conv" and node not in body]
+        assert {name.removeprefix("decoding.") for name in rest} == KEPT[kind]
