@@ -27,7 +27,6 @@ BUDGETS = {
     "fp16": Budget(psnr_median=45.0, psnr_minimum=45.0),
     "int8": Budget(psnr_median=28.0, psnr_minimum=20.0, direction_cosine=0.99, distance_error=0.05),
 }
-SECONDS = 3.0  # of measuring speed
 # of pixels in [0, 1], directions and distances, in float32
 LARGEST_ERROR = 1e-3
 
@@ -233,7 +232,7 @@ def require_faster(what: str, times: Mapping[str, Any], than: str) -> None:
         raise ValueError(f"{what} in int8 is no faster here than in {than}, {took}: use that, or add --force to have this")
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS, least: int = 5) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 5) -> dict[str, list[float]]:
     """Seconds of each call, in turn, so that whatever disturbs the machine disturbs all alike; one call each beforehand."""
     names, taken = list(functions), {name: list[float]() for name in functions}
     for function in functions.values():

@@ -15,14 +15,15 @@ from coalescer_fast.runtime.static import Decoding
 from coalescer_fast.scheduler import CoalescerScheduler
 
 HEADS = ("direction_head", "distance_head")
-# TensorRT-RTX 1.7 has a GroupNorm and its SiLU of halves in one kernel if the channels of a group are a multiple of this, else in three;
-# computed in float32 it is one for all multiples of 4, whose casts are part of it
-GROUP = 8
+# TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU where lines of this many bytes hold channels of one position alone: of halves
+# 64, else three or four; in float32, the casts from and to half being part of it, 32 (found by trying; with 1, 3 or all channels to a group
+# it never does)
+LINE = 128
 RECIPES = {
     "fp32": "all in float32",
     "fp16": "weights and activations in float16; inputs, outputs, both heads, norms of directions, the update and the empty description's "
-    f"anchor in float32; statistics of normalisations in float32, by the operators' own definition (stash_type 1), and all of a GroupNorm "
-    f"whose channels a group are no multiple of {GROUP}, with its SiLU",
+    "anchor in float32; statistics of normalisations in float32, by the operators' own definition (stash_type 1), and all of a GroupNorm "
+    "with its SiLU whose channels are an odd multiple of 32",
 }
 
 
@@ -94,8 +95,8 @@ def _unet(pipe: Any, precision: str) -> CoalescerUNet:
     unet = copy.deepcopy(pipe.unet).float().requires_grad_(False)
     unet.set_backend("reference")
     if precision == "fp16":
-        norms = [(name, each) for name, each in unet.named_modules() if isinstance(each, nn.GroupNorm)]
-        wide = [name for name, norm in norms if norm.num_channels // norm.num_groups % GROUP]
+        norms = [(name, each.num_channels) for name, each in unet.named_modules() if isinstance(each, nn.GroupNorm)]
+        wide = [name for name, channels in norms if 2 * channels % LINE and 4 * channels % LINE == 0]
         for name, parameter in unet.named_parameters():
             if not name.startswith(HEADS) and name.rpartition(".")[0] not in wide:
                 parameter.data = parameter.data.half()

@@ -29,9 +29,8 @@ def test_they_are_the_reference(small, kind, precision):
 
 def test_what_is_half(small):
     module = networks.network(small, "generator", "fp16")
-    wide = {name.rpartition(".")[0] for name, p in module.named_parameters() if p.dtype == torch.float32}
-    norms = {name for name, each in module.named_modules() if isinstance(each, torch.nn.GroupNorm)}
-    assert wide == {"unet.direction_head", "unet.distance_head"} | norms  # of 2 and 3 channels a group
+    wide = {name for name, p in module.named_parameters() if p.dtype == torch.float32}
+    assert wide == {f"unet.{head}.{part}" for head in ("direction_head", "distance_head") for part in ("weight", "bias")}
     assert module.empty.anchor.dtype == torch.float32
     assert module.empty.film[0][0].dtype == torch.float16
 
@@ -44,11 +43,10 @@ def test_guidance_is_part_of_a_generator(small):
     assert small.scheduler.num_inference_steps == 2
 
 
-def test_a_norm_in_half_is_one_of_groups_that_tensorrt_takes_in_one_piece():
-    pipe = build(block_out_channels=(32, 48), norm_num_groups=4)  # 8, 12 and, of concatenations, 20 and more channels a group
-    module = networks.network(pipe, "unet", "fp16")
+def test_a_norm_in_half_is_one_that_tensorrt_takes_in_one_piece():
+    module = networks.network(build(block_out_channels=(32, 64), norm_num_groups=8), "unet", "fp16")
     norms = [norm for norm in module.modules() if isinstance(norm, torch.nn.GroupNorm)]
-    assert {norm.num_channels // 4 for norm in norms} >= {8, 12}
+    assert {norm.num_channels for norm in norms} == {32, 64, 96, 128}
     for norm in norms:
-        expected = torch.float16 if norm.num_channels // 4 in (8, 16, 24) else torch.float32
+        expected = torch.float16 if norm.num_channels in (64, 128) else torch.float32
         assert {norm.weight.dtype, norm.bias.dtype} == {expected}, norm
