@@ -251,15 +251,23 @@ def test_accelerate(folder, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(tmp_path):
-    pytest.importorskip("tensorrt", reason="needs the package tensorrt")
+@pytest.mark.parametrize("flavour", list(tensorrt.TITLES))
+def test_on_a_gpu(tmp_path, flavour):
+    pytest.importorskip(flavour, reason=f"needs the package {flavour}")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from coalescer_fast.export import cli
 
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    if flavour == "tensorrt_rtx" and not hasattr(tensorrt.load(flavour).ComputeCapability, f"SM{capability}"):
+        pytest.skip(f"{tensorrt.TITLES[flavour]} builds no plan for compute capability {capability}")
     assert cli.main(["onnx", "--target", "tensorrt", "--precision", "fp16", "-o", str(tmp_path / "onnx")]) == 0
-    assert cli.main(["engine", str(tmp_path / "onnx"), "-o", str(tmp_path / "plan")]) == 0
+    assert cli.main(["engine", str(tmp_path / "onnx"), "-o", str(tmp_path / "plan"), "--flavour", flavour]) == 0
     assert cli.main(["verify", str(tmp_path / "plan")]) == 0
+    # int8 is what it is: how fast is in its manifest
+    assert cli.main(["quantize", str(tmp_path / "onnx"), "-o", str(tmp_path / "int8")]) == 0
+    assert cli.main(["engine", str(tmp_path / "int8"), "-o", str(tmp_path / "plan-int8"), "--flavour", flavour, "--force"]) == 0
+    assert cli.main(["verify", str(tmp_path / "plan-int8")]) == 0
     shutil.rmtree(tmp_path / "onnx")
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64").to("cuda")
-    assert len(cf.accelerate(pipe, "tensorrt", artefact=tmp_path / "plan")("octopus").images) == 1
+    assert len(cf.accelerate(pipe, artefact=tmp_path / "plan")("octopus").images) == 1
