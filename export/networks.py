@@ -15,8 +15,8 @@ from coalescer_fast.runtime.static import Decoding
 from coalescer_fast.scheduler import CoalescerScheduler
 
 HEADS = ("direction_head", "distance_head")
-# TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU where lines of this many bytes hold channels of one position alone: of halves
-# 64, else three or four; in float32, of which the casts from and to half are part, 32 (found by trying; with 1, 3 or all channels to a
+# TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU where lines of this many bytes hold channels of one position alone: 64 of
+# halves, else three or four; in float32, of which the casts from and to half are part, 32 (found by trying; with 1, 3 or all channels to a
 # group it never does)
 LINE = 128
 RECIPES = {
