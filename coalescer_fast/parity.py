@@ -136,10 +136,11 @@ def verify(
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
     batches = []
-    starts = range(0, len(texts), BATCH_SIZE)
+    size = min(BATCH_SIZE, getattr(runtime, "most_pictures", BATCH_SIZE))
+    starts = range(0, len(texts), size)
     with pipe.progress_bar(total=len(starts)) as bar, _quiet(pipe):
         for start in starts:
-            part = slice(start, start + BATCH_SIZE)
+            part = slice(start, start + size)
             batches.append(_compare(pipe, runtime, texts[part], noise[part]))
             bar.update()
     # of each step: (figures of its pictures), joined over the batches

@@ -44,7 +44,7 @@ class ExportedRuntime:
 
     A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
     the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
-    alone refuses a call with another schedule.
+    alone refuses a call with another schedule. most_pictures: of a call.
 
     Raises: ValueError for artefacts that cannot be opened or were made of other weights.
     """

@@ -18,7 +18,7 @@ wait
 # group_norm takes as long as the others together
 compile() {
     for file in "$@"; do
-        "$cxx" -std=c++17 -O1 -g -fno-strict-aliasing -fno-omit-frame-pointer -w -Itests/csrc/emulation $flags \
+        "$cxx" -std=c++17 -O0 -g -fno-strict-aliasing -fno-omit-frame-pointer -w -Itests/csrc/emulation $flags \
             -x c++ -c "csrc/cuda/$file.cu" -o "$scratch/$file.o"
     done
 }

@@ -157,7 +157,7 @@ def run_cpu_calls(csrc: Path, flags: tuple[str, ...], folder: Path) -> subproces
     """random_calls of the portable CPU kernels under `csrc`."""
     program = folder / "calls"
     sources = HERE / "random_calls.cpp", csrc / "cpu" / "runtime.cpp", csrc / "cpu" / "portable.cpp"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-w", "-DCF_PORTABLE_ONLY", *flags]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-g", "-ffp-contract=off", "-w", "-DCF_PORTABLE_ONLY", *flags]
     subprocess.run([*command, *sources, "-pthread", "-o", program], check=True)
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, "60"], capture_output=True, text=True, check=False, timeout=300, env=environment)

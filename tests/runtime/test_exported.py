@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import coalescer_fast as cf
-from coalescer_fast import acceleration
+from coalescer_fast import acceleration, parity
 from coalescer_fast.export import networks
 from coalescer_fast.runtime import artefact
 from coalescer_fast.runtime.artefact import Manifest, Schedule
@@ -134,6 +134,12 @@ def test_what_is_not_exported_is_the_pipelines_own_and_explained(accelerated):
     assert "a callback or a trace alone" in rows["unet"]["because"]
     assert cf.verify(pipe, ["octopus"]).passed
     assert "callback" not in cf.explain(accelerated("unet"))
+
+
+def test_verify_asks_for_no_more_pictures_than_there_may_be(accelerated, monkeypatch):
+    pipe = accelerated("unet")
+    monkeypatch.setattr(parity, "BATCH_SIZE", 6)
+    assert cf.verify(pipe, 5).passed  # of at most 4 at a time
 
 
 def test_batches_outside_the_range(accelerated):
