@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -220,7 +221,7 @@ def speed(pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]
         if device != "cpu":
             torch.cuda.synchronize()
 
-    times = interleaved({name: lambda run=run: once(run) for name, run in runs.items()})  # type: ignore[misc]
+    times = interleaved({name: partial(once, run) for name, run in runs.items()})
     out: dict[str, Any] = {"batch": m.batch[1], **{f"{name} ms": statistics.median(each) * 1e3 for name, each in times.items()}}
     return {**out, "speedup": out["source ms"] / out["int8 ms"]} if "source" in runs else out
 

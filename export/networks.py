@@ -15,10 +15,6 @@ from coalescer_fast.runtime.static import Decoding
 from coalescer_fast.scheduler import CoalescerScheduler
 
 HEADS = ("direction_head", "distance_head")
-# TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU where lines of this many bytes hold channels of one position alone: 64 of
-# halves, else three or four; in float32, of which the casts from and to half are part, 32 (found by trying; with 1, 3 or all channels to a
-# group it never does)
-LINE = 128
 RECIPES = {
     "fp32": "all in float32",
     "fp16": "weights and activations in float16; inputs, outputs, both heads, norms of directions, the update and the empty description's "
@@ -96,7 +92,9 @@ def _unet(pipe: Any, precision: str) -> CoalescerUNet:
     unet.set_backend("reference")
     if precision == "fp16":
         norms = [(name, each.num_channels) for name, each in unet.named_modules() if isinstance(each, nn.GroupNorm)]
-        wide = [name for name, channels in norms if 2 * channels % LINE and 4 * channels % LINE == 0]
+        # TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU of halves for multiples of 64 channels, else three or four; in
+        # float32, the casts included, for multiples of 32 (found by trying; with 1, 3 or all channels to a group it never does)
+        wide = [name for name, channels in norms if channels % 64 == 32]
         for name, parameter in unet.named_parameters():
             if not name.startswith(HEADS) and name.rpartition(".")[0] not in wide:
                 parameter.data = parameter.data.half()

@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 from .graphs import LARGEST
 from .ranges import Range
 
-# They cost little to compute and much to round. What reads R and p, what writes the two heads,
+# What stays in float: what reads R and p, what writes the two heads,
 FLOAT = ("*conv_in", "*_head")
 # the last that what the heads read is a sum of, which of all layers of the embedded model costs most (`quantize --sensitivity`),
 LAST = re.compile(r"\bunet\.up\.\d+\.\d+\.conv2$")

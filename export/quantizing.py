@@ -111,7 +111,7 @@ def quantise(
     if m.target == "cpu" and (left := quantization.float_layers(path, layers)):
         raise ValueError(f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version")
     stage("compare")
-    result = figures.compare(written, run, pipe, unseen(pipe, known, HELD_OUT, seed + 1), seed + 1)
+    result = figures.compare(written, run, pipe, ranges.held_out(pipe, known.prompts, HELD_OUT, seed + 1), seed + 1)
     measured = figures.to_measured(result)
     if m.target == "cpu":
         stage("measure speed")
@@ -160,15 +160,11 @@ def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts
     )
 
 
-def unseen(pipe: Any, known: Ranges, number: int, seed: int) -> list[str]:
-    return ranges.held_out(pipe, known.prompts, number, seed)
-
-
 def sensitivity(pipe: Any, source: Source, layers: Sequence[Layer], known: Ranges, stage: Stage = lambda text: None) -> list[Row]:
     """What each layer costs if it alone is quantised, in all its uses, worst first: of every output the relative L2 error
     ||y - y_float|| / ||y_float||, of pictures the median PSNR, too. On real prompts that were not calibrated on."""
     m = source.artefact.manifest
-    names = unseen(pipe, known, SENSITIVITY_PROMPTS, known.seed + 2)
+    names = ranges.held_out(pipe, known.prompts, SENSITIVITY_PROMPTS, known.seed + 2)
     inputs = figures.calls(pipe, m, names, known.seed + 2)
     exact = _outputs(onnx_file.open_artefact(source.artefact), inputs)
     rows: list[Row] = []

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 # Latents (N, C, h, w) of N descriptions, from noise of that shape; and the first step from there.
 Sampler = Callable[[list[str], torch.Tensor], torch.Tensor]
 FirstStep = Callable[[list[str], torch.Tensor], TraceStep]
-# Pictures (N, 3, H, W) in [-1, 1], float32 on the CPU, of latents.
+# Pictures (N, 3, H, W), about in [-1, 1], of latents.
 Decode = Callable[[torch.Tensor], torch.Tensor]
 Row = dict[str, float | int | str]
 T = TypeVar("T")
@@ -95,11 +95,12 @@ def evaluate(
     real = RealPictures(data, pipe.vae, classifier, without, limit, progress, every_pair=limit is None)
     scale = pipe.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
     most = min(CHUNK, getattr(pipe.runtime, "most_pictures", CHUNK))
+    decode = pipe.decode if pipe.runtime is None else pipe.runtime.decode
     rows: list[Row] = []
     with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0) as bar:
         for count in steps:
             sample = coalescer_sampler(pipe, count, guidance_scale)
-            measured = measure(sample, real, seed, first_step_of(pipe), bar, decode_of(pipe, most), most)
+            measured = measure(sample, real, seed, first_step_of(pipe), bar, lambda x: in_parts(decode, x.to(pipe.device), most), most)
             rows.append({"steps": count, "guidance_scale": float(scale), **measured, **real.floors})
     return rows
 
@@ -122,17 +123,6 @@ def first_step_of(pipe: CoalescerPipeline) -> FirstStep:
         return call.trace[0]
 
     return first_step
-
-
-def decode_of(pipe: CoalescerPipeline, most: int) -> Decode:
-    """By what runs the pipeline, at most so many pictures a run."""
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        run = pipe.decode if pipe.runtime is None else pipe.runtime.decode
-        return torch.cat([run(part.to(pipe.device)).clamp(-1, 1).cpu() for part in latents.split(most)])
-
-    return decode
 
 
 @contextmanager
@@ -248,8 +238,7 @@ class RealPictures:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, H, W) in [-1, 1] of latents (N, C, h, w), float32 on the CPU."""
-        parts = [self.vae.decode(part.to(self.vae.device, self.vae.dtype)).sample for part in latents.split(CHUNK)]
-        return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
+        return in_parts(lambda part: self.vae.decode(part.to(self.vae.dtype)).sample, latents.to(self.vae.device))
 
     @torch.no_grad()
     def features_of(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -347,6 +336,12 @@ def measure(
     four, noise = [name[c] for c in (real.names * 4)[:4]], torch.randn(4, *real.shape, generator=seeded(seed, 6))
     out["seconds_per_picture"] = median_seconds(lambda: decode(sample(four, noise))) / 4
     return out
+
+
+@torch.no_grad()
+def in_parts(decode: Decode, latents: torch.Tensor, most: int = CHUNK) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1], float32 on the CPU, of latents, so many at a time."""
+    return torch.cat([decode(part).float().clamp(-1, 1).cpu() for part in latents.split(most)])
 
 
 def seeded(seed: int, kind: int = 0) -> torch.Generator:

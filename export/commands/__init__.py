@@ -1,1 +1,16 @@
 """The subcommands of coalescer-export, a module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def stage(bar: Any, kind: str) -> Callable[[str], None]:
+    """What shows on a bar of tqdm that the next thing begins for a graph."""
+
+    def begin(text: str) -> None:
+        bar.set_description(f"{kind}: {text}")
+        bar.update()
+
+    return begin

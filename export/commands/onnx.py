@@ -12,6 +12,8 @@ from typing import Any
 from coalescer_fast.cli import positive
 from coalescer_fast.runtime.artefact import KINDS, creating
 
+from . import stage
+
 STAGES = {"fp32": 5, "fp16": 6}  # of `export_onnx`
 
 
@@ -47,11 +49,6 @@ def run(args: argparse.Namespace) -> int:
         kinds = KINDS if args.what == "all" else (args.what,)
         with tqdm(total=STAGES[args.precision] * len(kinds), disable=None) as bar:
             for kind in kinds:
-
-                def stage(text: str, kind: str = kind) -> None:
-                    bar.set_description(f"{kind}: {text}")
-                    bar.update()
-
                 inner = folder / kind if args.what == "all" else folder
                 inner.mkdir(exist_ok=True)
                 export_onnx(
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
                     steps=args.steps,
                     guidance=args.guidance,
                     command=command(args, kind, batch),
-                    stage=stage,
+                    stage=stage(bar, kind),
                 )
     print(args.out)
     return 0

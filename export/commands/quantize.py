@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from coalescer_fast.cli import check_writable, natural, positive
 from coalescer_fast.runtime import artefact
 from coalescer_fast.runtime.artefact import creating
 
 from ..ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
+from . import stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +53,15 @@ def run(args: argparse.Namespace) -> int:
         from ..quantizing import quantise
 
         known = None if args.ranges is None else read_ranges(args.ranges)
-        pipes: dict[str, Any] = {}
+        load = cache(CoalescerPipeline.from_pretrained)
         with tqdm(disable=None) as bar:
             for kind, source in sources.items():
-
-                def stage(text: str, kind: str = kind) -> None:
-                    bar.set_description(f"{kind}: {text}")
-                    bar.update()
-
                 if known is not None:
                     known.check_graph(source, args.ranges)
-                name = args.model or source.manifest.model
-                if name not in pipes:
-                    pipes[name] = CoalescerPipeline.from_pretrained(name)
                 inner = folder / source.folder.name if several else folder
                 inner.mkdir(exist_ok=True)
                 quantise(
-                    pipes[name],
+                    load(args.model or source.manifest.model),
                     source,
                     inner,
                     method=args.method,
@@ -80,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                     force=args.force,
                     command=command(args, source.folder),
                     report=None if args.sensitivity is None else lambda rows: write(args.sensitivity, rows),
-                    stage=stage,
+                    stage=stage(bar, kind),
                 )
     print(args.out)
     return 0

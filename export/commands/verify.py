@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from coalescer_fast.cli import natural, positive
 from coalescer_fast.runtime import artefact
@@ -27,16 +27,14 @@ def run(args: argparse.Namespace) -> int:
     from ..ranges import prompts_for
 
     runs = {kind: opened(found) for kind, found in artefacts.items()}  # what cannot run here is said before anything is loaded
-    pipes: dict[str, Any] = {}
+    load = cache(CoalescerPipeline.from_pretrained)
     results = {}
     for kind, found in artefacts.items():
         engine = found.manifest.engine.replace("onnx", "onnxruntime")
-        name = args.model or found.manifest.model
-        if name not in pipes:
-            pipes[name] = CoalescerPipeline.from_pretrained(name)
-        found.check_weights(pipes[name])
-        prompts = prompts_for(pipes[name], found, args.prompts, args.seed)
-        results[kind] = compare(found, runs[kind], pipes[name], prompts, args.seed, runtime=engine)
+        pipe = load(args.model or found.manifest.model)
+        found.check_weights(pipe)
+        prompts = prompts_for(pipe, found, args.prompts, args.seed)
+        results[kind] = compare(found, runs[kind], pipe, prompts, args.seed, runtime=engine)
     if args.json:
         print(json.dumps({kind: result.to_dict() for kind, result in results.items()}, indent=2))
     else:
