@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import ops
-    from .acceleration import accelerate, explain, restore, warmup
+    from .acceleration import accelerate, explain, refresh, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
     from .parity import verify
     from .pipeline import CoalescerPipeline
@@ -27,6 +27,7 @@ __all__ = [
     "accelerate",
     "explain",
     "ops",
+    "refresh",
     "restore",
     "verify",
     "warmup",
@@ -41,6 +42,7 @@ _MODULES = {
     "accelerate": ".acceleration",
     "explain": ".acceleration",
     "ops": ".ops",
+    "refresh": ".acceleration",
     "restore": ".acceleration",
     "verify": ".parity",
     "warmup": ".acceleration",

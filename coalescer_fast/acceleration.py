@@ -110,8 +110,14 @@ def accelerate(
     - "tensorrt" with ``artefact``, a folder of plans that `coalescer-export engine` built for this GPU: on the caller's stream, in a CUDA
       graph for each batch size. Not yet run on a GPU.
 
-    What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. A weight that is
-    changed later takes effect at the next call.
+    What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. What is changed of
+    the networks later, weights, layers, attributes or hooks, takes effect at the next call (see `refresh` for what no call can see), but not
+    while a call runs. A network with hooks, or with layers of other packages that no native step does, is run by its own code on "cpu" and
+    refused by the others.
+
+    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch, its order, the number
+    of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or pickle, is accelerated again in the same way.
+    After a fork, "cpu" goes on in the child with one thread, and the others ask to be accelerated again.
 
     Args:
         pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
@@ -141,7 +147,7 @@ def accelerate(
         raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, dtypes)}")
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
-    pipe.runtime = make(pipe, DTYPES[chosen])
+    pipe.runtime, pipe.recipe = make(pipe, DTYPES[chosen]), {"backend": name, "dtype": chosen}
     return pipe
 
 
@@ -160,6 +166,7 @@ def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artef
     if reason := unavailable(backend, loads=True):
         raise ValueError(f"backend {backend!r} {reason}")
     pipe.runtime = loads[backend](pipe, found or artefacts.find(artefact))
+    pipe.recipe = {"backend": backend, "artefact": str(artefact)}
     return pipe
 
 
@@ -172,7 +179,21 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
 
 def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
     """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
-    pipe.runtime = None
+    pipe.runtime = pipe.recipe = None
+    return pipe
+
+
+def refresh(pipe: CoalescerPipeline) -> CoalescerPipeline:
+    """Have an accelerated pipeline take over its networks as they are now, whatever it can tell of their changes. Returns ``pipe``.
+
+    Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch counts. What torch does not
+    count, writes through ``.data`` or numpy, it finds on a CPU if they change a whole tensor, and else perhaps not: call this after them.
+
+    Raises: ValueError if the pipeline is not accelerated, or if an artefact is not of its weights.
+    """
+    runtime = accelerated(pipe)
+    runtime.forget()
+    runtime.refresh()
     return pipe
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .scheduler import CoalescerScheduler
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORKS = ("unet", "description_encoder", "vae")
@@ -62,8 +65,9 @@ class CoalescerPipeline(DiffusionPipeline):
     `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
     """
 
-    # what `accelerate` has put in the place of the networks
+    # what `accelerate` has put in the place of the networks, and the arguments that it was called with
     runtime: Runtime | None = None
+    recipe: dict[str, Any] | None = None
     model_cpu_offload_seq = "unet->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
 
@@ -214,7 +218,8 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is {pixels}; this model has an anchor and draws {native} pixels only")
             sides.append(pixels // factor)
         shape = (batch_size, config.latent_channels, *sides)
-        device = self._execution_device if self.runtime is None else self.runtime.device
+        runtime = self.runtime
+        device = self._execution_device if runtime is None else runtime.device
         if latents is None:
             for one in generator if isinstance(generator, list) else [generator]:
                 if not isinstance(one, (torch.Generator, type(None))):
@@ -242,13 +247,28 @@ class CoalescerPipeline(DiffusionPipeline):
 
     def _networks(self) -> CoalescerPipeline | Runtime:
         """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
-        if self.runtime is None:
+        runtime = self.runtime  # once, for another thread may restore the pipeline meanwhile
+        if runtime is None:
             return self
-        here, there = self.unet.null.device, self.runtime.device  # not self.device, which takes longer than a small network
+        here, there = self.unet.null.device, runtime.device  # not self.device, which takes longer than a small network
         if here != there:
             raise ValueError(f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it")
-        self.runtime.refresh()
-        return self.runtime
+        runtime.refresh()
+        return runtime
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the runtime, which belongs to this process: a copy makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "runtime"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.recipe is not None:
+            from .acceleration import accelerate
+
+            try:
+                accelerate(self, **self.recipe)
+            except ValueError as error:
+                logger.warning("a copy of an accelerated pipeline draws by the reference here: %s", error)
 
     @property
     def backend(self) -> str:

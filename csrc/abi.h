@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 2
+#define CF_ABI_VERSION 3
 
 enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
@@ -204,6 +204,25 @@ typedef struct {
     int64_t rows, channels, stride;
 } cf_gate_args;
 
+enum cf_function { CF_IDENTITY = 0, CF_SILU = 1, CF_TANH = 2 };
+
+/* y = function(x * x_scale + x_shift) * y_scale + y_shift + residual, element by element. */
+typedef struct {
+    const void *x, *residual; /* residual may be null */
+    void* y;
+    int64_t dtype; /* float32 or bfloat16, of all three */
+    int64_t count, function;
+    double x_scale, x_shift, y_scale, y_shift;
+} cf_pointwise_args;
+
+/* y = x, with `row` in the place of every row of x that holds nothing but zeros. */
+typedef struct {
+    const float* x; /* (rows, channels) */
+    const float* row;
+    float* y;
+    int64_t rows, channels;
+} cf_replace_zero_rows_args;
+
 enum cf_step_kind {
     CF_CONVOLUTION = 0,
     CF_GROUP_NORM_SILU = 1,
@@ -211,7 +230,9 @@ enum cf_step_kind {
     CF_ATTENTION = 3,
     CF_DUAL_HEAD = 4,
     CF_LAYER_NORM = 5,
-    CF_GATE = 6
+    CF_GATE = 6,
+    CF_POINTWISE = 7,
+    CF_REPLACE_ZERO_ROWS = 8
 };
 
 typedef struct {
@@ -230,6 +251,21 @@ CF_API int cf_cpu_vector_width(void);
 /* Dtypes beside float32 that the instruction set in use multiplies: bit 0 bfloat16, bit 1 uint8. */
 CF_API int cf_cpu_products(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
+
+typedef struct {
+    const void* data;
+    int64_t bytes; /* a multiple of the dtype's size, whatever that is */
+} cf_span;
+
+/* A hash of what lies in the spans: of the whole of those of up to `whole` bytes, of `samples` places of 8 bytes, at equal distances, of the
+ * others. */
+typedef struct {
+    const cf_span* spans;
+    int64_t count, whole, samples;
+    uint64_t* hash;
+} cf_fingerprint_args;
+
+CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
 
 /* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor
  * allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h, direction_weight, and sample and direction of

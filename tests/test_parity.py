@@ -205,7 +205,7 @@ def test_the_pipeline_is_left_as_it_was():
     runtime, parameters = pipe.runtime, {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     verify(pipe)
     assert pipe.runtime is runtime
-    assert pipe.unet.backend == "auto" == pipe.unet.residual_blocks[0].backend
+    assert pipe.unet.backend == "auto" == pipe.unet.residual_blocks[0].norm1.backend
     assert pipe._progress_bar_config == {"disable": True}
     assert all(torch.equal(value, parameters[name]) for name, value in pipe.unet.state_dict().items())
 

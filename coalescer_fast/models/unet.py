@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .. import ops
-from .convolution import Convolution
+from ..ops.head.reference import combine
+from .layers import Convolution, GroupNormSiLU, is_plain
 
 # What softplus maps to 1: an untrained network with an anchor moves exactly onto the anchor.
 SOFTPLUS_INVERSE_OF_1 = 0.5413248546129181
@@ -145,35 +147,28 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int):
         super().__init__()
-        self.backend = "reference"
-        self.norm1 = nn.GroupNorm(num_groups, in_channels)
+        self.norm1 = GroupNormSiLU(num_groups, in_channels)
         self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels)
         self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
         self.shortcut = Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
         zero_initialise(self.film, self.conv2)
 
     def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
-        norm1, norm2 = self.norm1, self.norm2
-        h = ops.group_norm_silu(x, norm1.num_groups, norm1.weight, norm1.bias, norm1.eps, skip=skip, backend=self.backend)
-        h = ops.group_norm_silu(
-            self.conv1.without_bias(h),
-            norm2.num_groups,
-            norm2.weight,
-            norm2.bias,
-            norm2.eps,
-            scale=film[0],
-            shift=film[1],
-            pre_bias=self.conv1.bias,
-            backend=self.backend,
-        )
-        return self.conv2.plus(h, self._residual(x, skip), self.backend)
+        scale, shift = film
+        h = self.norm1(x, skip)
+        if is_plain(self.conv1):  # the norm adds the bias while it reads
+            h = self.norm2(self.conv1(h, add_bias=False), scale=scale, shift=shift, pre_bias=self.conv1.bias)
+        else:
+            h = self.norm2(self.conv1(h), scale=scale, shift=shift)
+        return self.conv2(h, residual=self._residual(x, skip))
 
     def _residual(self, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-        if self.shortcut is None:
-            return x if skip is None else torch.cat([x, skip], 1)
-        return self.shortcut(x) if skip is None else self.shortcut.of_both(x, skip)
+        if self.shortcut is not None and (skip is None or is_plain(self.shortcut)):
+            return self.shortcut(x) if skip is None else self.shortcut(x, skip)
+        both = x if skip is None else torch.cat([x, skip], 1)
+        return both if self.shortcut is None else self.shortcut(both)
 
 
 class SelfAttention(nn.Module):
@@ -181,17 +176,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, num_groups: int):
         super().__init__()
-        self.backend = "reference"
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(num_groups, channels)
+        self.norm = GroupNormSiLU(num_groups, channels, activation=None)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
         zero_initialise(self.to_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = self.norm
-        h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
-        rows = h.flatten(2).transpose(1, 2)  # [N, H*W, C]
+        rows = self.norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
         rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + rows.transpose(1, 2).reshape(x.shape)
@@ -205,9 +197,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, cross_attention_dim: int, num_groups: int):
         super().__init__()
-        self.backend = "reference"
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = GroupNormSiLU(num_groups, channels, 1e-6, activation=None)
         self.proj_in = nn.Linear(channels, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
@@ -224,9 +215,7 @@ class TransformerBlock(nn.Module):
         return k, v
 
     def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        norm = self.norm
-        h = ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None, backend=self.backend)
-        h = self.proj_in(h.flatten(2).transpose(1, 2))  # [N, H*W, C]
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(self.norm1(h)).chunk(3, -1))
         h = h + self.to_out1(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         q = split_heads(self.to_q(self.norm2(h)), self.num_heads)
@@ -329,7 +318,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             if level:
                 self.up.append(nn.ModuleList([Convolution(width, width, 3, padding=1)]))
 
-        self.norm_out = nn.GroupNorm(groups, width)
+        self.norm_out = GroupNormSiLU(groups, width)
         self.direction_head = nn.Conv2d(width, latent_channels, 3, padding=1)
         self.distance_head = nn.Linear(width, 1)
         zero_initialise(self.direction_head, self.distance_head)
@@ -346,6 +335,11 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def residual_blocks(self) -> list[ResidualBlock]:
         """All residual blocks in the order in which they run."""
         return [m for m in self._in_order() if isinstance(m, ResidualBlock)]
+
+    @property
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        """All blocks with cross-attention in the order in which they run."""
+        return [m for m in self._in_order() if isinstance(m, TransformerBlock)]
 
     @property
     def downsampling(self) -> int:
@@ -368,6 +362,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         """(N, D) -> (N, E), the activated embedding that scales and shifts are projected from."""
         return F.silu(self.embedding(replace_empty(description, self.null)))
 
+    @apply_forward_hook
     def condition(
         self,
         description: torch.Tensor,
@@ -383,16 +378,25 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})")
         description = description.to(self.null.dtype)
         embedding = self.embed(description)
-        film = [tuple(block.film(embedding).chunk(2, 1)) for block in self.residual_blocks]
-        if self.anchor_mlp is not None and anchor is None:
-            anchor = self.anchor_mlp(description)
-        keys_values = []
+        film = [t for block in self.residual_blocks for t in block.film(embedding).chunk(2, 1)]
+        keys_values: list[torch.Tensor] = []
         if self.config.cross_attention_dim is not None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is missing: this network attends to the description's token rows")
             rows = encoder_hidden_states.to(self.null.dtype)
-            keys_values = [m.keys_values(rows) for m in self._in_order() if isinstance(m, TransformerBlock)]
-        return Conditioning(film, anchor, keys_values, encoder_attention_mask)
+            keys_values = [t for block in self.transformer_blocks for t in block.keys_values(rows)]
+        if self.anchor_mlp is not None and anchor is None:
+            anchor = self.anchor_mlp(description)
+        anchors = [] if anchor is None else [anchor]
+        return self.as_conditioning([*film, *keys_values, *anchors], encoder_attention_mask)
+
+    def as_conditioning(self, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> Conditioning:
+        """The conditioning of `Conditioning.tensors` without the mask, and of the mask."""
+        films = 2 * len(self.residual_blocks)
+        others = 2 * len(self.transformer_blocks)
+        pairs = list(zip(tensors[: films + others : 2], tensors[1 : films + others : 2]))
+        anchor = tensors[-1] if len(tensors) > films + others else None
+        return Conditioning(pairs[: films // 2], anchor, pairs[films // 2 :], mask)
 
     def features(self, sample: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The activated features (N, C, H, W) that both heads read, for R (N, Cz, H, W)."""
@@ -404,10 +408,10 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                     h = module(h, next(film), skips.pop() if skips is not None else None)
                 elif isinstance(module, TransformerBlock):
                     h = module(h, next(keys_values), conditioning.mask)
-                elif skips is not None and isinstance(module, nn.Conv2d):
-                    h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-                else:
+                elif isinstance(module, SelfAttention):
                     h = module(h)
+                else:  # a convolution, whatever it has been wrapped in
+                    h = module(h if skips is None else F.interpolate(h, scale_factor=2.0, mode="nearest"))
             return h
 
         x = sample.to(self.null.dtype)
@@ -419,8 +423,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         h = run(self.mid, h)
         for part in self.up:
             h = run(part, h, skips)
-        norm = self.norm_out
-        return ops.group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, norm.eps, backend=self.backend)
+        return self.norm_out(h)
 
     def forward(
         self,
@@ -435,15 +438,14 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             conditioning = description
         else:
             conditioning = self.condition(description, encoder_hidden_states, encoder_attention_mask)
-        assert self.direction_head.bias is not None
-        direction, distance = ops.dual_head(
-            self.features(sample, conditioning),
-            self.direction_head.weight,
-            self.direction_head.bias,
-            self.distance_head.weight,
-            self.distance_head.bias,
-            sample=sample if conditioning.anchor is not None else None,
-            anchor=conditioning.anchor,
-            backend=self.backend,
-        )
+        features, anchor = self.features(sample, conditioning), conditioning.anchor
+        direction, distance = self._heads(features, None if anchor is None else sample, anchor)
         return CoalescerUNetOutput(direction, distance) if return_dict else (direction, distance)
+
+    def _heads(self, h: torch.Tensor, sample: torch.Tensor | None, anchor: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.dual_head` of the two layers; of layers that are not plain, by calling them."""
+        to_direction, to_distance = self.direction_head, self.distance_head
+        if is_plain(to_direction, to_distance):
+            weights: Any = to_direction.weight, to_direction.bias, to_distance.weight, to_distance.bias
+            return ops.dual_head(h, *weights, sample=sample, anchor=anchor, backend=self.backend)
+        return combine(to_direction(h), to_distance(h.mean((2, 3))).squeeze(1), sample, anchor)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STATUS = {1: "an argument that it does not take", 2: "out of memory"}
 Call = Callable[[bytes], None]
@@ -44,6 +44,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if library is not None:
         library.cf_cpu_isa.restype = ctypes.c_char_p
         library.cf_cpu_set_openmp(*_openmp())
+        if hasattr(os, "register_at_fork"):
+            # OpenMP's threads are not in a child, and its next parallel region would wait for them, torch's as well as ours
+            os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     return library, reason
 
 

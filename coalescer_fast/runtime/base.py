@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, TypeVar
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.unet import Conditioning
+from .watch import Watch, check_finite, foreign
+
+if TYPE_CHECKING:
+    from ..pipeline import CoalescerPipeline
 
 T = TypeVar("T")
 
@@ -36,6 +43,66 @@ def precision(runtime: Any) -> str:
     return "int8" if getattr(runtime, "quantised", False) else str(runtime.dtype).removeprefix("torch.")
 
 
+class OfPipeline:
+    """What every runtime has of its pipeline: ``pipe``, which it does not keep alive, and `changed`. ``lock``: a new one after a fork, for the
+    thread that held it is not in the child."""
+
+    pipe: CoalescerPipeline
+    name: str
+    # whether a child process can go on with what was prepared in its parent
+    survives_fork = False
+    # whether a network with hooks, or with a patched forward, is run as it is
+    runs_own_code = False
+
+    def __init__(self, pipe: CoalescerPipeline):
+        self._pipe = weakref.ref(pipe)
+        self.lock = threading.RLock()
+        self.forked = False
+        self.watch: Watch | None = None
+        _runtimes.add(self)
+
+    @property  # type: ignore[no-redef]
+    def pipe(self) -> CoalescerPipeline:
+        found = self._pipe()
+        if found is None:
+            raise RuntimeError("the pipeline of this runtime is gone: keep the pipeline that was accelerated")
+        return found
+
+    def changed(self) -> bool:
+        """Whether the networks are others than at the last call that said so; from now on, others than now."""
+        if self.forked and not self.survives_fork:
+            raise ValueError("the pipeline was accelerated before a fork, and its threads are not in this process: accelerate it again here")
+        networks = self.pipe.unet, self.pipe.vae.decoder
+        if self.watch is not None and not self.watch.changed(*networks):
+            return False
+        self.watch = None
+        for name, network in zip(("unet", "vae.decoder"), networks):
+            check_finite(network, name)
+            if not self.runs_own_code and (reason := foreign(network)):
+                raise ValueError(
+                    f"backend {self.name!r} cannot run {name}: {reason}, and what it runs would not have that; remove it, or call restore"
+                )
+        self.watch = Watch(*networks)
+        return True
+
+    def forget(self) -> None:
+        """Take the networks as changed, whatever they look like."""
+        self.watch = None
+
+
+_runtimes: weakref.WeakSet[OfPipeline] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for runtime in _runtimes:
+        runtime.lock = threading.RLock()
+        runtime.forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Runtime(Protocol):
     """What runs a pipeline's networks in their place. name: the runtime's; device: the pipeline's; dtype: what the networks compute in;
     backend: of the ops that the pipeline itself calls.
@@ -50,7 +117,10 @@ class Runtime(Protocol):
     backend: str
 
     def refresh(self) -> None:
-        """Take over the pipeline's weights if they have changed; comes before every call of the pipeline."""
+        """Take over the pipeline's networks if they have changed; comes before every call of the pipeline."""
+
+    def forget(self) -> None:
+        """Take the networks as changed at the next `refresh`."""
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
-from .base import channels_last_copy, counted
+from .base import OfPipeline, channels_last_copy, counted
 from .packed import Range, Weights
 from .program import Program
 from .recorder import Hollow, Recorder, Unsupported, record
+from .watch import foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -27,6 +27,8 @@ CALIBRATION = 32  # prompts that 8-bit ranges are found with
 VOCABULARY = ("a red apple", "a dog", "a house by the sea", "a smiling face", "a blue car", "a tree", "two people", "a musical instrument")
 MOST_PROGRAMS = 32
 MOST_BYTES = 2 << 30  # of memory that programs keep; the last one used is kept whatever it has
+# classes of other packages are not copied: what they do to their weights is theirs
+STOCK = ("coalescer_fast.", "torch.nn.modules.", "diffusers.models.")
 
 
 def native_bfloat16() -> bool:
@@ -44,101 +46,148 @@ def no_programs(dtype: torch.dtype) -> str:
     return "the processor has neither AVX2 nor AVX-512" if library.isa() == "portable" else ""
 
 
-class CpuRuntime:
+class CpuRuntime(OfPipeline):
     """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and pictures are float32.
 
-    The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when a weight has changed.
+    The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when they have changed. What
+    descriptions alone decide is computed in float32, also by a program: the bits of a picture depend neither on its batch nor on threads.
     """
 
     device = torch.device("cpu")
+    survives_fork = True
+    runs_own_code = True
 
     def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = ()):
-        self.pipe, self.prompts = pipe, prompts
+        super().__init__(pipe)
+        self.prompts = prompts
         self.quantised = dtype == torch.int8
         self.dtype = torch.bfloat16 if self.quantised else dtype
         self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
             raise ValueError(f"dtype 'int8' cannot run: {reason}")
         self.backend = "reference" if library.unavailable() else "cpu"
-        self.lock = threading.RLock()
         self.observing = False
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the pipeline's weights if they are not those that the programs were made of."""
+        """Take over the pipeline's networks if they are not what the programs were made of."""
         with self.lock:
-            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == getattr(self, "state", None):
+            if not self.changed():
                 return
-            self.weights = Weights(self.dtype)
+            self.weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
             self.programs: OrderedDict[Any, Program] = OrderedDict()
-            self.refused = {name: reason for name in ("unet", "decoder") if (reason := no_programs(self.dtype))}
+            # why a network cannot run as a program; those whose own code has to run
+            self.refused: dict[str, str] = {}
+            self.own: set[str] = set()
             self.hollow: dict[str, Hollow] = {}
             self.plain: dict[str, Any] = {}
-            self.ranges: dict[int, Range] = {}
+            self.ranges: dict[tuple[int, int], dict[int, Range]] = {}  # by the size of R
             self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
             self.empty: Conditioning | None = None
-            self.state = state
+            for name, network in self._networks().items():
+                if reason := foreign(network):
+                    self._refuse(name, reason, own=True)
+                elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
+                    self._refuse(name, reason)
             if self.quantised:
-                self._calibrate()
+                size = self.pipe.unet.config.sample_size
+                self._calibrate((size, size))
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.pipe.unet, "decoder": self.pipe.vae.decoder, "conditioning": self.pipe.unet}
+
+    def _refuse(self, name: str, reason: str, own: bool = False) -> None:
+        self.refused[name] = reason
+        if own or not all(type(module).__module__.startswith(STOCK) for module in self._networks()[name].modules()):
+            self.own.add(name)
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
-        """The reference's, in float32; the empty description's is computed once."""
-        if texts != [""]:
-            return self.pipe.condition(texts, device)
+        """What the UNet derives from descriptions alone, in float32; of the empty description, it is computed once."""
         with self.lock:
-            if self.empty is None:
-                self.empty = self.pipe.condition(texts, device)
-            return self.empty
+            if texts == [""] and self.empty is not None:
+                return self.empty
+            found = self.conditioning(self.pipe.describe(texts, device))
+            if texts == [""]:
+                self.empty = found
+            return found
+
+    def conditioning(self, described: tuple[Tensor, ...]) -> Conditioning:
+        """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L)."""
+        described = tuple(x.float() if x.is_floating_point() else x for x in described)
+        vectors, *rest = described
+        layout: list[Conditioning] = []
+
+        def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
+            rows = [recorder.given(t) for t in rest[:1]]
+            layout.append(unet.condition(recorder.given(vectors), *rows))
+            return layout[0].tensors()
+
+        with self.lock, torch.no_grad():
+            results = self._run("conditioning", vectors, tuple(rest[:1]), described, run, torch.float32)
+        if results is None:
+            return self.pipe.unet.condition(*described)
+        return self.pipe.unet.as_conditioning(results, rest[1] if len(rest) > 1 else None)
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         with self.lock:
+            if self.quantised and "unet" not in self.refused and not self.observing and tuple(sample.shape[2:]) not in self.ranges:
+                self._calibrate((sample.shape[2], sample.shape[3]))
             given = self.given.get(id(conditioning))
             if given is None or given.conditioning is not conditioning:
                 while len(self.given) > 1:
                     self.given.popitem(last=False)
                 given = self.given[id(conditioning)] = Given(conditioning)
+            record_given = given.record
 
             def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-                unet.set_backend("auto")
-                return unet(recorder.given(sample, images=True), given.record(recorder), return_dict=False)
+                return unet(recorder.given(sample, images=True), record_given(recorder), return_dict=False)
 
-            results = self._run("unet", self.pipe.unet, sample, given, run)
+            results = self._run("unet", sample, given.tensors, given, run, self.dtype)
         if results is not None:
             return results[0], results[1]
+        if "unet" in self.own:
+            direction, distance = self.pipe.unet(sample, conditioning, return_dict=False)
+            return direction.float(), distance.float()
         unet = self._plain("unet", self.pipe.unet)
         return unet(sample.contiguous(memory_format=torch.channels_last), conditioning.rounded(self.dtype), return_dict=False)
 
     def decode(self, latents: Tensor) -> Tensor:
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
-            return [decoder.layers(recorder.given(latents, images=True))]
+            return [decoder(recorder.given(latents, images=True))]
 
-        decoder = self.pipe.vae.decoder
-        results = self._run("decoder", decoder, torch.tanh(latents / 3) * 3, None, run)
+        results = self._run("decoder", latents, (), None, run, self.dtype)
         if results is None:
+            if "decoder" in self.own:
+                return self.pipe.decode(latents)
             x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
-            pictures = self._plain("decoder", decoder)(x).float()
-        else:
-            pictures = results[0].mul_(2).sub_(1)
-        return F.pixel_shuffle(pictures, self.pipe.vae.patch_size)
+            results = [self._plain("decoder", self.pipe.vae.decoder)(x).float()]
+        return F.pixel_shuffle(results[0], self.pipe.vae.patch_size)
 
     def _run(
-        self, name: str, network: nn.Module, x: Tensor, given: Given | None, run: Callable[[Any, Recorder], Iterable[Tensor]]
+        self,
+        name: str,
+        x: Tensor,
+        others: tuple[Tensor, ...],
+        bound: object,
+        run: Callable[[Any, Recorder], Iterable[Tensor]],
+        dtype: torch.dtype,
     ) -> list[Tensor] | None:
-        """What the network's program gives, copied; None if there can be no program."""
+        """What the network's program gives for x and others, copied; None if there can be no program. ``bound``: says what others hold, which
+        are copied into the program's memory when it is another object than last time."""
         threads = torch.get_num_threads()
-        key = name, threads, x.shape, given and given.shapes
+        key = name, threads, x.shape, *(t.shape for t in others)
         with self.lock:
             if name in self.refused:
                 return None
             if (found := self.programs.get(key)) is None:
                 try:
                     if name not in self.hollow:
-                        self.hollow[name] = Hollow(network)
+                        self.hollow[name] = Hollow(self._networks()[name])
                     recorder, outputs = record(self.hollow[name], run)
-                    ranges = self.ranges if name == "unet" and not self.observing else None
-                    found = counted(Program(recorder, outputs, self.weights, threads, ranges, self.observing))
+                    ranges = self.ranges.get(tuple(x.shape[2:])) if name == "unet" and not self.observing else None  # type: ignore[arg-type]
+                    found = counted(Program(recorder, outputs, self.weights[dtype], threads, ranges, self.observing))
                 except Unsupported as reason:
-                    self.refused[name] = str(reason)
+                    self._refuse(name, str(reason))
                     return None
                 self.programs[key] = found
                 while len(self.programs) > 1 and (
@@ -147,15 +196,16 @@ class CpuRuntime:
                     self.programs.popitem(last=False)
             self.programs.move_to_end(key)
             found.inputs[0].copy_(x)
-            if given is not None and found.bound is not given:
-                torch._foreach_copy_(found.inputs[1:], given.tensors)
-                found.bound = given
+            if others and found.bound is not bound:
+                torch._foreach_copy_(found.inputs[1:], others)
+                found.bound = bound
             found.run()
             if self.observing and name == "unet":
-                found.observe(self.ranges)
+                found.observe(self.ranges.setdefault(tuple(x.shape[2:]), {}))  # type: ignore[arg-type]
             return [y.clone() for y in found.outputs]
 
-    def _calibrate(self) -> None:
+    @torch.no_grad()
+    def _calibrate(self, size: tuple[int, int]) -> None:
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
         encoder, config = self.pipe.description_encoder, self.pipe.unet.config
         names = list(self.prompts or encoder.known_names or VOCABULARY)
@@ -166,12 +216,13 @@ class CpuRuntime:
         try:
             for first in range(0, len(prompts), 8):
                 some = prompts[first : first + 8]
-                noise = torch.randn(len(some), config.latent_channels, config.sample_size, config.sample_size, generator=generator)
+                noise = torch.randn(len(some), config.latent_channels, *size, generator=generator, dtype=torch.float32)
                 conditioning, empty = (self.condition(texts, self.device) for texts in (self.pipe.with_styles(some, noise), [""]))
                 sampling.sample(self, scheduler, noise, conditioning, empty, scheduler.config.guidance_scale)
         finally:
             self.observing = False
-            self.programs.clear()
+            for key in [key for key in self.programs if key[0] == "unet" and tuple(key[2][2:]) == size]:
+                del self.programs[key]
 
     def _plain(self, name: str, network: nn.Module) -> Any:
         """A copy of the network that torch runs, channels innermost, on native ops."""
@@ -185,28 +236,30 @@ class CpuRuntime:
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, and why not something faster."""
         rows = []
-        for name in ("unet", "decoder"):
-            native = name not in self.refused
-            way = f"native program, {self.dtype}" if native else f"torch, channels innermost, {self.dtype}"
+        for name in self._networks():
+            native, dtype = name not in self.refused, torch.float32 if name == "conditioning" else self.dtype
+            way = f"native program, {dtype}" if native else f"torch, channels innermost, {dtype}"
+            if name in self.own or (name == "conditioning" and not native):
+                way = "reference"
             if native and name == "unet" and self.quantised:
-                way += f", {len(self.ranges)} convolutions in int8"
+                way += f", {max(map(len, self.ranges.values()))} convolutions in int8"
             rows.append({"part": name, "runs on": way, "because": f"it can run on {library.isa()}" if native else self.refused[name]})
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and "unet" not in self.refused:
                 rows.append({"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"})
                 continue
-            able, reason = ops.backends(op)[self.backend]
-            rows.append({"part": op, "runs on": self.backend, "because": "it can run" if able else reason})
+            backend = "reference" if "unet" in self.own and op != "coalesce_step" else self.backend
+            able, reason = ops.backends(op)[backend]
+            rows.append({"part": op, "runs on": backend, "because": "it can run" if able else reason})
         return rows
 
 
 class Given:
-    """A conditioning as the inputs of a program: tensors, in order, and their shapes."""
+    """A conditioning as the inputs of a program: tensors, in order."""
 
     def __init__(self, conditioning: Conditioning):
         self.conditioning = conditioning
-        self.tensors = conditioning.tensors()
-        self.shapes = tuple(t.shape for t in self.tensors)
+        self.tensors = tuple(conditioning.tensors())
 
     def record(self, recorder: Recorder) -> Conditioning:
         """The conditioning with the recorder's inputs in the place of its tensors."""
@@ -215,21 +268,3 @@ class Given:
         keys_values = [(recorder.given(k, own=True), recorder.given(v, own=True)) for k, v in c.keys_values]
         anchor = None if c.anchor is None else recorder.given(c.anchor, images=True)
         return Conditioning(film, anchor, keys_values, None if c.mask is None else recorder.given(c.mask))
-
-
-def fingerprint(*networks: nn.Module) -> list[tuple[int, int]]:
-    """Where the weights lie and how often they have been written to: another one after any change of them."""
-    found: list[tuple[int, int]] = []
-
-    def visit(module: nn.Module) -> None:
-        # not module.parameters(), which takes three times as long, at every call
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found.append((parameter.data_ptr(), parameter._version))
-        for child in module._modules.values():
-            if child is not None:
-                visit(child)
-
-    for network in networks:
-        visit(network)
-    return found

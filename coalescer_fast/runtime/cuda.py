@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from ..models.unet import Conditioning
 from ..nvtx_ranges import span
 from ..ops.dispatch import BACKENDS, PREFERENCE
 from ..scheduler import CoalescerScheduler
-from .base import channels_last_copy
-from .cpu import fingerprint
+from .base import OfPipeline, channels_last_copy
 from .graphs import CudaRecorder, Graphs, Recorder
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ class Key(NamedTuple):
         return ", ".join(words + ([f"{self.tokens[0]} tokens"] if any(self.tokens) else []))
 
 
-class CudaRuntime:
+class CudaRuntime(OfPipeline):
     """Copies of a pipeline's networks, channels innermost, and their steps and decoder as one graph for each `Key`.
 
     R, directions, distances and pictures are float32. The pipeline's own networks stay as they are; the copies are made anew when a weight
@@ -74,25 +72,23 @@ class CudaRuntime:
         most_graphs: int = MOST_GRAPHS,
         recorder: Recorder | None = None,
     ):
+        super().__init__(pipe)
         if most_bytes is None:
             most_bytes = graph_bytes(pipe.device)
         self.graphs = Graphs(CudaRecorder(pipe.device) if recorder is None else recorder, most_graphs, most_bytes)
-        self.pipe, self.backend, self.dtype, self.device = pipe, backend, dtype, pipe.device
-        self.state: list[tuple[int, int]] | None = None
-        self.lock = threading.Lock()
+        self.backend, self.dtype, self.device = backend, dtype, pipe.device
         self.refresh()
 
     def refresh(self) -> None:
         """Take over the pipeline's weights if they are not those that the copies were made of; graphs hold the copies' addresses."""
         with self.lock:
-            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
+            if not self.changed():
                 return
             self.unet = channels_last_copy(self.pipe.unet, self.dtype)
             self.unet.set_backend(self.backend)
             self.decoder = channels_last_copy(self.pipe.vae.decoder, self.dtype)
             self.empty: Conditioning | None = None
             self.release()
-            self.state = state
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty

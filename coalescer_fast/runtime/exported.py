@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from ..ops import library
 from ..scheduler import CoalescerScheduler
 from . import artefact
 from .artefact import Artefact, Schedule
-from .base import counted
-from .cpu import fingerprint
+from .base import OfPipeline, counted
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -39,7 +37,7 @@ class Described(Conditioning):
         return Described([], None, [], description=tuple(x.expand(n, *x.shape[1:]) for x in self.description))
 
 
-class ExportedRuntime:
+class ExportedRuntime(OfPipeline):
     """name: the runtime's; artefacts: by kind, as of `artefact.find`; open_artefact: makes one callable.
 
     A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
@@ -50,12 +48,11 @@ class ExportedRuntime:
     """
 
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
-        self.pipe, self.name, self.device = pipe, name, pipe.device
+        super().__init__(pipe)
+        self.name, self.device = name, pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
         self.artefacts = artefacts
         self.most_pictures = min(each.manifest.batch[2] for each in artefacts.values())
-        self.lock = threading.Lock()
-        self.state: Any = None
         self.refresh()
         self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
         # of several, the coarsest
@@ -65,10 +62,11 @@ class ExportedRuntime:
     def refresh(self) -> None:
         """Raise ValueError if the pipeline's weights are not those that were exported."""
         with self.lock:
-            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) != self.state:
+            if self.changed():
+                self.watch, watch = None, self.watch  # until they have been checked
                 for each in self.artefacts.values():
                     each.check_weights(self.pipe)
-                self.state = state
+                self.watch = watch
 
     def condition(self, texts: list[str], device: torch.device) -> Described:
         return Described([], None, [], description=self.pipe.describe(texts, device))

@@ -21,6 +21,10 @@ class Range:
     low: Tensor
     high: Tensor
 
+    @classmethod
+    def of_nothing(cls, channels: int) -> Range:
+        return cls(torch.zeros(channels, dtype=torch.float32), torch.zeros(channels, dtype=torch.float32))
+
     def extend(self, rows: Tensor) -> None:
         """Take in more of it, (..., C)."""
         flat = rows.reshape(-1, rows.shape[-1]).float()
@@ -42,12 +46,13 @@ class Weights:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self.packed: dict[Any, tuple[Tensor, ...]] = {}
+        self.packed: dict[Any, tuple[Any, ...]] = {}
 
     def pack(self, weight: Tensor) -> Tensor:
         key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         if key not in self.packed:
-            self.packed[key] = (arrange(weight, self.dtype),)
+            # with the weight, whose address is then nobody else's
+            self.packed[key] = arrange(weight, self.dtype), weight
         return self.packed[key][0]
 
     def quantise(self, weight: Tensor, of: Range) -> tuple[Tensor, ...]:
@@ -62,8 +67,10 @@ class Weights:
             stepped = weight.float() * step[:, None, None]
             scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
             whole = (stepped / scale[:, None, None, None]).round()
-            self.packed[key] = arrange(whole, torch.uint8), scale, -scale * (whole.sum((2, 3)) * zero).sum(1)
-        return self.packed[key]
+            # whole numbers, exact in float64 whatever the order
+            zeros = (whole.double().sum((2, 3)) * zero.double()).sum(1)
+            self.packed[key] = arrange(whole, torch.uint8), scale, (-scale * zeros).float(), weight, of
+        return self.packed[key][:3]
 
 
 def arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:

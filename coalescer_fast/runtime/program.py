@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .recorder import (
     GATHER,
     GROUP_NORM_SILU,
     LAYER_NORM,
+    POINTWISE,
+    REPLACE_ZERO_ROWS,
     Recorder,
     Step,
     Unsupported,
@@ -42,6 +44,8 @@ ARGUMENTS = {
     "dual_head": struct.Struct("35q"),
     "layer_norm": struct.Struct("7qd"),
     "gate": struct.Struct("7q"),
+    "pointwise": struct.Struct("6q4d"),
+    "replace_zero_rows": struct.Struct("5q"),
 }
 STEP, PROGRAM = struct.Struct("2q"), struct.Struct("3q")
 
@@ -56,7 +60,7 @@ class Program:
     def __init__(
         self,
         recorder: Recorder,
-        outputs: list[Value],
+        outputs: Sequence[tuple[Value, Tensor]],
         weights: Weights,
         threads: int,
         ranges: dict[int, Range] | None = None,
@@ -66,21 +70,27 @@ class Program:
         self.kept: list[Any] = []
         self.normalised = self._normalised(recorder.steps)
         self.ranges = {id(self.normalised[n]): each for n, each in (ranges or {}).items()}
-        steps = self._arranged(recorder.steps, outputs)
-        self.memory = torch.empty(self._place(steps, recorder.inputs, outputs, keep) + ALIGNMENT, dtype=torch.uint8)
+        given = [value for value, _ in outputs]
+        steps = self._arranged(recorder.steps, given)
+        for value in recorder.inputs:
+            value.dtype = value.dtype or self.dtype  # of one that no step reads
+        with torch.inference_mode(False):  # written to by calls in any mode
+            self.memory = torch.empty(self._place(steps, recorder.inputs, given, keep) + ALIGNMENT, dtype=torch.uint8)
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
         for value in {v for step in steps for v in step.all} | {*recorder.inputs}:
             value.address += base
-        self.inputs = [self._tensor(value) for value in recorder.inputs]
-        self.outputs = [self._tensor(value) for value in outputs]
+        self.inputs = [self._tensor(value, cast(Tensor, value.tensor)) for value in recorder.inputs]
+        self.outputs = [self._tensor(value, tensor) for value, (_, tensor) in zip(given, outputs)]
         packers = (
             *(self._convolution, self._group_norm_silu, self._gather, self._attention, self._dual_head),
-            *(self._layer_norm, self._gate),
+            *(self._layer_norm, self._gate, self._pointwise, self._replace_zero_rows),
         )
         table = b"".join(STEP.pack(step.kind, self._keep(packers[step.kind](step))) for step in steps)
         self.arguments = PROGRAM.pack(self._keep(table), len(steps), threads)
         self.call = library.function("cf_cpu_run")
         self.bound: object = None  # what was last written to all inputs but the first
+        for value in {v for step in (*recorder.steps, *steps) for v in step.all}:
+            value.step, value.readers = None, []  # no cycle keeps the weights
 
     def run(self) -> None:
         self.call(self.arguments)
@@ -99,7 +109,7 @@ class Program:
             at, b = value.address - self.memory.data_ptr(), value.border
             image = self.memory[at : at + value.bytes].view(value.dtype).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
             rows = image[:, b : b + value.height, b : b + value.width]
-            ranges.setdefault(n, Range(torch.zeros(value.channels), torch.zeros(value.channels))).extend(rows)
+            ranges.setdefault(n, Range.of_nothing(value.channels)).extend(rows)
 
     @staticmethod
     def _normalised(steps: list[Step]) -> dict[int, Value]:
@@ -114,12 +124,18 @@ class Program:
     def _arranged(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
         """The steps with dtypes and borders chosen, and one more where a value has to be copied to have those that a step needs."""
         for value in outputs:
-            if value.step is not None and value.step.kind in (CONVOLUTION, DUAL_HEAD):
+            while value.step is not None and value.step.kind in (CONVOLUTION, DUAL_HEAD, POINTWISE, REPLACE_ZERO_ROWS):
                 value.dtype = torch.float32
+                if value.step.kind in (CONVOLUTION, DUAL_HEAD):
+                    break
+                value = value.step.read[0]
         for step in steps:
+            for value in step.read:
+                value.dtype = value.dtype or self.dtype
+            # a function of what is float32 is so, too
+            wide = step.kind == POINTWISE and step.read[0].dtype == torch.float32
             for value in step.all:
-                value.dtype = value.dtype or (torch.uint8 if id(value) in self.ranges else self.dtype)
-                value.padded = value.channels
+                value.dtype = value.dtype or (torch.uint8 if id(value) in self.ranges else torch.float32 if wide else self.dtype)
         done: list[Step] = []
         copies: dict[Any, Value] = {}
 
@@ -135,8 +151,14 @@ class Program:
         for step in steps:
             if step.kind == CONVOLUTION:
                 step.reads[0] = self._multiplied(step, outputs, copied)
-                if (residual := step.reads[1]) is not None and residual.dtype != step.y.dtype:
-                    step.reads[1] = copied(residual, step.y.dtype)
+            if step.kind in (POINTWISE, REPLACE_ZERO_ROWS):
+                wanted = torch.float32 if step.kind == REPLACE_ZERO_ROWS else step.y.dtype
+                if step.y.dtype != wanted:
+                    raise Unsupported(f"it replaces rows of zeros in {self.dtype}")
+                if step.read[0].dtype != wanted:
+                    step.reads[0] = copied(step.read[0], wanted)
+            if step.kind in (CONVOLUTION, POINTWISE) and (residual := step.reads[1]) is not None and residual.dtype != step.y.dtype:
+                step.reads[1] = copied(residual, step.y.dtype)
             # what of the others' has to be of the program's dtype
             for n in range({GROUP_NORM_SILU: 2, LAYER_NORM: 1, GATE: 1, ATTENTION: 3}.get(step.kind, 0)):
                 if (read := step.reads[n]) is not None and read.dtype != self.dtype:
@@ -147,7 +169,6 @@ class Program:
         for n, value in enumerate(outputs):
             if value.dtype != torch.float32:
                 outputs[n] = copied(value, torch.float32)
-                outputs[n].tensor = value.tensor
         return done
 
     def _multiplied(self, step: Step, outputs: list[Value], copied: Callable[..., Value]) -> Value:
@@ -185,17 +206,20 @@ class Program:
             total = max(total, at + size)
         return total
 
-    def _tensor(self, value: Value) -> Tensor:
-        """An input's or output's memory, in the shape that it was recorded in."""
-        assert value.tensor is not None
+    def _tensor(self, value: Value, like: Tensor) -> Tensor:
+        """An input's or output's memory, or the part of it that was recorded."""
         at = value.address - self.memory.data_ptr()
-        flat = self.memory[at : at + value.bytes].view(value.dtype)
-        return flat.as_strided(value.tensor.shape, value.tensor.stride())
+        with torch.inference_mode(False):
+            flat = self.memory[at : at + value.bytes].view(value.dtype)
+            return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
 
     # The arguments of the steps, as csrc/abi.h has them.
 
     def _vector(self, v: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if v is None else (self._keep(v.contiguous()), library.DTYPES[v.dtype])
+        if v is None:
+            return 0, 0
+        v = v if v.dtype in library.DTYPES else v.float()
+        return self._keep(v.contiguous()), library.DTYPES[v.dtype]
 
     @staticmethod
     def _image(value: Value | None) -> tuple[int, ...]:
@@ -274,6 +298,18 @@ class Program:
         (x,), size = step.read, BYTES[self.dtype]
         value, gate = (x.address + step.attributes[name] * size for name in ("value", "gate"))
         return ARGUMENTS["gate"].pack(value, gate, step.y.address, CODES[self.dtype], x.count // x.channels, step.y.channels, x.channels)
+
+    def _pointwise(self, step: Step) -> bytes:
+        (x, residual), a, y = step.reads, step.attributes, step.y
+        assert x is not None
+        addresses = x.address, 0 if residual is None else residual.address, y.address
+        scales = (a[name] for name in ("x_scale", "x_shift", "y_scale", "y_shift"))
+        return ARGUMENTS["pointwise"].pack(*addresses, CODES[y.dtype], y.count, a["function"], *scales)
+
+    def _replace_zero_rows(self, step: Step) -> bytes:
+        (x,) = step.read
+        row = self._keep(step.attributes["row"].float().contiguous())
+        return ARGUMENTS["replace_zero_rows"].pack(x.address, row, step.y.address, x.count // x.channels, x.channels)
 
     def _dual_head(self, step: Step) -> bytes:
         h, sample, anchor = step.reads

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import ops  # noqa: F401 (registers the ops)
 
 aten = torch.ops.aten
-CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE = range(7)  # cf_step_kind
+CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE, POINTWISE, REPLACE_ZERO_ROWS = range(9)  # cf_step_kind
+IDENTITY, SILU, TANH = range(3)  # cf_function
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
 
 
@@ -42,6 +43,9 @@ class Value:
     border: int = 0
     padded: int = 0  # channels with those that are added
     address: int = 0
+
+    def __post_init__(self) -> None:
+        self.padded = self.padded or self.channels
 
     @property
     def pixel(self) -> int:
@@ -92,6 +96,7 @@ class Recorder(TorchDispatchMode):
         self.values: dict[int, Value] = {}
         self.unknown: dict[int, str] = {}  # what gave a tensor that is no value
         self.gates: dict[int, Tensor] = {}  # what a GELU is of
+        self.tests: dict[int, tuple[Tensor, bool]] = {}  # what is compared with 0, and whether all of a row's elements are
         self.alive: list[Any] = list(parameters)  # storages are told apart by their addresses
         self.steps: list[Step] = []
         self.inputs: list[Value] = []
@@ -139,12 +144,8 @@ class Recorder(TorchDispatchMode):
         found = self.parameters.get(parameter.untyped_storage()._cdata)
         if found is None:
             raise Unsupported("a weight is computed, not given")
-        view = found.detach()
-        if view.stride() == parameter.stride() and view.shape == parameter.shape:
-            return view
-        if not view.is_contiguous():
-            view = view.contiguous()
-        return view.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+        # the same strides in another storage, where it may begin further on
+        return found.detach().as_strided(parameter.shape, parameter.stride(), found.storage_offset() + parameter.storage_offset())
 
     def add(self, step: Step) -> None:
         for value in (step.y, step.also):
@@ -187,7 +188,7 @@ class Recorder(TorchDispatchMode):
 
     def linear(self, x: Tensor, layer_weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: Any = self.real(layer_weight)
-        y = torch.empty((*x.shape[:-1], weight.shape[0]), device="meta")
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32, device="meta")
         self._convolve(y, self.whole(x), weight[:, :, None, None], self.real(bias))
         return y
 
@@ -202,8 +203,11 @@ class Recorder(TorchDispatchMode):
     def bias_residual(self, y: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, **rest: Any) -> None:
         self._join(y, self.whole(x), None if residual is None else self.whole(residual), self.real(bias))
 
-    def sum(self, y: Tensor, self_: Tensor, other: Any, alpha: Any) -> None:
-        if alpha != 1 or not isinstance(other, Tensor) or self_.shape != other.shape:
+    def sum(self, y: Tensor, self_: Tensor, other: Any, alpha: Any, sign: int = 1) -> None:
+        if not isinstance(other, Tensor):
+            self._pointwise(y, self_, shift=sign * alpha * other)
+            return
+        if sign * alpha != 1 or self_.shape != other.shape:
             raise Unsupported("it has an addition of other than two images")
         one, two = self.whole(self_), self.whole(other)
         order = {id(step): n for n, step in enumerate(self.steps)}
@@ -211,10 +215,14 @@ class Recorder(TorchDispatchMode):
             one, two = two, one
         self._join(y, one, two, None)
 
+    def difference(self, y: Tensor, **kwargs: Any) -> None:
+        self.sum(y, **kwargs, sign=-1)
+
     def _join(self, y: Tensor, value: Value, residual: Value | None, bias: Tensor | None) -> None:
-        """Add to what a convolution, the later of two, has just given."""
+        """Add to what a convolution or a function, the later of two, has just given."""
         step = value.step
-        if step is None or step.kind != CONVOLUTION or value.readers or step.reads[1] is not None or step.attributes["relu"]:
+        able = step is not None and step.kind in (CONVOLUTION, POINTWISE) and not (value.readers or step.reads[1])
+        if step is None or not able or step.attributes.get("relu") or (step.kind == POINTWISE and bias is not None):
             raise Unsupported("it adds to something other than a convolution's output")
         step.reads[1] = residual
         if residual is not None:
@@ -223,6 +231,54 @@ class Recorder(TorchDispatchMode):
         if bias is not None:
             before = step.attributes["bias"]
             step.attributes["bias"] = bias if before is None else before.float() + bias.float()
+        self._know(y, value)
+
+    def _pointwise(self, y: Tensor, x: Tensor, function: int = IDENTITY, scale: float = 1, shift: float = 0) -> None:
+        """``function(scale * x + shift)``; a scale and shift of a function's result become part of its step."""
+        value = self.whole(x)
+        before = value.step
+        if function == IDENTITY and before is not None and before.kind == POINTWISE and not (value.readers or before.reads[1]):
+            a = before.attributes
+            a["y_scale"], a["y_shift"] = scale * a["y_scale"], scale * a["y_shift"] + shift
+            self._forget(value)
+        else:
+            attributes = {"function": function, "x_scale": scale, "x_shift": shift, "y_scale": 1.0, "y_shift": 0.0}
+            source, value = value, Value(value.n, value.height, value.width, value.channels)
+            self.add(Step(POINTWISE, value, [source, None], attributes))
+        self._know(y, value)
+
+    def silu(self, y: Tensor, self_: Tensor) -> None:
+        self._pointwise(y, self_, SILU)
+
+    def tanh(self, y: Tensor, self_: Tensor) -> None:
+        self._pointwise(y, self_, TANH)
+
+    def quotient(self, y: Tensor, self_: Tensor, other: Any) -> None:
+        if isinstance(other, Tensor):
+            raise Unsupported("it divides by a tensor")
+        self._pointwise(y, self_, scale=1 / other)
+
+    def equal(self, y: Tensor, self_: Tensor, other: Any) -> None:
+        """Noted, and refused unless rows of zeros are replaced."""
+        self.alive.append(y)
+        self.unknown[y.untyped_storage()._cdata] = "a comparison"
+        if other == 0:
+            self.tests[y.untyped_storage()._cdata] = self_, False
+
+    def all(self, y: Tensor, self_: Tensor, dim: int, keepdim: bool) -> None:
+        self.alive.append(y)
+        self.unknown[y.untyped_storage()._cdata] = "a comparison"
+        test = self.tests.get(self_.untyped_storage()._cdata)
+        if test is not None and not test[1] and self_.ndim == 2 and dim in (1, -1) and keepdim:
+            self.tests[y.untyped_storage()._cdata] = test[0], True
+
+    def where(self, y: Tensor, condition: Tensor, self_: Tensor, other: Tensor) -> None:
+        tested, rows = self.tests.get(condition.untyped_storage()._cdata, (None, False))
+        if not rows or tested is None or other.ndim != 2 or self.value(tested) is not self.whole(other):
+            raise Unsupported("it chooses by something other than rows of zeros")
+        source = self.whole(other)
+        value = Value(source.n, source.height, source.width, source.channels)
+        self.add(Step(REPLACE_ZERO_ROWS, value, [source], {"row": self.real(self_)}))
         self._know(y, value)
 
     def relu(self, y: Tensor, self_: Tensor) -> None:
@@ -262,7 +318,7 @@ class Recorder(TorchDispatchMode):
         source = self.value(q)
         value = Value(n, source.height, source.width, heads * width)
         self.add(Step(ATTENTION, value, [source, self.value(k), self.value(v), mask], attributes))
-        return self._know(torch.empty((n, length, heads, width), device="meta"), value).transpose(1, 2)
+        return self._know(torch.empty((n, length, heads, width), dtype=torch.float32, device="meta"), value).transpose(1, 2)
 
     def layer_norm(self, y: tuple[Tensor, ...], input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> None:
         source = self.whole(input)
@@ -281,7 +337,10 @@ class Recorder(TorchDispatchMode):
         self.unknown[y.untyped_storage()._cdata] = "a GELU that multiplies nothing"
 
     def product(self, y: Tensor, self_: Tensor, other: Any) -> None:
-        gate = self.gates.get(other.untyped_storage()._cdata) if isinstance(other, Tensor) else None
+        if not isinstance(other, Tensor):
+            self._pointwise(y, self_, scale=other)
+            return
+        gate = self.gates.get(other.untyped_storage()._cdata)
         if gate is None or gate.shape != self_.shape or gate.stride() != self_.stride() or self.value(gate) is not self.value(self_):
             raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
         source = self.value(gate)
@@ -310,6 +369,13 @@ def _renamed(handler: Callable[..., None]) -> Callable[..., None]:
 HANDLERS: dict[Any, Callable[..., None]] = {
     aten.convolution.default: Recorder.convolution,
     aten.add.Tensor: _renamed(Recorder.sum),
+    aten.sub.Tensor: _renamed(Recorder.difference),
+    aten.div.Tensor: _renamed(Recorder.quotient),
+    aten.silu.default: _renamed(Recorder.silu),
+    aten.tanh.default: _renamed(Recorder.tanh),
+    aten.eq.Scalar: _renamed(Recorder.equal),
+    aten.all.dim: _renamed(Recorder.all),
+    aten.where.self: _renamed(Recorder.where),
     aten.relu.default: _renamed(Recorder.relu),
     aten.relu_.default: _renamed(Recorder.relu),
     aten.cat.default: Recorder.concatenate,
@@ -335,25 +401,50 @@ class Functions(TorchFunctionMode):
 
 
 class Hollow:
-    """A network's code with parameters that have no data, to be recorded any number of times: ``twin``, and its parameters' originals."""
+    """A network's code with parameters that have no data, to be recorded any number of times: ``twin``, and its parameters' originals.
+
+    Raises Unsupported for a network that cannot be copied.
+    """
 
     def __init__(self, network: nn.Module):
         memo: dict[int, Any] = {}
         self.parameters: dict[Tensor, Tensor] = {}
         for p in network.parameters():
-            memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), device="meta"), requires_grad=False)
+            dtype = torch.float32 if p.is_floating_point() else p.dtype
+            memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta"), requires_grad=False)
             self.parameters[memo[id(p)]] = p
-        self.twin = copy.deepcopy(network, memo).eval()
+        try:
+            self.twin = copy.deepcopy(network, memo).eval()
+        except Exception as error:  # of whatever has been put into it
+            raise Unsupported(f"it cannot be copied ({said(error)})") from error
+        for module in self.twin.modules():
+            if hasattr(module, "backend"):
+                module.backend = "auto"  # type: ignore[assignment]
 
 
-def record(hollow: Hollow, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> tuple[Recorder, list[Value]]:
-    """What ``run(the network without data, recorder)`` does, and the values of the tensors that it gives. Raises Unsupported."""
+def said(error: Exception) -> str:
+    """The first line of an exception's message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+Recorded = tuple[Recorder, list[tuple[Value, Tensor]]]
+
+
+def record(hollow: Hollow, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> Recorded:
+    """What ``run(the network without data, recorder)`` does, and what it gives: values, and tensors that are views of them. Raises
+    Unsupported."""
     recorder = Recorder(hollow.parameters)
-    with torch.inference_mode(False), torch.no_grad(), Functions(recorder), recorder:
-        results = list(run(hollow.twin, recorder))
-    outputs = [recorder.value(y) for y in results]
-    for value, y in zip(outputs, results):
-        if value.readers or y.numel() != value.count:
-            raise Unsupported("it gives something that it also computes with, or a part of it")
-        value.tensor = y
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), Functions(recorder), recorder:
+        try:
+            results = list(run(hollow.twin, recorder))
+        except Unsupported:
+            raise
+        except Exception as error:  # a module that runs on tensors with data alone
+            raise Unsupported(f"it cannot be followed ({said(error)})") from error
+    outputs = [(recorder.value(y), y) for y in results]
+    if any(value.readers for value, _ in outputs):
+        raise Unsupported("it gives something that it also computes with")
+    for value, y in outputs:
+        if y.numel() == value.count:
+            value.tensor = y
     return recorder, outputs

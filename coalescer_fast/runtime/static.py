@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from ..models.unet import CoalescerUNet, Conditioning
 from ..ops import library
-from .base import counted
-from .cpu import fingerprint
+from .base import OfPipeline, counted
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -69,7 +67,7 @@ class Decoding(nn.Module):
         return (F.pixel_shuffle(self.decoder(x).float(), self.patch_size),)
 
 
-class StaticRuntime:
+class StaticRuntime(OfPipeline):
     """name: the runtime's; prepare: makes a network run; dtype: what it computes in; takes: the dtype of what it is given of descriptions.
 
     The pipeline's own networks stay as they are: what runs is made of copies, for a batch size and resolution when it first comes, and
@@ -77,24 +75,22 @@ class StaticRuntime:
     """
 
     def __init__(self, pipe: CoalescerPipeline, name: str, prepare: Prepare, dtype: torch.dtype, takes: torch.dtype | None = None):
-        self.pipe, self.name, self.prepare, self.dtype, self.takes = pipe, name, prepare, dtype, takes or dtype
+        super().__init__(pipe)
+        self.name, self.prepare, self.dtype, self.takes = name, prepare, dtype, takes or dtype
         self.device = pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
-        self.lock = threading.Lock()
         self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         # (id of a conditioning, shape of R): the call; what is taken of a conditioning is taken once
         self.bound: dict[tuple[int, torch.Size], Call] = {}
-        self.state: Any = None
         self.refresh()
 
     def refresh(self) -> None:
         """Drop what was prepared of weights that have changed since."""
-        if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) == self.state:
-            return
         with self.lock:
+            if not self.changed():
+                return
             self.networks.clear()
             self.bound.clear()
-            self.state = state
 
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """The reference's: it is small, and what it gives is then rounded once."""

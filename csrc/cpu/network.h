@@ -400,6 +400,50 @@ int gate_typed(const cf_gate_args& a, int64_t threads) {
     return CF_OK;
 }
 
+// tanh x: of |x| < 0.625 by Cephes' polynomial, of others (1 - e) / (1 + e) with e = e^(-2 |x|), and x's sign; NaN stays NaN.
+inline vf hyperbolic_tangent(vf x) {
+    const vf size = x < 0.0f ? -x : x, z = x * x, e = exponential(-2.0f * size);
+    vf p = broadcast(-5.70498872745e-3f);
+    p = fma(p, z, 2.06390887954e-2f);
+    p = fma(p, z, -5.37397155531e-2f);
+    p = fma(p, z, 1.33314422036e-1f);
+    p = fma(p, z, -3.33332819422e-1f);
+    const vf large = (1.0f - e) / (1.0f + e);
+    return size < 0.625f ? fma(p * z, x, x) : (x < 0.0f ? -large : large);
+}
+
+template <class T>
+int pointwise_typed(const cf_pointwise_args& a, int64_t threads) {
+    const vf x_scale = broadcast(static_cast<float>(a.x_scale)), x_shift = broadcast(static_cast<float>(a.x_shift));
+    const vf y_scale = broadcast(static_cast<float>(a.y_scale)), y_shift = broadcast(static_cast<float>(a.y_shift));
+    parallel_for((a.count + W - 1) / W, threads, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * W, stop = end * W < a.count ? end * W : a.count;
+        const T *x = static_cast<const T*>(a.x) + first, *residual = a.residual ? static_cast<const T*>(a.residual) + first : nullptr;
+        T* y = static_cast<T*>(a.y) + first;
+        each_vector(x, stop - first, [&](int64_t c, vf value, int64_t count) {
+            value = fma(value, x_scale, x_shift);
+            if (a.function == CF_SILU) value = silu(value);
+            if (a.function == CF_TANH) value = hyperbolic_tangent(value);
+            value = fma(value, y_scale, y_shift);
+            if (residual) value += load_some(residual + c, count);
+            store_some(y + c, value, count);
+        });
+    });
+    return CF_OK;
+}
+
+inline int replace_zero_rows(const cf_replace_zero_rows_args& a, int64_t threads) {
+    parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const float* x = a.x + r * a.channels;
+            bool zero = true;
+            for (int64_t c = 0; c < a.channels; ++c) zero = zero && x[c] == 0;
+            memcpy(a.y + r * a.channels, zero ? a.row : x, static_cast<size_t>(a.channels) * sizeof(float));
+        }
+    });
+    return CF_OK;
+}
+
 // f with a float or bfloat of the dtype.
 template <class F>
 inline int with_activation(int64_t dtype, const F& f) {
@@ -412,6 +456,10 @@ inline int gather(const cf_gather_args& a, int64_t threads) {
 
 inline int layer_norm(const cf_layer_norm_args& a, int64_t threads) {
     return with_activation(a.dtype, [&](auto type) { return layer_norm_typed<decltype(type)>(a, threads); });
+}
+
+inline int pointwise(const cf_pointwise_args& a, int64_t threads) {
+    return with_activation(a.dtype, [&](auto type) { return pointwise_typed<decltype(type)>(a, threads); });
 }
 
 inline int gate(const cf_gate_args& a, int64_t threads) {
@@ -544,6 +592,8 @@ inline int run_step(const cf_step& step, int64_t threads) {
         case CF_LAYER_NORM: return layer_norm(*static_cast<const cf_layer_norm_args*>(step.args), threads);
         case CF_GATE: return gate(*static_cast<const cf_gate_args*>(step.args), threads);
         case CF_DUAL_HEAD: return dual_head(*static_cast<const cf_dual_head_args*>(step.args));
+        case CF_POINTWISE: return pointwise(*static_cast<const cf_pointwise_args*>(step.args), threads);
+        case CF_REPLACE_ZERO_ROWS: return replace_zero_rows(*static_cast<const cf_replace_zero_rows_args*>(step.args), threads);
         default: return CF_INVALID_ARGUMENT;
     }
 }

@@ -170,6 +170,14 @@ bool valid(const cf_gate_args& a) {
     return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && ((a.value && a.gate && a.y) || a.rows == 0);
 }
 
+bool valid(const cf_pointwise_args& a) {
+    return valid_activation(a.dtype) && a.count >= 0 && a.function >= CF_IDENTITY && a.function <= CF_TANH && ((a.x && a.y) || a.count == 0);
+}
+
+bool valid(const cf_replace_zero_rows_args& a) {
+    return a.rows >= 0 && a.channels >= 1 && a.row && ((a.x && a.y) || a.rows == 0);
+}
+
 template <class Args>
 bool valid_args(const cf_step& step) {
     return valid(*static_cast<const Args*>(step.args));
@@ -185,9 +193,27 @@ bool valid(const cf_step& step) {
         case CF_DUAL_HEAD: return valid_args<cf_dual_head_args>(step);
         case CF_LAYER_NORM: return valid_args<cf_layer_norm_args>(step);
         case CF_GATE: return valid_args<cf_gate_args>(step);
+        case CF_POINTWISE: return valid_args<cf_pointwise_args>(step);
+        case CF_REPLACE_ZERO_ROWS: return valid_args<cf_replace_zero_rows_args>(step);
         default: return false;
     }
 }
+
+// Four hashes side by side, so that a multiplication need not wait for the one before.
+struct Hash {
+    uint64_t lanes[4] = {1, 2, 3, 4};
+    void add(int lane, const char* from, size_t bytes) {
+        uint64_t word = 0;
+        memcpy(&word, from, bytes);
+        lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
+        lanes[lane] ^= lanes[lane] >> 29;
+    }
+    uint64_t all() const {
+        uint64_t hash = 0;
+        for (uint64_t lane : lanes) hash = ((hash ^ lane) * 0x9e3779b97f4a7c15u) ^ (lane >> 32);
+        return hash;
+    }
+};
 
 }  // namespace
 
@@ -311,4 +337,25 @@ int cf_cpu_run(const cf_program_args* a) {
         return status;
     };
     return with_team(a->threads, body, const_cast<cf_program_args*>(a));
+}
+
+int cf_cpu_fingerprint(const cf_fingerprint_args* a) {
+    constexpr int64_t WORD = sizeof(uint64_t);
+    if (a->count < 0 || a->whole < 0 || a->samples < 2 || !a->hash || (a->count > 0 && !a->spans)) return CF_INVALID_ARGUMENT;
+    Hash hash;
+    for (int64_t i = 0; i < a->count; ++i) {
+        const cf_span& span = a->spans[i];
+        const char* data = static_cast<const char*>(span.data);
+        if (span.bytes < 0 || (span.bytes > 0 && !data)) return CF_INVALID_ARGUMENT;
+        const int64_t words = span.bytes / WORD, rest = span.bytes % WORD;
+        const bool whole = span.bytes <= a->whole || words < a->samples;
+        const int64_t places = whole ? words : a->samples;
+        for (int64_t k = 0; k < places; ++k) {
+            const int64_t word = whole ? k : k * (words - 1) / (places - 1);
+            hash.add(static_cast<int>(k & 3), data + word * WORD, WORD);
+        }
+        if (rest) hash.add(0, data + words * WORD, static_cast<size_t>(rest));
+    }
+    *a->hash = hash.all();
+    return CF_OK;
 }

@@ -32,13 +32,16 @@ def recorded(network: nn.Module) -> Recorder:
         (lambda m, x: m.conv(x).sigmoid(), {}, "there is no step for aten.sigmoid.default"),
         (lambda m, x: m.conv(x).add_(1), {}, "there is no step for aten.add_.Tensor"),
         (lambda m, x: m.conv(x.clone()), {}, "there is no step for aten.clone.default"),
-        (lambda m, x: m.conv(x) + 1, {}, "it has an addition of other than two images"),
+        (lambda m, x: m.conv(x) + x[:, :1], {}, "it has an addition of other than two images"),
         (lambda m, x: x + x, {}, "it adds to something other than a convolution's output"),
         (lambda m, x: x.relu(), {}, "it has a ReLU of something other than a convolution's output"),
-        (lambda m, x: m.conv(x)[:, :2], {}, "it gives something that it also computes with, or a part of it"),
+        (lambda m, x: [h := m.conv(x), m.conv(h)][0], {}, "it gives something that it also computes with"),
         (lambda m, x: m.conv(torch.cat([x[:, :2], x], 1)), {}, "it computes with a part of a tensor of shape (2, 2, 6, 6)"),
         (lambda m, x: m.conv(x + torch.ones(2, 4, 6, 6, device="meta")), {}, "there is no step for aten."),
-        (lambda m, x: nn.functional.conv2d(x, m.conv.weight * 2), {}, "it has a product of other than a half"),
+        (lambda m, x: nn.functional.conv2d(x, m.conv.weight * 2), {}, "there is no step for a tensor from elsewhere"),
+        (lambda m, x: torch.where((x == 1).all(1, keepdim=True), x, m.conv(x)), {}, "it chooses by something other than rows of zeros"),
+        (lambda m, x: m.conv(x) / x, {}, "it divides by a tensor"),
+        (lambda m, x: m.conv(torch.from_numpy(x.numpy())), {}, "it cannot be followed (can't convert meta device type tensor to numpy"),
         (lambda m, x: m.conv(x), {"padding": 0}, "it has a convolution (3, 3) with stride [1, 1], padding [0, 0]"),
         (lambda m, x: m.conv(x), {"groups": 2}, "it has a convolution (3, 3)"),
         (lambda m, x: m.conv(x), {"dilation": 2, "padding": 2}, "it has a convolution (3, 3)"),
@@ -92,6 +95,6 @@ def test_a_network_is_recorded_without_data_and_left_as_it_is():
     kinds = [step.kind for step in recorder.steps]
     assert kinds.count(GROUP_NORM_SILU) == sum(isinstance(m, nn.GroupNorm) for m in network.modules())
     assert kinds.count(ATTENTION) == sum(type(m).__name__ == "SelfAttention" for m in network.modules())
-    assert [tuple(value.tensor.shape) for value in outputs] == [(1, 16, 8, 8), (1,)]
+    assert [tuple(value.tensor.shape) for value, _ in outputs] == [(1, 16, 8, 8), (1,)]
     assert before == {name: (p.data_ptr(), p._version, p.requires_grad) for name, p in network.named_parameters()}
     assert network.backend == "reference"

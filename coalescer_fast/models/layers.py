@@ -1,0 +1,86 @@
+"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .. import ops
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether calling each layer does what its class says and nothing more: no hooks, no patched ``forward``, no subclass.
+
+    Such a layer's weights may be given to an op that computes several layers at once; any other has to be called.
+    """
+    return not _global_hooks() and all(
+        type(layer) in PLAIN and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__) for layer in layers
+    )
+
+
+def _global_hooks() -> bool:
+    """Whether there are hooks of all modules, as profilers register."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+class Convolution(nn.Conv2d):
+    """nn.Conv2d of one group, in one zero-padded image, with what is added to its output."""
+
+    backend = "reference"
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, residual: Tensor | None = None, add_bias: bool = True) -> Tensor:
+        """``convolution(cat([x, skip], 1)) + bias + residual``.
+
+        Args:
+            x: (N, C1, H, W).
+            skip: (N, C2, H, W), of a 1x1 convolution: the sum of two convolutions, so that nothing is copied.
+            residual: of the output's shape.
+            add_bias: False leaves the bias to the next op.
+        """
+        bias = self.bias if add_bias and residual is None else None
+        if skip is None:
+            y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        else:
+            split = x.shape[1]
+            y = F.conv2d(x, self.weight[:, :split]) + F.conv2d(skip, self.weight[:, split:], bias)
+        if residual is None:
+            return y
+        return ops.bias_residual(y, self.bias if add_bias else None, residual, backend=self.backend)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """nn.GroupNorm with conditioning and activation, see `ops.group_norm_silu`. activation: "silu" or None."""
+
+    backend = "reference"
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, activation: str | None = "silu"):
+        super().__init__(num_groups, num_channels, eps)
+        self.activation = activation
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        pre_bias: Tensor | None = None,
+    ) -> Tensor:
+        """``act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift)``: x (N, C1, H, W), scale and shift (N, C), pre_bias (C,)."""
+        return ops.group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            scale=scale,
+            shift=shift,
+            skip=skip,
+            pre_bias=pre_bias,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+
+PLAIN = (Convolution, nn.Conv2d, nn.Linear)

@@ -1,0 +1,136 @@
+"""Whether a network is still what a runtime prepared, and what of the user's stands in it."""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..ops import library
+
+# Of a tensor's bytes, all are looked at up to WHOLE, else SAMPLES words of 8 bytes at equal distances.
+WHOLE, SAMPLES = 2048, 16
+STANDARD = frozenset(nn.Module().__dict__)  # what every module has
+REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_version = operator.attrgetter("_version")
+_forward = operator.attrgetter("forward")
+
+
+class Watch:
+    """Tells a change of networks since it was made: cheap enough to be asked before every call.
+
+    Seen: other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or hooks; a patched
+    ``forward``; every write that torch counts. Of writes that it does not count (through ``.data`` or numpy, on a CPU): any change of a
+    tensor of up to `WHOLE` bytes, and a change at one of `SAMPLES` places of a larger one. `coalescer_fast.refresh` is for the others.
+    """
+
+    def __init__(self, *networks: nn.Module):
+        self.networks = networks
+        modules = [module for network in networks for module in network.modules()]
+        self._modules = modules
+        registries = [module.__dict__[name] for module in modules for name in REGISTRIES]
+        self._empty = [each for each in registries if not each]
+        self._filled = [each for each in registries if each]
+        self._attributes = [module.__dict__ for module in modules] + [each for module in modules for each in _containers(module)]
+        self._tensors = [t for network in networks for t in chain(network.parameters(), network.buffers())]
+        # inference tensors count no writes
+        self._counting = [t for t in self._tensors if not t.is_inference()]
+        self._types = list({type(module): None for module in modules})
+        self._seen_attributes = [each.copy() for each in self._attributes]
+        self._seen = self._state()
+        self._content = _Content(self._tensors)
+
+    def _state(self) -> list[list[Any]]:
+        """All but attributes and content, as lists that are fast to make and to compare."""
+        return [
+            list(chain.from_iterable(map(dict.values, self._filled))),
+            list(map(type, self._modules)),
+            list(map(_forward, self._types)),
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(_version, self._counting)),
+        ]
+
+    def changed(self, *networks: nn.Module) -> bool:
+        """Whether ``networks`` are others than those it was made of, or have changed since."""
+        if len(networks) != len(self.networks) or any(map(operator.is_not, networks, self.networks)) or any(self._empty):
+            return True
+        try:
+            # what is the same object is equal without being compared
+            if not all(map(operator.eq, self._attributes, self._seen_attributes)) or self._state() != self._seen:
+                return True
+        except Exception:  # of tensors, arrays and other objects that do not compare to a truth value
+            return True
+        return self._content.changed()  # last, for it reads where the tensors were
+
+
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """Dicts and lists among a module's own attributes, such as an adapter's scales."""
+    return (value for name, value in module.__dict__.items() if name not in STANDARD and type(value) in (dict, list, set))
+
+
+class _Content:
+    """What lies in tensors on the CPU, by a hash of parts of it."""
+
+    def __init__(self, tensors: list[Tensor]):
+        spans = [(t.data_ptr(), _extent(t)) for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel()]
+        self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
+        self.seen = self.hash()
+
+    def changed(self) -> bool:
+        return self.hash() != self.seen
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    return (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) + 1) * t.element_size()
+
+
+def _native_hash(spans: list[tuple[int, int]]) -> Callable[[], int]:
+    call, result = library.function("cf_cpu_fingerprint"), ctypes.c_uint64()
+    table = (ctypes.c_int64 * (2 * len(spans)))(*chain.from_iterable(spans))
+    packed = (ctypes.c_int64 * 5)(ctypes.addressof(table), len(spans), WHOLE, SAMPLES, ctypes.addressof(result))
+    arguments = bytes(packed)
+
+    def run(kept: object = table) -> int:
+        call(arguments)
+        return result.value
+
+    return run
+
+
+def _plain_hash(spans: list[tuple[int, int]]) -> int:
+    """Where there is no native library: the same places, slowly."""
+    words = []
+    for address, size in spans:
+        if size <= WHOLE or size < 8 * SAMPLES:
+            words.append(ctypes.string_at(address, size))
+        else:
+            count = size // 8
+            words += [ctypes.string_at(address + 8 * (k * (count - 1) // (SAMPLES - 1)), 8) for k in range(SAMPLES)]
+    return hash(b"".join(words))
+
+
+def foreign(network: nn.Module) -> str:
+    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading has."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "there are hooks of all modules"
+    for name, module in network.named_modules():
+        where = name or type(module).__name__
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{where} has a forward hook"
+        if "forward" in module.__dict__:
+            return f"the forward of {where} is patched"
+    return ""
+
+
+def check_finite(network: nn.Module, name: str) -> None:
+    """Raise ValueError if a floating-point parameter or buffer holds a number that is not finite."""
+    for key, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}.{key} holds numbers that are not finite: load weights that are")
