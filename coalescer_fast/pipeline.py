@@ -242,7 +242,9 @@ class CoalescerPipeline(DiffusionPipeline):
         The choice is ``Phi(sqrt(C h w) mean(R))``, uniform on (0, 1) for a normal R: it depends neither on a sample's neighbours nor
         on the device or backend.
         """
-        means = sample.detach().cpu().double().flatten(1).mean(1) * math.sqrt(sample[0].numel())
+        rows = sample.detach().cpu().double().flatten(1).numpy()
+        # row by row: torch's mean depends, in its last bit, on the number of rows and of threads
+        means = torch.tensor([row.mean() for row in rows], dtype=torch.float64) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
     def _networks(self) -> CoalescerPipeline | Runtime:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from tokenizers import BertWordPieceTokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MOST_NEAREST = 4096  # texts whose nearest name is remembered
 
 
 class DescriptionEncoder(ModelMixin, ConfigMixin):
@@ -43,7 +43,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.register_buffer("table", torch.zeros(vocab_size, dim, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(dim, dtype=torch.float32))
         self.register_buffer("vocab", torch.zeros(vocab_bytes, dtype=torch.uint8))
         self.register_buffer("names", torch.zeros(names_bytes, dtype=torch.uint8))
         self.register_buffer("name_styles", torch.zeros(num_names, len(styles), dtype=torch.uint8))
@@ -72,24 +72,29 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             encoder.name_styles.copy_(torch.from_numpy(np.asarray(name_styles) != 0))
         return encoder
 
-    @cached_property
+    @property
     def tokenizer(self) -> BertWordPieceTokenizer:
-        tokens = bytes(self.vocab.cpu().numpy()).decode("utf-8").split("\n")
-        return BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
+        return self._derived.tokenizer
 
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for token in SPECIAL_TOKENS if (i := self.tokenizer.token_to_id(token)) is not None)
+    @property
+    def _derived(self) -> _Derived:
+        """What is made of the buffers, anew after a change of them."""
+        state = tuple((b.data_ptr(), 0 if b.is_inference() else b._version) for b in self._buffers.values() if b is not None)
+        found = self.__dict__.get("_found")
+        if found is None or found.state != state:
+            found = self._found = _Derived(self, state)
+        return found
 
     def token_ids(self, text: str) -> list[int]:
         """WordPiece ids of a description; commas and semicolons only separate, unknown pieces are left out."""
         ids = self.tokenizer.encode(re.sub("[,;]", " ", text), add_special_tokens=False).ids
-        return [i for i in ids if i not in self._special_ids]
+        return [i for i in ids if i not in self._derived.special_ids]
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Description vectors (N, D), float32, of RMS 1 or 0."""
-        pooled = torch.stack([self.token_sum(text) for text in descriptions])
-        return pooled / pooled.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+        # one by one: a vector's bits do not depend on the others
+        sums = [self.token_sum(text) for text in descriptions]
+        return torch.stack([s / s.square().mean().sqrt().clamp_min(1e-6) for s in sums])
 
     def token_sum(self, text: str) -> torch.Tensor:
         """The sum of the rows of a text's tokens, (D,): what `forward` scales; sums of phrases add up to that of the whole."""
@@ -100,7 +105,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
         A description without tokens attends to one row of zeros.
         """
-        rows = torch.zeros(len(descriptions), max_length, self.config.dim, device=self.table.device)
+        rows = torch.zeros(len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device)
         mask = torch.zeros(len(descriptions), max_length, dtype=torch.bool, device=self.table.device)
         for n, text in enumerate(descriptions):
             ids = self.token_ids(text)[:max_length]
@@ -123,10 +128,16 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def styles_of(self, description: str) -> list[str]:
         """The styles that exist for the known name nearest to the description (largest cosine); all styles if no name is known."""
-        styles = list(self.config.styles)
+        styles, derived = list(self.config.styles), self._derived
         if not self.config.num_names:
             return styles
-        nearest = int((self._name_vectors @ self([description])[0].cpu()).argmax())
+        if (nearest := derived.nearest.get(description)) is None:
+            if len(derived.nearest) >= MOST_NEAREST:
+                derived.nearest.clear()
+            vectors = derived.name_vectors(self)
+            # not a matrix product, whose bits depend on the number of threads
+            cosines = (vectors * self([description])[0].cpu().numpy()).sum(1)
+            nearest = derived.nearest[description] = int(cosines.argmax())
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
@@ -142,6 +153,20 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             out.append(text)
         return out
 
-    @cached_property
-    def _name_vectors(self) -> torch.Tensor:
-        return self(self.known_names).cpu()
+
+class _Derived:
+    """Of an encoder's buffers in a certain state: the tokenizer, its special tokens, and which known name is nearest to which text."""
+
+    def __init__(self, encoder: DescriptionEncoder, state: tuple[tuple[int, int], ...]):
+        self.state = state
+        tokens = bytes(encoder.vocab.cpu().numpy()).decode("utf-8").split("\n")
+        self.tokenizer = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
+        ids = (self.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
+        self.special_ids = frozenset(i for i in ids if i is not None)
+        self.nearest: dict[str, int] = {}
+        self._vectors: np.ndarray | None = None
+
+    def name_vectors(self, encoder: DescriptionEncoder) -> np.ndarray:
+        if self._vectors is None:
+            self._vectors = encoder(encoder.known_names).cpu().numpy()
+        return self._vectors

@@ -128,7 +128,7 @@ class AnchorMLP(nn.Module):
     def __init__(self, description_dim: int, hidden_dim: int, latent_channels: int, sample_size: int):
         super().__init__()
         self.shape = (latent_channels, sample_size, sample_size)
-        self.null = nn.Parameter(torch.zeros(description_dim))
+        self.null = nn.Parameter(torch.zeros(description_dim, dtype=torch.get_default_dtype()))
         self.linear_in = nn.Linear(description_dim, hidden_dim)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(2))
         self.linears = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(2))
@@ -292,7 +292,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             return ResidualBlock(width_in, width_out, embedding_dim, groups)
 
         self.anchor_mlp = AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
-        self.null = nn.Parameter(torch.zeros(description_dim))
+        self.null = nn.Parameter(torch.zeros(description_dim, dtype=torch.get_default_dtype()))
         self.embedding = nn.Sequential(nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
         self.conv_in = Convolution(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
 

@@ -115,12 +115,9 @@ class CpuRuntime(OfPipeline):
         """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L)."""
         described = tuple(x.float() if x.is_floating_point() else x for x in described)
         vectors, *rest = described
-        layout: list[Conditioning] = []
 
         def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-            rows = [recorder.given(t) for t in rest[:1]]
-            layout.append(unet.condition(recorder.given(vectors), *rows))
-            return layout[0].tensors()
+            return unet.condition(*map(recorder.given, (vectors, *rest[:1]))).tensors()
 
         with self.lock, torch.no_grad():
             results = self._run("conditioning", vectors, tuple(rest[:1]), described, run, torch.float32)

@@ -133,6 +133,8 @@ Program apart(int64_t kind, bool large) {
     if (kind == 3) group_norm_image(p, p.image(n, height, width, channels, dtype, 0, false, false), draw(0, 1), draw(0, 1));
     if (kind == 4) layer_norm(p, p.image(n, 1, width, channels, dtype, 0, false, false));
     if (kind == 5) gate(p, p.image(n, 1, width, 2 * channels, dtype, 0, false, false));
+    if (kind == 6) pointwise(p, p.image(n, 1, width, channels, dtype, 0, false, false));
+    if (kind == 7) replace_zero_rows(p, p.image(n, 1, width, channels, CF_FLOAT32, 0, false, false));
     return p;
 }
 
@@ -144,7 +146,7 @@ void require_refused(const cf_program_args& args) {
 
 void refuse_programs() {
     const cf_layer_norm_args nothing{};
-    for (const cf_step& step : {cf_step{7, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}}) require_refused({&step, 1, 2});
+    for (const cf_step& step : {cf_step{CF_REPLACE_ZERO_ROWS + 1, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}}) require_refused({&step, 1, 2});
     require_refused({nullptr, 0, 0});
     require_refused({nullptr, -1, 1});
     require_refused({nullptr, 1, 1});
@@ -158,8 +160,9 @@ void one_round(bool large) {
     run("coalesce_step", cf_cpu_coalesce_step, coalesce_step(n, channels * spatial, dtype));
     const int64_t cz = draw(1, 9), height = draw(1, large ? 70 : 9), width = draw(1, 11);
     run("dual_head", cf_cpu_dual_head, dual_head(n, channels, cz, height, width, dtype));
-    for (int64_t kind = 0; kind < 6; kind += 2) run(apart(kind, large), apart(kind + 1, large));
+    for (int64_t kind = 0; kind < 8; kind += 2) run(apart(kind, large), apart(kind + 1, large));
     run(chain(1, large), chain(draw(2, 9), false));
+    fingerprints();
 }
 
 }  // namespace

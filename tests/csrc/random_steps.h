@@ -504,6 +504,96 @@ Image gate(Program& p, const Image& x) {
     return y;
 }
 
+// Of all elements of x, dense, with another image of its shape added or not.
+Image pointwise(Program& p, const Image& x) {
+    const int64_t dtype = x.image.dtype, function = draw(CF_IDENTITY, CF_TANH);
+    const Image y = p.image(x.n, x.height, x.width, x.channels, dtype, 0, false, true);
+    const Image added = p.image(x.n, x.height, x.width, x.channels, dtype, 0, false, false);
+    cf_pointwise_args a{};
+    a.x = x.image.data, a.y = y.image.data, a.residual = draw(0, 1) && x.n ? added.image.data : nullptr;
+    a.dtype = dtype, a.count = x.n * x.height * x.width * x.channels, a.function = function;
+    const auto number = [] { return static_cast<double>(draw(-64, 64)) / 32; };  // exact in float
+    a.x_scale = number(), a.x_shift = number(), a.y_scale = number(), a.y_shift = number();
+    p.add(CF_POINTWISE, a);
+    p.checks.push_back([=] {
+        y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
+            const double product = x.number(i, r, q, c) * a.x_scale, v = product + a.x_shift;
+            const double f = function == CF_SILU ? v / (1 + exp(-v)) : (function == CF_TANH ? tanh(v) : v);
+            const double other = a.residual ? added.number(i, r, q, c) : 0, exact = f * a.y_scale + a.y_shift + other;
+            // no function is steeper than 1.1
+            const double error = 0x1p-22 * (1.1 * (fabs(product) + fabs(a.x_shift)) + fabs(f) + 0.1) * fabs(a.y_scale);
+            require_near("pointwise", y.number(i, r, q, c), exact, error + 0x1p-23 * (fabs(f * a.y_scale) + fabs(a.y_shift)), dtype);
+        });
+    });
+    const auto refuse = [&](const char* what, void (*change)(cf_pointwise_args&)) { p.refuse(what, CF_POINTWISE, a, change); };
+    refuse("dtype", [](cf_pointwise_args& w) { w.dtype = CF_FLOAT16; });
+    refuse("count", [](cf_pointwise_args& w) { w.count = -1; });
+    refuse("function", [](cf_pointwise_args& w) { w.function = CF_TANH + 1; });
+    refuse("a function below 0", [](cf_pointwise_args& w) { w.function = -1; });
+    refuse("no x", [](cf_pointwise_args& w) { w.count = 1, w.x = nullptr; });
+    return y;
+}
+
+// Rows of x, dense and float32, some of which are made zero.
+Image replace_zero_rows(Program& p, const Image& x) {
+    const Image y = p.image(x.n, x.height, x.width, x.channels, CF_FLOAT32, 0, false, true);
+    cf_replace_zero_rows_args a{};
+    a.x = reinterpret_cast<const float*>(x.image.data), a.y = reinterpret_cast<float*>(y.image.data), a.row = p.floats(x.channels);
+    a.rows = x.n * x.height * x.width, a.channels = x.channels;
+    for (int64_t r = 0; r < a.rows; ++r)
+        if (draw(0, 1)) memset(static_cast<char*>(x.image.data) + r * x.pixel(), 0, static_cast<size_t>(x.pixel()));
+    p.add(CF_REPLACE_ZERO_ROWS, a);
+    p.checks.push_back([=] {
+        y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
+            bool zero = true;
+            for (int64_t o = 0; o < x.channels; ++o) zero = zero && x.number(i, r, q, o) == 0;
+            require_near("replace_zero_rows", y.number(i, r, q, c), zero ? a.row[c] : x.number(i, r, q, c), 0, CF_FLOAT32);
+        });
+    });
+    const auto refuse = [&](const char* what, void (*change)(cf_replace_zero_rows_args&)) {
+        p.refuse(what, CF_REPLACE_ZERO_ROWS, a, change);
+    };
+    refuse("rows", [](cf_replace_zero_rows_args& w) { w.rows = -1; });
+    refuse("channels", [](cf_replace_zero_rows_args& w) { w.channels = 0; });
+    refuse("no row", [](cf_replace_zero_rows_args& w) { w.row = nullptr; });
+    refuse("no y", [](cf_replace_zero_rows_args& w) { w.rows = 1, w.y = nullptr; });
+    return y;
+}
+
+// A fingerprint is that of the places that the interface says, and of no byte beside them.
+void fingerprints() {
+    const int64_t whole = draw(0, 90), samples = draw(2, 9), count = draw(0, 3);
+    std::vector<std::vector<char>> data;
+    std::vector<cf_span> spans;
+    for (int64_t i = 0; i < count; ++i) {
+        data.emplace_back(static_cast<size_t>(draw(0, 400)));
+        for (char& byte : data.back()) byte = static_cast<char>(draw(0, 255));
+    }
+    for (const auto& each : data) spans.push_back({each.data(), static_cast<int64_t>(each.size())});
+    uint64_t before = 0, after = 0;
+    const auto run = [&](uint64_t* hash) {
+        const cf_fingerprint_args a{spans.data(), count, whole, samples, hash};
+        if (cf_cpu_fingerprint(&a) != CF_OK) printf("fingerprint: refused\n"), exit(1);
+    };
+    run(&before);
+    for (auto& each : data)
+        for (size_t k = 0; k < each.size(); ++k) {
+            const int64_t size = static_cast<int64_t>(each.size()), words = size / 8, word = static_cast<int64_t>(k) / 8;
+            bool seen = size <= whole || words < samples || word >= words;
+            for (int64_t i = 0; i < samples && !seen; ++i) seen = word == i * (words - 1) / (samples - 1);
+            each[k] = static_cast<char>(each[k] ^ 0x40);
+            run(&after);
+            each[k] = static_cast<char>(each[k] ^ 0x40);
+            if (seen == (before != after)) continue;
+            printf("fingerprint: byte %d of %d is %s\n", static_cast<int>(k), static_cast<int>(size), seen ? "not seen" : "seen");
+            exit(1);
+        }
+    const cf_span none{nullptr, 1};
+    for (const cf_fingerprint_args& wrong : {cf_fingerprint_args{&none, 1, 9, 2, &after}, cf_fingerprint_args{nullptr, 1, 9, 2, &after},
+                                             cf_fingerprint_args{nullptr, 0, 9, 1, &after}, cf_fingerprint_args{nullptr, 0, 9, 2, nullptr}})
+        if (cf_cpu_fingerprint(&wrong) != CF_INVALID_ARGUMENT) printf("fingerprint: taken\n"), exit(1);
+}
+
 // The op as a step has the op's results.
 void dual_head_step(Program& p, int64_t n, int64_t dtype) {
     auto call = std::make_shared<Call<cf_dual_head_args>>(dual_head(n, draw(1, 40), draw(1, 9), draw(1, 9), draw(1, 11), dtype));
@@ -536,8 +626,9 @@ Image any_step(Program& p, const Image& x) {
     if (products && x.image.border && draw(0, 2)) return convolution(p, x, 9, border);
     if (products && draw(0, 3) == 0) return convolution(p, x, 1, border);
     if (dtype != CF_UINT8 && x.dense()) {
-        const int64_t kind = draw(0, 4);
+        const int64_t kind = draw(0, 6);
         if (kind == 0) return layer_norm(p, x);
+        if (kind > 4) return pointwise(p, x);
         if (kind == 1 && x.channels % 2 == 0) return gate(p, x);
         const bool three = multiplies(dtype) && x.channels % (3 * lanes) == 0 && x.height * x.width < 50;
         if (kind == 2 && three) return attention(p, &x, x.n, dtype);

@@ -12,7 +12,7 @@ from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.packed import Range, Weights
 from coalescer_fast.runtime.program import Program
-from coalescer_fast.runtime.recorder import Hollow, Recorder, record
+from coalescer_fast.runtime.recorder import CONVOLUTION, POINTWISE, Hollow, Recorder, record
 
 from ..ops.test_native import available
 
@@ -194,6 +194,57 @@ def test_transformer(able):
         made.run()
         exact = network.double()(x.double(), k.double(), v.double(), mask)
     assert_near(made.outputs[0], exact, 1e-5 if able == torch.float32 else 0.04)
+
+
+class Functions(nn.Module):
+    """Clamped, then a convolution whose activation is added to, scaled and shifted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.tanh(x / 3) * 3
+        return (F.silu(self.conv(x)) + x).mul(2).sub(1)
+
+
+def test_functions(able):
+    network, x = rounded(seeded(Functions()), able), 3 * randn(2, 6, 5, 7)
+    (y,) = results(network, x, dtype=able)
+    # the clamped image is rounded to the dtype, once
+    assert_near(y, network.double()(x.double()), 3e-6 if able == torch.float32 else 0.01)
+
+
+def test_scales_and_shifts_are_part_of_a_function(able):
+    network = Functions()
+    kinds = [step.kind for step in record(Hollow(network), lambda twin, r: [twin(r.given(randn(2, 6, 5, 7), images=True))])[0].steps]
+    assert kinds == [POINTWISE, POINTWISE, CONVOLUTION, POINTWISE, POINTWISE]
+
+
+@pytest.mark.parametrize("anchor", ["mlp", None])
+@pytest.mark.parametrize("isa", available())
+def test_conditioning(isa, anchor):
+    """All of it in float32, a description alone as among others, an empty one among them."""
+    network = seeded(
+        CoalescerUNet(sample_size=4, latent_channels=6, anchor=anchor, anchor_hidden_dim=16, **SMALL, cross_attention_dim=9)
+    )
+    descriptions, rows = randn(3, 12, seed=3), randn(3, 7, 9, seed=4)
+    descriptions[1] = 0
+
+    def call(twin, *given):
+        return tuple(twin.condition(*given).tensors())
+
+    best = library.isa()
+    library.set_isa(isa)
+    try:
+        made = results(network, descriptions, rows, dtype=torch.float32, call=call)
+        alone = results(network, descriptions[1:2], rows[1:2], dtype=torch.float32, call=call, threads=1)
+    finally:
+        library.set_isa(best)
+    assert all(torch.equal(y[1:2], one) for y, one in zip(made, alone))
+    with torch.no_grad():
+        for y, exact in zip(made, network.double().condition(descriptions.double(), rows.double()).tensors(), strict=True):
+            assert_near(y, exact, 1e-5)
 
 
 SMALL = dict(block_out_channels=(24, 40), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2)
