@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from . import ops
     from .acceleration import accelerate, explain, refresh, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
-    from .parity import verify
+    from .parity import receipt, verify
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
 
@@ -27,6 +27,7 @@ __all__ = [
     "accelerate",
     "explain",
     "ops",
+    "receipt",
     "refresh",
     "restore",
     "verify",
@@ -42,6 +43,7 @@ _MODULES = {
     "accelerate": ".acceleration",
     "explain": ".acceleration",
     "ops": ".ops",
+    "receipt": ".parity",
     "refresh": ".acceleration",
     "restore": ".acceleration",
     "verify": ".parity",

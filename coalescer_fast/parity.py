@@ -1,20 +1,29 @@
-"""Whether an accelerated pipeline draws what its own float32 reference draws: `verify`."""
+"""Whether an accelerated pipeline draws what its own float32 reference draws, `verify`, and what another machine draws, `receipt`."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .models.unet import Conditioning
+from .ops import library
 from .ops.dispatch import BACKENDS
+from .runtime.artefact import Schedule, network_sha256
 from .runtime.base import precision
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .pipeline import CoalescerPipeline
 
 NUM_PROMPTS = 16
 BATCH_SIZE = 4  # pictures drawn at a time
@@ -52,12 +61,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures."""
+    """What `verify` found.
+
+    runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures; receipt: of the accelerated
+    pictures, see `receipt`.
+    """
 
     runtime: str
     dtype: str
     pictures: int
     rows: tuple[Row, ...]
+    receipt: Mapping[str, Any]
 
     @property
     def passed(self) -> bool:
@@ -66,7 +80,8 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity and no NaN: such a value is the string "inf" or "nan"."""
         rows = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()} for row in self.rows]
-        return {"runtime": self.runtime, "dtype": self.dtype, "pictures": self.pictures, "passed": self.passed, "rows": rows}
+        found = {"runtime": self.runtime, "dtype": self.dtype, "pictures": self.pictures, "passed": self.passed}
+        return {**found, "rows": rows, "receipt": dict(self.receipt)}
 
     def __str__(self) -> str:
         cells = [("what", "value", "limit", "")]
@@ -77,7 +92,9 @@ class Verification:
         lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
         count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
         subject = f"{self.runtime} in {self.dtype} against the float32 reference, {self.pictures} picture{'s' * (self.pictures != 1)}"
-        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {count} figures hold, {subject}"])
+        where = self.receipt["instruction_set"] or "no native kernels"
+        drawn = f"pixels: SHA-256 {self.receipt['pixels'][:16]}..., {where}"
+        return "\n".join([*lines, drawn, f"{'PASS' if self.passed else 'FAIL'}: {count} figures hold, {subject}"])
 
 
 def number(value: float) -> str:
@@ -144,7 +161,7 @@ def verify(
             batches.append(_compare(pipe, runtime, texts[part], noise[part]))
             bar.update()
     # of each step: (figures of its pictures), joined over the batches
-    for i, step in enumerate(zip(*(steps for steps, _ in batches))):
+    for i, step in enumerate(zip(*(steps for steps, _, _ in batches))):
         direction, cosine, distance, latents = (torch.cat(figures) for figures in zip(*step))
         rows += [
             finite(f"step {i + 1}: direction, relative L2 error", _pooled(direction)),
@@ -152,12 +169,58 @@ def verify(
             at_most(f"step {i + 1}: distance, relative error", float(distance.max()), limits.distance_error),
             finite(f"step {i + 1}: latents, relative L2 error", _pooled(latents)),
         ]
-    psnr = torch.cat([each for _, each in batches])
+    psnr = torch.cat([each for _, each, _ in batches])
     rows += [
         at_least("pictures: PSNR, median", float(psnr.median()), limits.psnr_median, " dB"),
         at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
     ]
-    return Verification(str(runtime.name), precision(runtime), len(texts), tuple(rows))
+    pictures = torch.cat([each for _, _, each in batches])
+    return Verification(str(runtime.name), precision(runtime), len(texts), tuple(rows), receipt(pipe, texts, noise, pictures))
+
+
+def receipt(
+    pipe: CoalescerPipeline,
+    prompts: Sequence[str],
+    latents: Tensor,
+    images: Tensor | Sequence[Image],
+    num_inference_steps: int = 2,
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
+    """Hashes of all that decides the bits of pictures, and of the pictures: two machines with the same receipt have drawn the same.
+
+    Where two receipts differ, the first field that differs says why. With backend "cpu", the fields before ``pixels`` decide it.
+
+    Args:
+        pipe: what drew them.
+        prompts: one a picture.
+        latents: the noise that the call was given, (N, C, h, w).
+        images: what it gave: (N, 3, H, W) in [0, 1], or PIL pictures.
+        num_inference_steps, guidance_scale: of the call.
+
+    Returns: a dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32), and ``pixels`` (8-bit
+    RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``, ``schedule``, ``runtime``, ``dtype``,
+    ``instruction_set`` (None where no native kernel runs) as they are.
+    """
+    if isinstance(images, Tensor):  # rounded as PIL pictures are
+        images = images.detach().cpu().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pictures = [each.numpy().tobytes() for each in images.contiguous()]
+    else:
+        pictures = [picture.convert("RGB").tobytes() for picture in images]
+    runtime, scheduler = pipe.runtime, copy.copy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    scale = scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
+    networks = {name: getattr(pipe, name) for name in ("unet", "description_encoder", "vae")}
+    return {
+        "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},
+        "prompts": list(prompts),
+        "noise": hashlib.sha256(latents.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest(),
+        "schedule": str(Schedule.of(scheduler, scale)),
+        "runtime": "reference" if runtime is None else str(runtime.name),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch.") if runtime is None else precision(runtime),
+        "instruction_set": None if runtime is None or library.unavailable() else library.isa(),
+        "pixels": hashlib.sha256(b"".join(pictures)).hexdigest(),
+        "pictures": [hashlib.sha256(each).hexdigest() for each in pictures],
+    }
 
 
 def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> Budget:
@@ -182,9 +245,11 @@ def descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
     return [names[i] for i in torch.randperm(len(names), generator=generator)[:wanted].tolist()]
 
 
-def _compare(pipe: Any, runtime: Any, texts: list[str], noise: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor]:
+def _compare(
+    pipe: Any, runtime: Any, texts: list[str], noise: Tensor
+) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor, Tensor]:
     """Of every step: squared relative L2 error of the direction, cosine, relative error of the distance, squared relative L2 error of the
-    latents, each (N,); and the pictures' PSNR (N,). All float64 on the CPU."""
+    latents, each (N,); the pictures' PSNR (N,), all float64 on the CPU; and the pictures."""
     with _reference(pipe):
         expected_path, expected = _walk(pipe, texts, noise), _draw(pipe, texts, noise)
     # the pictures come from a call without a callback: what users make
@@ -205,7 +270,7 @@ def _compare(pipe: Any, runtime: Any, texts: list[str], noise: Tensor) -> tuple[
         cosine = torch.where(off == 0, 1.0, cosine)
         steps.append((off, cosine, (distance / expected_distance - 1).abs(), _relative(_exact(end), _exact(expected_end))))
     psnr = -10 * (_exact(drawn) - _exact(expected)).square().mean(1).log10()
-    return steps, psnr
+    return steps, psnr, drawn
 
 
 def _walk(pipe: Any, texts: list[str], noise: Tensor) -> list[Tensor]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import coalescer_fast
+import coalescer_fast as cf
 from coalescer_fast import CoalescerPipeline, accelerate, ops, verify
-from coalescer_fast.ops import dispatch
+from coalescer_fast.ops import dispatch, library
 from coalescer_fast.parity import Budget, Verification, at_least
 
 from .test_pipeline import FREE, tiny_pipeline
@@ -279,10 +280,12 @@ def test_a_model_that_knows_no_names(monkeypatch):
 
 def test_the_table():
     rows = (at_least("a", 0.99951, 0.999), at_least("pictures: PSNR, median", 12.3456, 35.0, " dB"))
-    assert str(Verification("cpu", "bfloat16", 1, rows)).splitlines() == [
+    receipt = {"pixels": "0123456789abcdef" * 4, "instruction_set": "avx2"}
+    assert str(Verification("cpu", "bfloat16", 1, rows, receipt)).splitlines() == [
         "what                      value       limit",
         "a                       0.99951  >= 0.99900  PASS",
         "pictures: PSNR, median  12.3 dB    >= 35 dB  FAIL",
+        "pixels: SHA-256 0123456789abcdef..., avx2",
         "FAIL: 1 of 2 figures hold, cpu in bfloat16 against the float32 reference, 1 picture",
     ]
 
@@ -296,3 +299,47 @@ def test_the_embedded_model(dtype):
     assert (result.runtime, result.dtype, result.pictures) == ("cpu", dtype, 4)
     low, high = {"float32": (90, 170), "bfloat16": (40, 70)}[dtype]
     assert low < figure(result, "pictures: PSNR, minimum") < high
+
+
+def test_a_receipt_says_whether_two_machines_drew_the_same():
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    names, noise = ["octopus", "owl"], torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def receipt(**call):
+        return cf.receipt(pipe, names, noise, pipe(names, latents=noise, **call).images, **call)
+
+    reference = receipt()
+    assert (reference["runtime"], reference["dtype"], reference["instruction_set"]) == ("reference", "float32", None)
+    tensors = pipe(names, latents=noise, output_type="pt").images
+    assert cf.receipt(pipe, names, noise, tensors) == reference == json.loads(json.dumps(reference))
+    cf.accelerate(pipe, dtype="float32")
+    first = receipt()
+    assert first["instruction_set"] == (None if library.unavailable() else library.isa())
+    assert receipt() == first
+    assert {name for name in first if first[name] != reference[name]} >= {"runtime"}
+    assert {name for name in first if receipt(num_inference_steps=3)[name] != first[name]} == {"schedule", "pixels", "pictures"}
+    noise[1] *= -1
+    other = receipt()
+    assert {name for name in first if other[name] != first[name]} == {"noise", "pixels", "pictures"}
+    assert other["pictures"][0] == first["pictures"][0] != other["pictures"][1]
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0] += 1
+    changed = receipt()
+    assert {name for name, digest in changed["weights"].items() if digest != first["weights"][name]} == {"unet"}
+    names[0] = "pizza"
+    assert receipt()["prompts"] == ["pizza", "owl"]
+
+
+def test_verify_has_a_receipt_of_the_accelerated_pictures():
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    result = verify(cf.accelerate(pipe), 5, seed=3)
+    assert len(result.receipt["prompts"]) == len(result.receipt["pictures"]) == 5
+    noise = torch.Generator().manual_seed(3)
+    torch.randperm(len(pipe.description_encoder.known_names), generator=noise)
+    latents = torch.randn(5, 16, 8, 8, generator=noise)
+    prompts = result.receipt["prompts"]
+    assert result.receipt == cf.receipt(pipe, prompts, latents, pipe(prompts, latents=latents).images)
+    assert result.receipt["pixels"][:16] in str(result)
+    assert result.to_dict()["receipt"] == result.receipt
