@@ -1,0 +1,86 @@
+"""Batches of the embedded model, at random: every picture has the bits that it has alone, in a process of its own.
+
+    python -m tests.fuzzing.batches --count 300 --seed 1 --csv FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import coalescer_fast as cf
+from coalescer_fast.runtime.cpu import no_programs
+
+from .configurations import write
+
+DTYPES = ("float32", "bfloat16", "int8")
+PROMPTS = ("octopus", "owl, 3d style", "red heart", "", "fire truck", "xyzzy", "two people", "slug, garden, noto style")
+CALLS: tuple[dict[str, Any], ...] = ({}, {"guidance_scale": 1.0}, {"num_inference_steps": 3}, {"num_inference_steps": 1})
+
+
+def able(dtype: str) -> bool:
+    return not no_programs(torch.uint8 if dtype == "int8" else getattr(torch, dtype))
+
+
+def load(dtype: str, threads: int) -> cf.CoalescerPipeline:
+    torch.set_num_threads(threads)
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    return cf.accelerate(pipe, dtype=dtype)
+
+
+def draw(pipe: cf.CoalescerPipeline, pictures: list[int], call: int) -> list[str]:
+    """SHA-256 of each of these pictures, drawn in one batch: a picture's number decides its prompt and its noise."""
+    noise = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float32) for n in pictures])
+    prompts = [PROMPTS[n % len(PROMPTS)] for n in pictures]
+    images = pipe(prompts, latents=noise, output_type="pt", **CALLS[call]).images
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
+
+
+def alone(dtype: str, picture: int, call: int, threads: int) -> str:
+    """What a new process draws."""
+    words = [sys.executable, "-m", __spec__.name, "--alone", dtype, str(picture), str(call), str(threads)]
+    return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout.strip()
+
+
+def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, Any]]:
+    """A row for each of ``count`` batches of each dtype, of ``pictures`` different ones. Raises AssertionError for another bit."""
+    rows = []
+    for dtype in filter(able, dtypes):
+        rng = random.Random(f"{seed} {dtype}")
+        expected = {(n, n % len(CALLS)): alone(dtype, n, n % len(CALLS), 1 + n % 3) for n in range(pictures)}
+        pipe = load(dtype, 2)
+        for i in range(count):
+            threads, call = rng.randint(1, 3), rng.choice(list(expected))[1]
+            batch = [rng.choice([n for n, c in expected if c == call]) for _ in range(rng.choice((1, 2, 3, 5, 8, 13, 16, 17)))]
+            torch.set_num_threads(threads)
+            found = draw(pipe, batch, call)
+            assert found == [expected[n, call] for n in batch], f"seed {seed}, {dtype}, batch {i}: {batch} with {threads} threads"
+            rows.append({"dtype": dtype, "batch": i, "pictures": len(batch), "threads": threads, "call": str(CALLS[call]), "equal": True})
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="batches of each dtype")
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--alone", nargs=4, metavar=("DTYPE", "PICTURE", "CALL", "THREADS"))
+    args = parser.parse_args()
+    if args.alone:
+        kind, *numbers = args.alone
+        picture, how, count = map(int, numbers)
+        print(draw(load(kind, count), [picture], how)[0])
+    else:
+        made = run(args.count, args.seed, args.pictures)
+        if args.csv:
+            write(args.csv, made)
+        print(f"{len(made)} batches, {sum(row['pictures'] for row in made)} pictures: each has the bits that it has alone in a new process")
