@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Encoding
+
+from .emoji import spell
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# what may follow a word, as WordPiece cuts it off
+ENDINGS = frozenset(("s", "es", "d", "ed", "r", "er", "ing", "y", "ly", "ish"))
+SHORTEST = 3  # letters of a word that others are made of: shorter pieces are found in any jumble of letters
 
 
 class DescriptionEncoder(ModelMixin, ConfigMixin):
@@ -74,17 +79,57 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     @cached_property
     def tokenizer(self) -> BertWordPieceTokenizer:
-        tokens = bytes(self.vocab.cpu().numpy()).decode("utf-8").split("\n")
+        tokens = _lines(self.vocab, "vocab")
+        if self.config.vocab_bytes and len(tokens) != self.config.vocab_size:
+            raise ValueError(f"vocab has {len(tokens)} tokens and table {self.config.vocab_size} rows: load the description encoder anew")
         return BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for token in SPECIAL_TOKENS if (i := self.tokenizer.token_to_id(token)) is not None)
 
+    def _encode(self, text: str) -> Encoding:
+        return self.tokenizer.encode(re.sub("[,;]", " ", spell(text)), add_special_tokens=False)
+
     def token_ids(self, text: str) -> list[int]:
-        """WordPiece ids of a description; commas and semicolons only separate, unknown pieces are left out."""
-        ids = self.tokenizer.encode(re.sub("[,;]", " ", text), add_special_tokens=False).ids
-        return [i for i in ids if i not in self._special_ids]
+        """WordPiece ids of a description.
+
+        Emoji are read as their names, commas and semicolons only separate, unknown pieces are left out.
+        """
+        return [i for i in self._encode(text).ids if i not in self._special_ids]
+
+    def words(self, text: str) -> dict[str, bool]:
+        """The words of a description, in order and as the tokenizer has them, and whether each is known.
+
+        Known is a word of a known name (or its plural), one that is a token, and one made of such words and endings, as "snowboarder".
+        Others come apart into pieces that mean nothing. Punctuation is no word; a symbol that is no token is an unknown one.
+        """
+        encoding, spelled = self._encode(text), spell(text)
+        pieces: dict[int | None, list[tuple[str, int, int]]] = {}
+        for word, token, i, (start, end) in zip(encoding.word_ids, encoding.tokens, encoding.ids, encoding.offsets):
+            if token == "[UNK]" or i not in self._special_ids:
+                pieces.setdefault(word, []).append((token, start, end))
+        found: dict[str, bool] = {}
+        for parts in pieces.values():
+            name, tokens = spelled[parts[0][1] : parts[-1][2]].lower(), [token for token, _, _ in parts]
+            if name not in found and (any(map(str.isalnum, name)) or "[UNK]" in tokens):
+                found[name] = self._knows(name, tokens)
+        return found
+
+    def _knows(self, word: str, tokens: Sequence[str]) -> bool:
+        if word in self._name_words or word.removesuffix("s") in self._name_words or word.removesuffix("es") in self._name_words:
+            return True
+        first, *rest = [token.removeprefix("##") for token in tokens]
+        if not rest:
+            return first != "[UNK]" and (len(first) > 1 or first in "ai" or not first.isascii() or first.isdecimal())
+        return self._is_word(first) and all(self._is_word(part) or part in ENDINGS for part in rest)
+
+    def _is_word(self, text: str) -> bool:
+        return len(text) >= SHORTEST and self.tokenizer.token_to_id(text) is not None
+
+    @cached_property
+    def _name_words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", "\n".join(self.known_names).lower()))
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Description vectors (N, D), float32, of RMS 1 or 0."""
@@ -115,7 +160,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     @property
     def known_names(self) -> list[str]:
         """The names that the model was trained on, in the order of ``name_styles``."""
-        return bytes(self.names.cpu().numpy()).decode("utf-8").split("\n") if self.config.num_names else []
+        return _lines(self.names, "names") if self.config.num_names else []
 
     def names_style(self, description: str) -> bool:
         """Whether the description says "<word> style" with one of the encoder's style words."""
@@ -145,3 +190,10 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     @cached_property
     def _name_vectors(self) -> torch.Tensor:
         return self(self.known_names).cpu()
+
+
+def _lines(utf8: torch.Tensor, name: str) -> list[str]:
+    try:
+        return bytes(utf8.cpu().numpy()).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text ({error.reason}): load the description encoder anew") from error
