@@ -132,7 +132,7 @@ def test_words_of_a_small_vocabulary():
 def test_a_damaged_vocabulary_is_refused(spoil):
     model = encoder()
     spoil(model.vocab)
-    with pytest.raises(ValueError, match="vocab .*: load the description encoder anew"):
+    with pytest.raises(ValueError, match=r"vocab .*: load the description encoder anew"):
         model(["octopus"])
 
 

@@ -1,0 +1,28 @@
+"""Nothing that is not a number becomes a picture: the checks, each of which says in one sentence where it was found."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; integers never do, and of a tensor without data nothing is known."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # 8-bit floats lack the test
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a weight or buffer of ``module`` is not finite; ``name`` is what the module is called in the sentence."""
+    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if not is_finite(tensor):
+            raise ValueError(f"{name}.{key} holds a number that is not finite: load or train its weights anew")
+
+
+def first_not_finite(batch: Tensor) -> int | None:
+    """The first sample of a batch (N, ...) that is not finite, or None."""
+    bad = ~batch.isfinite().flatten(1).all(1)
+    return int(bad.nonzero()[0]) if bad.any() else None
