@@ -14,7 +14,8 @@ from diffusers.utils import BaseOutput
 from . import ops
 
 MOST_STEPS = 100_000  # of a call: a mistyped count is said at once, not after hours
-_FLOAT32 = torch.finfo(torch.float32)
+LARGEST = 1e6  # of etas, guidance scales and latents: far beyond any use, and far from where squares overflow float32
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -60,8 +61,8 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         if guided_steps not in ("last", "all"):
             raise ValueError(f"guided_steps is {guided_steps!r}; use 'last' or 'all'")
         check_number("guidance_scale", guidance_scale)
-        if not is_number(eps) or eps < _FLOAT32.tiny:
-            raise ValueError(f"eps is {eps!r}; expected a number from {_FLOAT32.tiny:.1e} up")
+        if not is_number(eps) or eps < _TINY:
+            raise ValueError(f"eps is {eps!r}; expected a number from {_TINY:.1e} up")
         etas, modes = _checked_row("", etas, modes)
         if rows is not None:
             rows = {n: _checked_row(f"rows[{n!r}]: ", *row) for n, row in _pairs(rows).items()}
@@ -115,14 +116,14 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, and finite in float32."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _FLOAT32.max
+    """Whether a value is a number, and one to compute with in float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise ValueError for what is no number, or not finite in float32."""
+    """Raise ValueError for what is no number, not finite or absurdly large."""
     if not is_number(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number, in float32 too")
+        raise ValueError(f"{name} is {value!r}; expected a finite number, of at most {LARGEST:g} in size")
 
 
 def _checked_row(where: str, etas: Any, modes: Any) -> tuple[list[float], list[str]]:
