@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from .models.unet import Conditioning
 from .ops.dispatch import BACKENDS
+from .prompts import check_count, check_texts
 from .runtime.base import precision
 
 NUM_PROMPTS = 16
@@ -131,7 +132,8 @@ def verify(
         raise ValueError(f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference")
     limits = _limits(budget, runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
-    texts = pipe._check_prompts(descriptions(pipe, prompts, generator), num_images)
+    check_count(num_images)
+    texts = [text for text in check_texts("prompts", descriptions(pipe, prompts, generator)) for _ in range(num_images)]
     noise = pipe._initial_sample(len(texts), None, None, generator, None)
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .finite import is_finite
 from .models.unet import Conditioning
 from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
@@ -67,3 +68,24 @@ def sample(
         moved = scheduler.step(towards, distance, i, sample, return_dict=False, backend=networks.backend)[0]
         sample = moved if on_step is None else on_step(i, sample, direction, distance, moved)
     return sample
+
+
+def first_bad_step(
+    networks: Any,
+    scheduler: CoalescerScheduler,
+    start: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning | None,
+    guidance_scale: float,
+) -> int | None:
+    """The first step of `sample` after which R is not finite, found by going them all again, or None."""
+    call, found = Call(guidance_scale, len(scheduler.timesteps)), []
+
+    def on_step(i: int, before: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        if not is_finite(after):
+            found.append(i)
+            call.interrupt = True
+        return after
+
+    sample(networks, scheduler, start, conditioning, empty, guidance_scale, on_step, call)
+    return found[0] if found else None

@@ -70,7 +70,8 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
                 if n != str(len(row_etas)):
                     raise ValueError(f"rows[{n!r}] has {len(row_etas)} entries; expected {n}")
         # lists, as JSON gives them back
-        self.register_to_config(etas=etas, modes=modes, rows=rows and {n: list(row) for n, row in rows.items()})
+        as_lists = None if rows is None else {n: list(row) for n, row in rows.items()}
+        self.register_to_config(etas=etas, modes=modes, rows=as_lists)
         self.set_timesteps(len(etas))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:

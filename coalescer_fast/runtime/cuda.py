@@ -29,7 +29,7 @@ VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
 
 class Key(NamedTuple):
     """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of the description,
-    0 without cross-attention; pictures: whether it decodes."""
+    0 without cross-attention; pictures: whether it decodes; empties: descriptions that guidance leads away from, one or one a sample."""
 
     batch: int
     size: tuple[int, int]
@@ -39,6 +39,7 @@ class Key(NamedTuple):
     guided: tuple[int, ...]
     pictures: bool
     tokens: tuple[int, int]
+    empties: int
 
     def __str__(self) -> str:
         steps = len(self.etas)
@@ -130,7 +131,9 @@ class CudaRuntime:
         guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
         tokens = tuple(0 if c is None or c.mask is None else c.mask.shape[1] for c in (conditioning, empty))
         batch, _, *size = sample.shape
-        key = Key(batch, tuple(size), scheduler.etas, scheduler.modes, scheduler.config.eps, guided, decode, tokens)  # type: ignore[arg-type]
+        empties = 0 if empty is None else len(empty.film[0][0])
+        schedule = scheduler.etas, scheduler.modes, scheduler.config.eps
+        key = Key(batch, tuple(size), *schedule, guided, decode, tokens, empties)  # type: ignore[arg-type]
 
         def draw(sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor) -> Tensor:
             latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)

@@ -96,10 +96,11 @@ class ExportedRuntime:
         if "generator" in self.runs:
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
-            if decode and wanted == made:
+            negative = empty is not None and bool(empty.description[0].any())  # a generator has the empty description inside
+            if decode and wanted == made and not negative:
                 return 2 * self._run("generator", sample, *conditioning.description)[0] - 1
             if "unet" not in self.runs:
-                asked = f"{wanted}" if decode else "latents"
+                asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
                 raise ValueError(f"{reason}: export that with --steps and --guidance, or --what all, which serves every call")
         latents = sampling.sample(self, scheduler, sample, conditioning, empty, guidance_scale)
