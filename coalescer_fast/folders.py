@@ -187,30 +187,29 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list[Path]) -> None:
     """Compare the tensors in the files with those of an empty network of the configuration; no tensor is read."""
-    found: dict[str, tuple[str, list[int], str]] = {}
+    found: dict[str, tuple[str, list[int], Path]] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a file is no dict)
                     part = file.get_slice(name)
-                    found[name] = part.get_dtype(), part.get_shape(), f"{folder.name}/{path.name}"
+                    found[name] = part.get_dtype(), part.get_shape(), path
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder.name}/{path.name} is damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     _check_sizes(folder, config, found)
     try:
         with torch.device("meta"):
             expected = kind.from_config(config).state_dict()  # type: ignore[attr-defined]
     except Exception as error:  # whatever layers say of sizes that they cannot have
-        raise ValueError(f"{folder.name}/{CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
-    where = ", ".join(f"{folder.name}/{path.name}" for path in files[:1])
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{where} lacks {missing[0]}")
+        raise ValueError(f"{files[0] if len(files) == 1 else folder} lacks {missing[0]}")
     if extra := sorted(found.keys() - expected.keys()):
         raise ValueError(f"{found[extra[0]][2]} has {extra[0]}, which no {kind.__name__} of this configuration has")
-    for name, (dtype, shape, where) in found.items():
+    for name, (dtype, shape, path) in found.items():
         dtypes = FLOATS if expected[name].is_floating_point() else (INTEGERS[expected[name].dtype],)
         if dtype not in dtypes or shape != list(expected[name].shape):
-            raise ValueError(f"{where}: {name} is {dtype} {shape}; expected {' or '.join(dtypes)} {list(expected[name].shape)}")
+            raise ValueError(f"{path}: {name} is {dtype} {shape}; expected {' or '.join(dtypes)} {list(expected[name].shape)}")
 
 
 def _check_sizes(folder: Path, config: dict[str, Any], found: dict[str, Any]) -> None:
@@ -218,9 +217,9 @@ def _check_sizes(folder: Path, config: dict[str, Any], found: dict[str, Any]) ->
     numbers = sum(torch.Size(shape).numel() for _, shape, _ in found.values())
     for name, value in config.items():
         most = len(found) if name in COUNTS else numbers
-        values = value if isinstance(value, list) else [value]
-        if len(values) > len(found) or any(isinstance(each, int) and not 0 <= each <= most for each in values):
-            raise ValueError(f"{folder.name}/{CONFIG_NAME} is damaged: {name} is {value!r:.80}, which the weights beside it are not of")
+        counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+        if len(counts) > len(found) or not all(0 <= each <= most for each in counts):
+            raise ValueError(f"{folder / CONFIG_NAME} is damaged: {name} is {value!r:.80}, which the weights beside it are not of")
 
 
 def _check_sums(folder: Path, files: list[Path]) -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import socket
 from pathlib import Path
 
@@ -11,53 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet, DescriptionEncoder
+from coalescer_fast import CoalescerPipeline
 
-TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "octopus", "cat", "dog", "red", "style", "3d", "flat", "海")
-STYLES = ("3d", "flat")
-UNET = {
-    "sample_size": 4,
-    "latent_channels": 3,
-    "block_out_channels": (8, 12),
-    "norm_num_groups": 4,
-    "attention_levels": (1,),
-    "mid_attention": False,
-    "num_attention_heads": 2,
-    "description_dim": 6,
-    "embedding_dim": 10,
-}
-ANCHORED = {**UNET, "anchor": "mlp", "anchor_hidden_dim": 7}
-FREE = {**UNET, "cross_attention_dim": 6}
-SIZE = 16  # pixels: latents of 4, times 4
+from .helpers.pipelines import FREE, SIZE, noise, seed, tiny_pipeline
+
 ATOL = 1e-5  # float32 sums in another order, on latents of size 1
-
-
-def tiny_pipeline(unet: dict | None = None, **scheduler) -> CoalescerPipeline:
-    """A pipeline of random weights that sample to something of size 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = CoalescerUNet(**(unet or ANCHORED))
-        vae = CoalescerAutoencoder(2, 3, 8, (1, 1), (1, 1))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                gain = 0.3 if "head" in name else 1.0  # near the anchor's residual heads, many steps converge
-                parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
-            elif "null" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    random = np.random.default_rng(0)
-    encoder = DescriptionEncoder.from_table(
-        random.integers(-127, 128, (len(TOKENS), 6)).astype(np.int8),
-        np.ones(6, np.float32),
-        np.frombuffer("\n".join(TOKENS).encode("utf-8"), np.uint8),
-        STYLES,
-        ("octopus", "cat"),
-        np.array([[1, 1], [0, 1]]),
-    )
-    pipe = CoalescerPipeline(network.eval(), CoalescerScheduler(**scheduler), encoder, vae.eval())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +32,6 @@ def saved(pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     pipe.save_pretrained(folder)
     return folder
-
-
-def seed(value: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
-
-
-def noise(n: int, size: int = 4, value: int = 0) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, generator=seed(value))
 
 
 def sample(pipe: CoalescerPipeline, prompt="octopus", **kwargs) -> torch.Tensor:
@@ -412,7 +360,7 @@ def test_unusual_prompts(pipe, free):
 
 
 def test_unknown_words_draw_as_nothing_does(pipe):
-    torch.testing.assert_close(sample(pipe, "zebra 🐙", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0)
+    torch.testing.assert_close(sample(pipe, "zebra 🛸", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"octopus", ["octopus", 3], [["octopus"]], {"octopus"}, [None]], ids=repr)
@@ -462,29 +410,6 @@ def test_styles_that_exist_and_styles_that_are_named(pipe, monkeypatch):
     assert set(styled_prompts(pipe, monkeypatch, [""] * 8, latents)) == {""}
 
 
-def test_saved_and_loaded(pipe, saved):
-    files = [p for p in saved.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".json", ".safetensors"}
-    assert (saved / "model_index.json").is_file()
-    loaded = CoalescerPipeline.from_pretrained(saved)
-    assert isinstance(loaded, CoalescerPipeline)
-    call = {"prompt": ["octopus", "cat", ""], "num_images_per_prompt": 2, "guidance_scale": 1.5}
-    for a, b in zip(pipe(**call, generator=seed()).images, loaded(**call, generator=seed()).images):
-        assert a.tobytes() == b.tobytes()
-
-
-def test_loaded_modules_are_for_inference(saved):
-    loaded = CoalescerPipeline.from_pretrained(str(saved))
-    assert not any(module.training for module in (loaded.unet, loaded.vae, loaded.description_encoder))
-
-
-def test_model_index_names_this_package(saved):
-    index = json.loads((saved / "model_index.json").read_text("utf-8"))
-    assert index["_class_name"] == "CoalescerPipeline"
-    for component in ("unet", "scheduler", "description_encoder", "vae"):
-        assert index[component][0].startswith("coalescer_fast.")
-
-
 def test_lower_precision(pipe, saved):
     loaded = CoalescerPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     assert loaded.unet.dtype == torch.bfloat16
@@ -492,91 +417,6 @@ def test_lower_precision(pipe, saved):
     call = {"prompt": ["octopus", "cat"], "latents": noise(2), "guidance_scale": 1.5, "output_type": "np"}
     # two evaluations of about thirty roundings of half an ulp, which add up as a random walk, on values of [0, 1]
     assert np.abs(loaded(**call).images - pipe(**call).images).max() < 10 * torch.finfo(torch.bfloat16).eps
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def another_class(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "_class_name": "StableDiffusionPipeline"}), "utf-8")
-
-
-def not_a_table(path: Path) -> None:
-    path.write_text("[1, 2]", "utf-8")
-
-
-def without_unet(path: Path) -> None:
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text("utf-8")).items() if k != "unet"}), "utf-8")
-
-
-def without_a_tensor(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(path)
-    state.pop("conv_in.weight")
-    save_file(state, path, {"format": "pt"})
-
-
-def other_width(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "embedding_dim": 11}), "utf-8")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "words"),
-    [
-        ("model_index.json", remove, "no model_index.json"),
-        ("model_index.json", truncate, "model_index.json is damaged"),
-        ("model_index.json", empty, "model_index.json is damaged"),
-        ("model_index.json", not_a_table, "not a CoalescerPipeline"),
-        ("model_index.json", another_class, "StableDiffusionPipeline"),
-        ("model_index.json", without_unet, "names no unet"),
-        ("unet/config.json", remove, "unet/config.json is missing"),
-        ("unet/config.json", truncate, "cannot be loaded"),
-        ("unet/config.json", other_width, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", remove, f"unet/{WEIGHTS} is missing"),
-        (f"unet/{WEIGHTS}", truncate, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", empty, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", without_a_tensor, "conv_in.weight"),
-        (f"vae/{WEIGHTS}", remove, f"vae/{WEIGHTS} is missing"),
-        (f"vae/{WEIGHTS}", truncate, "cannot be loaded"),
-        ("description_encoder/config.json", remove, "description_encoder/config.json is missing"),
-        (f"description_encoder/{WEIGHTS}", truncate, "cannot be loaded"),
-        ("scheduler/scheduler_config.json", remove, "scheduler"),
-        ("scheduler/scheduler_config.json", truncate, "cannot be loaded"),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_damaged_folders(saved, tmp_path, file, damage, words):
-    folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
-    damage(folder / file)
-    with pytest.raises(ValueError, match="model") as caught:
-        CoalescerPipeline.from_pretrained(folder)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_no_model(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    for name in (file, tmp_path / "empty", tmp_path / "nowhere", "emoji-4096", "../emoji-64", "~/emoji-64", ""):
-        with pytest.raises(ValueError, match="model") as caught:
-            CoalescerPipeline.from_pretrained(name)
-        assert str(name) in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 def refuse(*_args, **_kwargs):
