@@ -168,6 +168,12 @@ class CoalescerPipeline(DiffusionPipeline):
         with _without_empty_lists():
             return super().to(*args, **kwargs)
 
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """As in diffusers; for a GPU, on a CPU there is nothing to offload to."""
+        if device is not None and torch.device(device).type == "cpu":
+            raise ValueError("device is cpu, where all weights are already: enable_sequential_cpu_offload is for a GPU")
+        super().enable_sequential_cpu_offload(gpu_id, device)
+
     @torch.no_grad()
     def __call__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -112,7 +113,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         found: dict[str, bool] = {}
         for parts in pieces.values():
             name, tokens = spelled[parts[0][1] : parts[-1][2]].lower(), [token for token, _, _ in parts]
-            if name not in found and (any(map(str.isalnum, name)) or "[UNK]" in tokens):
+            symbol = tokens == ["[UNK]"] and unicodedata.category(name[0]).startswith("S")
+            if name not in found and (symbol or any(map(str.isalnum, name))):
                 found[name] = self._knows(name, tokens)
         return found
 
