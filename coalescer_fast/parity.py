@@ -241,12 +241,14 @@ def _reference(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline's calls show no progress bars of their own."""
+    """Inside, the pipeline's calls show no progress bars of their own, and return what is not finite, to be counted."""
     config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**config, "disable": True})
+    pipe._checks_finite = False
     try:
         yield
     finally:
+        pipe._checks_finite = True
         pipe.set_progress_bar_config(**config)
 
 
