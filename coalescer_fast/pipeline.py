@@ -252,8 +252,8 @@ class CoalescerPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         scheduler = copy.copy(self.scheduler)  # of this call alone: another thread's may have other steps
         scheduler.set_timesteps(num_inference_steps)
-        warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
         networks: Any = self._networks()
+        warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
         pictures = len(wanted) * num_images_per_prompt
         sample = self._initial_sample(pictures, height, width, generator, latents)
         with span("encode"):

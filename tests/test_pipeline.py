@@ -11,7 +11,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, accelerate
+from coalescer_fast.acceleration import unavailable
 
 from .helpers.pipelines import ANCHORED, FREE, SIZE, UNET, noise, seed, tiny_pipeline
 
@@ -912,9 +913,7 @@ def test_offloading_to_the_cpu(pipe):
     pipeline.enable_model_cpu_offload(device="cpu")
     call = {"prompt": "octopus", "guidance_scale": 1.5}
     for _ in range(2):
-        torch.testing.assert_close(
-            sample(pipeline, **call, latents=noise(1)), sample(pipe, **call, latents=noise(1)), rtol=ATOL, atol=ATOL
-        )
+        torch.testing.assert_close(sample(pipeline, **call, latents=noise(1)), sample(pipe, **call, latents=noise(1)), rtol=ATOL, atol=ATOL)
         assert pipeline(**call).images[0].size == (SIZE, SIZE)
         with pytest.raises(ValueError, match="latents"):
             pipeline("octopus", latents=torch.zeros(3))
@@ -932,3 +931,28 @@ def test_latents_that_no_network_takes(pipe, free, shape):
 def test_what_was_deprecated_is_not_used(pipe, recwarn):
     pipe("octopus", guidance_scale=1.5)
     assert [str(w.message) for w in recwarn] == []
+
+
+RUNTIMES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(unavailable("cpu")), reason="the CPU library is not built")),
+    pytest.param("onnxruntime", marks=pytest.mark.skipif(bool(unavailable("onnxruntime")), reason="needs onnxruntime and onnx")),
+]
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("network", [ANCHORED, FREE], ids=["anchor", "cross-attention"])
+def test_runtimes_take_negative_prompts_and_embeds(backend, network):
+    plain, fast = tiny_pipeline(network), accelerate(tiny_pipeline(network), backend, "float32")
+    texts = {"prompt": ["octopus, 3d style", "cat, flat style"], "negative_prompt": ["red", "dog"]}
+    given = embeds(plain, **texts)
+    for call in (texts, {**texts, "negative_prompt": "red"}, given):
+        call = {**call, "latents": noise(2), "guidance_scale": 1.5, "output_type": "latent"}
+        torch.testing.assert_close(fast(**call).images, plain(**call).images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(unavailable("cpu")), reason="the CPU library is not built")
+def test_a_runtimes_numbers_that_are_not_finite_become_no_picture():
+    fast = accelerate(tiny_pipeline(), "cpu", "float32")
+    fast.description_encoder.scale[0] = 1e38
+    with pytest.raises(ValueError, match="R of prompt 'octopus' after step 1 of 2 is not finite"):
+        fast("octopus")

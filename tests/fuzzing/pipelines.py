@@ -1,6 +1,6 @@
 """Damage of saved pipelines, at random: whatever happens to a folder, it draws what it drew or is refused in one sentence.
 
-    python -m tests.fuzzing.pipelines --count 1000 --seed 1
+python -m tests.fuzzing.pipelines --count 1000 --seed 1
 """
 
 from __future__ import annotations
