@@ -151,12 +151,12 @@ class CoalescerPipeline(DiffusionPipeline):
             found["_class_name"] = cls.__name__
         return found
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, safetensors only, with ``checksums.json``, of all files, and ``pipeline.py``, by which
         ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class."""
         if safe_serialization is not True:
             raise ValueError("safe_serialization can only be True: other files of weights would not be loaded")
-        super().save_pretrained(str(save_directory), **kwargs)
+        super().save_pretrained(str(save_directory), safe_serialization, *args, **kwargs)
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the index of a folder, the last of diffusers' files, and what goes beside it."""
@@ -320,7 +320,10 @@ class CoalescerPipeline(DiffusionPipeline):
         try:
             yield
         finally:
-            self._running.pop(thread) if outer is None else self._running.update({thread: outer})
+            if outer is None:
+                del self._running[thread]
+            else:
+                self._running[thread] = outer
             self._last_call = call
 
     @property

@@ -172,7 +172,7 @@ VARIANTS = [{"variant": "fp16"}, {"max_shard_size": 4000}, {"variant": "fp16", "
 @pytest.mark.parametrize("how", VARIANTS, ids=str)
 def test_variants_and_shards(saved, tmp_path, how):
     half = CoalescerPipeline.from_pretrained(saved, dtype=torch.float16)
-    half.save_pretrained(tmp_path, **how)
+    half.save_pretrained(tmp_path, True, how.get("variant"), how.get("max_shard_size"))  # by position, as in diffusers
     index = tmp_path / "unet" / f"diffusion_pytorch_model.safetensors.index{'.fp16' * ('variant' in how)}.json"
     assert index.exists() == ("max_shard_size" in how)
     loaded = CoalescerPipeline.from_pretrained(tmp_path, variant=how.get("variant"), dtype=torch.float16)
