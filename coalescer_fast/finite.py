@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; integers never do, and of a tensor without data nothing is known."""
+    """Whether a tensor holds neither NaN nor infinity, as integers never do and a tensor without data does not yet."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())  # 8-bit floats lack the test
+    return bool(
+        torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()
+    )  # 8-bit floats lack the test
 
 
 def check_finite(module: nn.Module, name: str) -> None:
-    """Raise ValueError if a weight or buffer of ``module`` is not finite; ``name`` is what the module is called in the sentence."""
+    """Raise ValueError if a weight or buffer of ``module``, which the sentence calls ``name``, is not finite."""
     for key, tensor in chain(module.named_parameters(), module.named_buffers()):
         if not is_finite(tensor):
             raise ValueError(f"{name}.{key} holds a number that is not finite: load or train its weights anew")

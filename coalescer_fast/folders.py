@@ -1,7 +1,7 @@
 """Saved pipelines: what is written beside diffusers' own files, and what a folder must be before diffusers reads it.
 
-A stranger's folder runs no code here. It may name no class but ours (or one derived from ours that this process has imported already), its
-weights are safetensors, and whatever does not fit is said in one sentence.
+A stranger's folder runs no code here. It may name no class but ours (or one derived from ours that this process has
+imported already), its weights are safetensors, and whatever does not fit is said in one sentence.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks")
 
 
 def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
-    """Write what a saved folder has beside diffusers' files: code by which `DiffusionPipeline` finds the class, and checksums.
+    """Write what a saved folder has beside diffusers' files: code by which diffusers finds the class, and checksums.
 
     ``model_index.json`` then names the class as diffusers names those of a ``pipeline.py``.
     """
@@ -54,11 +54,16 @@ def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
     )
     parts = [folder / name for name in index if (folder / name).is_dir()]
     files = [folder / INDEX, folder / CODE, *(path for part in parts for path in part.rglob("*") if path.is_file())]
-    sums = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(files)}
+    sums = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(files)
+    }
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", "utf-8")
 
 
-def check(folder: Path, pipeline: type[DiffusionPipeline], given: Collection[str] = (), variant: str | None = None) -> None:
+def check(
+    folder: Path, pipeline: type[DiffusionPipeline], given: Collection[str] = (), variant: str | None = None
+) -> None:
     """Raise ValueError, in one sentence, if ``folder`` is no saved ``pipeline`` that can be loaded as it was saved.
 
     given: components that need not be there; variant: of the weights, as in diffusers.
@@ -95,13 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def _check_class(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
     named = index.get("_class_name")
     name = named[-1] if isinstance(named, list) and named else named
-    allowed = [each.__name__ for each in pipeline.__mro__ if issubclass(each, DiffusionPipeline) and each is not DiffusionPipeline]
+    allowed = [
+        each.__name__
+        for each in pipeline.__mro__
+        if issubclass(each, DiffusionPipeline) and each is not DiffusionPipeline
+    ]
     if name not in allowed:
         raise ValueError(f"{folder} holds a {name}, not a {' or '.join(allowed)}")
 
 
 def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
-    """Of what is no component of every pipeline: components of a class derived from it are checked as far as that no code is found."""
+    """Raise ValueError for what the pipeline has not; its own components, beside those of all, must bring no code."""
     modules, settings = pipeline._get_signature_keys(pipeline)
     for name, entry in index.items():
         if name.startswith("_") or name in COMPONENTS or name in settings:
@@ -114,13 +123,15 @@ def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
 
 
 def _class_of(where: str, entry: Any, base: type) -> type:
-    """The class that an entry [module, class] names, found among what is imported already: nothing is imported for it."""
+    """The class that an entry [module, class] names, found among what is imported already."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise ValueError(f"{where} is {entry!r}; expected [module, class]")
     module, name = entry
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ValueError(f"{where} is {module}.{name}, which is not a {base.__name__} that is imported here; other classes are not loaded")
+        raise ValueError(
+            f"{where} is {module}.{name}, which is not a {base.__name__} that is imported here; no other is loaded"
+        )
     return found
 
 
@@ -144,7 +155,9 @@ def _file(folder: Path, name: str) -> Path:
 
 def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
     """The index, where the weights are in several files, and the files of weights, as diffusers chooses them."""
-    has_variant = variant is not None and any(path.name.partition(".")[2].startswith(variant) for path in folder.iterdir())
+    has_variant = variant is not None and any(
+        path.name.partition(".")[2].startswith(variant) for path in folder.iterdir()
+    )
     end = f".{variant}" if has_variant else ""
     stem, _, suffix = SAFE_WEIGHTS_INDEX_NAME.rpartition(".")
     index = folder / f"{stem}{end}.{suffix}"
@@ -156,7 +169,9 @@ def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
     names = table.get("weight_map")
     if not isinstance(table.get("metadata"), dict) or not isinstance(names, dict) or not names:
         raise ValueError(f"{index} is damaged: it has no metadata or no weight_map")
-    if odd := [name for name in names.values() if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
+    if odd := [
+        name for name in names.values() if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name)
+    ]:
         raise ValueError(f"{index} is damaged: it names {odd[0]!r}, which is no file of weights in this folder")
     yield index
     for name in sorted(set(names.values())):
@@ -179,7 +194,7 @@ def _check_config(path: Path, kind: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a type: what JSON and the configurations of our classes know, anything else fits."""
+    """Whether a value out of JSON is of a type; types that the configurations of networks do not have are not looked at."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:
@@ -203,7 +218,9 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
         with torch.device("meta"):
             expected = kind.from_config(config).state_dict()  # type: ignore[attr-defined]
     except Exception as error:  # whatever layers say of sizes that they cannot have
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{files[0] if len(files) == 1 else folder} lacks {missing[0]}")
     if extra := sorted(found.keys() - expected.keys()):
@@ -211,17 +228,21 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
     for name, (dtype, shape, path) in found.items():
         dtypes = FLOATS if expected[name].is_floating_point() else (INTEGERS[expected[name].dtype],)
         if dtype not in dtypes or shape != list(expected[name].shape):
-            raise ValueError(f"{path}: {name} is {dtype} {shape}; expected {' or '.join(dtypes)} {list(expected[name].shape)}")
+            raise ValueError(
+                f"{path}: {name} is {dtype} {shape}; expected {' or '.join(dtypes)} {list(expected[name].shape)}"
+            )
 
 
 def _check_sizes(folder: Path, config: dict[str, Any], found: dict[str, Any]) -> None:
-    """A configuration of sizes that its weights cannot have would take memory or time without end before that is seen."""
+    """Raise ValueError for sizes that the weights cannot have, which would take memory or time without end to build."""
     numbers = sum(torch.Size(shape).numel() for _, shape, _ in found.values())
     for name, value in config.items():
         most = len(found) if name in COUNTS else numbers
         counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
         if len(counts) > len(found) or not all(0 <= each <= most for each in counts):
-            raise ValueError(f"{folder / CONFIG_NAME} is damaged: {name} is {value!r:.80}, which the weights beside it are not of")
+            raise ValueError(
+                f"{folder / CONFIG_NAME} is damaged: {name} is {value!r:.80}, which the weights beside it are not of"
+            )
 
 
 def _check_sums(folder: Path, files: list[Path]) -> None:
@@ -233,4 +254,6 @@ def _check_sums(folder: Path, files: list[Path]) -> None:
         said = sums.get(name)
         if said != {"bytes": path.stat().st_size, "sha256": file_sha256(path)}:
             what = "is not the file that was saved" if name in sums else "was not saved with the rest"
-            raise ValueError(f"{folder / name} {what}: save the pipeline anew, or delete {CHECKSUMS} there if the file is meant")
+            raise ValueError(
+                f"{folder / name} {what}: save the pipeline anew, or delete {CHECKSUMS} there if the file is meant"
+            )

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Embeds:
-    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their mask (N, L), True
-    where there is a token."""
+    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their mask
+    (N, L), True where there is a token."""
 
     vectors: torch.Tensor
     token_rows: torch.Tensor | None = None
@@ -51,7 +51,9 @@ def given(
 ) -> Descriptions | None:
     """The descriptions that a call gives in one of two ways, checked, or None.
 
-    name: "prompt" or "negative_prompt"; config: the UNet's; the rest as in `CoalescerPipeline.__call__`. Raises TypeError or ValueError.
+    name: "prompt" or "negative_prompt"; config: the UNet's; the rest as in `CoalescerPipeline.__call__`.
+
+    Raises TypeError or ValueError, in one sentence.
     """
     if vectors is None:
         if token_rows is not None or mask is not None:
@@ -62,7 +64,9 @@ def given(
     _check_embeds(f"{name}_embeds", vectors, (None, config.description_dim))
     if config.cross_attention_dim is None:
         if token_rows is not None or mask is not None:
-            raise ValueError(f"{name}_token_embeds is given; this network has no cross-attention and takes {name}_embeds alone")
+            raise ValueError(
+                f"{name}_token_embeds is given; this network has no cross-attention and takes {name}_embeds alone"
+            )
         return Embeds(vectors)
     if token_rows is None:
         raise ValueError(f"{name}_token_embeds is missing; this network attends to token rows, as of encode_prompt")
@@ -71,11 +75,15 @@ def given(
         mask = torch.ones(token_rows.shape[:2], dtype=torch.bool, device=token_rows.device)
     elif not isinstance(mask, torch.Tensor) or mask.shape != token_rows.shape[:2] or not (mask != 0).any(1).all():
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"{name}_attention_mask is {shape}; expected {tuple(token_rows.shape[:2])} with a token in each row")
+        raise ValueError(
+            f"{name}_attention_mask is {shape}; expected {tuple(token_rows.shape[:2])} with a token in each row"
+        )
     return Embeds(vectors, token_rows, mask != 0)
 
 
-def warnings(encoder: DescriptionEncoder, wanted: Descriptions, avoided: Descriptions | None, guidance_scale: float) -> list[str]:
+def warnings(
+    encoder: DescriptionEncoder, wanted: Descriptions, avoided: Descriptions | None, guidance_scale: float
+) -> list[str]:
     """What is odd about a call that can be run, each logged once in a process."""
     found = []
     if avoided is not None and guidance_scale == 1:
@@ -85,10 +93,14 @@ def warnings(encoder: DescriptionEncoder, wanted: Descriptions, avoided: Descrip
             words = encoder.words(text)
             unknown = [word for word, known in words.items() if not known]
             if text.strip(" ,;\t\r\n") and len(unknown) == len(words):
-                found.append(f"no word of {name} {text!r:.80} is known, and what is drawn is anything: use other, English words")
+                found.append(
+                    f"no word of {name} {text!r:.80} is known, and what is drawn is anything: use other, English words"
+                )
             elif unknown:
                 listed = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-                found.append(f"{name} {text!r:.80} has unknown words, which are drawn as nothing in particular: {listed}")
+                found.append(
+                    f"{name} {text!r:.80} has unknown words, which are drawn as nothing in particular: {listed}"
+                )
     for message in found:
         warn_once(message)
     return found
@@ -107,12 +119,18 @@ def check_texts(name: str, given: Any) -> list[str]:
         raise ValueError(f"{name} is an empty list; give at least one description")
     for text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name} is {text!r:.80}, which holds half a character (a surrogate); decode it as UTF-8 or UTF-16")
+            raise ValueError(
+                f"{name} is {text!r:.80}, which holds half a character (a surrogate); decode it as UTF-8 or UTF-16"
+            )
     return list(texts)
 
 
 def check_count(num_images_per_prompt: Any) -> None:
-    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+    if (
+        isinstance(num_images_per_prompt, bool)
+        or not isinstance(num_images_per_prompt, int)
+        or num_images_per_prompt < 1
+    ):
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
 
 
@@ -120,7 +138,11 @@ def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
     if not isinstance(given, torch.Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
         raise TypeError(f"{name} is {kind}; expected a floating-point tensor")
-    if given.ndim != len(shape) or not given.numel() or any(n not in (None, found) for n, found in zip(shape, given.shape)):
+    if (
+        given.ndim != len(shape)
+        or not given.numel()
+        or any(n not in (None, found) for n, found in zip(shape, given.shape))
+    ):
         expected = ", ".join("N" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({expected})")
     if not given.abs().amax() <= LARGEST:

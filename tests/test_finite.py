@@ -19,7 +19,11 @@ def test_what_is_finite(dtype, value):
 
 
 def test_what_is_always_finite():
-    for x in (torch.zeros(0, dtype=torch.float32), torch.ones(3, dtype=torch.int8), torch.empty(3, dtype=torch.float32, device="meta")):
+    for x in (
+        torch.zeros(0, dtype=torch.float32),
+        torch.ones(3, dtype=torch.int8),
+        torch.empty(3, dtype=torch.float32, device="meta"),
+    ):
         assert is_finite(x)
 
 

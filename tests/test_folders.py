@@ -70,7 +70,9 @@ def refused(folder: Path, **kwargs: Any) -> str:
 
 def test_saved_and_loaded(pipe, saved):
     files = {p.relative_to(saved).as_posix() for p in saved.rglob("*") if p.is_file()}
-    networks = {f"{name}/{file}" for name in ("unet", "vae", "description_encoder") for file in ("config.json", WEIGHTS)}
+    networks = {
+        f"{name}/{file}" for name in ("unet", "vae", "description_encoder") for file in ("config.json", WEIGHTS)
+    }
     assert files == {"model_index.json", "pipeline.py", "checksums.json", "scheduler/scheduler_config.json", *networks}
     loaded = CoalescerPipeline.from_pretrained(saved)
     assert type(loaded) is CoalescerPipeline
@@ -282,7 +284,11 @@ INDEX = "model_index.json"
         (INDEX, nested, "model_index.json is damaged"),
         (INDEX, no_text, "model_index.json is damaged"),
         (INDEX, not_a_table, "model_index.json is damaged: it holds a list"),
-        (INDEX, entry(_class_name="StableDiffusionPipeline"), "holds a StableDiffusionPipeline, not a CoalescerPipeline"),
+        (
+            INDEX,
+            entry(_class_name="StableDiffusionPipeline"),
+            "holds a StableDiffusionPipeline, not a CoalescerPipeline",
+        ),
         (INDEX, entry(_class_name=["pipeline", "Other"]), "holds a Other, not a CoalescerPipeline"),
         (INDEX, entry(_class_name=[]), "not a CoalescerPipeline"),
         (INDEX, entry(_class_name={"a": 1}), "not a CoalescerPipeline"),
@@ -296,8 +302,16 @@ INDEX = "model_index.json"
         ("unet/config.json", remove, "unet/config.json is missing"),
         ("unet/config.json", truncate, "config.json is damaged"),
         ("unet/config.json", nested, "config.json is damaged"),
-        ("unet/config.json", entry(embedding_dim=11), "film.weight is F32 [16, 10]; expected F64 or F32 or F16 or BF16 [16, 11]"),
-        ("unet/config.json", entry(embedding_dim=10**12), "embedding_dim is 1000000000000, which the weights beside it are not of"),
+        (
+            "unet/config.json",
+            entry(embedding_dim=11),
+            "film.weight is F32 [16, 10]; expected F64 or F32 or F16 or BF16 [16, 11]",
+        ),
+        (
+            "unet/config.json",
+            entry(embedding_dim=10**12),
+            "embedding_dim is 1000000000000, which the weights beside it are not of",
+        ),
         ("unet/config.json", entry(layers_per_block=10**6), "layers_per_block is 1000000"),
         ("unet/config.json", entry(latent_channels=-3), "latent_channels is -3"),
         ("unet/config.json", entry(norm_num_groups=0), "unet/config.json is damaged"),
@@ -306,7 +320,11 @@ INDEX = "model_index.json"
         ("unet/config.json", entry(mid_attention=1), "mid_attention is 1"),
         ("unet/config.json", entry(attention_levels=[1.5]), "attention_levels is [1.5]"),
         ("unet/config.json", entry(anchor="cnn"), "anchor is 'cnn'"),
-        ("unet/config.json", entry(quantization_config={"quant_method": "gguf"}), "has quantization_config, which no CoalescerUNet has"),
+        (
+            "unet/config.json",
+            entry(quantization_config={"quant_method": "gguf"}),
+            "has quantization_config, which no CoalescerUNet has",
+        ),
         ("unet/config.json", entry(_class_name="UNet2DModel"), "is of a UNet2DModel, not a CoalescerUNet"),
         (f"unet/{WEIGHTS}", remove, f"unet/{WEIGHTS} is missing"),
         (f"unet/{WEIGHTS}", truncate, f"unet/{WEIGHTS} is damaged"),
@@ -326,7 +344,11 @@ INDEX = "model_index.json"
         ("scheduler/scheduler_config.json", remove, "scheduler/scheduler_config.json is missing"),
         ("scheduler/scheduler_config.json", truncate, "scheduler_config.json is damaged"),
         ("scheduler/scheduler_config.json", entry(etas=[float("nan"), 1.0]), "etas[0] is nan"),
-        ("scheduler/scheduler_config.json", entry(thresholding=True), "has thresholding, which no CoalescerScheduler has"),
+        (
+            "scheduler/scheduler_config.json",
+            entry(thresholding=True),
+            "has thresholding, which no CoalescerScheduler has",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -337,7 +359,9 @@ def test_damaged_folders(unvouched, file, damage, words):
     assert "model" in said
 
 
-@pytest.mark.parametrize("file", [INDEX, "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json", f"vae/{WEIGHTS}"])
+@pytest.mark.parametrize(
+    "file", [INDEX, "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json", f"vae/{WEIGHTS}"]
+)
 def test_what_was_saved_is_what_is_loaded(model, file):
     path = model / file
     content = bytearray(path.read_bytes())
@@ -394,7 +418,9 @@ def trap(tmp_path, monkeypatch) -> Path:
 def test_no_module_is_imported_that_a_folder_names(pipe, unvouched, trap, given, trust):
     change(unvouched / INDEX, unet=["trap", "CoalescerUNet"])
     kwargs = {"unet": pipe.unet} if given else {}
-    assert "trap.CoalescerUNet, which is not a CoalescerUNet that is imported here" in refused(unvouched, trust_remote_code=trust, **kwargs)
+    assert "trap.CoalescerUNet, which is not a CoalescerUNet that is imported here" in refused(
+        unvouched, trust_remote_code=trust, **kwargs
+    )
     assert not trap.exists()
 
 
@@ -432,7 +458,9 @@ def test_pickles_are_not_written(pipe, tmp_path):
 def test_from_the_hub(pipe, model, monkeypatch):
     """A folder that diffusers has fetched is checked as any other."""
     asked = []
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(model))
+    monkeypatch.setattr(
+        DiffusionPipeline, "download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(model)
+    )
     loaded = CoalescerPipeline.from_pretrained("owner/name", revision="main")
     assert asked == [("owner/name", "main")]
     assert loaded.name_or_path == "owner/name"

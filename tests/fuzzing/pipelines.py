@@ -1,4 +1,4 @@
-"""Damage of saved pipelines, at random: whatever happens to a folder, it draws what it drew or is refused in one sentence.
+"""Damage of saved pipelines, at random: whatever happens to one, it draws what it drew or is refused in one sentence.
 
 python -m tests.fuzzing.pipelines --count 1000 --seed 1
 """
@@ -66,7 +66,10 @@ def draw(pipe: CoalescerPipeline) -> torch.Tensor:
 
 
 def run(count: int, seed: int, vouched: bool = True) -> Counter[str]:
-    """Damage a pipeline ``count`` times, each time anew, and count what came of it. Raises AssertionError, naming the damage."""
+    """Damage a pipeline ``count`` times, each time anew, and count what came of it.
+
+    Raises AssertionError, naming the damage.
+    """
     found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         whole = make(Path(scratch) / "whole")
@@ -148,7 +151,15 @@ def become_another(path: Path, rng: random.Random) -> str:
 
 
 def litter(path: Path, rng: random.Random) -> str:
-    name = rng.choice(("README.md", "diffusion_pytorch_model.bin", "pipeline.py.bak", "diffusion_pytorch_model.fp16.safetensors", "x.y.z"))
+    name = rng.choice(
+        (
+            "README.md",
+            "diffusion_pytorch_model.bin",
+            "pipeline.py.bak",
+            "diffusion_pytorch_model.fp16.safetensors",
+            "x.y.z",
+        )
+    )
     (path.parent / name).write_bytes(rng.randbytes(50))
     return name
 
@@ -202,7 +213,9 @@ def nudge_entry(container: Any, key: Any, rng: random.Random) -> str:
     return f"{old!r:.40} to {container[key]!r:.40}"
 
 
-def on_tensors(change: Callable[[dict[str, torch.Tensor], str, random.Random], str]) -> Callable[[Path, random.Random], str]:
+def on_tensors(
+    change: Callable[[dict[str, torch.Tensor], str, random.Random], str],
+) -> Callable[[Path, random.Random], str]:
     def damage(path: Path, rng: random.Random) -> str:
         state = load_file(path)
         name = rng.choice(sorted(state))
@@ -217,7 +230,11 @@ def on_tensors(change: Callable[[dict[str, torch.Tensor], str, random.Random], s
 @on_tensors
 def poison_tensor(state: dict[str, torch.Tensor], name: str, rng: random.Random) -> str:
     flat = state[name].flatten()
-    value = rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, -3e38)) if flat.is_floating_point() else rng.randrange(128)
+    value = (
+        rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, -3e38))
+        if flat.is_floating_point()
+        else rng.randrange(128)
+    )
     if flat.numel():
         flat[rng.randrange(flat.numel())] = value
     state[name] = flat.view(state[name].shape)
@@ -244,7 +261,18 @@ def add_tensor(state: dict[str, torch.Tensor], name: str, rng: random.Random) ->
 
 @on_tensors
 def cast_tensor(state: dict[str, torch.Tensor], name: str, rng: random.Random) -> str:
-    dtype = rng.choice((torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e5m2))
+    dtype = rng.choice(
+        (
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int8,
+            torch.uint8,
+            torch.int64,
+            torch.bool,
+            torch.float8_e5m2,
+        )
+    )
     state[name] = state[name].to(dtype)
     return str(dtype)
 

@@ -7,7 +7,13 @@ import math
 import numpy as np
 import torch
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet, DescriptionEncoder
+from coalescer_fast import (
+    CoalescerAutoencoder,
+    CoalescerPipeline,
+    CoalescerScheduler,
+    CoalescerUNet,
+    DescriptionEncoder,
+)
 
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "octopus", "cat", "dog", "red", "style", "3d", "flat", "海")
 STYLES = ("3d", "flat")
@@ -38,7 +44,9 @@ def tiny_pipeline(unet: dict | None = None, **scheduler) -> CoalescerPipeline:
         for name, parameter in network.named_parameters():
             if parameter.ndim > 1:
                 gain = 0.3 if "head" in name else 1.0  # near the anchor's residual heads, many steps converge
-                parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
+                parameter.copy_(
+                    gain * torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
+                )
             elif "null" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     random = np.random.default_rng(0)
