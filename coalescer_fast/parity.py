@@ -17,6 +17,7 @@ from . import ops
 from .models.unet import Conditioning
 from .ops import library
 from .ops.dispatch import BACKENDS
+from .prompts import check_count, check_texts
 from .runtime.artefact import Schedule, network_sha256
 from .runtime.base import precision
 
@@ -63,15 +64,15 @@ class Row:
 class Verification:
     """What `verify` found.
 
-    runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures; receipt: of the accelerated
-    pictures, see `receipt`.
+    runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures;
+    receipt: of the accelerated pictures, see `receipt`, if there are any.
     """
 
     runtime: str
     dtype: str
     pictures: int
     rows: tuple[Row, ...]
-    receipt: Mapping[str, Any]
+    receipt: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -81,7 +82,7 @@ class Verification:
         """For JSON, which has no infinity and no NaN: such a value is the string "inf" or "nan"."""
         rows = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()} for row in self.rows]
         found = {"runtime": self.runtime, "dtype": self.dtype, "pictures": self.pictures, "passed": self.passed}
-        return {**found, "rows": rows, "receipt": dict(self.receipt)}
+        return {**found, "rows": rows, **({} if self.receipt is None else {"receipt": dict(self.receipt)})}
 
     def __str__(self) -> str:
         cells = [("what", "value", "limit", "")]
@@ -92,9 +93,10 @@ class Verification:
         lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
         count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
         subject = f"{self.runtime} in {self.dtype} against the float32 reference, {self.pictures} picture{'s' * (self.pictures != 1)}"
-        where = self.receipt["instruction_set"] or "no native kernels"
-        drawn = f"pixels: SHA-256 {self.receipt['pixels'][:16]}..., {where}"
-        return "\n".join([*lines, drawn, f"{'PASS' if self.passed else 'FAIL'}: {count} figures hold, {subject}"])
+        if self.receipt is not None:
+            where = self.receipt["instruction_set"] or "no native kernels"
+            lines.append(f"pixels: SHA-256 {self.receipt['pixels'][:16]}..., {where}")
+        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {count} figures hold, {subject}"])
 
 
 def number(value: float) -> str:
@@ -148,7 +150,8 @@ def verify(
         raise ValueError(f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference")
     limits = _limits(budget, runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
-    texts = pipe._check_prompts(descriptions(pipe, prompts, generator), num_images)
+    check_count(num_images)
+    texts = [text for text in check_texts("prompts", descriptions(pipe, prompts, generator)) for _ in range(num_images)]
     noise = pipe._initial_sample(len(texts), None, None, generator, None)
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
@@ -304,12 +307,14 @@ def _reference(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline's calls show no progress bars of their own."""
+    """Inside, the pipeline's calls show no progress bars of their own, and return what is not finite, to be counted."""
     config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**config, "disable": True})
+    pipe._checks_finite = False
     try:
         yield
     finally:
+        pipe._checks_finite = True
         pipe.set_progress_bar_config(**config)
 
 

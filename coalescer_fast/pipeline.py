@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, BaseOutput, is_accelerate_available
+from diffusers.utils import BaseOutput, is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import safe_open
 
-from . import sampling
+from . import folders, prompts, sampling
+from .finite import check_finite, first_not_finite, is_finite
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .nvtx_ranges import span
-from .scheduler import CoalescerScheduler
+from .prompts import Descriptions, Embeds
+from .sampling import Call
+from .scheduler import LARGEST, CoalescerScheduler, check_number
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
@@ -32,8 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
-NETWORKS = ("unet", "description_encoder", "vae")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# of each component, something that it has and others of its kind have not; wrappers (torch.compile's, peft's) have it as well
+HALLMARKS = {"unet": "set_backend", "scheduler": "is_guided", "description_encoder": "with_styles", "vae": "scale_factor"}
 
 
 @dataclass
@@ -47,10 +52,12 @@ class TraceStep:
 
 @dataclass
 class CoalescerPipelineOutput(BaseOutput):
-    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for."""
+    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for; warnings: of
+    words that are not known and of arguments without an effect, each a sentence."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     trace: list[TraceStep] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def embedded_models() -> list[str]:
@@ -63,54 +70,120 @@ class CoalescerPipeline(DiffusionPipeline):
 
     Components: `CoalescerUNet` unet, `CoalescerScheduler` scheduler, `DescriptionEncoder` description_encoder,
     `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
+
+    During a call and after it, ``guidance_scale``, ``num_timesteps``, ``do_classifier_free_guidance`` and ``interrupt`` are those of the
+    call of the same thread. A callback may set ``_guidance_scale``, of the steps to come, and ``_interrupt``, which ends its call with
+    the R that it has; set outside of calls, ``_interrupt`` ends all that are running.
     """
 
     # what `accelerate` has put in the place of the networks, and the arguments that it was called with
     runtime: Runtime | None = None
     recipe: dict[str, Any] | None = None
     model_cpu_offload_seq = "unet->vae"
+    _exclude_from_cpu_offload = ["description_encoder"]  # noqa: RUF012 (diffusers' interface); it has no parameters to be found by
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
+    _last_call: Call | None = None
+    _checks_finite = True  # whether a call refuses to return what is not; `verify` counts it
 
     def __init__(
         self, unet: CoalescerUNet, scheduler: CoalescerScheduler, description_encoder: DescriptionEncoder, vae: CoalescerAutoencoder
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, description_encoder=description_encoder, vae=vae)
+        self._check_components()
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.scale_factor)
+        self._running: dict[int, Call] = {}  # by thread
+
+    def _check_components(self) -> None:
+        """Raise TypeError or ValueError for components that are none or do not fit each other."""
+        for name, hallmark in HALLMARKS.items():
+            part, kind = getattr(self, name), folders.COMPONENTS[name].__name__
+            if part is None:
+                raise ValueError(f"{name} is None; a pipeline needs a {kind}")
+            if not hasattr(part, hallmark):
+                raise TypeError(f"{name} is a {type(part).__name__}; expected a {kind}")
+        unet, encoder, vae = self.unet.config, self.description_encoder.config, self.vae.config
+        if vae.latent_channels != unet.latent_channels:
+            raise ValueError(f"vae has {vae.latent_channels} latent channels and unet {unet.latent_channels}; give two that fit each other")
+        for name in ("description_dim", "cross_attention_dim"):
+            if unet[name] not in (encoder.dim, None):
+                raise ValueError(f"description_encoder has dim {encoder.dim} and unet {name} {unet[name]}; give two that fit each other")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CoalescerPipeline:
         """The pipeline of an embedded name ("emoji-64"), a folder, or a Hub id; safetensors only. Keywords as in diffusers.
 
+        No code of the folder is run, and no class imported that it names, see `folders.check`. Components that are given as keywords
+        need not be there. Where the folder has ``checksums.json``, which `save_pretrained` writes, the files that are read are those
+        that were saved.
+
         Raises ValueError, in one sentence, for a folder that is damaged or holds something else.
         """
         name = str(pretrained_model_name_or_path)
-        if (WEIGHTS / name / "model_index.json").is_file() and name in embedded_models():
-            folder = WEIGHTS / name
-        else:
-            folder = Path(name)
-            if folder.is_dir():
-                _check_folder(folder)
-            elif name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
-                known = ", ".join(embedded_models())
-                raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
-        kwargs.setdefault("use_safetensors", True)
+        given = [part for part in folders.COMPONENTS if part in kwargs]
+        if absent := [part for part in given if kwargs[part] is None]:
+            raise ValueError(f"{absent[0]} is None; leave it out for that of {name}, or give a {folders.COMPONENTS[absent[0]].__name__}")
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("use_safetensors can only be True: other files of weights may run code and are not loaded")
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)  # not torch's default dtype, whatever that is
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which diffusers would warn of at every start
+        folder = _local(name)
+        if folder is None:
+            try:
+                folder = Path(cls.download(name, **kwargs))
+            except Exception as error:
+                said = f"{name} is neither a local folder nor a reachable Hub model: check the name and the connection"
+                raise ValueError(said) from error
+        if folder.parent != WEIGHTS:
+            folders.check(folder, cls, given, kwargs.get("variant"))
         try:
             pipe = super().from_pretrained(str(folder), **kwargs)
-            if folder.is_dir():
-                _check_weights(pipe, folder)
-            return pipe
         except Exception as error:
-            if folder.is_dir():
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ValueError(f"{name} cannot be loaded as a coalescer pipeline: {reason}") from error
-            raise ValueError(f"{name} is neither a local folder nor a reachable Hub model: check the name and the connection") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{name} cannot be loaded as a coalescer pipeline: {reason}") from error
+        for part in folders.NETWORKS:
+            if part not in given:
+                check_finite(getattr(pipe, part), f"{name}: {part}")
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> Any:
+        """The class is this one, whatever code lies beside the index that names it."""
+        found = super()._dict_from_json_file(json_file)
+        if isinstance(found, dict) and isinstance(found.get("_class_name"), list):
+            found["_class_name"] = cls.__name__
+        return found
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, safetensors only, with ``checksums.json``, of all files, and ``pipeline.py``, by which
+        ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class."""
+        if safe_serialization is not True:
+            raise ValueError("safe_serialization can only be True: other files of weights would not be loaded")
+        super().save_pretrained(str(save_directory), safe_serialization, *args, **kwargs)
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the index of a folder, the last of diffusers' files, and what goes beside it."""
+        super().to_json_file(json_file_path)
+        folders.complete(Path(json_file_path).parent, type(self))
+
+    def to(self, *args: Any, **kwargs: Any) -> CoalescerPipeline:
+        """As in diffusers; every floating-point dtype computes on every device."""
+        kwargs.setdefault("silence_dtype_warnings", True)
+        with _without_empty_lists():
+            return super().to(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """As in diffusers; for a GPU, on a CPU there is nothing to offload to."""
+        if device is not None and torch.device(device).type == "cpu":
+            raise ValueError("device is cpu, where all weights are already: enable_sequential_cpu_offload is for a GPU")
+        super().enable_sequential_cpu_offload(gpu_id, device)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 2,
         guidance_scale: float | None = None,
@@ -122,13 +195,20 @@ class CoalescerPipeline(DiffusionPipeline):
         return_dict: bool = True,
         return_trace: bool = False,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_token_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_token_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> CoalescerPipelineOutput | tuple[Any, ...]:
         r"""Draw ``num_images_per_prompt`` pictures of each prompt.
 
         Args:
             prompt: one description or a list. One that names no art style ("3d style") gets one of those that exist for what it
-                names, chosen by the mean of its R. The empty description draws any picture.
+                names, chosen by the mean of its R. The empty description draws any picture. Emoji are read as their names.
             num_images_per_prompt: pictures a prompt; the result is prompt-major.
             num_inference_steps: network evaluations of the description; 2 is what the model is made for.
             guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's endpoint;
@@ -138,65 +218,175 @@ class CoalescerPipeline(DiffusionPipeline):
             height, width: size in pixels; the model's own if None. A model with an anchor has one size.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
             return_trace: also return R, distance and |direction| of every step.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go on from.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go on from, of the
+                same shape and device. A function, or diffusers' PipelineCallback or MultiPipelineCallbacks.
+            callback_on_step_end_tensor_inputs: what it is given, of "latents" (as None says).
+            negative_prompt: one description or one a prompt, whose endpoint guidance leads away from in the place of the empty one's:
+                ``x = x_d + w (x_d - x_negative)``, w = guidance_scale - 1. As it stands, without an art style.
+            prompt_embeds: in the place of prompt, description vectors (prompts, D) of RMS 1, or 0 for the empty description, as of
+                `encode_prompt`. Their style is their own.
+            prompt_token_embeds, prompt_attention_mask: with prompt_embeds, for a network with cross-attention, token rows
+                (prompts, L, D') and the mask (prompts, L), non-zero where there is a token (everywhere if None).
+            negative_prompt_embeds, negative_prompt_token_embeds, negative_prompt_attention_mask: the same of negative_prompt.
 
-        Raises: TypeError or ValueError, in one sentence, for anything else.
+        Returns: a `CoalescerPipelineOutput`, whose warnings say which words are not known, or with ``return_dict=False`` a tuple of the
+            images and, if asked for, the trace.
+
+        Raises: TypeError or ValueError, in one sentence, for anything else, and for a picture or R that is not finite.
         """
-        prompts = self._check_prompts(prompt, num_images_per_prompt)
+        self._check_components()
+        wanted = prompts.given("prompt", self.unet.config, prompt, prompt_embeds, prompt_token_embeds, prompt_attention_mask)
+        if wanted is None:
+            raise TypeError("prompt is None; expected a string or a list of strings, or prompt_embeds")
+        prompts.check_count(num_images_per_prompt)
+        avoided = prompts.given(
+            "negative_prompt",
+            self.unet.config,
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_token_embeds,
+            negative_prompt_attention_mask,
+        )
+        if avoided is not None and len(avoided) not in (1, len(wanted)):
+            raise ValueError(f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(wanted)} prompts")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed: {self._callback_tensor_inputs}")
+        inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {guidance_scale!r}; expected a finite number, 1 for none")
+        check_number("guidance_scale", scale)
         self.scheduler.set_timesteps(num_inference_steps)
         scheduler = copy.copy(self.scheduler)  # of this call alone: another thread's may have other steps
         scheduler.set_timesteps(num_inference_steps)
-        networks = self._networks()
-        sample = self._initial_sample(len(prompts), height, width, generator, latents)
+        networks: Any = self._networks()
+        warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
+        pictures = len(wanted) * num_images_per_prompt
+        sample = self._initial_sample(pictures, height, width, generator, latents)
         with span("encode"):
-            texts = self.with_styles(prompts, sample)
+            described = prompts.repeat(wanted, num_images_per_prompt)
+            if not isinstance(described, Embeds):
+                described = self.with_styles(described, sample)
         with span("condition"):
-            conditioning = networks.condition(texts, sample.device)
-            empty = networks.condition([""], sample.device) if scale != 1 else None
+            conditioning = networks.condition(described, sample.device)
+            empty = None
+            if scale != 1 or callback_on_step_end is not None:  # which may change the scale
+                away: Descriptions = [""] if avoided is None else avoided
+                empty = networks.condition(away if len(away) == 1 else prompts.repeat(away, num_images_per_prompt), sample.device)
 
         trace: list[TraceStep] = []
+        call = Call(scale, num_inference_steps)
         decodes = output_type != "latent"
         # a runtime may do all of it in one go, where nobody looks at the steps
         at_once = None if return_trace or callback_on_step_end is not None else getattr(networks, "generate", None)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self._calling(call), self.progress_bar(total=num_inference_steps) as bar:
 
             def on_step(i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
                 if return_trace:
                     trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
                 if callback_on_step_end is not None:
-                    end = (callback_on_step_end(self, i, i, {"latents": end}) or {}).get("latents", end)
+                    check(end, i)
+                    given = callback_on_step_end(self, i, i, {name: end for name in inputs})
+                    end = _replaced(given, end, LARGEST if self._checks_finite else None)
                 bar.update()
                 return end
+
+            def check(found: torch.Tensor, step: int | None = None) -> None:
+                if not self._checks_finite or is_finite(found):
+                    return
+                if step is None:
+                    step = sampling.first_bad_step(networks, scheduler, sample, conditioning, empty, scale)
+                row = (first_not_finite(found) or 0) // num_images_per_prompt
+                of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
+                what = f"the picture of {of}" if step is None else f"R of {of} after step {step + 1} of {num_inference_steps}"
+                raise ValueError(f"{what} is not finite: lower guidance_scale, check the weights, or compute in float32")
 
             if at_once is not None:
                 images = at_once(scheduler, sample, conditioning, empty, scale, decodes)
                 bar.update(num_inference_steps)
             else:
-                images = sampling.sample(networks, scheduler, sample, conditioning, empty, scale, on_step)
+                images = sampling.sample(networks, scheduler, sample, conditioning, empty, scale, on_step, call)
+            check(images)
         if decodes:
             with span("decode"):
-                pictures = networks.decode(images) if at_once is None else images
-                images = self.image_processor.postprocess(pictures, output_type=output_type)
+                if at_once is None:
+                    images = networks.decode(images)
+                    check(images)
+                images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
-        output = CoalescerPipelineOutput(images, trace if return_trace else None)
-        return output if return_dict else output.to_tuple()
+        if not return_dict:
+            return (images, trace) if return_trace else (images,)
+        return CoalescerPipelineOutput(images, trace if return_trace else None, warnings)
 
-    def _check_prompts(self, prompt: str | list[str], num_images_per_prompt: int) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-            raise TypeError(f"prompt is {prompt!r:.80}; expected a string or a list of strings")
-        if not prompts:
-            raise ValueError("prompt is an empty list; give at least one description")
-        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
-        return [p for p in prompts for _ in range(num_images_per_prompt)]
+    @contextmanager
+    def _calling(self, call: Call) -> Iterator[None]:
+        """Inside, this thread's call is this one; afterwards it is the last one."""
+        thread = threading.get_ident()
+        outer = self._running.get(thread)
+        self._running[thread] = call
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._running[thread]
+            else:
+                self._running[thread] = outer
+            self._last_call = call
+
+    @property
+    def _call(self) -> Call:
+        found = self._running.get(threading.get_ident()) or self._last_call
+        return Call(self.scheduler.config.guidance_scale, 0) if found is None else found
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that is running in this thread, or of the last one; before any, the model's own."""
+        return self._call.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        check_number("guidance_scale", value)
+        self._call.guidance_scale = value
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the steps that the scheduler guides are guided."""
+        return self._call.guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call."""
+        return self._call.num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call was asked to end early."""
+        return self._call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        mine = self._running.get(threading.get_ident())
+        for call in [mine] if mine is not None else list(self._running.values()):
+            call.interrupt = value
+
+    def _callback_inputs(self, callback: Any, inputs: Sequence[str] | None) -> Sequence[str]:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end is a {type(callback).__name__}; expected a function")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        if inputs is None:
+            return self._callback_tensor_inputs
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence):
+            raise TypeError(f"callback_on_step_end_tensor_inputs is {inputs!r}; expected a list out of {self._callback_tensor_inputs}")
+        if unknown := sorted({str(name) for name in inputs} - set(self._callback_tensor_inputs)):
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {self._callback_tensor_inputs}")
+        return inputs
 
     def _initial_sample(
         self,
@@ -232,8 +422,8 @@ class CoalescerPipeline(DiffusionPipeline):
             raise TypeError(f"latents is {kind}; expected a floating-point tensor")
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
-        if not latents.isfinite().all():
-            raise ValueError("latents holds numbers that are not finite; expected noise, about N(0, 1)")
+        if not latents.abs().amax() <= LARGEST:  # not a number is neither more nor less
+            raise ValueError(f"latents holds numbers that are not finite or beyond {LARGEST:g}; expected noise, about N(0, 1)")
         return latents.to(device, torch.float32)
 
     def with_styles(self, prompts: list[str], sample: torch.Tensor) -> list[str]:
@@ -277,16 +467,46 @@ class CoalescerPipeline(DiffusionPipeline):
         """Of the ops, in the reference networks."""
         return self.unet.backend
 
-    def describe(self, texts: list[str], device: torch.device) -> tuple[torch.Tensor, ...]:
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Descriptions as ``prompt_embeds`` and ``negative_prompt_embeds`` of a call, float32, one a picture.
+
+        Each is (pictures, D). A network with cross-attention also takes token rows and masks; the tuple then is prompt_embeds,
+        prompt_token_embeds, prompt_attention_mask and the same of the negative prompt. Without ``do_classifier_free_guidance`` what is
+        negative is None. No art style is added to a prompt that names none.
+        """
+        texts = prompts.check_texts("prompt", prompt)
+        avoided = [""] if negative_prompt is None else prompts.check_texts("negative_prompt", negative_prompt)
+        if len(avoided) not in (1, len(texts)):
+            raise ValueError(f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(texts)} prompts")
+        prompts.check_count(num_images_per_prompt)
+        where = torch.device(self._execution_device if device is None else device)
+        each = texts, avoided * (len(texts) // len(avoided))
+        found = [self.describe(prompts.repeat(some, num_images_per_prompt), where) for some in each]
+        return (*found[0], *(found[1] if do_classifier_free_guidance else [None] * len(found[1])))
+
+    def describe(self, texts: Descriptions, device: torch.device) -> tuple[torch.Tensor, ...]:
         """What the UNet takes of descriptions: vectors (N, D) and, for cross-attention, token rows (N, L, D) and their mask (N, L)."""
+        if isinstance(texts, Embeds):
+            return tuple(x.to(device, torch.float32 if x.is_floating_point() else x.dtype) for x in texts.tensors())
         described = [self.description_encoder(texts)]
         if self.unet.config.cross_attention_dim is not None:
             described += self.description_encoder.token_rows(texts)
         return tuple(x.to(device) for x in described)
 
-    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone."""
-        return self.unet.condition(*self.describe(texts, device))
+        described = self.describe(texts, device)
+        hook = getattr(self.unet, "_hf_hook", None)
+        if hook is not None:  # of enable_model_cpu_offload, which by itself moves the network when it is called
+            hook.pre_forward(self.unet)
+        return self.unet.condition(*described)
 
     def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """Direction (N, C, h, w) and distance (N,) at R."""
@@ -297,30 +517,47 @@ class CoalescerPipeline(DiffusionPipeline):
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
 
-def _check_weights(pipe: CoalescerPipeline, folder: Path) -> None:
-    """Raise ValueError if a file lacked a tensor, in whose place diffusers leaves a random one."""
-    for component in NETWORKS:
-        with safe_open(folder / component / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            missing = set(getattr(pipe, component).state_dict()) - set(file.keys())
-        if missing:
-            raise ValueError(f"{component}/{SAFETENSORS_WEIGHTS_NAME} lacks {sorted(missing)[0]}")
+def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch.Tensor:
+    """The latents that a callback gives back to go on from, float32; those that it was given if it gives none."""
+    name = "callback_on_step_end"
+    if given is not None and not isinstance(given, dict):
+        raise TypeError(f"{name} returned a {type(given).__name__}; expected a dict with latents, or None")
+    new = (given or {}).get("latents", latents)
+    if not isinstance(new, torch.Tensor) or not new.is_floating_point():
+        kind = new.dtype if isinstance(new, torch.Tensor) else type(new).__name__
+        raise TypeError(f"{name} returned latents of {kind}; expected a floating-point tensor")
+    if new.shape != latents.shape or new.device != latents.device:
+        raise ValueError(
+            f"{name} returned latents of shape {tuple(new.shape)} on {new.device}; expected {tuple(latents.shape)} on {latents.device}"
+        )
+    if largest is not None and not new.abs().amax() <= largest:
+        raise ValueError(f"{name} returned latents with numbers that are not finite or beyond {largest:g}")
+    return new.to(torch.float32)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise ValueError if ``folder`` is not a saved coalescer pipeline with all its files."""
-    index_path = folder / "model_index.json"
-    if not index_path.is_file():
-        raise ValueError(f"{folder} is not a saved pipeline: it has no model_index.json")
+def _local(name: str) -> Path | None:
+    """The folder that is meant, or None for a Hub id. Raises ValueError for a name that can be neither."""
+    if (WEIGHTS / name / folders.INDEX).is_file() and name in embedded_models():
+        return WEIGHTS / name
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
+        known = ", ".join(embedded_models())
+        raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
+    return None
+
+
+@contextmanager
+def _without_empty_lists() -> Iterator[None]:
+    """diffusers warns at every change of dtype of modules to be kept in float32, also where it has none to list."""
+    said = logging.getLogger("diffusers.models.modeling_utils")
+
+    def names_one(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    said.addFilter(names_one)
     try:
-        index = json.loads(index_path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{index_path} is damaged: {error}") from error
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind != CoalescerPipeline.__name__:
-        raise ValueError(f"{folder} holds a {kind}, not a {CoalescerPipeline.__name__}")
-    for component in NETWORKS:
-        if component not in index:
-            raise ValueError(f"{index_path} is damaged: it names no {component}")
-        for file in ("config.json", SAFETENSORS_WEIGHTS_NAME):
-            if not (folder / component / file).is_file():
-                raise ValueError(f"{folder} is incomplete: {component}/{file} is missing")
+        yield
+    finally:
+        said.removeFilter(names_one)

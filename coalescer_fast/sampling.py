@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .finite import is_finite
 from .models.unet import Conditioning
 from .nvtx_ranges import span
 from .scheduler import CoalescerScheduler, guide
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Call:
+    """What a callback may change of the call that it belongs to.
+
+    guidance_scale: of the steps to come, 1 for none; interrupt: whether the call ends here, with the R that it has; num_timesteps: of
+    all its steps.
+    """
+
+    guidance_scale: float
+    num_timesteps: int
+    interrupt: bool = False
 
 
 def sample(
@@ -22,6 +37,7 @@ def sample(
     empty: Conditioning | None,
     guidance_scale: float | torch.Tensor,
     on_step: OnStep | None = None,
+    call: Call | None = None,
 ) -> torch.Tensor:
     """R after ``scheduler``'s steps: evaluate, guide where the scheduler says so, move.
 
@@ -30,19 +46,46 @@ def sample(
         scheduler: with its steps set.
         sample: R, (N, C, h, w).
         conditioning, empty: of the descriptions, N rows; of the empty description, N rows or one, None for no guidance.
-        guidance_scale: see `guide`.
+        guidance_scale: see `guide`; `Call.guidance_scale` in its place where there is a call.
         on_step: called after each step as (step, R before it, direction before guidance, distance, R after it); gives the R to go on from.
+        call: read before each step; where its guidance is 1, the empty description is not evaluated.
     """
     if empty is not None:
         empty = empty.expand(sample.shape[0])
     for i in scheduler.timesteps.tolist():
+        if call is not None:
+            if call.interrupt:
+                break
+            guidance_scale = call.guidance_scale
+        guided = empty is not None and scheduler.is_guided(i) and (call is None or call.guidance_scale != 1)
         with span(f"evaluate[{i}]"):
             direction, distance = networks.evaluate(sample, conditioning)
         towards = direction
-        if empty is not None and scheduler.is_guided(i):
+        if guided:
             with span(f"evaluate_empty[{i}]"):
                 empty_direction, empty_distance = networks.evaluate(sample, empty)
             towards = guide(direction, distance, empty_direction, empty_distance, guidance_scale)
         moved = scheduler.step(towards, distance, i, sample, return_dict=False, backend=networks.backend)[0]
         sample = moved if on_step is None else on_step(i, sample, direction, distance, moved)
     return sample
+
+
+def first_bad_step(
+    networks: Any,
+    scheduler: CoalescerScheduler,
+    start: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning | None,
+    guidance_scale: float,
+) -> int | None:
+    """The first step of `sample` after which R is not finite, found by going them all again, or None."""
+    call, found = Call(guidance_scale, len(scheduler.timesteps)), []
+
+    def on_step(i: int, before: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        if not is_finite(after):
+            found.append(i)
+            call.interrupt = True
+        return after
+
+    sample(networks, scheduler, start, conditioning, empty, guidance_scale, on_step, call)
+    return found[0] if found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -11,6 +12,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
 from . import ops
+
+MOST_STEPS = 100_000  # of a call: a mistyped count is said at once, not after hours
+LARGEST = 1e6  # of etas, guidance scales and latents: far beyond any use, and far from where squares overflow float32
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -30,11 +35,14 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     direction; other step counts have a row of their own in ``rows``, or go ``etas[0]`` of the distance at a time and then the whole.
 
     Args:
-        etas, modes: the two-step schedule.
+        etas, modes: the two-step schedule; numbers, and "raw" or "unit" each.
         rows: schedules of other step counts, {"4": (etas, modes)}.
         guidance_scale: the model's own, used where the call gives none; 1 is no guidance.
         guided_steps: "last" guides the last step alone (one evaluation more a call), "all" every step.
         eps: smallest direction length to divide by.
+
+    ``config`` holds lists for all sequences, before and after a saving. Raises ValueError, in one sentence, for anything that is no
+    schedule or not finite.
     """
 
     order = 1
@@ -52,20 +60,25 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     ):
         if guided_steps not in ("last", "all"):
             raise ValueError(f"guided_steps is {guided_steps!r}; use 'last' or 'all'")
-        for name, row_etas, row_modes in [("", etas, modes), *((f"rows[{n!r}]: ", *row) for n, row in (rows or {}).items())]:
-            if len(row_etas) != len(row_modes) or not len(row_etas):
-                raise ValueError(f"{name}etas {tuple(row_etas)} and modes {tuple(row_modes)} must have one entry a step, and at least one")
-            if unknown := set(row_modes) - {"unit", "raw"}:
-                raise ValueError(f"{name}modes has {sorted(unknown)[0]!r}; use 'unit' or 'raw'")
-        for n, (row_etas, _) in (rows or {}).items():
-            if n != str(len(row_etas)):
-                raise ValueError(f"rows[{n!r}] has {len(row_etas)} entries; expected {n}")
+        check_number("guidance_scale", guidance_scale)
+        if not is_number(eps) or eps < _TINY:
+            raise ValueError(f"eps is {eps!r}; expected a number from {_TINY:.1e} up")
+        etas, modes = _checked_row("", etas, modes)
+        if rows is not None:
+            rows = {n: _checked_row(f"rows[{n!r}]: ", *row) for n, row in _pairs(rows).items()}
+            for n, (row_etas, _) in rows.items():
+                if n != str(len(row_etas)):
+                    raise ValueError(f"rows[{n!r}] has {len(row_etas)} entries; expected {n}")
+        # lists, as JSON gives them back
+        as_lists = None if rows is None else {n: list(row) for n, row in rows.items()}
+        self.register_to_config(etas=etas, modes=modes, rows=as_lists)
         self.set_timesteps(len(etas))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the schedule of a step count; ``timesteps`` are then 0, 1, ..., on the CPU whatever the device."""
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps!r}; expected a whole number from 1 up")
+        given = num_inference_steps
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps is {given!r}; expected a whole number from 1 to {MOST_STEPS}")
         n, config = num_inference_steps, self.config
         if n == len(config.etas):
             self.etas, self.modes = tuple(config.etas), tuple(config.modes)
@@ -76,7 +89,7 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
             self.etas = (config.etas[0],) * (n - 1) + (config.etas[-1],)
             self.modes = (config.modes[0],) * (n - 1) + (config.modes[-1],)
         self.num_inference_steps = n
-        self.timesteps = torch.arange(n)
+        self.timesteps = torch.arange(n, dtype=torch.int64)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
         """The sample itself: the network sees R as it is."""
@@ -97,8 +110,40 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     ) -> CoalescerSchedulerOutput | tuple[torch.Tensor]:
         """One update of R = ``sample`` (N, C, H, W) by direction (N, C, H, W) and distance (N,)."""
         i = int(timestep)
+        if not 0 <= i < self.num_inference_steps:
+            raise ValueError(f"timestep is {i}; expected one of 0 to {self.num_inference_steps - 1}, as set_timesteps chose them")
         moved = ops.coalesce_step(sample, direction, distance, eta=self.etas[i], mode=self.modes[i], eps=self.config.eps, backend=backend)
         return CoalescerSchedulerOutput(moved) if return_dict else (moved,)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and one to compute with in float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError for what is no number, not finite or absurdly large."""
+    if not is_number(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number, of at most {LARGEST:g} in size")
+
+
+def _checked_row(where: str, etas: Any, modes: Any) -> tuple[list[float], list[str]]:
+    for name, entries in (("etas", etas), ("modes", modes)):
+        if not isinstance(entries, (list, tuple)):
+            raise ValueError(f"{where}{name} is {entries!r}; expected a list with one entry a step")
+    if len(etas) != len(modes) or not etas:
+        raise ValueError(f"{where}etas {tuple(etas)} and modes {tuple(modes)} must have one entry a step, and at least one")
+    for i, (eta, mode) in enumerate(zip(etas, modes)):
+        check_number(f"{where}etas[{i}]", eta)
+        if mode not in ("unit", "raw"):
+            raise ValueError(f"{where}modes has {mode!r}; use 'unit' or 'raw'")
+    return list(etas), list(modes)
+
+
+def _pairs(rows: Any) -> dict[str, Any]:
+    if not isinstance(rows, dict) or not all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows.values()):
+        raise ValueError(f"rows is {rows!r}; expected (etas, modes) for each step count, as {{'4': (etas, modes)}}")
+    return rows
 
 
 def guide(

@@ -1,63 +1,22 @@
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet, DescriptionEncoder
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, accelerate
+from coalescer_fast.acceleration import unavailable
 
-TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "octopus", "cat", "dog", "red", "style", "3d", "flat", "海")
-STYLES = ("3d", "flat")
-UNET = {
-    "sample_size": 4,
-    "latent_channels": 3,
-    "block_out_channels": (8, 12),
-    "norm_num_groups": 4,
-    "attention_levels": (1,),
-    "mid_attention": False,
-    "num_attention_heads": 2,
-    "description_dim": 6,
-    "embedding_dim": 10,
-}
-ANCHORED = {**UNET, "anchor": "mlp", "anchor_hidden_dim": 7}
-FREE = {**UNET, "cross_attention_dim": 6}
-SIZE = 16  # pixels: latents of 4, times 4
+from .helpers.pipelines import ANCHORED, FREE, SIZE, UNET, noise, seed, tiny_pipeline
+
 ATOL = 1e-5  # float32 sums in another order, on latents of size 1
-
-
-def tiny_pipeline(unet: dict | None = None, **scheduler) -> CoalescerPipeline:
-    """A pipeline of random weights that sample to something of size 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = CoalescerUNet(**(unet or ANCHORED))
-        vae = CoalescerAutoencoder(2, 3, 8, (1, 1), (1, 1))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                gain = 0.3 if "head" in name else 1.0  # near the anchor's residual heads, many steps converge
-                parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
-            elif "null" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    random = np.random.default_rng(0)
-    encoder = DescriptionEncoder.from_table(
-        random.integers(-127, 128, (len(TOKENS), 6)).astype(np.int8),
-        np.ones(6, np.float32),
-        np.frombuffer("\n".join(TOKENS).encode("utf-8"), np.uint8),
-        STYLES,
-        ("octopus", "cat"),
-        np.array([[1, 1], [0, 1]]),
-    )
-    pipe = CoalescerPipeline(network.eval(), CoalescerScheduler(**scheduler), encoder, vae.eval())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +35,6 @@ def saved(pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     pipe.save_pretrained(folder)
     return folder
-
-
-def seed(value: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
-
-
-def noise(n: int, size: int = 4, value: int = 0) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, generator=seed(value))
 
 
 def sample(pipe: CoalescerPipeline, prompt="octopus", **kwargs) -> torch.Tensor:
@@ -412,7 +363,7 @@ def test_unusual_prompts(pipe, free):
 
 
 def test_unknown_words_draw_as_nothing_does(pipe):
-    torch.testing.assert_close(sample(pipe, "zebra 🐙", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0)
+    torch.testing.assert_close(sample(pipe, "zebra 🛸", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"octopus", ["octopus", 3], [["octopus"]], {"octopus"}, [None]], ids=repr)
@@ -462,29 +413,6 @@ def test_styles_that_exist_and_styles_that_are_named(pipe, monkeypatch):
     assert set(styled_prompts(pipe, monkeypatch, [""] * 8, latents)) == {""}
 
 
-def test_saved_and_loaded(pipe, saved):
-    files = [p for p in saved.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".json", ".safetensors"}
-    assert (saved / "model_index.json").is_file()
-    loaded = CoalescerPipeline.from_pretrained(saved)
-    assert isinstance(loaded, CoalescerPipeline)
-    call = {"prompt": ["octopus", "cat", ""], "num_images_per_prompt": 2, "guidance_scale": 1.5}
-    for a, b in zip(pipe(**call, generator=seed()).images, loaded(**call, generator=seed()).images):
-        assert a.tobytes() == b.tobytes()
-
-
-def test_loaded_modules_are_for_inference(saved):
-    loaded = CoalescerPipeline.from_pretrained(str(saved))
-    assert not any(module.training for module in (loaded.unet, loaded.vae, loaded.description_encoder))
-
-
-def test_model_index_names_this_package(saved):
-    index = json.loads((saved / "model_index.json").read_text("utf-8"))
-    assert index["_class_name"] == "CoalescerPipeline"
-    for component in ("unet", "scheduler", "description_encoder", "vae"):
-        assert index[component][0].startswith("coalescer_fast.")
-
-
 def test_lower_precision(pipe, saved):
     loaded = CoalescerPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     assert loaded.unet.dtype == torch.bfloat16
@@ -492,91 +420,6 @@ def test_lower_precision(pipe, saved):
     call = {"prompt": ["octopus", "cat"], "latents": noise(2), "guidance_scale": 1.5, "output_type": "np"}
     # two evaluations of about thirty roundings of half an ulp, which add up as a random walk, on values of [0, 1]
     assert np.abs(loaded(**call).images - pipe(**call).images).max() < 10 * torch.finfo(torch.bfloat16).eps
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def another_class(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "_class_name": "StableDiffusionPipeline"}), "utf-8")
-
-
-def not_a_table(path: Path) -> None:
-    path.write_text("[1, 2]", "utf-8")
-
-
-def without_unet(path: Path) -> None:
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text("utf-8")).items() if k != "unet"}), "utf-8")
-
-
-def without_a_tensor(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(path)
-    state.pop("conv_in.weight")
-    save_file(state, path, {"format": "pt"})
-
-
-def other_width(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "embedding_dim": 11}), "utf-8")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "words"),
-    [
-        ("model_index.json", remove, "no model_index.json"),
-        ("model_index.json", truncate, "model_index.json is damaged"),
-        ("model_index.json", empty, "model_index.json is damaged"),
-        ("model_index.json", not_a_table, "not a CoalescerPipeline"),
-        ("model_index.json", another_class, "StableDiffusionPipeline"),
-        ("model_index.json", without_unet, "names no unet"),
-        ("unet/config.json", remove, "unet/config.json is missing"),
-        ("unet/config.json", truncate, "cannot be loaded"),
-        ("unet/config.json", other_width, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", remove, f"unet/{WEIGHTS} is missing"),
-        (f"unet/{WEIGHTS}", truncate, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", empty, "cannot be loaded"),
-        (f"unet/{WEIGHTS}", without_a_tensor, "conv_in.weight"),
-        (f"vae/{WEIGHTS}", remove, f"vae/{WEIGHTS} is missing"),
-        (f"vae/{WEIGHTS}", truncate, "cannot be loaded"),
-        ("description_encoder/config.json", remove, "description_encoder/config.json is missing"),
-        (f"description_encoder/{WEIGHTS}", truncate, "cannot be loaded"),
-        ("scheduler/scheduler_config.json", remove, "scheduler"),
-        ("scheduler/scheduler_config.json", truncate, "cannot be loaded"),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_damaged_folders(saved, tmp_path, file, damage, words):
-    folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
-    damage(folder / file)
-    with pytest.raises(ValueError, match="model") as caught:
-        CoalescerPipeline.from_pretrained(folder)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_no_model(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    for name in (file, tmp_path / "empty", tmp_path / "nowhere", "emoji-4096", "../emoji-64", "~/emoji-64", ""):
-        with pytest.raises(ValueError, match="model") as caught:
-            CoalescerPipeline.from_pretrained(name)
-        assert str(name) in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 def refuse(*_args, **_kwargs):
@@ -610,3 +453,506 @@ def test_nobody_is_told_to_install_accelerate(monkeypatch):
     assert said == []
     CoalescerPipeline.from_pretrained("emoji-64", low_cpu_mem_usage=True)
     assert any("accelerate" in text for text in said)
+
+
+def latents_of(pipe: CoalescerPipeline, **kwargs) -> torch.Tensor:
+    return sample(pipe, ["octopus, 3d style", "cat, flat style"], latents=noise(2), guidance_scale=1.5, **kwargs)
+
+
+def by_hand(pipe: CoalescerPipeline, avoided: list[str]) -> torch.Tensor:
+    """The formula of negative_prompt, from the networks alone."""
+    wanted, away = (pipe.condition(texts, torch.device("cpu")) for texts in (["octopus, 3d style", "cat, flat style"], avoided))
+    point = noise(2)
+    direction, distance = pipe.evaluate(point, wanted)
+    point = point + 0.5 * distance.view(-1, 1, 1, 1) * direction
+    direction, distance = pipe.evaluate(point, wanted)
+    far_direction, far = pipe.evaluate(point, away)
+    described, negative = (point + a.view(-1, 1, 1, 1) * b for a, b in ((distance, direction), (far, far_direction)))
+    direction = (described + 0.5 * (described - negative) - point) / distance.view(-1, 1, 1, 1)
+    return point + distance.view(-1, 1, 1, 1) * direction / direction.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("negative_prompt", "each"),
+    [("red", ["red", "red"]), (["red"], ["red", "red"]), (["red", "dog"], ["red", "dog"]), ("", ["", ""]), (["", "dog"], ["", "dog"])],
+    ids=str,
+)
+@torch.no_grad()
+def test_guidance_leads_away_from_the_negative_prompt(pipe, free, negative_prompt, each):
+    for pipeline in (pipe, free):
+        found = latents_of(pipeline, negative_prompt=negative_prompt)
+        torch.testing.assert_close(found, by_hand(pipeline, each), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(found, latents_of(pipeline), atol=1e-4) == (each == ["", ""])
+
+
+def test_an_empty_negative_prompt_is_none(pipe):
+    assert torch.equal(latents_of(pipe, negative_prompt=""), latents_of(pipe))
+
+
+def test_negative_prompts_are_prompt_major(pipe):
+    prompts, latents = ["octopus, 3d style", "cat, flat style"], noise(4)
+    call = {"num_images_per_prompt": 2, "guidance_scale": 2.0}
+    found = sample(pipe, prompts, latents=latents, negative_prompt=["red", "dog"], **call)
+    for i, (prompt, negative) in enumerate(zip(prompts, ["red", "dog"])):
+        some = slice(2 * i, 2 * i + 2)
+        torch.testing.assert_close(
+            found[some], sample(pipe, prompt, latents=latents[some], negative_prompt=negative, **call), rtol=ATOL, atol=ATOL
+        )
+
+
+def test_without_guidance_a_negative_prompt_does_nothing_and_says_so(pipe, caplog):
+    output = pipe("octopus", latents=noise(1), negative_prompt="red dog cat", guidance_scale=1, output_type="latent")
+    assert torch.equal(output.images, sample(pipe, latents=noise(1)))
+    assert output.warnings == ["negative_prompt has no effect with guidance_scale=1: give a larger one"]
+    assert pipe("octopus", negative_prompt="red", guidance_scale=1.5).warnings == []
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_wrong_numbers_of_negative_prompts(pipe, count):
+    with pytest.raises(ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"):
+        pipe(["octopus", "cat", "dog"], negative_prompt=["red"] * count)
+    with pytest.raises(ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"):
+        pipe.encode_prompt(["octopus", "cat", "dog"], negative_prompt=["red"] * count)
+
+
+EMBEDS = ("prompt_embeds", "prompt_token_embeds", "prompt_attention_mask")
+
+
+def embeds(pipe: CoalescerPipeline, *args, **kwargs) -> dict[str, torch.Tensor | None]:
+    """What `encode_prompt` gives, as keywords of a call."""
+    found = pipe.encode_prompt(*args, **kwargs)
+    names = EMBEDS[: len(found) // 2]
+    return dict(zip([*names, *(f"negative_{name}" for name in names)], found))
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "red", ["red", "dog"]], ids=str)
+def test_embeds_are_what_their_prompts_are(pipe, free, negative_prompt):
+    prompts = ["octopus, 3d style", "cat, flat style"]
+    for pipeline in (pipe, free):
+        given = embeds(pipeline, prompts, negative_prompt=negative_prompt)
+        assert len(given) == (6 if pipeline is free else 2)
+        assert given["prompt_embeds"].shape == given["negative_prompt_embeds"].shape == (2, 6)
+        found = pipeline(**given, latents=noise(2), guidance_scale=1.5, output_type="latent")
+        torch.testing.assert_close(found.images, latents_of(pipeline, negative_prompt=negative_prompt), rtol=ATOL, atol=ATOL)
+        assert found.warnings == []
+
+
+def test_embeds_of_several_pictures(pipe, free):
+    for pipeline in (pipe, free):
+        call = {"latents": noise(4), "guidance_scale": 1.5, "output_type": "latent"}
+        prompts = ["octopus, 3d style", "cat, flat style"]
+        expected = pipeline(prompts, num_images_per_prompt=2, negative_prompt=["red", "dog"], **call).images
+        one_each = pipeline(**embeds(pipeline, prompts, negative_prompt=["red", "dog"]), num_images_per_prompt=2, **call).images
+        repeated = pipeline(**embeds(pipeline, prompts, num_images_per_prompt=2, negative_prompt=["red", "dog"]), **call).images
+        torch.testing.assert_close(one_each, expected, rtol=ATOL, atol=ATOL)
+        torch.testing.assert_close(repeated, expected, rtol=ATOL, atol=ATOL)
+
+
+def test_embeds_without_guidance(pipe):
+    found = embeds(pipe, "octopus, 3d style", do_classifier_free_guidance=False)
+    assert found["negative_prompt_embeds"] is None
+    drawn = pipe(**found, latents=noise(1), output_type="latent").images
+    torch.testing.assert_close(drawn, sample(pipe, "octopus, 3d style", latents=noise(1)), rtol=ATOL, atol=ATOL)
+
+
+def test_one_negative_embedding_for_all(pipe):
+    negative = pipe.encode_prompt("red")[0]
+    torch.testing.assert_close(
+        latents_of(pipe, negative_prompt_embeds=negative), latents_of(pipe, negative_prompt="red"), rtol=ATOL, atol=ATOL
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_embeds_of_another_precision(pipe, dtype):
+    vectors = pipe.encode_prompt("octopus")[0].to(dtype)
+    found = pipe(prompt_embeds=vectors, latents=noise(1), output_type="latent").images
+    assert torch.equal(found, pipe(prompt_embeds=vectors.float(), latents=noise(1), output_type="latent").images)
+
+
+def test_without_a_mask_all_tokens_count(free):
+    vectors, rows = torch.randn(2, 6), torch.randn(2, 5, 6)
+    call = {"prompt_embeds": vectors, "prompt_token_embeds": rows, "latents": noise(2), "output_type": "latent"}
+    ones = torch.ones(2, 5, dtype=torch.int64)  # as tokenizers give it
+    assert torch.equal(free(**call).images, free(**call, prompt_attention_mask=ones).images)
+    ones[:, 3:] = 0
+    assert not torch.equal(free(**call).images, free(**call, prompt_attention_mask=ones).images)
+
+
+V, ROWS, MASK = torch.zeros(2, 6), torch.zeros(2, 5, 6), torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({}, TypeError, "prompt is None; expected a string or a list of strings, or prompt_embeds"),
+        ({"prompt": "cat", "prompt_embeds": V}, ValueError, "prompt and prompt_embeds are both given; give one of them"),
+        ({"prompt": "cat", "negative_prompt": "dog", "negative_prompt_embeds": V}, ValueError, "negative_prompt and negative_prompt_emb"),
+        ({"prompt_embeds": [[0.0] * 6]}, TypeError, "prompt_embeds is list; expected a floating-point tensor"),
+        ({"prompt_embeds": V.long()}, TypeError, "prompt_embeds is torch.int64"),
+        ({"prompt_embeds": V[0]}, ValueError, r"prompt_embeds has shape \(6,\); expected \(N, 6\)"),
+        ({"prompt_embeds": V[:, :5]}, ValueError, r"prompt_embeds has shape \(2, 5\); expected \(N, 6\)"),
+        ({"prompt_embeds": V[:0]}, ValueError, r"prompt_embeds has shape \(0, 6\)"),
+        ({"prompt_embeds": V + math.nan}, ValueError, "prompt_embeds holds numbers that are not finite"),
+        ({"prompt_embeds": V.double() + 1e300}, ValueError, "prompt_embeds holds numbers that are not finite"),
+        ({"prompt_embeds": V, "negative_prompt_embeds": torch.zeros(3, 6)}, ValueError, "negative_prompt has 3 descriptions"),
+        ({"prompt_embeds": V, "prompt_token_embeds": ROWS}, ValueError, "prompt_token_embeds is given; this network has no cross-att"),
+        ({"prompt": "cat", "prompt_attention_mask": MASK}, ValueError, "prompt_embeds is missing"),
+        ({"prompt": "cat", "negative_prompt_token_embeds": ROWS}, ValueError, "negative_prompt_embeds is missing"),
+        ({"prompt": "cat", "negative_prompt": 3}, TypeError, "negative_prompt is 3; expected a string or a list of strings"),
+        ({"prompt": "cat", "negative_prompt": []}, ValueError, "negative_prompt is an empty list"),
+        ({"prompt": "cat\ud800"}, ValueError, "prompt is 'cat\\\\ud800', which holds half a character"),
+    ],
+    ids=str,
+)
+def test_wrong_descriptions(pipe, given, error, words):
+    with pytest.raises(error, match=words) as caught:
+        pipe(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "prompt_token_embeds is missing; this network attends to token rows"),
+        ({"prompt_token_embeds": ROWS[:1]}, r"prompt_token_embeds has shape \(1, 5, 6\); expected \(2, N, 6\)"),
+        ({"prompt_token_embeds": ROWS[:, :, :4]}, r"prompt_token_embeds has shape \(2, 5, 4\)"),
+        ({"prompt_token_embeds": ROWS, "prompt_attention_mask": MASK[:, :4]}, r"prompt_attention_mask is \(2, 4\); expected \(2, 5\)"),
+        ({"prompt_token_embeds": ROWS, "prompt_attention_mask": ~MASK}, "with a token in each row"),
+        ({"prompt_token_embeds": ROWS, "prompt_attention_mask": [1]}, "prompt_attention_mask is list"),
+    ],
+    ids=str,
+)
+def test_wrong_token_rows(free, given, words):
+    with pytest.raises(ValueError, match=words):
+        free(prompt_embeds=V, **given)
+
+
+def test_unknown_words_are_said(pipe, caplog):
+    prompts = ["octopus", "blorp 1 octopus, 3d style", "blorp 2", "blorp 2", ""]
+    with caplog.at_level("WARNING", logger="coalescer_fast"):
+        output = pipe(prompts)
+        assert output.warnings == [
+            "prompt 'blorp 1 octopus, 3d style' has unknown words, which are drawn as nothing in particular: 'blorp', '1'",
+            "no word of prompt 'blorp 2' is known, and what is drawn is anything: use other, English words",
+        ]
+        assert [record.getMessage() for record in caplog.records] == output.warnings
+        assert pipe(prompts).warnings == output.warnings
+        assert len(caplog.records) == 2  # once for each prompt
+    assert pipe(["octopus", "", " ,; ", "Red CAT!"]).warnings == []
+    assert pipe("--").warnings == ["no word of prompt '--' is known, and what is drawn is anything: use other, English words"]
+    assert pipe("cat", guidance_scale=2.0, negative_prompt="blorp").warnings[0].startswith("no word of negative_prompt 'blorp' is known")
+
+
+def test_emoji_are_read(pipe):
+    assert torch.equal(sample(pipe, "🐙", latents=noise(1)), sample(pipe, "octopus", latents=noise(1)))
+    assert pipe("🐙").warnings == []
+
+
+def test_properties_before_and_after_a_call():
+    pipeline = tiny_pipeline(guidance_scale=1.5)
+    assert (pipeline.guidance_scale, pipeline.num_timesteps, pipeline.interrupt) == (1.5, 0, False)
+    pipeline("octopus", guidance_scale=1, num_inference_steps=5)
+    assert (pipeline.guidance_scale, pipeline.num_timesteps, pipeline.interrupt) == (1, 5, False)
+    assert not pipeline.do_classifier_free_guidance
+    pipeline("octopus")
+    assert (pipeline.guidance_scale, pipeline.num_timesteps) == (1.5, 2)
+    assert pipeline.do_classifier_free_guidance
+
+
+def test_a_callback_sees_the_call(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((pipeline.guidance_scale, pipeline._guidance_scale, pipeline.num_timesteps, pipeline.interrupt))
+        pipeline("cat", num_inference_steps=1, guidance_scale=3.0)  # another call, in between
+        assert pipeline.num_timesteps == 2
+        return tensors
+
+    pipe("octopus", guidance_scale=2.0, callback_on_step_end=callback)
+    assert seen == [(2.0, 2.0, 2, False)] * 2
+    assert (pipe.guidance_scale, pipe.num_timesteps) == (2.0, 2)
+
+
+def test_a_callback_changes_the_guidance(pipe, evaluations):
+    """As diffusers' test_callback_cfg."""
+
+    def increase(pipeline, step, timestep, tensors):
+        pipeline._guidance_scale += 1.0
+        return tensors
+
+    call = {"latents": noise(1), "callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs}
+    found = sample(pipe, guidance_scale=2.0, callback_on_step_end=increase, **call)
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+    assert torch.equal(found, sample(pipe, latents=noise(1), guidance_scale=3.0))  # the last step alone is guided
+    evaluations.clear()
+    found = sample(pipe, guidance_scale=1, callback_on_step_end=increase, **call)
+    assert torch.equal(found, sample(pipe, latents=noise(1), guidance_scale=2))
+    assert len(evaluations) == 6
+    with pytest.raises(ValueError, match="guidance_scale is nan"):
+        pipe("octopus", callback_on_step_end=lambda pipeline, *_: setattr(pipeline, "_guidance_scale", math.nan))
+
+
+def test_an_interrupted_call(pipe, evaluations):
+    def callback(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 1
+        assert pipeline.interrupt == (step == 1)
+        return tensors
+
+    call = {"latents": noise(1), "num_inference_steps": 5}
+    output = pipe("octopus", output_type="latent", callback_on_step_end=callback, return_trace=True, **call)
+    assert evaluations == [1, 1]
+    assert len(output.trace) == 2
+    assert pipe.interrupt
+    assert torch.equal(output.images, pipe("octopus", return_trace=True, **call).trace[2].sample)
+    assert not pipe.interrupt
+
+
+def test_an_interruption_is_of_one_call_or_from_outside_of_all(pipe):
+    halfway, steps = threading.Barrier(3), {}
+
+    def draw(name: str) -> None:
+        def callback(pipeline, step, timestep, tensors):
+            steps[name] = step
+            if step == 0 and name == "a":
+                pipeline._interrupt = True
+            if step == 1:
+                halfway.wait()  # until the other, and what interrupts from outside, are here
+                halfway.wait()
+
+        pipe("octopus", num_inference_steps=5, callback_on_step_end=callback)
+
+    threads = [threading.Thread(target=draw, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    halfway.wait(30)
+    pipe._interrupt = True
+    halfway.wait(30)
+    for thread in threads:
+        thread.join(30)
+    assert steps == {"a": 0, "b": 1, "c": 1}
+
+
+class Zero(PipelineCallback):
+    tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == pipeline.num_timesteps - 1:
+            callback_kwargs["latents"] = torch.zeros_like(callback_kwargs["latents"])
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("callback", [Zero(), MultiPipelineCallbacks([Zero(), Zero()])], ids=lambda c: type(c).__name__)
+def test_callback_objects_of_diffusers(pipe, callback):
+    assert not sample(pipe, callback_on_step_end=callback).any()
+
+
+def test_a_callback_object_that_wants_something_else(pipe):
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs has \['prompt_embeds'\]; allowed: \['latents'\]"):
+        pipe("octopus", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0))
+
+
+@pytest.mark.parametrize(("inputs", "names"), [(None, ["latents"]), ([], []), (("latents",), ["latents"])], ids=str)
+def test_a_callback_is_given_what_it_asks_for(pipe, inputs, names):
+    seen = []
+    pipe("octopus", callback_on_step_end=lambda *args: seen.append(list(args[3])), callback_on_step_end_tensor_inputs=inputs)
+    assert seen == [names, names]
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "words"),
+    [
+        (3, TypeError, "callback_on_step_end returned a int; expected a dict with latents, or None"),
+        ({"latents": None}, TypeError, "returned latents of NoneType; expected a floating-point tensor"),
+        ({"latents": np.zeros((1, 3, 4, 4))}, TypeError, "returned latents of ndarray"),
+        ({"latents": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}, TypeError, "returned latents of torch.int64"),
+        ({"latents": torch.zeros(2, 3, 4, 4)}, ValueError, r"shape \(2, 3, 4, 4\) on cpu; expected \(1, 3, 4, 4\) on cpu"),
+        ({"latents": torch.zeros(3, 4, 4)}, ValueError, r"shape \(3, 4, 4\)"),
+        ({"latents": torch.zeros(1, 3, 4, 4, device="meta")}, ValueError, "on meta; expected .* on cpu"),
+        ({"latents": torch.full((1, 3, 4, 4), math.nan)}, ValueError, "latents with numbers that are not finite"),
+        ({"latents": torch.full((1, 3, 4, 4), 1e300, dtype=torch.float64)}, ValueError, "latents with numbers that are not finite"),
+    ],
+    ids=str,
+)
+def test_callbacks_that_return_what_they_should_not(pipe, returned, error, words):
+    with pytest.raises(error, match=words) as caught:
+        pipe("octopus", callback_on_step_end=lambda *_: returned)
+    assert "\n" not in str(caught.value)
+    pipe("octopus")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_callback_may_round(pipe, dtype):
+    def callback(pipeline, step, timestep, tensors):
+        return {"latents": tensors["latents"].to(dtype)}
+
+    found = sample(pipe, latents=noise(1), callback_on_step_end=callback)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.to(dtype).float())
+
+
+def test_a_callback_that_spoils_latents_in_place(pipe):
+    def callback(pipeline, step, timestep, tensors):
+        tensors["latents"].fill_(math.nan)
+
+    with pytest.raises(ValueError, match="callback_on_step_end returned latents with numbers that are not finite"):
+        pipe("octopus", callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("callback", [3, "show", [print]], ids=repr)
+def test_callbacks_that_are_no_functions(pipe, callback):
+    with pytest.raises(TypeError, match=r"callback_on_step_end is a .*; expected a function"):
+        pipe("octopus", callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("inputs", ["latents", 3], ids=repr)
+def test_callback_inputs_that_are_no_list(pipe, inputs):
+    with pytest.raises(TypeError, match="callback_on_step_end_tensor_inputs is"):
+        pipe("octopus", callback_on_step_end=lambda *_: None, callback_on_step_end_tensor_inputs=inputs)
+
+
+@pytest.mark.parametrize(("part", "words"), [("unet", "R of prompt 'cat' after step 1 of 2"), ("vae", "the picture of prompt 'octopus'")])
+@pytest.mark.parametrize("output_type", ["pil", "latent", "pt"])
+@pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["", "callback"])
+def test_numbers_that_are_not_finite_become_no_picture(part, words, output_type, callback):
+    pipeline = tiny_pipeline(FREE)
+    with torch.no_grad():
+        if part == "vae":
+            pipeline.vae.decoder.layers[0].bias[0] = math.nan
+        else:
+            pipeline.unet.embedding[0].bias[0] = math.nan
+            pipeline.unet.embedding[0].weight.zero_()
+            pipeline.unet.embedding[0].bias.zero_()
+            pipeline.description_encoder.scale[0] = 1e38  # overflows for what has a word
+    prompts = ["octopus", "cat"]
+    if part == "unet":
+        prompts = ["", "cat"]
+    call = {"output_type": output_type, "callback_on_step_end": callback}
+    if part == "vae" and output_type == "latent":
+        assert pipeline(prompts, **call).images.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=words) as caught:
+        pipeline(prompts, **call)
+    assert "is not finite: lower guidance_scale, check the weights, or compute in float32" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e7, 1e30, 1e300])
+def test_latents_that_are_absurdly_large(pipe, free, size):
+    for pipeline in (pipe, free):
+        with pytest.raises(ValueError, match="latents holds numbers that are not finite or beyond 1e"):
+            pipeline("octopus", latents=torch.full((1, 3, 4, 4), size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1e7, 1e308, -1e300, 10**400, True])
+def test_guidance_that_overflows(pipe, scale):
+    with pytest.raises(ValueError, match=r"guidance_scale is .*; expected a finite number, of at most 1e\+06 in size"):
+        pipe("octopus", guidance_scale=scale)
+
+
+def test_components_that_are_none_or_others(pipe):
+    for name in pipe.components:
+        with pytest.raises(ValueError, match=f"^{name} is None; a pipeline needs a "):
+            CoalescerPipeline(**{**pipe.components, name: None})
+        with pytest.raises(TypeError, match=f"^{name} is a Linear; expected a "):
+            CoalescerPipeline(**{**pipe.components, name: torch.nn.Linear(1, 1)})
+
+
+def test_components_that_do_not_fit(pipe):
+    other = CoalescerAutoencoder(2, 5, 8, (1, 1), (1, 1))
+    narrow = CoalescerUNet(**{**FREE, "cross_attention_dim": 4})
+    wide = CoalescerUNet(**{**UNET, "description_dim": 7})
+    for changed, words in (
+        ({"vae": other}, "vae has 5 latent channels and unet 3; give two that fit each other"),
+        ({"unet": narrow}, "description_encoder has dim 6 and unet cross_attention_dim 4"),
+        ({"unet": wide}, "description_encoder has dim 6 and unet description_dim 7"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            CoalescerPipeline(**{**pipe.components, **changed})
+        pipeline = tiny_pipeline()
+        for name, part in changed.items():
+            setattr(pipeline, name, part)
+        with pytest.raises(ValueError, match=words):  # before anything is sampled
+            pipeline("octopus")
+
+
+def test_a_component_that_is_taken_away():
+    pipeline = tiny_pipeline()
+    pipeline.vae = None
+    with pytest.raises(ValueError, match="vae is None; a pipeline needs a CoalescerAutoencoder"):
+        pipeline("octopus", output_type="latent")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_precision_draws_and_changes_without_a_word(pipe, dtype, caplog):
+    pipeline = tiny_pipeline()
+    with caplog.at_level("WARNING"):
+        assert pipeline.to(dtype) is pipeline
+        assert pipeline.to("cpu", dtype) is pipeline
+    assert caplog.records == []
+    assert pipeline.unet.dtype == dtype
+    call = {"prompt": ["octopus", "cat"], "latents": noise(2), "guidance_scale": 1.5, "output_type": "np"}
+    found = pipeline(**call).images
+    assert found.dtype == np.float32
+    assert np.abs(found - pipe(**call).images).max() < 10 * max(ATOL, torch.finfo(dtype).eps)  # as of test_lower_precision
+
+
+def test_what_diffusers_says_of_other_modules_is_still_said(caplog):
+    class Kept(CoalescerUNet):
+        _keep_in_fp32_modules = ["norm_out"]  # noqa: RUF012 (diffusers' interface)
+
+    pipeline = tiny_pipeline()
+    pipeline.unet = Kept(**ANCHORED)
+    with caplog.at_level("WARNING"):
+        pipeline.to(torch.bfloat16)
+    assert ["norm_out" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_offloading_to_the_cpu(pipe):
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match="device is cpu, where all weights are already"):
+        pipeline.enable_sequential_cpu_offload(device="cpu")
+    pipeline.enable_model_cpu_offload(device="cpu")
+    call = {"prompt": "octopus", "guidance_scale": 1.5}
+    for _ in range(2):
+        torch.testing.assert_close(sample(pipeline, **call, latents=noise(1)), sample(pipe, **call, latents=noise(1)), rtol=ATOL, atol=ATOL)
+        assert pipeline(**call).images[0].size == (SIZE, SIZE)
+        with pytest.raises(ValueError, match="latents"):
+            pipeline("octopus", latents=torch.zeros(3))
+    pipeline.remove_all_hooks()
+    sample(pipeline, **call)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 3, 7, 7), (1, 3, 1, 64), (0, 3, 4, 4), ()], ids=str)
+def test_latents_that_no_network_takes(pipe, free, shape):
+    for pipeline in (pipe, free):
+        with pytest.raises(ValueError, match=r"latents has shape \(.*\); expected \(1, 3, 4, 4\)"):
+            pipeline("octopus", latents=torch.zeros(shape))
+
+
+def test_what_was_deprecated_is_not_used(pipe, recwarn):
+    pipe("octopus", guidance_scale=1.5)
+    assert [str(w.message) for w in recwarn] == []
+
+
+RUNTIMES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(unavailable("cpu")), reason="the CPU library is not built")),
+    pytest.param("onnxruntime", marks=pytest.mark.skipif(bool(unavailable("onnxruntime")), reason="needs onnxruntime and onnx")),
+]
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("network", [ANCHORED, FREE], ids=["anchor", "cross-attention"])
+def test_runtimes_take_negative_prompts_and_embeds(backend, network):
+    plain, fast = tiny_pipeline(network), accelerate(tiny_pipeline(network), backend, "float32")
+    texts = {"prompt": ["octopus, 3d style", "cat, flat style"], "negative_prompt": ["red", "dog"]}
+    given = embeds(plain, **texts)
+    for call in (texts, {**texts, "negative_prompt": "red"}, given):
+        call = {**call, "latents": noise(2), "guidance_scale": 1.5, "output_type": "latent"}
+        torch.testing.assert_close(fast(**call).images, plain(**call).images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(unavailable("cpu")), reason="the CPU library is not built")
+def test_a_runtimes_numbers_that_are_not_finite_become_no_picture():
+    fast = accelerate(tiny_pipeline(), "cpu", "float32")
+    fast.description_encoder.scale[0] = 1e38
+    with pytest.raises(ValueError, match="R of prompt 'octopus' after step 1 of 2 is not finite"):
+        fast("octopus")

@@ -7,6 +7,7 @@ import torch
 
 from coalescer_fast import sampling
 from coalescer_fast.models.unet import Conditioning
+from coalescer_fast.sampling import Call
 from coalescer_fast.scheduler import CoalescerScheduler, guide
 
 
@@ -78,6 +79,53 @@ def test_each_step_is_shown_and_may_be_replaced():
     for step in seen:  # before guidance
         assert torch.equal(step.direction, DESCRIBED.film[0][0].view(2, 1, 1, 1) - step.start)
         assert torch.equal(step.distance, DESCRIBED.film[0][0][:, 0])
+
+
+def test_guidance_may_change_on_the_way():
+    call, networks = Call(1.0, 4), Networks()
+
+    def on_step(i, start, direction, distance, end):
+        call.guidance_scale = (2.0, 2.0, 1.0, 2.0)[i]
+        return end
+
+    sampling.sample(networks, scheduler(4, guided_steps="all"), R, DESCRIBED, EMPTY, 1.0, on_step, call)
+    assert [numbers == (0.25, 0.25) for numbers in networks.asked] == [False, False, True, False, True, False]
+
+
+def test_a_changed_guidance_is_that_of_the_steps_after():
+    def on_step(i, start, direction, distance, end):
+        call.guidance_scale = 3.0
+        return end
+
+    call = Call(1.0, 2)
+    changed = sampling.sample(Networks(), scheduler(), R, DESCRIBED, EMPTY, 1.0, on_step, call)
+    assert torch.equal(changed, sampling.sample(Networks(), scheduler(), R, DESCRIBED, EMPTY, 3.0))  # the last step alone is guided
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_an_interrupted_call_ends_with_what_it_has(last):
+    call, networks, seen = Call(1.0, 5), Networks(), []
+
+    def on_step(i, start, direction, distance, end):
+        call.interrupt = i == last
+        seen.append(end)
+        return end
+
+    found = sampling.sample(networks, scheduler(5), R, DESCRIBED, None, 1.0, on_step, call)
+    assert len(networks.asked) == last + 1
+    assert found is seen[last]
+
+
+def test_a_call_that_is_interrupted_at_once():
+    networks = Networks()
+    assert sampling.sample(networks, scheduler(), R, DESCRIBED, None, 1.0, call=Call(1.0, 2, interrupt=True)) is R
+    assert networks.asked == []
+
+
+def test_empty_descriptions_of_each_sample():
+    networks = Networks()
+    sampling.sample(networks, scheduler(), R, DESCRIBED, conditioning(0.25, 0.75), 1.5)
+    assert networks.asked[-1] == (0.25, 0.75)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

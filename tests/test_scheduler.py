@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_another_schedule_is_used():
     torch.testing.assert_close(scheduler.step(direction, distance, 1, sample).prev_sample, sample + 0.2 * column * direction)
 
 
-@pytest.mark.parametrize("steps", [0, -1, True, 2.5, 2.0, "2", None], ids=repr)
+@pytest.mark.parametrize("steps", [0, -1, True, 2.5, 2.0, "2", None, 1_000_000_000], ids=repr)
 def test_wrong_step_counts(steps):
     with pytest.raises(ValueError, match="num_inference_steps is") as caught:
         CoalescerScheduler().set_timesteps(steps)
@@ -122,14 +123,47 @@ def test_wrong_step_counts(steps):
         ({"etas": (0.5, 0.7, 1.0)}, ("modes", "etas")),
         ({"etas": (), "modes": ()}, ("etas", "()")),
         ({"rows": {"4": ((0.5, 1.0), ("raw", "unit"))}}, ("rows", "4")),
+        ({"etas": (math.nan, 1.0)}, ("etas", "nan")),
+        ({"etas": (0.5, math.inf)}, ("etas", "inf")),
+        ({"etas": (0.5, 1e300)}, ("etas", "1e+300", "1e+06")),
+        ({"etas": (0.5, 10**400)}, ("etas", "1e+06")),
+        ({"etas": (0.5, True)}, ("etas", "True")),
+        ({"etas": (0.5, "1.0")}, ("etas", "'1.0'")),
+        ({"etas": "ab"}, ("etas", "'ab'")),
+        ({"etas": 0.5}, ("etas", "0.5")),
+        ({"etas": None}, ("etas", "None")),
+        ({"modes": "ru"}, ("modes", "'ru'")),
+        ({"modes": (["raw"], "unit")}, ("modes", "['raw']")),
+        ({"rows": [1]}, ("rows", "[1]")),
+        ({"rows": {"1": 0.5}}, ("rows", "0.5")),
+        ({"rows": {"1": ((0.5,),)}}, ("rows", "expected (etas, modes)")),
+        ({"rows": {"1": ((math.nan,), ("raw",))}}, ("rows", "nan")),
+        ({"rows": {1: ((0.5,), ("raw",))}}, ("rows", "1")),
+        ({"guidance_scale": math.nan}, ("guidance_scale", "nan")),
+        ({"guidance_scale": 1e308}, ("guidance_scale", "1e+308")),
+        ({"guidance_scale": None}, ("guidance_scale", "None")),
+        ({"guidance_scale": True}, ("guidance_scale", "True")),
+        ({"eps": 0.0}, ("eps", "0.0")),
+        ({"eps": -1e-6}, ("eps", "-1e-06")),
+        ({"eps": 1e-60}, ("eps", "1e-60")),  # zero in float32
+        ({"eps": math.nan}, ("eps", "nan")),
+        ({"eps": "small"}, ("eps", "'small'")),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=str,
 )
 def test_wrong_configurations(config, words):
     with pytest.raises(ValueError, match=words[0]) as caught:
         CoalescerScheduler(**config)
     for word in words:
         assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timestep", [-1, 2, torch.tensor(7)], ids=str)
+def test_steps_that_there_are_not(timestep):
+    sample, direction, distance = batch()
+    with pytest.raises(ValueError, match=f"timestep is {int(timestep)}; expected one of 0 to 1"):
+        CoalescerScheduler().step(direction, distance, timestep, sample)
 
 
 def test_tuple_output_and_timestep_as_a_tensor():
@@ -177,8 +211,11 @@ def test_saved_and_loaded(tmp_path):
     scheduler.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "scheduler_config.json").read_text("utf-8"))["_class_name"] == "CoalescerScheduler"
     loaded = CoalescerScheduler.from_pretrained(tmp_path)
-    for name in ("guidance_scale", "guided_steps", "eps"):
+    for name in ("etas", "modes", "rows", "guidance_scale", "guided_steps", "eps"):
         assert loaded.config[name] == scheduler.config[name]
+        assert type(loaded.config[name]) is type(scheduler.config[name])
+    assert scheduler.config.etas == [0.4, 0.9]  # a list at once, as JSON has no tuples
+    assert scheduler.config.rows == {"4": [[0.3] * 4, ["unit"] * 4]}
     sample, direction, distance = batch()
     for steps in (1, 2, 4, 7):
         loaded.set_timesteps(steps)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Encoding
 
+from .emoji import spell
+
+T = TypeVar("T")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MOST_NEAREST = 4096  # texts whose nearest name is remembered
+MOST_TEXTS = 4096  # of which what was found is remembered
+# what may follow a word, as WordPiece cuts it off
+ENDINGS = frozenset(("s", "es", "d", "ed", "r", "er", "ing", "y", "ly", "ish"))
+SHORTEST = 3  # letters of a word that others are made of: shorter pieces are found in any jumble of letters
 
 
 class DescriptionEncoder(ModelMixin, ConfigMixin):
@@ -85,10 +93,51 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             found = self._found = _Derived(self, state)
         return found
 
+    def _encode(self, text: str) -> Encoding:
+        return self.tokenizer.encode(re.sub("[,;]", " ", spell(text)), add_special_tokens=False)
+
     def token_ids(self, text: str) -> list[int]:
-        """WordPiece ids of a description; commas and semicolons only separate, unknown pieces are left out."""
-        ids = self.tokenizer.encode(re.sub("[,;]", " ", text), add_special_tokens=False).ids
-        return [i for i in ids if i not in self._derived.special_ids]
+        """WordPiece ids of a description.
+
+        Emoji are read as their names, commas and semicolons only separate, unknown pieces are left out.
+        """
+        derived = self._derived
+        return derived.remembered(derived.ids, text, lambda: [i for i in self._encode(text).ids if i not in derived.special_ids])
+
+    def words(self, text: str) -> dict[str, bool]:
+        """The words of a description, in order and as the tokenizer has them, and whether each is known.
+
+        Known is a word of a known name (or its plural), one that is a token, and one made of such words and endings, as "snowboarder".
+        Others come apart into pieces that mean nothing. Punctuation is no word; a symbol that is no token is an unknown one.
+        """
+        derived = self._derived
+        return derived.remembered(derived.words, text, lambda: self._words(text))
+
+    def _words(self, text: str) -> dict[str, bool]:
+        encoding, spelled = self._encode(text), spell(text)
+        pieces: dict[int | None, list[tuple[str, int, int]]] = {}
+        for word, token, i, (start, end) in zip(encoding.word_ids, encoding.tokens, encoding.ids, encoding.offsets):
+            if token == "[UNK]" or i not in self._derived.special_ids:
+                pieces.setdefault(word, []).append((token, start, end))
+        found: dict[str, bool] = {}
+        for parts in pieces.values():
+            name, tokens = spelled[parts[0][1] : parts[-1][2]].lower(), [token for token, _, _ in parts]
+            symbol = tokens == ["[UNK]"] and unicodedata.category(name[0]).startswith("S")
+            if name not in found and (symbol or any(map(str.isalnum, name))):
+                found[name] = self._knows(name, tokens)
+        return found
+
+    def _knows(self, word: str, tokens: Sequence[str]) -> bool:
+        names = self._derived.name_words
+        if word in names or word.removesuffix("s") in names or word.removesuffix("es") in names:
+            return True
+        first, *rest = [token.removeprefix("##") for token in tokens]
+        if not rest:
+            return first != "[UNK]" and (len(first) > 1 or first in "ai" or not first.isascii() or first.isdecimal())
+        return self._is_word(first) and all(self._is_word(part) or part in ENDINGS for part in rest)
+
+    def _is_word(self, text: str) -> bool:
+        return len(text) >= SHORTEST and self.tokenizer.token_to_id(text) is not None
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Description vectors (N, D), float32, of RMS 1 or 0."""
@@ -120,7 +169,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     @property
     def known_names(self) -> list[str]:
         """The names that the model was trained on, in the order of ``name_styles``."""
-        return bytes(self.names.cpu().numpy()).decode("utf-8").split("\n") if self.config.num_names else []
+        return _lines(self.names, "names") if self.config.num_names else []
 
     def names_style(self, description: str) -> bool:
         """Whether the description says "<word> style" with one of the encoder's style words."""
@@ -131,13 +180,12 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         styles, derived = list(self.config.styles), self._derived
         if not self.config.num_names:
             return styles
-        if (nearest := derived.nearest.get(description)) is None:
-            if len(derived.nearest) >= MOST_NEAREST:
-                derived.nearest.clear()
-            vectors = derived.name_vectors(self)
+
+        def find() -> int:
             # not a matrix product, whose bits depend on the number of threads
-            cosines = (vectors * self([description])[0].cpu().numpy()).sum(1)
-            nearest = derived.nearest[description] = int(cosines.argmax())
+            return int((derived.name_vectors(self) * self([description])[0].cpu().numpy()).sum(1).argmax())
+
+        nearest = derived.remembered(derived.nearest, description, find)
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
@@ -154,19 +202,45 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return out
 
 
+
 class _Derived:
-    """Of an encoder's buffers in a certain state: the tokenizer, its special tokens, and which known name is nearest to which text."""
+    """What is made of an encoder's buffers in a certain state: the tokenizer, and what was found of texts."""
 
     def __init__(self, encoder: DescriptionEncoder, state: tuple[tuple[int, int], ...]):
         self.state = state
-        tokens = bytes(encoder.vocab.cpu().numpy()).decode("utf-8").split("\n")
+        tokens = _lines(encoder.vocab, "vocab")
+        config = encoder.config
+        if config.vocab_bytes and len(tokens) != config.vocab_size:
+            counts = f"vocab has {len(tokens)} tokens and table {config.vocab_size} rows"
+            raise ValueError(f"{counts}: load the description encoder anew")
         self.tokenizer = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
         ids = (self.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
         self.special_ids = frozenset(i for i in ids if i is not None)
+        self.name_words = frozenset(re.findall(r"\w+", "\n".join(encoder.known_names).lower()))
+        # by text: its token ids, its words, the row of the known name nearest to it
+        self.ids: dict[str, list[int]] = {}
+        self.words: dict[str, dict[str, bool]] = {}
         self.nearest: dict[str, int] = {}
         self._vectors: np.ndarray | None = None
+
+    @staticmethod
+    def remembered(table: dict[str, T], text: str, make: Callable[[], T]) -> T:
+        """``table[text]``, made if it is not there; a table that is full is emptied."""
+        found = table.get(text)
+        if found is None:
+            if len(table) >= MOST_TEXTS:
+                table.clear()
+            found = table[text] = make()
+        return found
 
     def name_vectors(self, encoder: DescriptionEncoder) -> np.ndarray:
         if self._vectors is None:
             self._vectors = encoder(encoder.known_names).cpu().numpy()
         return self._vectors
+
+
+def _lines(utf8: torch.Tensor, name: str) -> list[str]:
+    try:
+        return bytes(utf8.cpu().numpy()).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text ({error.reason}): load the description encoder anew") from error

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..finite import check_finite
 from ..models.unet import Conditioning
-from .watch import Watch, check_finite, foreign
+from .watch import Watch, foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
+    from ..prompts import Descriptions
 
 T = TypeVar("T")
 
@@ -122,7 +124,7 @@ class Runtime(Protocol):
     def forget(self) -> None:
         """Take the networks as changed at the next `refresh`."""
 
-    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone."""
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from .watch import foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
+    from ..prompts import Descriptions
 
 CALIBRATION = 32  # prompts that 8-bit ranges are found with
 VOCABULARY = ("a red apple", "a dog", "a house by the sea", "a smiling face", "a blue car", "a tree", "two people", "a musical instrument")
@@ -101,7 +102,7 @@ class CpuRuntime(OfPipeline):
         if own or not all(type(module).__module__.startswith(STOCK) for module in self._networks()[name].modules()):
             self.own.add(name)
 
-    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone, in float32; of the empty description, it is computed once."""
         with self.lock:
             if texts == [""] and self.empty is not None:

@@ -19,6 +19,7 @@ from .graphs import CudaRecorder, Graphs, Recorder
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
+    from ..prompts import Descriptions
 
 MOST_GRAPHS = 16
 SHARE = 4  # of the device's memory, one part in so many is for graphs
@@ -27,7 +28,7 @@ VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
 
 class Key(NamedTuple):
     """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of the description,
-    0 without cross-attention; pictures: whether it decodes."""
+    0 without cross-attention; pictures: whether it decodes; empties: descriptions that guidance leads away from, one or one a sample."""
 
     batch: int
     size: tuple[int, int]
@@ -37,6 +38,7 @@ class Key(NamedTuple):
     guided: tuple[int, ...]
     pictures: bool
     tokens: tuple[int, int]
+    empties: int
 
     def __str__(self) -> str:
         steps = len(self.etas)
@@ -90,7 +92,7 @@ class CudaRuntime(OfPipeline):
             self.empty: Conditioning | None = None
             self.release()
 
-    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
         description alone is kept, for it depends on the weights only."""
         if texts == [""] and self.empty is not None:
@@ -126,7 +128,9 @@ class CudaRuntime(OfPipeline):
         guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
         tokens = tuple(0 if c is None or c.mask is None else c.mask.shape[1] for c in (conditioning, empty))
         batch, _, *size = sample.shape
-        key = Key(batch, tuple(size), scheduler.etas, scheduler.modes, scheduler.config.eps, guided, decode, tokens)  # type: ignore[arg-type]
+        empties = 0 if empty is None else len(empty.film[0][0])
+        schedule = scheduler.etas, scheduler.modes, scheduler.config.eps
+        key = Key(batch, tuple(size), *schedule, guided, decode, tokens, empties)  # type: ignore[arg-type]
 
         def draw(sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor) -> Tensor:
             latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)

@@ -19,6 +19,7 @@ from .base import OfPipeline, counted
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
+    from ..prompts import Descriptions
 
 Tensors = tuple[Tensor, ...]
 # of an artefact: a function of its inputs, in order, that gives its outputs; several threads may call it at once
@@ -68,7 +69,7 @@ class ExportedRuntime(OfPipeline):
                     each.check_weights(self.pipe)
                 self.watch = watch
 
-    def condition(self, texts: list[str], device: torch.device) -> Described:
+    def condition(self, texts: Descriptions, device: torch.device) -> Described:
         return Described([], None, [], description=self.pipe.describe(texts, device))
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
@@ -94,10 +95,11 @@ class ExportedRuntime(OfPipeline):
         if "generator" in self.runs:
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
-            if decode and wanted == made:
+            negative = empty is not None and bool(empty.description[0].any())  # a generator has the empty description inside
+            if decode and wanted == made and not negative:
                 return 2 * self._run("generator", sample, *conditioning.description)[0] - 1
             if "unet" not in self.runs:
-                asked = f"{wanted}" if decode else "latents"
+                asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
                 raise ValueError(f"{reason}: export that with --steps and --guidance, or --what all, which serves every call")
         latents = sampling.sample(self, scheduler, sample, conditioning, empty, guidance_scale)

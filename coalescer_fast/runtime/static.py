@@ -20,6 +20,7 @@ from .base import OfPipeline, counted
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
+    from ..prompts import Descriptions
 
 # prepared networks that a runtime keeps: the UNet and the decoder for eight sizes
 LIMIT = 16
@@ -92,7 +93,7 @@ class StaticRuntime(OfPipeline):
             self.networks.clear()
             self.bound.clear()
 
-    def condition(self, texts: list[str], device: torch.device) -> Conditioning:
+    def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """The reference's: it is small, and what it gives is then rounded once."""
         return self.pipe.condition(texts, device)
 

@@ -127,11 +127,3 @@ def foreign(network: nn.Module) -> str:
         if "forward" in module.__dict__:
             return f"the forward of {where} is patched"
     return ""
-
-
-@torch.no_grad()
-def check_finite(network: nn.Module, name: str) -> None:
-    """Raise ValueError if a floating-point parameter or buffer holds a number that is not finite."""
-    for key, tensor in chain(network.named_parameters(), network.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and not bool(tensor.detach().isfinite().all()):
-            raise ValueError(f"{name}.{key} holds numbers that are not finite: load weights that are")

@@ -6,6 +6,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast import DescriptionEncoder
+from coalescer_fast.pipeline import WEIGHTS
 
 TOKENS = (
     "[PAD]",
@@ -57,11 +58,82 @@ def test_tokenizer_is_that_of_the_vocabulary():
         ("海海", ["海", "海"]),
         ("[PAD] cat [MASK]", ["cat"]),
         ("", []),
-        ("zebra ∞ 🐙", []),
+        ("zebra ∞ 🛸", []),
+        ("a 🐙, 🐈🐕", ["octopus", "cat", "dog"]),  # emoji are read as their names
     ],
 )
 def test_token_ids(text, tokens):
     assert encoder().token_ids(text) == [TOKENS.index(token) for token in tokens]
+
+
+SENSIBLE = (
+    "octopus",
+    "a red apple",
+    "cat face with tears of joy",
+    "snowboarder",
+    "a house by the sea",
+    "broccoli",
+    "firefighter in a blue uniform",
+    "rocket, 3d style",
+    "two people",
+    "pizzas",
+    "musical instruments",
+    "skateboarding",
+    "grinning cats",
+    "a birthday cake",
+    "cupcakes",
+    "Unicorn!",
+    "steam locomotive; flat style",
+    "ice-cream",
+    "🐙🔥",
+    "100 percent",
+)
+NONSENSE = ("xyzzy", "осьминог", "asdf", "qwertyuiop", "blorp", "zzzzz", "gribble frotz", "kwyjibo", "q", "dkfj2 vlorgh")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> DescriptionEncoder:
+    return DescriptionEncoder.from_pretrained(WEIGHTS / "emoji-64" / "description_encoder")
+
+
+@pytest.mark.parametrize("text", SENSIBLE)
+def test_words_that_are_known(embedded, text):
+    words = embedded.words(text)
+    assert words
+    assert all(words.values())
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_words_that_are_not(embedded, text):
+    words = embedded.words(text)
+    assert words
+    assert not any(words.values())
+
+
+def test_words_in_their_order_each_once(embedded):
+    found = embedded.words("A blorp cat, xyzzy and a Cat (3d style)")
+    assert list(found) == ["a", "blorp", "cat", "xyzzy", "and", "3d", "style"]
+    assert [word for word, known in found.items() if not known] == ["blorp", "xyzzy"]
+
+
+def test_words_of_a_small_vocabulary():
+    assert encoder().words("zebra, red cats ∞ 🛸 - [PAD]") == {
+        "zebra": False,
+        "red": True,
+        "cats": True,
+        "∞": False,
+        "flying": False,
+        "saucer": False,
+    }
+    assert encoder().words(" ,; - ") == {}
+
+
+@pytest.mark.parametrize("spoil", [lambda v: v.fill_(0xFF), lambda v: v.fill_(ord("\n"))], ids=["no text", "other lines"])
+def test_a_damaged_vocabulary_is_refused(spoil):
+    model = encoder()
+    spoil(model.vocab)
+    with pytest.raises(ValueError, match=r"vocab .*: load the description encoder anew"):
+        model(["octopus"])
 
 
 def test_vector_is_the_normalised_sum_of_scaled_rows():
@@ -78,7 +150,7 @@ def test_vectors_have_rms_one():
     torch.testing.assert_close(vectors.square().mean(1).sqrt(), torch.ones(4))
 
 
-@pytest.mark.parametrize("text", ["", "   ", ",;,", "zebra", "∞ 🐙", "[CLS]"])
+@pytest.mark.parametrize("text", ["", "   ", ",;,", "zebra", "∞ 🛸", "[CLS]"])
 def test_nothing_known_is_the_zero_vector(text):
     assert torch.equal(encoder()([text]), torch.zeros(1, DIM))
 

@@ -234,7 +234,7 @@ def test_refresh_takes_over_what_no_call_can_see(pipe):
 
 def test_numbers_that_are_not_finite_are_refused(pipe):
     pipe.vae.decoder.layers[0].bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"^vae\.decoder\.layers\.0\.bias holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=r"^vae\.decoder\.layers\.0\.bias holds a number that is not finite"):
         cf.accelerate(pipe)
     pipe.vae.decoder.layers[0].bias.data[0] = 0
     cf.accelerate(pipe)
@@ -242,7 +242,7 @@ def test_numbers_that_are_not_finite_are_refused(pipe):
     with torch.no_grad():
         pipe.unet.conv_in.weight[0] = torch.inf
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^unet\.conv_in\.weight holds numbers that are not finite"):
+        with pytest.raises(ValueError, match=r"^unet\.conv_in\.weight holds a number that is not finite"):
             draw(pipe)
 
 

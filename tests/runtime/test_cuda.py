@@ -107,6 +107,22 @@ def test_sizes_and_tokens(free):
     assert torch.equal(draw(free, "a very long description " * 20), plainly(free, "a very long description " * 20))
 
 
+def test_negative_prompts(fast, free):
+    """One for all pictures, which has a row of its own in a graph, and one for each."""
+    for pipe in (fast, free):
+        for negative in ("red apple", ["red apple"] * 4 + ["pizza"], None, "owl", ["owl"] * 4 + ["red apple"]):
+            assert torch.equal(draw(pipe, negative_prompt=negative), plainly(pipe, negative_prompt=negative))
+        assert not torch.equal(draw(pipe, negative_prompt="owl"), draw(pipe))
+
+
+def test_embeds(fast, free):
+    for pipe in (fast, free):
+        found = pipe.encode_prompt(PROMPTS, negative_prompt="owl")
+        names = ["prompt_embeds", "prompt_token_embeds", "prompt_attention_mask"][: len(found) // 2]
+        given = dict(zip([*names, *(f"negative_{name}" for name in names)], found))
+        assert torch.equal(draw(pipe, None, **given), plainly(pipe, None, **given))
+
+
 def test_who_watches_the_steps_is_given_them(fast):
     seen = []
     trace = fast("octopus", return_trace=True).trace

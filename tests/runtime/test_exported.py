@@ -124,6 +124,27 @@ def test_a_generator_alone_refuses_another_schedule(accelerated):
     assert runs == []
 
 
+def test_a_generator_has_the_empty_description_inside(accelerated):
+    pipe, plain = accelerated(*artefact.KINDS), load()
+    for negative, expected in (
+        ("", ["generator"]),
+        ("red apple", ["unet"] * 3 + ["decoder"]),
+        (["owl", "red apple"], ["unet"] * 3 + ["decoder"]),
+    ):
+        runs.clear()
+        torch.testing.assert_close(draw(pipe, negative_prompt=negative), draw(plain, negative_prompt=negative), atol=1e-4, rtol=1e-4)
+        assert runs == expected
+    with pytest.raises(ValueError, match=r"the call asks for 2 steps .* with a negative prompt: .*--what all"):
+        draw(accelerated("generator"), negative_prompt="owl")
+
+
+def test_embeds(accelerated):
+    pipe, styled = accelerated(*artefact.KINDS), ["octopus, 3d style", "pizza, flat style"]
+    (vectors, negative) = pipe.encode_prompt(styled)
+    assert torch.equal(draw(pipe, None, prompt_embeds=vectors, negative_prompt_embeds=negative), draw(pipe, styled))
+    assert runs == ["generator"] * 2
+
+
 def test_what_is_not_exported_is_the_pipelines_own_and_explained(accelerated):
     pipe = accelerated("generator")
     torch.testing.assert_close(draw(pipe, return_trace=True), draw(load()), atol=1e-5, rtol=0)

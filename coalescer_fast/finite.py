@@ -1,0 +1,29 @@
+"""Nothing that is not a number becomes a picture: the checks, each of which says in one sentence where it was found."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, as integers never do and a tensor without data does not yet."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    found = tensor.detach()
+    return bool(torch.isfinite(found if found.element_size() > 1 else found.float()).all())  # 8-bit floats lack the test
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise ValueError if a weight or buffer of ``module``, which the sentence calls ``name``, is not finite."""
+    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if not is_finite(tensor):
+            raise ValueError(f"{name}.{key} holds a number that is not finite: load or train its weights anew")
+
+
+def first_not_finite(batch: Tensor) -> int | None:
+    """The first sample of a batch (N, ...) that is not finite, or None."""
+    bad = ~batch.isfinite().flatten(1).all(1)
+    return int(bad.nonzero()[0]) if bad.any() else None

@@ -1,0 +1,259 @@
+"""Saved pipelines: what is written beside diffusers' own files, and what a folder must be before diffusers reads it.
+
+A stranger's folder runs no code here. It may name no class but ours (or one derived from ours that this process has
+imported already), its weights are safetensors, and whatever does not fit is said in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+from .runtime.artefact import file_sha256
+from .scheduler import CoalescerScheduler
+
+COMPONENTS: dict[str, type] = {
+    "unet": CoalescerUNet,
+    "scheduler": CoalescerScheduler,
+    "description_encoder": DescriptionEncoder,
+    "vae": CoalescerAutoencoder,
+}
+NETWORKS = ("unet", "description_encoder", "vae")
+INDEX, CHECKSUMS, CODE = "model_index.json", "checksums.json", "pipeline.py"
+# of safetensors' names: what may stand in a file for a tensor that computes, and what must for one of integers
+FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
+# settings that count layers, each of which has tensors
+COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks")
+
+
+def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
+    """Write what a saved folder has beside diffusers' files: code by which diffusers finds the class, and checksums.
+
+    ``model_index.json`` then names the class as diffusers names those of a ``pipeline.py``.
+    """
+    index = read_json(folder / INDEX)
+    index["_class_name"] = [Path(CODE).stem, pipeline.__name__]
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    module = "coalescer_fast" if pipeline.__module__ == f"{__package__}.pipeline" else pipeline.__module__
+    (folder / CODE).write_text(
+        '"""For DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)."""\n\n'
+        f"from {module} import {pipeline.__name__}  # noqa: F401\n",
+        "utf-8",
+    )
+    parts = [folder / name for name in index if (folder / name).is_dir()]
+    files = [folder / INDEX, folder / CODE, *(path for part in parts for path in part.rglob("*") if path.is_file())]
+    sums = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(files)
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", "utf-8")
+
+
+def check(
+    folder: Path, pipeline: type[DiffusionPipeline], given: Collection[str] = (), variant: str | None = None
+) -> None:
+    """Raise ValueError, in one sentence, if ``folder`` is no saved ``pipeline`` that can be loaded as it was saved.
+
+    given: components that need not be there; variant: of the weights, as in diffusers.
+    """
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is not a saved pipeline: it has no {INDEX}")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
+        raise ValueError(f"variant is {variant!r}; expected a word, such as 'fp16'")
+    index = read_json(folder / INDEX)
+    _check_class(folder, index, pipeline)
+    _check_names(folder, index, pipeline)
+    needed = [folder / INDEX]
+    for name, base in COMPONENTS.items():
+        if name not in index and name not in given:
+            raise ValueError(f"{folder / INDEX} is damaged: it names no {name}")
+        kind = _class_of(f"{name} in {folder / INDEX}", index[name], base) if name in index else base
+        if name not in given:
+            needed += _check_component(folder / name, kind, variant)
+    _check_sums(folder, needed)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not a JSON object")
+    return found
+
+
+def _check_class(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
+    named = index.get("_class_name")
+    name = named[-1] if isinstance(named, list) and named else named
+    allowed = [
+        each.__name__
+        for each in pipeline.__mro__
+        if issubclass(each, DiffusionPipeline) and each is not DiffusionPipeline
+    ]
+    if name not in allowed:
+        raise ValueError(f"{folder} holds a {name}, not a {' or '.join(allowed)}")
+
+
+def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
+    """Raise ValueError for what the pipeline has not; its own components, beside those of all, must bring no code."""
+    modules, settings = pipeline._get_signature_keys(pipeline)
+    for name, entry in index.items():
+        if name.startswith("_") or name in COMPONENTS or name in settings:
+            continue
+        if name not in modules:
+            raise ValueError(f"{folder / INDEX} is damaged: it names {name}, which no {pipeline.__name__} has")
+        library = str(entry[0]).partition(".")[0] if isinstance(entry, list) and entry else ""
+        if entry != [None, None] and library not in ("diffusers", "transformers"):
+            _class_of(f"{name} in {folder / INDEX}", entry, object)
+
+
+def _class_of(where: str, entry: Any, base: type) -> type:
+    """The class that an entry [module, class] names, found among what is imported already."""
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        raise ValueError(f"{where} is {entry!r}; expected [module, class]")
+    module, name = entry
+    found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(
+            f"{where} is {module}.{name}, which is not a {base.__name__} that is imported here; no other is loaded"
+        )
+    return found
+
+
+def _check_component(folder: Path, kind: type, variant: str | None) -> list[Path]:
+    """The files that diffusers will read of a component, which are there and fit each other."""
+    if kind.config_name != CONFIG_NAME:  # type: ignore[attr-defined]
+        path = _file(folder, kind.config_name)  # type: ignore[attr-defined]
+        _check_config(path, kind)
+        return [path]
+    path, weights = _file(folder, CONFIG_NAME), list(_weights(folder, variant))
+    config = _check_config(path, kind)
+    _check_weights(folder, kind, config, [each for each in weights if each.suffix != ".json"])
+    return [path, *weights]
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder.parent} is incomplete: {folder.name}/{name} is missing")
+    return folder / name
+
+
+def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
+    """The index, where the weights are in several files, and the files of weights, as diffusers chooses them."""
+    has_variant = variant is not None and any(
+        path.name.partition(".")[2].startswith(variant) for path in folder.iterdir()
+    )
+    end = f".{variant}" if has_variant else ""
+    stem, _, suffix = SAFE_WEIGHTS_INDEX_NAME.rpartition(".")
+    index = folder / f"{stem}{end}.{suffix}"
+    if not index.is_file():
+        stem, _, suffix = SAFETENSORS_WEIGHTS_NAME.rpartition(".")
+        yield _file(folder, f"{stem}{end}.{suffix}")
+        return
+    table = read_json(index)
+    names = table.get("weight_map")
+    if not isinstance(table.get("metadata"), dict) or not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is damaged: it has no metadata or no weight_map")
+    if odd := [
+        name for name in names.values() if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name)
+    ]:
+        raise ValueError(f"{index} is damaged: it names {odd[0]!r}, which is no file of weights in this folder")
+    yield index
+    for name in sorted(set(names.values())):
+        yield _file(folder, name)
+
+
+def _check_config(path: Path, kind: type) -> dict[str, Any]:
+    config = read_json(path)
+    if (named := config.get("_class_name", kind.__name__)) != kind.__name__:
+        raise ValueError(f"{path} is of a {named}, not a {kind.__name__}")
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    for name, value in config.items():
+        if name.startswith("_"):
+            continue
+        if name not in hints:
+            raise ValueError(f"{path} has {name}, which no {kind.__name__} has: it is damaged, or from a later version")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{path} is damaged: {name} is {value!r:.80}")
+    return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type; types that the configurations of networks do not have are not looked at."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+    return type(value) is hint if hint in (int, bool, str, NoneType) else True
+
+
+def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list[Path]) -> None:
+    """Compare the tensors in the files with those of an empty network of the configuration; no tensor is read."""
+    found: dict[str, tuple[str, list[int], Path]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a file is no dict)
+                    part = file.get_slice(name)
+                    found[name] = part.get_dtype(), part.get_shape(), path
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    _check_sizes(folder, config, found)
+    try:
+        with torch.device("meta"):
+            expected = kind.from_config(config).state_dict()  # type: ignore[attr-defined]
+    except Exception as error:  # whatever layers say of sizes that they cannot have
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{files[0] if len(files) == 1 else folder} lacks {missing[0]}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{found[extra[0]][2]} has {extra[0]}, which no {kind.__name__} of this configuration has")
+    for name, (dtype, shape, path) in found.items():
+        dtypes = FLOATS if expected[name].is_floating_point() else (INTEGERS[expected[name].dtype],)
+        if dtype not in dtypes or shape != list(expected[name].shape):
+            raise ValueError(
+                f"{path}: {name} is {dtype} {shape}; expected {' or '.join(dtypes)} {list(expected[name].shape)}"
+            )
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ValueError for sizes that the weights cannot have, which would take memory or time without end to build."""
+    numbers = sum(torch.Size(shape).numel() for _, shape, _ in found.values())
+    for name, value in config.items():
+        most = len(found) if name in COUNTS else numbers
+        counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+        if len(counts) > len(found) or not all(0 <= each <= most for each in counts):
+            raise ValueError(
+                f"{folder / CONFIG_NAME} is damaged: {name} is {value!r:.80}, which the weights beside it are not of"
+            )
+
+
+def _check_sums(folder: Path, files: list[Path]) -> None:
+    if not (folder / CHECKSUMS).exists():
+        return
+    sums = read_json(folder / CHECKSUMS)
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        said = sums.get(name)
+        if said != {"bytes": path.stat().st_size, "sha256": file_sha256(path)}:
+            what = "is not the file that was saved" if name in sums else "was not saved with the rest"
+            raise ValueError(
+                f"{folder / name} {what}: save the pipeline anew, or delete {CHECKSUMS} there if the file is meant"
+            )

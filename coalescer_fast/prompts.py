@@ -1,0 +1,149 @@
+"""Descriptions as a call gives them: as texts or as embeddings, checked, and what is odd about them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .models import DescriptionEncoder
+from .scheduler import LARGEST
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Embeds:
+    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their mask
+    (N, L), True where there is a token."""
+
+    vectors: torch.Tensor
+    token_rows: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(x for x in (self.vectors, self.token_rows, self.mask) if x is not None)
+
+
+Descriptions = list[str] | Embeds
+
+
+def repeat(descriptions: Descriptions, times: int) -> Descriptions:
+    """Each so many times, one after the other."""
+    if isinstance(descriptions, Embeds):
+        return Embeds(*(x.repeat_interleave(times, 0) for x in descriptions.tensors()))
+    return [text for text in descriptions for _ in range(times)]
+
+
+def given(
+    name: str,
+    config: Any,
+    texts: str | list[str] | None,
+    vectors: torch.Tensor | None,
+    token_rows: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> Descriptions | None:
+    """The descriptions that a call gives in one of two ways, checked, or None.
+
+    name: "prompt" or "negative_prompt"; config: the UNet's; the rest as in `CoalescerPipeline.__call__`.
+
+    Raises TypeError or ValueError, in one sentence.
+    """
+    if vectors is None:
+        if token_rows is not None or mask is not None:
+            raise ValueError(f"{name}_embeds is missing; {name}_token_embeds and {name}_attention_mask go with it")
+        return None if texts is None else check_texts(name, texts)
+    if texts is not None:
+        raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
+    _check_embeds(f"{name}_embeds", vectors, (None, config.description_dim))
+    if config.cross_attention_dim is None:
+        if token_rows is not None or mask is not None:
+            raise ValueError(
+                f"{name}_token_embeds is given; this network has no cross-attention and takes {name}_embeds alone"
+            )
+        return Embeds(vectors)
+    if token_rows is None:
+        raise ValueError(f"{name}_token_embeds is missing; this network attends to token rows, as of encode_prompt")
+    _check_embeds(f"{name}_token_embeds", token_rows, (len(vectors), None, config.cross_attention_dim))
+    if mask is None:
+        mask = torch.ones(token_rows.shape[:2], dtype=torch.bool, device=token_rows.device)
+    elif not isinstance(mask, torch.Tensor) or mask.shape != token_rows.shape[:2] or not (mask != 0).any(1).all():
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{name}_attention_mask is {shape}; expected {tuple(token_rows.shape[:2])} with a token in each row"
+        )
+    return Embeds(vectors, token_rows, mask != 0)
+
+
+def warnings(
+    encoder: DescriptionEncoder, wanted: Descriptions, avoided: Descriptions | None, guidance_scale: float
+) -> list[str]:
+    """What is odd about a call that can be run, each logged once in a process."""
+    found = []
+    if avoided is not None and guidance_scale == 1:
+        found.append("negative_prompt has no effect with guidance_scale=1: give a larger one")
+    for name, descriptions in (("prompt", wanted), ("negative_prompt", avoided)):
+        for text in dict.fromkeys(descriptions if isinstance(descriptions, list) else []):
+            words = encoder.words(text)
+            unknown = [word for word, known in words.items() if not known]
+            if text.strip(" ,;\t\r\n") and len(unknown) == len(words):
+                found.append(
+                    f"no word of {name} {text!r:.80} is known, and what is drawn is anything: use other, English words"
+                )
+            elif unknown:
+                listed = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+                found.append(
+                    f"{name} {text!r:.80} has unknown words, which are drawn as nothing in particular: {listed}"
+                )
+    for message in found:
+        warn_once(message)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_texts(name: str, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} is {given!r:.80}; expected a string or a list of strings")
+    if not texts:
+        raise ValueError(f"{name} is an empty list; give at least one description")
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{name} is {text!r:.80}, which holds half a character (a surrogate); decode it as UTF-8 or UTF-16"
+            )
+    return list(texts)
+
+
+def check_count(num_images_per_prompt: Any) -> None:
+    if (
+        isinstance(num_images_per_prompt, bool)
+        or not isinstance(num_images_per_prompt, int)
+        or num_images_per_prompt < 1
+    ):
+        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
+
+
+def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise TypeError(f"{name} is {kind}; expected a floating-point tensor")
+    if (
+        given.ndim != len(shape)
+        or not given.numel()
+        or any(n not in (None, found) for n, found in zip(shape, given.shape))
+    ):
+        expected = ", ".join("N" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({expected})")
+    if not given.abs().amax() <= LARGEST:
+        raise ValueError(f"{name} holds numbers that are not finite or beyond {LARGEST:g}; expected vectors of RMS 1")
