@@ -134,7 +134,11 @@ class CudaRuntime(OfPipeline):
 
         def draw(sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor) -> Tensor:
             latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)
-            return self.decode(latents) if decode else latents
+            if not decode:
+                return latents
+            # the decoder's clamp would make a picture of infinity
+            finite = latents.isfinite().flatten(1).all(1)[:, None, None, None]
+            return self.decode(latents).where(finite, torch.nan)
 
         with span("graph"):
             return self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)

@@ -123,6 +123,19 @@ def test_embeds(fast, free):
         assert torch.equal(draw(pipe, None, **given), plainly(pipe, None, **given))
 
 
+def test_latents_that_are_not_finite_are_no_picture(fast, monkeypatch):
+    evaluate = fast.runtime.evaluate
+
+    def overflowing(sample, conditioning):
+        direction, distance = evaluate(sample, conditioning)
+        distance[1] = torch.inf
+        return direction, distance
+
+    monkeypatch.setattr(fast.runtime, "evaluate", overflowing)
+    with pytest.raises(ValueError, match=r"^R of prompt 'pizza' after step 1 of 2 is not finite"):
+        draw(fast)
+
+
 def test_who_watches_the_steps_is_given_them(fast):
     seen = []
     trace = fast("octopus", return_trace=True).trace
