@@ -96,39 +96,46 @@ def native_dtype(device: str, dtypes: Sequence[str]) -> str:
 def accelerate(
     pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto", artefact: str | Path | None = None
 ) -> CoalescerPipeline:
-    """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to rounding.
+    """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to
+    rounding.
 
-    - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size and resolution.
-      Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images multiply 8-bit integers, their ranges
-      found here on a few dozen known names; it needs a processor with AVX-512 VNNI and bfloat16.
-    - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size, resolution, step count
-      and use of guidance, captured at the first call of its kind; calls with a callback or a trace go step by step.
-    - "compile" (on GPUs, too), "onnxruntime" and "openvino": the networks by torch.compile, ONNX Runtime or OpenVINO, each prepared for a
-      batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call; the last eight are kept.
-    - "onnxruntime" with ``artefact``, a folder that `coalescer-export` wrote: its graphs, for the batch sizes and in the precision that
-      they were exported for. Nothing is prepared. They are of these weights, or refused, now and in every call.
-    - "tensorrt" with ``artefact``, a folder of plans that `coalescer-export engine` built for this GPU: on the caller's stream, in a CUDA
-      graph for each batch size. Not yet run on a GPU.
+    - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size
+      and resolution. Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images
+      multiply 8-bit integers, their ranges found here on a few dozen known names; it needs a processor with AVX-512
+      VNNI and bfloat16.
+    - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size,
+      resolution, step count and use of guidance, captured at the first call of its kind; calls with a callback or a
+      trace go step by step.
+    - "compile" (on GPUs, too), "onnxruntime" and "openvino": the networks by torch.compile, ONNX Runtime or OpenVINO,
+      each prepared for a batch size and resolution when it first comes, which takes seconds, by `warmup` or in a call;
+      the last eight are kept.
+    - "onnxruntime" with ``artefact``, a folder that `coalescer-export` wrote: its graphs, for the batch sizes and in
+      the precision that they were exported for. Nothing is prepared. They are of these weights, or refused, now and in
+      every call.
+    - "tensorrt" with ``artefact``, a folder of plans that `coalescer-export engine` built for this GPU: on the caller's
+      stream, in a CUDA graph for each batch size. Not yet run on a GPU.
 
-    What depends on the description alone is computed once a call, in float32; R, distances and the update are float32. What is changed of
-    the networks later, weights, layers, attributes or hooks, takes effect at the next call (see `refresh` for what no call can see), but not
-    while a call runs. A network with hooks, or with layers of other packages that no native step does, is run by its own code on "cpu" and
-    refused by the others.
+    What depends on the description alone is computed once a call, in float32; R, distances and the update are float32.
+    What is changed of the networks later, weights, layers, attributes or hooks, takes effect at the next call (see
+    `refresh` for what no call can see), but not while a call runs. A network with hooks, or with layers of other
+    packages that no native step does, is run by its own code on "cpu" and refused by the others.
 
-    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch, its order, the number
-    of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or pickle, is accelerated again in the same way.
-    After a fork, "cpu" goes on in the child with one thread, and the others ask to be accelerated again.
+    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch,
+    its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or
+    pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one thread, and the
+    others ask to be accelerated again.
 
     Args:
         pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
-        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of `BACKENDS`.
-        dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a dtype or its name, as
-            in `BACKENDS`.
+        backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
+            `BACKENDS`.
+        dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a
+            dtype or its name, as in `BACKENDS`.
 
     Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
 
-    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here, and for an artefact that is
-        damaged or of another model.
+    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here, and for an
+        artefact that is damaged or of another model.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
@@ -184,10 +191,12 @@ def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
 
 
 def refresh(pipe: CoalescerPipeline) -> CoalescerPipeline:
-    """Have an accelerated pipeline take over its networks as they are now, whatever it can tell of their changes. Returns ``pipe``.
+    """Have an accelerated pipeline take over its networks as they are now, whatever it can tell of their changes.
+    Returns ``pipe``.
 
-    Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch counts. What torch does not
-    count, writes through ``.data`` or numpy, it finds on a CPU if they change a whole tensor, and else perhaps not: call this after them.
+    Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch
+    counts. What torch does not count, writes through ``.data`` or numpy, it finds on a CPU if they change a whole
+    tensor, and else perhaps not: call this after them.
 
     Raises: ValueError if the pipeline is not accelerated, or if an artefact is not of its weights.
     """

@@ -194,7 +194,8 @@ def _check_config(path: Path, kind: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a type; types that the configurations of networks do not have are not looked at."""
+    """Whether a value out of JSON is of a type; types that the configurations of networks do not have are not looked
+    at."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:

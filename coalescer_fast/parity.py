@@ -1,4 +1,5 @@
-"""Whether an accelerated pipeline draws what its own float32 reference draws, `verify`, and what another machine draws, `receipt`."""
+"""Whether an accelerated pipeline draws what its own float32 reference draws, `verify`, and what another machine draws,
+`receipt`."""
 
 from __future__ import annotations
 
@@ -189,9 +190,11 @@ def receipt(
     num_inference_steps: int = 2,
     guidance_scale: float | None = None,
 ) -> dict[str, Any]:
-    """Hashes of all that decides the bits of pictures, and of the pictures: two machines with the same receipt have drawn the same.
+    """Hashes of all that decides the bits of pictures, and of the pictures: two machines with the same receipt have
+    drawn the same.
 
-    Where two receipts differ, the first field that differs says why. With backend "cpu", the fields before ``pixels`` decide it.
+    Where two receipts differ, the first field that differs says why. With backend "cpu", the fields before ``pixels``
+    decide it.
 
     Args:
         pipe: what drew them.
@@ -200,9 +203,9 @@ def receipt(
         images: what it gave: (N, 3, H, W) in [0, 1], or PIL pictures.
         num_inference_steps, guidance_scale: of the call.
 
-    Returns: a dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32), and ``pixels`` (8-bit
-    RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``, ``schedule``, ``runtime``, ``dtype``,
-    ``instruction_set`` (None where no native kernel runs) as they are.
+    Returns: a dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32),
+    and ``pixels`` (8-bit RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``,
+    ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel runs) as they are.
     """
     if isinstance(images, Tensor):  # rounded as PIL pictures are
         images = images.detach().cpu().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -52,8 +52,8 @@ class TraceStep:
 
 @dataclass
 class CoalescerPipelineOutput(BaseOutput):
-    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for; warnings: of
-    words that are not known and of arguments without an effect, each a sentence."""
+    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for;
+    warnings: of words that are not known and of arguments without an effect, each a sentence."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     trace: list[TraceStep] | None = None
@@ -71,9 +71,10 @@ class CoalescerPipeline(DiffusionPipeline):
     Components: `CoalescerUNet` unet, `CoalescerScheduler` scheduler, `DescriptionEncoder` description_encoder,
     `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
 
-    During a call and after it, ``guidance_scale``, ``num_timesteps``, ``do_classifier_free_guidance`` and ``interrupt`` are those of the
-    call of the same thread. A callback may set ``_guidance_scale``, of the steps to come, and ``_interrupt``, which ends its call with
-    the R that it has; set outside of calls, ``_interrupt`` ends all that are running.
+    During a call and after it, ``guidance_scale``, ``num_timesteps``, ``do_classifier_free_guidance`` and ``interrupt``
+    are those of the call of the same thread. A callback may set ``_guidance_scale``, of the steps to come, and
+    ``_interrupt``, which ends its call with the R that it has; set outside of calls, ``_interrupt`` ends all that are
+    running.
     """
 
     # what `accelerate` has put in the place of the networks, and the arguments that it was called with
@@ -111,11 +112,12 @@ class CoalescerPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CoalescerPipeline:
-        """The pipeline of an embedded name ("emoji-64"), a folder, or a Hub id; safetensors only. Keywords as in diffusers.
+        """The pipeline of an embedded name ("emoji-64"), a folder, or a Hub id; safetensors only. Keywords as in
+        diffusers.
 
-        No code of the folder is run, and no class imported that it names, see `folders.check`. Components that are given as keywords
-        need not be there. Where the folder has ``checksums.json``, which `save_pretrained` writes, the files that are read are those
-        that were saved.
+        No code of the folder is run, and no class imported that it names, see `folders.check`. Components that are
+        given as keywords need not be there. Where the folder has ``checksums.json``, which `save_pretrained` writes,
+        the files that are read are those that were saved.
 
         Raises ValueError, in one sentence, for a folder that is damaged or holds something else.
         """
@@ -207,30 +209,35 @@ class CoalescerPipeline(DiffusionPipeline):
         r"""Draw ``num_images_per_prompt`` pictures of each prompt.
 
         Args:
-            prompt: one description or a list. One that names no art style ("3d style") gets one of those that exist for what it
-                names, chosen by the mean of its R. The empty description draws any picture. Emoji are read as their names.
+            prompt: one description or a list. One that names no art style ("3d style") gets one of those that exist for
+                what it names, chosen by the mean of its R. The empty description draws any picture. Emoji are read as
+                their names.
             num_images_per_prompt: pictures a prompt; the result is prompt-major.
             num_inference_steps: network evaluations of the description; 2 is what the model is made for.
-            guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's endpoint;
-                None is the model's own. Applies to the steps that the scheduler says (the last one).
-            generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every device.
+            guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's
+                endpoint; None is the model's own. Applies to the steps that the scheduler says (the last one).
+            generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every
+                device.
             latents: R to start from, (pictures, C, h, w), instead of noise.
             height, width: size in pixels; the model's own if None. A model with an anchor has one size.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
             return_trace: also return R, distance and |direction| of every step.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go on from, of the
-                same shape and device. A function, or diffusers' PipelineCallback or MultiPipelineCallbacks.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go
+                on from, of the same shape and device. A function, or diffusers' PipelineCallback or
+                MultiPipelineCallbacks.
             callback_on_step_end_tensor_inputs: what it is given, of "latents" (as None says).
-            negative_prompt: one description or one a prompt, whose endpoint guidance leads away from in the place of the empty one's:
-                ``x = x_d + w (x_d - x_negative)``, w = guidance_scale - 1. As it stands, without an art style.
-            prompt_embeds: in the place of prompt, description vectors (prompts, D) of RMS 1, or 0 for the empty description, as of
-                `encode_prompt`. Their style is their own.
-            prompt_token_embeds, prompt_attention_mask: with prompt_embeds, for a network with cross-attention, token rows
-                (prompts, L, D') and the mask (prompts, L), non-zero where there is a token (everywhere if None).
-            negative_prompt_embeds, negative_prompt_token_embeds, negative_prompt_attention_mask: the same of negative_prompt.
+            negative_prompt: one description or one a prompt, whose endpoint guidance leads away from in the place of
+                the empty one's: ``x = x_d + w (x_d - x_negative)``, w = guidance_scale - 1. As it stands, without an
+                art style.
+            prompt_embeds: in the place of prompt, description vectors (prompts, D) of RMS 1, or 0 for the empty
+                description, as of `encode_prompt`. Their style is their own.
+            prompt_token_embeds, prompt_attention_mask: with prompt_embeds, for a network with cross-attention, token
+                rows (prompts, L, D') and the mask (prompts, L), non-zero where there is a token (everywhere if None).
+            negative_prompt_embeds, negative_prompt_token_embeds, negative_prompt_attention_mask: the same of
+                negative_prompt.
 
-        Returns: a `CoalescerPipelineOutput`, whose warnings say which words are not known, or with ``return_dict=False`` a tuple of the
-            images and, if asked for, the trace.
+        Returns: a `CoalescerPipelineOutput`, whose warnings say which words are not known, or with
+            ``return_dict=False`` a tuple of the images and, if asked for, the trace.
 
         Raises: TypeError or ValueError, in one sentence, for anything else, and for a picture or R that is not finite.
         """
@@ -477,9 +484,9 @@ class CoalescerPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor | None, ...]:
         """Descriptions as ``prompt_embeds`` and ``negative_prompt_embeds`` of a call, float32, one a picture.
 
-        Each is (pictures, D). A network with cross-attention also takes token rows and masks; the tuple then is prompt_embeds,
-        prompt_token_embeds, prompt_attention_mask and the same of the negative prompt. Without ``do_classifier_free_guidance`` what is
-        negative is None. No art style is added to a prompt that names none.
+        Each is (pictures, D). A network with cross-attention also takes token rows and masks; the tuple then is
+        prompt_embeds, prompt_token_embeds, prompt_attention_mask and the same of the negative prompt. Without
+        ``do_classifier_free_guidance`` what is negative is None. No art style is added to a prompt that names none.
         """
         texts = prompts.check_texts("prompt", prompt)
         avoided = [""] if negative_prompt is None else prompts.check_texts("negative_prompt", negative_prompt)

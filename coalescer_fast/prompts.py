@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Embeds:
-    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their mask
-    (N, L), True where there is a token."""
+    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their
+    mask (N, L), True where there is a token."""
 
     vectors: torch.Tensor
     token_rows: torch.Tensor | None = None

@@ -20,8 +20,8 @@ OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 class Call:
     """What a callback may change of the call that it belongs to.
 
-    guidance_scale: of the steps to come, 1 for none; interrupt: whether the call ends here, with the R that it has; num_timesteps: of
-    all its steps.
+    guidance_scale: of the steps to come, 1 for none; interrupt: whether the call ends here, with the R that it has;
+    num_timesteps: of all its steps.
     """
 
     guidance_scale: float

@@ -31,8 +31,9 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         unit:  R <- R + eta * distance * direction / max(|direction|, eps)
         raw:   R <- R + eta * distance * direction               (the direction's length damps the step)
 
-    with ``|x| = ||x||_2 / sqrt(C H W)`` of one sample. Two steps go half the distance raw, then the whole distance along the unit
-    direction; other step counts have a row of their own in ``rows``, or go ``etas[0]`` of the distance at a time and then the whole.
+    with ``|x| = ||x||_2 / sqrt(C H W)`` of one sample. Two steps go half the distance raw, then the whole distance
+    along the unit direction; other step counts have a row of their own in ``rows``, or go ``etas[0]`` of the distance
+    at a time and then the whole.
 
     Args:
         etas, modes: the two-step schedule; numbers, and "raw" or "unit" each.
@@ -41,8 +42,8 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         guided_steps: "last" guides the last step alone (one evaluation more a call), "all" every step.
         eps: smallest direction length to divide by.
 
-    ``config`` holds lists for all sequences, before and after a saving. Raises ValueError, in one sentence, for anything that is no
-    schedule or not finite.
+    ``config`` holds lists for all sequences, before and after a saving. Raises ValueError, in one sentence, for
+    anything that is no schedule or not finite.
     """
 
     order = 1

@@ -107,8 +107,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     def words(self, text: str) -> dict[str, bool]:
         """The words of a description, in order and as the tokenizer has them, and whether each is known.
 
-        Known is a word of a known name (or its plural), one that is a token, and one made of such words and endings, as "snowboarder".
-        Others come apart into pieces that mean nothing. Punctuation is no word; a symbol that is no token is an unknown one.
+        Known is a word of a known name (or its plural), one that is a token, and one made of such words and endings, as
+        "snowboarder". Others come apart into pieces that mean nothing. Punctuation is no word; a symbol that is no
+        token is an unknown one.
         """
         derived = self._derived
         return derived.remembered(derived.words, text, lambda: self._words(text))

@@ -30,8 +30,8 @@ def _longest() -> dict[str, int]:
 def spell(text: str) -> str:
     """The text with the names of its emoji in their place, between spaces.
 
-    The longest emoji known is taken at each place, so that a flag or a family is one; a sequence that is not known is read
-    part by part. Skin tones are left out. Another symbol goes by its name in Unicode, where it has one.
+    The longest emoji known is taken at each place, so that a flag or a family is one; a sequence that is not known is
+    read part by part. Skin tones are left out. Another symbol goes by its name in Unicode, where it has one.
     """
     if text.isascii():
         return text

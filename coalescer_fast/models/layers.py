@@ -1,4 +1,5 @@
-"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it."""
+"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from .. import ops
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether calling each layer does what its class says and nothing more: no hooks, no patched ``forward``, no subclass.
+    """Whether calling each layer does what its class says and nothing more: no hooks, no patched ``forward``, no
+    subclass.
 
     Such a layer's weights may be given to an op that computes several layers at once; any other has to be called.
     """
@@ -67,7 +69,8 @@ class GroupNormSiLU(nn.GroupNorm):
         shift: Tensor | None = None,
         pre_bias: Tensor | None = None,
     ) -> Tensor:
-        """``act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift)``: x (N, C1, H, W), scale and shift (N, C), pre_bias (C,)."""
+        """``act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift)``: x (N, C1, H, W), scale and shift (N, C),
+        pre_bias (C,)."""
         return ops.group_norm_silu(
             x,
             self.num_groups,

@@ -46,8 +46,8 @@ def precision(runtime: Any) -> str:
 
 
 class OfPipeline:
-    """What every runtime has of its pipeline: ``pipe``, which it does not keep alive, and `changed`. ``lock``: a new one after a fork, for the
-    thread that held it is not in the child."""
+    """What every runtime has of its pipeline: ``pipe``, which it does not keep alive, and `changed`. ``lock``: a new
+    one after a fork, for the thread that held it is not in the child."""
 
     pipe: CoalescerPipeline
     name: str
@@ -73,7 +73,7 @@ class OfPipeline:
     def changed(self) -> bool:
         """Whether the networks are others than at the last call that said so; from now on, others than now."""
         if self.forked and not self.survives_fork:
-            raise ValueError("the pipeline was accelerated before a fork, and its threads are not in this process: accelerate it again here")
+            raise ValueError(f"backend {self.name!r} was prepared before a fork, and its threads are not here: accelerate again")
         networks = self.pipe.unet, self.pipe.vae.decoder
         if self.watch is not None and not self.watch.changed(*networks):
             return False

@@ -48,10 +48,12 @@ def no_programs(dtype: torch.dtype) -> str:
 
 
 class CpuRuntime(OfPipeline):
-    """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and pictures are float32.
+    """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and
+    pictures are float32.
 
-    The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when they have changed. What
-    descriptions alone decide is computed in float32, also by a program: the bits of a picture depend neither on its batch nor on threads.
+    The pipeline's own networks stay as they are. What runs is prepared once for every batch and size, and anew when
+    they have changed. What descriptions alone decide is computed in float32, also by a program: the bits of a picture
+    depend neither on its batch nor on threads.
     """
 
     device = torch.device("cpu")
@@ -113,7 +115,8 @@ class CpuRuntime(OfPipeline):
             return found
 
     def conditioning(self, described: tuple[Tensor, ...]) -> Conditioning:
-        """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L)."""
+        """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L).
+        """
         described = tuple(x.float() if x.is_floating_point() else x for x in described)
         vectors, *rest = described
 
@@ -170,8 +173,8 @@ class CpuRuntime(OfPipeline):
         run: Callable[[Any, Recorder], Iterable[Tensor]],
         dtype: torch.dtype,
     ) -> list[Tensor] | None:
-        """What the network's program gives for x and others, copied; None if there can be no program. ``bound``: says what others hold, which
-        are copied into the program's memory when it is another object than last time."""
+        """What the network's program gives for x and others, copied; None if there can be no program. ``bound``: says
+        what others hold, which are copied into the program's memory when it is another object than last time."""
         threads = torch.get_num_threads()
         key = name, threads, x.shape, *(t.shape for t in others)
         with self.lock:

@@ -27,8 +27,9 @@ VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
 
 
 class Key(NamedTuple):
-    """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of the description,
-    0 without cross-attention; pictures: whether it decodes; empties: descriptions that guidance leads away from, one or one a sample."""
+    """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of
+    the description, 0 without cross-attention; pictures: whether it decodes; empties: descriptions that guidance leads
+    away from, one or one a sample."""
 
     batch: int
     size: tuple[int, int]

@@ -401,7 +401,8 @@ class Functions(TorchFunctionMode):
 
 
 class Hollow:
-    """A network's code with parameters that have no data, to be recorded any number of times: ``twin``, and its parameters' originals.
+    """A network's code with parameters that have no data, to be recorded any number of times: ``twin``, and its
+    parameters' originals.
 
     Raises Unsupported for a network that cannot be copied.
     """
@@ -431,8 +432,8 @@ Recorded = tuple[Recorder, list[tuple[Value, Tensor]]]
 
 
 def record(hollow: Hollow, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> Recorded:
-    """What ``run(the network without data, recorder)`` does, and what it gives: values, and tensors that are views of them. Raises
-    Unsupported."""
+    """What ``run(the network without data, recorder)`` does, and what it gives: values, and tensors that are views of
+    them. Raises Unsupported."""
     recorder = Recorder(hollow.parameters)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), Functions(recorder), recorder:
         try:

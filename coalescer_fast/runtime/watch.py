@@ -25,9 +25,10 @@ _forward = operator.attrgetter("forward")
 class Watch:
     """Tells a change of networks since it was made: cheap enough to be asked before every call.
 
-    Seen: other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or hooks; a patched
-    ``forward``; every write that torch counts. Of writes that it does not count (through ``.data`` or numpy, on a CPU): any change of a
-    tensor of up to `WHOLE` bytes, and a change at one of `SAMPLES` places of a larger one. `coalescer_fast.refresh` is for the others.
+    Seen: other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or
+    hooks; a patched ``forward``; every write that torch counts. Of writes that it does not count (through ``.data`` or
+    numpy, on a CPU): any change of a tensor of up to `WHOLE` bytes, and a change at one of `SAMPLES` places of a larger
+    one. `coalescer_fast.refresh` is for the others.
     """
 
     def __init__(self, *networks: nn.Module):
@@ -117,7 +118,8 @@ def _plain_hash(spans: list[tuple[int, int]]) -> int:
 
 
 def foreign(network: nn.Module) -> str:
-    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading has."""
+    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading
+    has."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks of all modules"
     for name, module in network.named_modules():

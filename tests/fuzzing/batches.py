@@ -51,7 +51,8 @@ def alone(dtype: str, picture: int, call: int, threads: int) -> str:
 
 
 def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, Any]]:
-    """A row for each of ``count`` batches of each dtype, of ``pictures`` different ones. Raises AssertionError for another bit."""
+    """A row for each of ``count`` batches of each dtype, of ``pictures`` different ones. Raises AssertionError for
+    another bit."""
     rows = []
     for dtype in filter(able, dtypes):
         rng = random.Random(f"{seed} {dtype}")

@@ -86,7 +86,8 @@ def figures(configuration: dict[str, Any], dtype: str, seed: int) -> dict[str, f
 
 
 def run(count: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each of ``count`` configurations and dtype. Raises AssertionError, naming the configuration, for one beyond the budget."""
+    """A row for each of ``count`` configurations and dtype. Raises AssertionError, naming the configuration, for one
+    beyond the budget."""
     rows = []
     dtypes = [dtype for dtype in BUDGET if not no_programs(torch.uint8 if dtype == "int8" else getattr(torch, dtype))]
     for i in range(count):

@@ -1,4 +1,5 @@
-"""The native runtime under other uses than the straight one: each with the picture of the reference, or one sentence."""
+"""The native runtime under other uses than the straight one: each with the picture of the reference, or one sentence.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def dual_head(
 def combine(
     direction: torch.Tensor, score: torch.Tensor, sample: torch.Tensor | None, anchor: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the heads give, of their layers' outputs: direction (N, Cz, H, W), and score (N,), the distance before softplus."""
+    """What the heads give, of their layers' outputs: direction (N, Cz, H, W), and score (N,), the distance before
+    softplus."""
     wide = torch.promote_types(direction.dtype, torch.float32)
     distance = F.softplus(score.to(wide))
     if sample is not None and anchor is not None:
