@@ -38,6 +38,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .. import files
 from .pictures import on_white, sheet
 
 logger = logging.getLogger(__name__)
@@ -351,8 +352,9 @@ def build(
     }
     for size, images in pictures.items():
         path = out / f"emoji_{size}.npz"
-        np.savez_compressed(path, images=images, **arrays)
-        contact_sheet(rows, images, len(styles)).save(out / f"contact_{size}.png")
+        with files.writing(path) as file:
+            np.savez_compressed(file, images=images, **arrays)
+        files.write_picture(out / f"contact_{size}.png", contact_sheet(rows, images, len(styles)))
         logger.info("%s: %d pictures of %d emoji, %d held out", path, len(images), len(set(emoji_id.tolist())), arrays["split"].sum())
     write_pairs(out / "pairs.tsv", [(emoji[i], styles[style]) for i, style in rows], held_out)
     write_notice(out / "NOTICE.txt", styles)
@@ -360,12 +362,13 @@ def build(
 
 
 def write_pairs(path: Path, pairs: Sequence[tuple[Emoji, str]], held_out: float) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-        table.writerow(["row", "style", "hex", "name", "keywords", "group", "subgroup", "split"])
-        for row, (one, style) in enumerate(pairs):
-            split = "held" if one.held_out(held_out) else "train"
-            table.writerow([row, style, one.hex, one.name, "|".join(one.keywords), one.group, one.subgroup, split])
+    text = io.StringIO(newline="")
+    table = csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+    table.writerow(["row", "style", "hex", "name", "keywords", "group", "subgroup", "split"])
+    for row, (one, style) in enumerate(pairs):
+        split = "held" if one.held_out(held_out) else "train"
+        table.writerow([row, style, one.hex, one.name, "|".join(one.keywords), one.group, one.subgroup, split])
+    files.write_text(path, text.getvalue())
 
 
 def write_notice(path: Path, styles: Sequence[str]) -> None:
@@ -373,7 +376,7 @@ def write_notice(path: Path, styles: Sequence[str]) -> None:
     for style in (STYLES[name] for name in styles):
         lines.append(f"- {style.attribution}. Licence: {style.licence}. Taken from npm {style.package}.")
     lines.append(f"Names, keywords and groups: Unicode CLDR (Unicode-3.0), as packed in npm {DESCRIPTIONS} (MIT, Miles Johnson).")
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    files.write_text(path, "\n".join(lines) + "\n")
 
 
 def require_resvg() -> None:
