@@ -115,7 +115,9 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
         with _named(folder):
             yield partial
             sync(partial)
-            mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # some libraries write files that their owner alone can read
+            mode = (
+                stat.S_IMODE(partial.stat().st_mode) & 0o666
+            )  # some libraries write files that their owner alone can read
             for source in sorted(path for path in partial.rglob("*") if path.is_file()):
                 place = target / source.relative_to(partial)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,9 @@ def remove_abandoned(target: Path) -> None:
     """Remove the partial files and folders of ``target`` that belong to processes which are no more."""
     head = f".{_shortened(target.name)}."
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        found = re.fullmatch(r"(\d{1,10})(\.\w+)?\.partial", path.name[len(head) :]) if path.name.startswith(head) else None
+        found = (
+            re.fullmatch(r"(\d{1,10})(\.\w+)?\.partial", path.name[len(head) :]) if path.name.startswith(head) else None
+        )
         if found and not alive(int(found[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

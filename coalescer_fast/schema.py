@@ -3,7 +3,7 @@
     conform({"steps": 10}, Schedule, "schedule")      a dataclass, from a table of its fields
     conform([1, 4], tuple[Batch, ...], "batches")     where Batch = Annotated[int, between(1, 1024)]
 
-Known are str, int, float (which takes an int), bool, None, Any, unions, Literal, Sequence[X] and tuple[X, ...] and tuple[X, Y] of lists,
+Known are str, int, float (which takes an int), bool, None, Any, unions, Sequence[X] and tuple[X, ...] and tuple[X, Y] of lists,
 dict[str, X], dataclasses, other classes, and Annotated with a `Rule`. A bool is no number, and a number is finite.
 """
 
@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 DEEPEST = 12  # levels of what may be anything
 
@@ -63,15 +63,14 @@ def conform(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _conform_union(value, arguments, where)
-    if origin is Literal:
-        if not any(value == each and type(value) is type(each) for each in arguments):
-            raise _wrong(value, f"one of {', '.join(map(str, arguments))}", where)
-        return value
     if dataclasses.is_dataclass(hint):
         return build(_table(value, where), typing.cast(type, hint), f"{where}.")
     if origin in (dict, collections.abc.Mapping):
-        table = _table(value, where)
-        return {conform(key, arguments[0], f"a key of {where}"): conform(each, arguments[1], f"{where}.{key}") for key, each in table.items()}
+        key_hint, hint = arguments
+        items = _table(value, where).items()
+        return {
+            conform(key, key_hint, f"a key of {where}"): conform(each, hint, f"{where}.{key}") for key, each in items
+        }
     if origin in (tuple, list, collections.abc.Sequence):
         return _conform_list(value, arguments, where)
     if hint not in WORDS:
@@ -117,11 +116,14 @@ def _conform_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
             return conform(value, hint, where)
         except ValueError as error:
             failures.append((hint, error))
-    # of what may be left out, what it is if it is there
+    # of what may be left out, what is wrong with it if it is there; of a table, what is wrong in it
     there = [error for hint, error in failures if hint is not type(None)]
+    there = [
+        error for hint, error in failures if isinstance(value, Mapping) and dataclasses.is_dataclass(hint)
+    ] or there
     if len(there) == 1:
         raise there[0]
-    raise _wrong(value, " or ".join(WORDS.get(hint, str(hint)) for hint, _ in failures), where)
+    raise _wrong(value, " or ".join(WORDS.get(hint, "a table") for hint, _ in failures), where)
 
 
 def _conform_list(value: Any, hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from glob import escape as glob_escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ TOOL = "coalescer-export"
 HOLDS = {"unet": ({"unet"}, 2, 2), "decoder": ({"decoder"}, 1, 1), "generator": ({"unet", "decoder"}, 2, 1)}
 
 Size = Annotated[int, between(1, 2**31 - 1)]
+Extent = Annotated[int | str, Rule(lambda n: n == BATCH if isinstance(n, str) else 0 < n < 2**31, "a size or batch")]
 Word = Annotated[str, Rule(lambda text: 0 < len(text) <= 10_000, "1 to 10,000 characters")]
 Batches = Annotated[tuple[Size, Size, Size], Rule(lambda b: b[0] <= b[1] <= b[2], "three numbers from small to large")]
 
@@ -51,7 +52,7 @@ class Port:
 
     name: Word
     dtype: Annotated[str, one_of("float32", "float16", "bfloat16", "int64", "int32", "bool")]
-    shape: tuple[Size | Literal["batch"], ...]
+    shape: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Schedule:
     """What a generator does between noise and picture, see `CoalescerScheduler`; guided: the steps that the scale applies to."""
 
     etas: tuple[float, ...]
-    modes: tuple[Literal["raw", "unit"], ...]
+    modes: tuple[Annotated[str, one_of("raw", "unit")], ...]
     eps: Annotated[float, between(0, 1)]
     guided: tuple[int, ...]
     guidance_scale: float
@@ -68,8 +69,7 @@ class Schedule:
     def of(cls, scheduler: CoalescerScheduler, guidance_scale: float) -> Schedule:
         """``scheduler``: with its steps set."""
         guided = tuple(i for i in range(len(scheduler.etas)) if scheduler.is_guided(i)) if guidance_scale != 1 else ()
-        modes: Any = tuple(scheduler.modes)
-        return cls(tuple(scheduler.etas), modes, scheduler.config.eps, guided, float(guidance_scale))
+        return cls(tuple(scheduler.etas), tuple(scheduler.modes), scheduler.config.eps, guided, float(guidance_scale))
 
     def __str__(self) -> str:
         steps = ", ".join(f"{eta:g} {mode}" for eta, mode in zip(self.etas, self.modes))
@@ -100,9 +100,9 @@ class Plan:
 class PlanFlags:
     """What `Manifest.flags` holds of a plan."""
 
-    hardwareCompatibilityLevel: Literal["none", "ampere+", "sameComputeCapability"] = "none"
+    hardwareCompatibilityLevel: Annotated[str, one_of("none", "ampere+", "sameComputeCapability")] = "none"
     versionCompatible: bool = False
-    stripWeights: FileName | Literal[""] = ""
+    stripWeights: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,23 +172,24 @@ class Manifest:
         for name, facts in self.files.items():
             build(facts, File, f"files.{name}.")
         networks, inputs, outputs = HOLDS[self.kind]
-        names = [port.name for port in (*self.inputs, *self.outputs)]
         made, plan = self.schedule, None if self.tensorrt is None else build(self.tensorrt, Plan, "tensorrt.")
         needed = [self.graph]
         if plan is not None:
             given = {key: value for key, value in self.flags.items() if key in PlanFlags.__annotations__}
-            needed += [weights] if (weights := build(given, PlanFlags, "flags.").stripWeights) else []
+            needed += [name] if (name := build(given, PlanFlags, "flags.").stripWeights) else []
+        ports = (*self.inputs, *self.outputs)
+        kind, there = f"it is a {self.kind}", {True: "missing", False: "there"}
         rows = [
             (MANIFEST not in self.files, f"files lists {MANIFEST}, which cannot vouch for itself"),
             *[(name in self.files, f"{name} is not among its files") for name in needed],
-            (set(self.weights) == networks, f"weights is of {', '.join(self.weights) or 'nothing'}; a {self.kind} holds {', '.join(networks)}"),
-            (len(self.inputs) >= inputs, f"inputs has {len(self.inputs)}; a {self.kind} takes {inputs} or more"),
-            (len(self.outputs) == outputs, f"outputs has {len(self.outputs)}; a {self.kind} gives {outputs}"),
-            (len(set(names)) == len(names), "an input or output is there twice"),
-            (all(port.shape[:1] == (BATCH,) for port in (*self.inputs, *self.outputs)), "a shape does not begin with the batch"),
-            ((self.engine == "onnx") == (plan is None), f"tensorrt is {'missing' if plan is None else 'there'}; its engine is {self.engine}"),
+            (set(self.weights) == networks, f"weights is of {', '.join(self.weights) or 'nothing'}; {kind}"),
+            (len(self.inputs) >= inputs, f"inputs has {len(self.inputs)}; {kind} and takes {inputs} or more"),
+            (len(self.outputs) == outputs, f"outputs has {len(self.outputs)}; {kind} and gives {outputs}"),
+            (len({port.name for port in ports}) == len(ports), "an input or output is there twice"),
+            (all(port.shape[:1] == (BATCH,) for port in ports), "a shape does not begin with the batch"),
+            ((self.engine == "onnx") == (plan is None), f"tensorrt is {there[plan is None]}; its engine is {self.engine}"),
             (self.engine != "onnx" or self.opset is not None, "opset is missing"),
-            ((self.kind == "generator") == (made is not None), f"schedule is {'missing' if made is None else 'there'}; it is a {self.kind}"),
+            ((self.kind == "generator") == (made is not None), f"schedule is {there[made is None]}; {kind}"),
         ]
         if made is not None:
             steps = len(made.etas)
@@ -418,7 +419,8 @@ def _listed(folder: Path) -> list[Path]:
         try:
             names = {*_manifest(folder).files, MANIFEST}
         except ValueError as error:
-            raise ValueError(f"{folder / MANIFEST} {error}, and so does not say which files are its own: remove {folder} yourself") from error
+            reason = f"{folder / MANIFEST} {error}, and so does not say which files are its own"
+            raise ValueError(f"{reason}: remove {folder} yourself") from error
     found = []
     for path in parts:
         if not names and not path.is_symlink() and (path / MANIFEST).is_file():

@@ -251,7 +251,7 @@ def open_style(name: str, cache: Path) -> IconSet | PictureSet:
 
 
 def draw_all(
-    emoji: Sequence[Emoji], styles: Sequence[str], sizes: Sequence[int], cache: Path
+    emoji: Sequence[Emoji], styles: Sequence[str], sizes: Sequence[int], cache: Path, progress: bool = True
 ) -> tuple[list[tuple[int, int]], dict[int, np.ndarray]]:
     """(emoji, style) indices of the N pictures that are worth keeping, and the pictures, uint8 (N, S, S, 3), by size S.
 
@@ -260,7 +260,7 @@ def draw_all(
     rows: list[tuple[int, int]] = []
     pictures: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     owner: dict[bytes, str] = {}
-    with tqdm(total=len(styles) * len(emoji), desc="drawing", unit="") as bar:
+    with tqdm(total=len(styles) * len(emoji), desc="drawing", unit="", disable=not progress, delay=1.0) as bar:
         for style, name in enumerate(styles):
             art, outcome = open_style(name, cache), Counter[str]()
             for i, one in enumerate(emoji):
@@ -304,6 +304,7 @@ def build(
     skin_tones: str = "none",
     flags: bool = True,
     held_out: float = 0.03,
+    progress: bool = True,
 ) -> Path:
     """Write the data set in the sides ``sizes`` to the folder ``out``; returns the file of the largest.
 
@@ -313,6 +314,7 @@ def build(
         skin_tones: "none", "medium" or "all": the skin tones that become emoji of their own.
         flags: whether to keep national and other flags.
         held_out: share of the emoji whose pictures are marked as held out.
+        progress: show a bar.
 
     Raises ValueError for an unknown style, size or skin tone, ImportError without resvg_py, OSError where npm or the folders fail.
     """
@@ -331,7 +333,7 @@ def build(
     emoji = read_emoji(cache, skin_tones, flags)
     groups = sorted({one.group for one in emoji})
     logger.info("%d emoji in %d groups", len(emoji), len(groups))
-    rows, pictures = draw_all(emoji, styles, sizes, cache)
+    rows, pictures = draw_all(emoji, styles, sizes, cache, progress)
 
     meta = {
         "emoji": [one.described() for one in emoji],

@@ -20,12 +20,12 @@ from torch import nn
 from .. import files
 from ..models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from ..models.unet import CONFIGURATIONS, AnchorMLP
-from ..pipeline import WEIGHTS, CoalescerPipeline, embedded_models
+from ..pipeline import WEIGHTS, CoalescerPipeline
 from ..runtime.artefact import network_sha256
-from ..schema import check_arguments
 from ..scheduler import CoalescerScheduler
+from ..schema import check_arguments
 from . import checkpoint, pairing
-from .autoencoder import encode
+from .autoencoder import AutoencoderConfig, encode, train_autoencoder
 from .data import PictureDataset
 from .flow_matching import FlowMatchingUNet
 from .loop import Schedule, Trainer, make_accelerator
@@ -41,14 +41,14 @@ OBJECTIVES = ("coalescer", "flow_matching")
 
 @dataclass(frozen=True)
 class CoalescerConfig:
-    """schedule, anchor: how the UNet and the anchor's MLP are trained; autoencoder: folder of a saved autoencoder, or the name of an
-    embedded model, whose autoencoder serves; model: a named configuration; overrides: arguments of `CoalescerUNet` that differ from it; anchor_from: folder of a run whose anchor is taken
-    over; pairing_warmup: steps for which output_transport matches in noise space; prior_share: share of R drawn from the prior;
-    without: pictures left out, arguments of `PictureDataset.without`; prompts: what is said; scheduler: arguments of
-    `CoalescerScheduler` stored with the model; sheet: prompts of the sample sheets."""
+    """schedule, anchor: how the UNet and the anchor's MLP are trained; autoencoder: folder of a saved autoencoder, or how one is
+    trained first; model: a named configuration; overrides: arguments of `CoalescerUNet` that differ from it; anchor_from: folder of a
+    run whose anchor is taken over; pairing_warmup: steps for which output_transport matches in noise space; prior_share: share of R
+    drawn from the prior; without: pictures left out, arguments of `PictureDataset.without`; prompts: what is said; scheduler: arguments
+    of `CoalescerScheduler` stored with the model; sheet: prompts of the sample sheets."""
 
     schedule: Schedule
-    autoencoder: str
+    autoencoder: str | AutoencoderConfig
     anchor: Schedule | None = None
     anchor_from: str = ""
     model: str = "emoji-64"
@@ -192,18 +192,21 @@ def train_coalescer(
 
     allow_changes: go on even if configuration, pictures or autoencoder are others than before; progress: show bars.
     """
-    embedded = WEIGHTS / config.autoencoder / "vae"
-    autoencoder = embedded if config.autoencoder in embedded_models() else Path(config.autoencoder)
-    for name, path in (("autoencoder", autoencoder / "config.json"), ("anchor_from", Path(config.anchor_from) / "anchor.pt")):
-        if getattr(config, name) and not path.is_file():
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}, where there is no {path.name}: train that first, or give another folder"
-            )
+    for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
+        folder = getattr(config, name)
+        if isinstance(folder, str) and folder and not (Path(folder) / part).is_file():
+            raise ValueError(f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder")
+    options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
+    if isinstance(config.autoencoder, str):
+        vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
+        origin: Any = network_sha256(vae, vae.config)
+    else:
+        vae, origin = train_autoencoder(config.autoencoder, data, output_dir, **options), asdict(config.autoencoder)
+    vae.eval()
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
     if not len(training):
         raise ValueError("no picture is left to train on: leave fewer out (without), or give another data set")
-    vae = CoalescerAutoencoder.from_pretrained(autoencoder).eval()
     latents = encode(vae.to(accelerator.device), training)
     encoder = description_encoder(training)
     sampler = PromptSampler(training, encoder, config.prompts)
@@ -212,8 +215,7 @@ def train_coalescer(
         torch.manual_seed(config.seed)
         model = network_class(**{**CONFIGURATIONS[config.model], **config.overrides})
 
-    data_settings = {"data": training.fingerprint(), "autoencoder": network_sha256(vae, vae.config), "prompts": asdict(config.prompts)}
-    options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
+    data_settings = {"data": training.fingerprint(), "autoencoder": origin, "prompts": asdict(config.prompts)}
     if model.anchor_mlp is not None:
         if config.anchor_from:
             source = Path(config.anchor_from) / "anchor.pt"

@@ -38,7 +38,9 @@ def read(path: str | Path, kind: type[T]) -> T:
     path = find(path)
     try:
         return build(tomllib.loads(path.read_text("utf-8")), kind)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path}: it is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 

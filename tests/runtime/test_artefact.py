@@ -207,7 +207,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
 
 
 def test_engines_are_those_that_there_are():
-    assert artefact.ENGINES == ("onnx", *tensorrt.TITLES)
+    assert ("onnx", *tensorrt.TITLES) == artefact.ENGINES
 
 
 def test_no_artefact(tmp_path):
@@ -320,12 +320,19 @@ def dead_process() -> int:
     return done.pid
 
 
+def create(folder, force=False, meanwhile=lambda: None) -> None:
+    with artefact.creating(folder, force) as new:
+        (new / "file").write_text("1")
+        meanwhile()
+
+
 def test_what_comes_meanwhile_stays(tmp_path):
+    def come() -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "letter").write_text("dear")
+
     with pytest.raises(ValueError, match=r"a changed while this ran .*stays as it is: what was made is in .*a-2") as caught:
-        with artefact.creating(tmp_path / "a") as new:
-            (new / "file").write_text("1")
-            (tmp_path / "a").mkdir()
-            (tmp_path / "a" / "letter").write_text("dear")
+        create(tmp_path / "a", meanwhile=come)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["a", "a-2"]
     assert (tmp_path / "a" / "letter").read_text() == "dear"
@@ -338,14 +345,12 @@ def test_force_takes_nothing_that_no_manifest_lists(tmp_path, several):
     inner = make(folder / "unet", "unet").folder if several else make(folder).folder
     (inner / "letter").write_text("dear")
     with pytest.raises(ValueError, match=rf"{inner} holds letter, which coalescer-export did not write: move it elsewhere"):
-        with artefact.creating(folder, force=True):
-            pass
+        create(folder, force=True)
     assert "letter" in names(inner)
     artefact.read(inner)
     (inner / "letter").unlink()
-    with pytest.raises(ValueError, match=r"a changed while this ran \(.* holds letter"), artefact.creating(folder, force=True) as new:
-        (new / "file").write_text("1")
-        (inner / "letter").write_text("dear")
+    with pytest.raises(ValueError, match=r"a changed while this ran \(.* holds letter"):
+        create(folder, force=True, meanwhile=lambda: (inner / "letter").write_text("dear"))
     assert (inner / "letter").read_text() == "dear"
     artefact.read(inner)
     assert names(tmp_path) == ["a", "a-2"]
@@ -355,8 +360,7 @@ def test_force_takes_nothing_of_a_damaged_manifest(tmp_path):
     folder = make(tmp_path / "a").folder
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=rf"does not say which files are its own: remove {folder} yourself"):
-        with artefact.creating(folder, force=True):
-            pass
+        create(folder, force=True)
     assert names(folder) == ["manifest.json", "model.onnx", "model.onnx.data"]
 
 
@@ -413,9 +417,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 def test_a_disk_that_is_full(tmp_path):
-    with pytest.raises(OSError, match=r"a cannot be written \(no space left on device\): free some space, or name a folder elsewhere"):
-        with artefact.creating(tmp_path / "a"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"a cannot be written \(no space left on device\): free some space, or name a folder"):
+        fail(tmp_path / "a", error)
     assert names(tmp_path) == []
 
 
