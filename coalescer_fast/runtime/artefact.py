@@ -43,6 +43,7 @@ HOLDS = {"unet": ({"unet"}, 2, 2), "decoder": ({"decoder"}, 1, 1), "generator": 
 Size = Annotated[int, between(1, 2**31 - 1)]
 Extent = Annotated[int | str, Rule(lambda n: n == BATCH if isinstance(n, str) else 0 < n < 2**31, "a size or batch")]
 Word = Annotated[str, Rule(lambda text: 0 < len(text) <= 10_000, "1 to 10,000 characters")]
+Capability = Annotated[str, Rule(lambda text: bool(re.fullmatch(r"\d{1,2}\.\d", text)), "one such as 8.6")]
 Batches = Annotated[tuple[Size, Size, Size], Rule(lambda b: b[0] <= b[1] <= b[2], "three numbers from small to large")]
 
 
@@ -90,7 +91,7 @@ class Plan:
     """What `Manifest.tensorrt` holds."""
 
     version: Word
-    compute_capabilities: tuple[Annotated[str, Rule(lambda text: bool(re.fullmatch(r"\d{1,2}\.\d", text)), "such as 8.6")], ...]
+    compute_capabilities: tuple[Capability, ...]
     gpu: Word | None
     profile: dict[str, tuple[tuple[Size, ...], tuple[Size, ...], tuple[Size, ...]]]
     source: dict[FileName, Sha256]
@@ -124,7 +125,7 @@ class Manifest:
     engine: Annotated[str, one_of(*ENGINES)]
     target: Annotated[str, one_of("cpu", "tensorrt")]
     precision: Annotated[str, one_of("fp32", "fp16", "int8")]
-    recipe: Word
+    recipe: str
     graph: FileName
     model: Word
     weights: dict[str, Sha256]
@@ -196,7 +197,7 @@ class Manifest:
             rows.append((0 < steps == len(made.modes), f"schedule has {steps} etas and {len(made.modes)} modes"))
             rows.append((set(made.guided) <= set(range(steps)), "schedule.guided names a step that is not there"))
         if plan is not None:
-            inside = set(plan.profile) == {port.name for port in self.inputs}
+            inside = set(plan.profile) <= {port.name for port in self.inputs}
             rows.append((inside, "tensorrt.profile is not of its inputs"))
         for holds, sentence in rows:
             if not holds:
@@ -366,13 +367,15 @@ def _take_place(new: Path, folder: Path, force: bool) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.replaced")
     try:
         _check_free(folder, force)
-        if os.path.lexists(folder):
-            folder.rename(old)
+        if force:
+            with suppress(FileNotFoundError):
+                folder.rename(old)
+        if old.exists():
             _listed(old)  # nobody finds it by its name any more
         new.rename(folder)  # fails where a folder with files has come
     except BaseException as error:
-        if old.exists() and not os.path.lexists(folder):
-            old.rename(folder)
+        if old.exists():
+            _put_back(old, folder)
         taken = isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
         if not taken and not isinstance(error, ValueError):
             raise
@@ -395,15 +398,20 @@ def _move_aside(new: Path, folder: Path) -> Path:
 
 
 def _recover(folder: Path) -> None:
-    """What a process that was killed while it replaced the folder has put aside: back in its place, or removed if that is taken."""
+    """`_put_back` what a process that was killed while it replaced the folder has put aside."""
     for path in folder.parent.glob(f".{glob_escape(folder.name)}.*.replaced"):
         pid = path.name[len(folder.name) + 2 :].partition(".")[0]
         if pid.isdecimal() and not disk.alive(int(pid)):
-            if os.path.lexists(folder):
-                with suppress(ValueError, OSError):
-                    _remove(path)
-            else:
-                path.rename(folder)
+            _put_back(path, folder)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    """What was put aside: in its place again, or removed if another artefact has taken that."""
+    if not os.path.lexists(folder):
+        old.rename(folder)
+    else:
+        with suppress(ValueError, OSError):
+            _remove(old)
 
 
 def _holds_artefacts(folder: Path) -> bool:
