@@ -295,11 +295,14 @@ def _manifest(folder: Path) -> Manifest:
 def find(folder: str | Path) -> dict[str, Artefact]:
     """By kind, the artefact in the folder, or those in the folders in it."""
     folder = Path(folder)
-    if (folder / MANIFEST).is_file() or not (parts := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))):
+    # a folder that bears the name of a kind and has lost its manifest is not passed over
+    parts = {path.parent for path in folder.glob(f"*/{MANIFEST}")}
+    parts |= {folder / kind for kind in KINDS if parts and os.path.lexists(folder / kind)}
+    if (folder / MANIFEST).is_file() or not parts:
         found = read(folder)
         return {found.manifest.kind: found}
     artefacts: dict[str, Artefact] = {}
-    for part in parts:
+    for part in sorted(parts):
         found = read(part)
         if (other := artefacts.setdefault(found.manifest.kind, found)) is not found:
             raise ValueError(f"{folder} holds two artefacts of the {found.manifest.kind}, {other.folder.name} and {part.name}: name one")

@@ -53,6 +53,8 @@ class Checkpoint:
 
 def read(path: Path) -> Checkpoint:
     """Raises ValueError, in one sentence, for a file that `Checkpoint.write` has not written, or that is no longer as it was."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: remove it to begin anew, or train into another folder")
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END) - TAIL

@@ -222,6 +222,10 @@ def test_one_or_several(tmp_path):
     (tmp_path / "all" / "notes").mkdir()
     assert list(artefact.find(tmp_path / "all")) == ["unet", "generator"]
     assert list(artefact.find(tmp_path / "all" / "unet")) == ["unet"]
+    (tmp_path / "all" / "decoder").mkdir()
+    with pytest.raises(ValueError, match="decoder is no exported artefact, it has no manifest"):
+        artefact.find(tmp_path / "all")
+    (tmp_path / "all" / "decoder").rmdir()
     make(tmp_path / "all" / "other", "unet")
     with pytest.raises(ValueError, match="holds two artefacts of the unet, other and unet: name one"):
         artefact.find(tmp_path / "all")

@@ -239,6 +239,15 @@ def test_one_flipped_byte_anywhere(tmp_path):
     assert trainer(tmp_path).finished
 
 
+def test_what_is_no_file(tmp_path):
+    """A device would be read without an end."""
+    for make in (lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
+        make(tmp_path / "net.pt")
+        with pytest.raises(ValueError, match=r"net\.pt is no file: remove it"):
+            trainer(tmp_path)
+        (tmp_path / "net.pt").rmdir() if (tmp_path / "net.pt").is_dir() else (tmp_path / "net.pt").unlink()
+
+
 def test_a_checkpoint_without_a_checksum(tmp_path):
     """As older versions wrote them."""
     run = trainer(tmp_path)
