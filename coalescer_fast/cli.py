@@ -26,6 +26,7 @@ BACKENDS = ("auto", "cpu", "cuda", "compile", "onnxruntime", "openvino", "tensor
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 MOST_PICTURES = 1024  # a prompt, and in all four times as many
 MOST_STEPS = 1000
+NO_MEMORY = "there is not enough memory for this: ask for fewer or smaller pictures at a time"
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +63,7 @@ def execute(top: Parser, argv: Sequence[str] | None) -> int:
     except Exception as error:
         if debug:
             raise
-        message, status = sentence(error), 1
+        message, status = unforeseen(error), 1
     with suppress(OSError):
         print(f"{top.prog}: {message}", file=sys.stderr)
     return status
@@ -76,13 +77,19 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"cannot use {error.filename} ({error.strerror.lower()}): give another path"
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
-        return "there is not enough memory for this: ask for fewer or smaller pictures at a time"
+        return NO_MEMORY
     if isinstance(error, RecursionError):
         return "what was read is nested too deeply: give another file"
-    if type(error) in (ValueError, TypeError, ImportError) or isinstance(error, OSError):
-        return said or type(error).__name__
-    name = type(error).__name__
-    what = f"{name}: {said[:300]}" if said else name
+    return said or type(error).__name__
+
+
+def unforeseen(error: Exception) -> str:
+    """`sentence` of what is no mistake of a user's that was thought of."""
+    said, name = sentence(error), type(error).__name__
+    foreseen = type(error) in (ValueError, TypeError) or isinstance(error, (OSError, ImportError, MemoryError, RecursionError))
+    if foreseen or said == NO_MEMORY:
+        return said
+    what = name if said == name else f"{name}: {said[:300]}"
     return f"{what} (add --debug for the traceback, and report it unless the command was wrong)"
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import struct
 import time
 from collections import Counter
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_what_a_check_says():
 
     assert check(lambda: b"1", b"1") == (RIGHT, "")
     assert check(lambda: b"2", b"1") == ("another result", "")
+    near, far = (struct.pack("<2f", 1.0, x) for x in (1.00001, float("nan")))
+    assert check(lambda: near, struct.pack("<2f", 1.0, 1.0), 1e-4) == (RIGHT, "")
+    assert check(lambda: far, struct.pack("<2f", 1.0, 1.0), 1e-4)[0] == "another result"
     assert check(fail(ValueError("it is damaged")), b"1") == (SENTENCE, "it is damaged")
     for error in (ValueError(""), ValueError("a\nb"), ValueError("x" * 1000)):
         assert check(fail(error), b"1")[0] == "no sentence"
