@@ -266,6 +266,7 @@ def test_no_bar_for_what_takes_a_moment(run):
         ("prior_share = nan", "prior_share is nan; expected a finite number"),
         ("prior_share = 2.0", "prior_share is 2.0; expected a number from 0 to 1"),
         ("[without]\ngroup = ['flags']", "unknown key without.group; known are groups"),
+        ("[without]\nnames = '('", "without.names is no regular expression"),
         ("[without]\ngroups = 5", "without.groups is 5; expected a list"),
         ("[overrides]\nwidth = 5", "unknown key overrides.width"),
         ("[overrides]\nblock_out_channels = 5", "overrides.block_out_channels is 5; expected a list"),

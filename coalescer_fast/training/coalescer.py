@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class CoalescerConfig:
     def __post_init__(self) -> None:
         check_arguments(self.overrides, CoalescerUNet.__init__, "overrides")
         check_arguments(self.without, PictureDataset.without, "without")
+        try:
+            re.compile(self.without.get("names", ""))
+        except re.error as error:
+            raise ValueError(f"without.names is no regular expression ({error})") from error
         check_arguments(self.scheduler, CoalescerScheduler.__init__, "scheduler")
         for name, least, most in (("nearest_of", 1, 2**31), ("pairing_warmup", 0, 2**62), ("prior_share", 0, 1)):
             if not least <= getattr(self, name) <= most:
