@@ -176,14 +176,24 @@ class BuildNative(Command):
 
 
 class BdistWheel(bdist_wheel):
+    def run(self) -> None:
+        """For one platform if a library was built, else for any."""
+        self.run_command("build")
+        libraries = Path(self.get_finalized_command("build_py").build_lib).glob("coalescer_fast/lib/*.so")
+        self.distribution.native = any(libraries)
+        self.root_is_pure = not self.distribution.native
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3: nothing in the wheel links to it."""
         return ("py3", "none", super().get_tag()[2])
 
 
 class NativeDistribution(Distribution):
+    native: bool | None = None  # whether there is a library; None: it is not built yet
+
     def has_ext_modules(self) -> bool:
-        return chosen() != "off"
+        return chosen() != "off" if self.native is None else self.native
 
 
 def packages() -> list[str]:

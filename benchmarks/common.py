@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from coalescer_fast import files
 from coalescer_fast.cli import check_writable, cpu_name, sentence
 
 try:
@@ -81,11 +82,8 @@ def text(row: Row) -> dict[str, str | int]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """A file of these rows; its columns are all that occur."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(key for row in rows for key in row)
-        table = csv.DictWriter(file, list(columns), lineterminator="\n")
-        table.writeheader()
-        table.writerows(text(row) for row in rows)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    files.write_csv(path, map(text, rows), list(columns))
 
 
 def append(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from xml.etree import ElementTree
 import torch
 
 import coalescer_fast
-from coalescer_fast import ops
+from coalescer_fast import files, ops
 from coalescer_fast.cli import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
@@ -99,8 +99,8 @@ def run(parts: Sequence[Part], out: Path, seconds: float, facts: dict[str, str])
             everything |= {"targets": targets(rows), "slower": slower(rows)}
         if drawn:
             everything |= {"goals": goals(drawn)}
-        (out / "report.json").write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-        (out / "summary.md").write_text("\n".join(summary(facts, results, rows, drawn)) + "\n", "utf-8")
+        files.write_text(out / "report.json", json.dumps(everything, indent=1) + "\n")
+        files.write_text(out / "summary.md", "\n".join(summary(facts, results, rows, drawn)) + "\n")
     print(out / "summary.md")
     return 1 if any(result.failed for result in results) else 0
 

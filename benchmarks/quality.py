@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from coalescer_fast import files
 from coalescer_fast.cli import check_writable, counts
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
@@ -152,7 +153,7 @@ def plot(source: Path, target: Path) -> None:
             side.set_minor_locator(NullLocator())
     axes[0].set_ylabel("Fréchet distance to the training pictures")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(target, dpi=150)
+    files.write_picture(target, figure)
 
 
 if __name__ == "__main__":

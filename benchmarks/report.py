@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from coalescer_fast import files
+
 Text = dict[str, str]
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -243,7 +245,7 @@ def plot(rows: Sequence[Text], target: Path) -> None:
         face = "none" if dtype != dtypes[0] else "black"
         handles.append(Line2D([], [], linestyle="", marker=marker, color="black", markerfacecolor=face, markersize=4, label=dtype))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.savefig(target, dpi=150)
+    files.write_picture(target, figure)
 
 
 def size(count: float) -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from coalescer_fast import files
+
 Text = dict[str, str]
 
 MACHINE = ("cpu", "gpu", "threads", "torch", "allocator")
@@ -120,4 +122,4 @@ def plot(rows: Sequence[Text], target: Path) -> None:
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.suptitle(f"{gpu or cpu}, {threads} thread{'s' if threads != '1' else ''}, torch {torch}", fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False)
-    figure.savefig(target, dpi=150)
+    files.write_picture(target, figure)

@@ -63,4 +63,4 @@ if not TYPE_CHECKING:  # a type checker would take __getattr__ as leave for any 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
+import os
 import platform
 import re
 import secrets
@@ -13,14 +13,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, files
+from .files import check_writable
 
-# Heavy modules (torch, diffusers, ...) are imported by the commands that need them.
+# Heavy modules (torch, diffusers, ...) are imported by the commands that need them; these names are those of `acceleration`.
+BACKENDS = ("auto", "cpu", "cuda", "compile", "onnxruntime", "openvino", "tensorrt")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
+MOST_PICTURES = 1024  # a prompt, and in all four times as many
+MOST_STEPS = 1000
+NO_MEMORY = "there is not enough memory for this: ask for fewer or smaller pictures at a time"
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,53 +40,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(top: Parser, argv: Sequence[str] | None) -> int:
-    """Run what ``top`` makes of ``argv``: its ``run(args)``."""
-    args = top.parse_args(argv)
+    """Run what ``top`` makes of ``argv``: its ``run(args)``. Whatever fails is said in one sentence, with ``--debug`` by its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path, or a prompt, of any bytes
+    debug = False
     try:
-        return args.run(args) or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if args.debug:
-            raise
-        message, status = sentence(error), 1
+        try:
+            args = top.parse_args(argv)
+            debug = args.debug
+            return args.run(args) or 0
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # what is left in the buffer has nowhere to go, and Python would say so once more at its end
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message, status = "the output was closed before all of it was written: read it to its end, or write it to a file", 141
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print(f"{top.prog}: {message}", file=sys.stderr)
+    except Exception as error:
+        if debug:
+            raise
+        message, status = unforeseen(error), 1
+    with suppress(OSError):
+        print(f"{top.prog}: {message}", file=sys.stderr)
     return status
 
 
-def sentence(error: Exception) -> str:
-    """An exception's message in one line, with a mend where the message is Python's own and has none."""
+def sentence(error: BaseException) -> str:
+    """An exception's message in one line, with a mend where the message is Python's own, or another library's, and has none."""
+    said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {error.name.partition('.')[0]} is missing: run pip install 'coalescer_fast[all]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"cannot use {error.filename} ({error.strerror.lower()}): give another path"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        return NO_MEMORY
+    if isinstance(error, RecursionError):
+        return "what was read is nested too deeply: give another file"
+    return said or type(error).__name__
+
+
+def unforeseen(error: Exception) -> str:
+    """`sentence` of what is no mistake of a user's that was thought of."""
+    said, name = sentence(error), type(error).__name__
+    foreseen = type(error) in (ValueError, TypeError) or isinstance(error, (OSError, ImportError, MemoryError, RecursionError))
+    if foreseen or said == NO_MEMORY:
+        return said
+    what = name if said == name else f"{name}: {said[:300]}"
+    return f"{what} (add --debug for the traceback, and report it unless the command was wrong)"
 
 
 def parser() -> Parser:
     top = Parser(prog="coalescer-fast", description="Text-to-image sampling in two network evaluations.")
     top.add_argument("--version", action="version", version=__version__)
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_common(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add_common(sub, above=True)
         sub.set_defaults(run=run)
         return sub
 
     def model(sub: Parser, default: str | None = None) -> None:
         said = "%(default)s" if default else "the plain reference"
         sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-        sub.add_argument("--backend", default=default, help=f"what runs the networks, as of accelerate (default: {said})")
-        sub.add_argument("--dtype", default=default, help=f"what they compute in, as of accelerate (default: {said})")
+        sub.add_argument("--backend", choices=BACKENDS, default=default, help=f"what runs the networks (default: {said})")
+        sub.add_argument("--dtype", choices=DTYPES, default=default, help=f"what they compute in (default: {said})")
         sub.add_argument("--artefact", type=Path, metavar="DIR", help="run what coalescer-export wrote into this folder")
 
     sub = command("sample", sample, "draw pictures of prompts")
-    sub.add_argument("prompts", nargs="+", metavar="PROMPT")
+    sub.add_argument("prompts", nargs="+", type=prompt, metavar="PROMPT")
     model(sub)
-    sub.add_argument("-n", type=positive, default=1, metavar="N", help="pictures a prompt (default: %(default)s)")
+    text = f"pictures a prompt, at most {MOST_PICTURES:,}, for they are drawn together and held in memory (default: %(default)s)"
+    sub.add_argument("-n", type=up_to(MOST_PICTURES), default=1, metavar="N", help=text)
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
-    sub.add_argument("--steps", type=positive, default=2, help="steps, the network evaluations without guidance (default: %(default)s)")
+    text = f"steps, the network evaluations without guidance, at most {MOST_STEPS:,}, for the model is made for 2 (default: %(default)s)"
+    sub.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
 
@@ -103,6 +142,8 @@ def parser() -> Parser:
     sub.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of checkpoints and model; a training in it goes on (default: runs/CONFIG)"
     )
+    text = "go on with a training whose configuration or data are others than before"
+    sub.add_argument("--allow-changes", action="store_true", help=text)
 
     sub = command("evaluate", evaluate, "measure a model on a data set")
     model(sub)
@@ -118,7 +159,16 @@ def parser() -> Parser:
     return top
 
 
+def add_common(parser: argparse.ArgumentParser, above: bool = False) -> None:
+    """The options that stand before the command or behind it; ``above``: another parser has them, too, and their defaults."""
+    default: Any = argparse.SUPPRESS if above else False
+    parser.add_argument("--quiet", action="store_true", default=default, help="no progress bars and no messages but warnings and errors")
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+
 def sample(args: argparse.Namespace) -> None:
+    if (count := len(args.prompts) * args.n) > 4 * MOST_PICTURES:
+        raise ValueError(f"{count:,} pictures are more than the {4 * MOST_PICTURES:,} that are drawn at once: ask for fewer prompts or -n")
     from PIL import Image
 
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
@@ -146,9 +196,10 @@ def sample(args: argparse.Namespace) -> None:
     else:
         columns = min(8, len(pictures) if args.n == 1 or len(args.prompts) == 1 else args.n)
         picture = sheet(pictures, [prompt for prompt in args.prompts for _ in range(args.n)], columns=columns)
-    picture.save(out)
-    count = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
-    print(f"{count} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
+    files.write_picture(out, picture)
+    if not args.quiet:
+        how_many = f"{count} picture{'s' * (count > 1)}"
+        print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
     print(out)
 
 
@@ -221,8 +272,9 @@ def warmup(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from .training.config import run
 
-    with logging_to_stderr():
-        run(args.kind, args.config, args.data, args.out or Path("runs") / Path(args.config).stem)
+    with logging_to_stderr(args.quiet):
+        out = args.out or Path("runs") / Path(args.config).stem
+        run(args.kind, args.config, args.data, out, allow_changes=args.allow_changes, progress=not args.quiet)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -233,60 +285,77 @@ def evaluate(args: argparse.Namespace) -> None:
     data = load_data(args.data)
     from .training.evaluation import evaluate as measure
 
-    rows = measure(load(args), data, steps=args.steps)
+    rows = measure(load(args), data, steps=args.steps, progress=not args.quiet)
     print(aligned(rows))
     if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        files.write_csv(args.csv, rows, list(rows[0]))
 
 
 def build_data(args: argparse.Namespace) -> None:
     from .training.build_data import DEFAULT_STYLES, build
 
-    with logging_to_stderr():
-        path = build(args.out, args.cache or args.out / "packages", args.sizes, args.styles or DEFAULT_STYLES)
+    with logging_to_stderr(args.quiet):
+        cache = args.cache or args.out / "packages"
+        path = build(args.out, cache, args.sizes, args.styles or DEFAULT_STYLES, progress=not args.quiet)
     print(path)
 
 
 def load(args: argparse.Namespace) -> Any:
     """The pipeline that the options name, accelerated if they name a backend, a dtype or an artefact."""
     from .acceleration import accelerate
-    from .pipeline import CoalescerPipeline
 
-    pipe = CoalescerPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args.model)
+    pipe.set_progress_bar_config(disable=args.quiet, delay=1.0)  # none for what takes less than a second
     plain = args.backend is None and args.dtype is None and args.artefact is None
     return pipe if plain else accelerate(pipe, args.backend or "auto", args.dtype or "auto", args.artefact)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def open_pipeline(model: str) -> Any:
+    """The pipeline of a name, without the bar of diffusers for its parts, which are there in a moment."""
+    from diffusers.utils import logging as theirs
+
+    from .pipeline import CoalescerPipeline
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        return CoalescerPipeline.from_pretrained(model)
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from 1 to ``most``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 1 to {most:,}")
+        return int(text)
+
+    return number
+
+
+positive = up_to(1_000_000)
 
 
 def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
 def counts(text: str) -> tuple[int, ...]:
-    return tuple(positive(part.strip()) for part in text.split(","))
+    return tuple(map(up_to(MOST_PICTURES), map(str.strip, text.split(","))))
 
 
-def check_writable(path: Path) -> None:
-    """Raise an OSError that names the mend unless ``path`` can be written; leaves the file as it is."""
-    new = not path.exists()
+def prompt(text: str) -> str:
+    """Raise ArgumentTypeError for what is no text: bytes of another encoding, half of a character."""
     try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OSError(f"{path} cannot be written ({reason}): name a file in a folder that exists and is writable") from error
-    if new:
-        path.unlink()
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a:.80} holds bytes that are no text in UTF-8: type it again") from None
+    return text
 
 
 def aligned(rows: Sequence[dict[str, Any]]) -> str:
@@ -310,8 +379,10 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def logging_to_stderr() -> AbstractContextManager[None]:
+def logging_to_stderr(quiet: bool = False) -> AbstractContextManager[None]:
     """Show the package's INFO messages on stderr, above the progress bars."""
+    if quiet:
+        return nullcontext()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coalescer_fast import files
 from coalescer_fast.runtime import artefact, tensorrt
 from coalescer_fast.runtime.artefact import BATCH, TOOL, Artefact, Manifest
 from coalescer_fast.runtime.tensorrt import TITLES
@@ -260,9 +261,9 @@ def _build(trt: Any, log: Any, found: Artefact, shapes: Profile, options: Option
     config.progress_monitor = monitor = progress(trt, bar)
     plan = builder.build_serialized_network(network, config)
     if plan is not None and cache is not None and options.timing_cache is not None:
-        new = options.timing_cache.with_name(f".{options.timing_cache.name}.{os.getpid()}")
-        new.write_bytes(config.get_timing_cache().serialize())
-        new.replace(options.timing_cache)
+        written = bytes(config.get_timing_cache().serialize())
+        files.write_bytes(options.timing_cache, written)
+        files.write_text(_vouching(options.timing_cache), f"{hashlib.sha256(written).hexdigest()}  {options.timing_cache.name}\n")
     return plan, monitor
 
 
@@ -289,14 +290,25 @@ def _set_flags(trt: Any, config: Any, options: Options) -> None:
 
 
 def _timing_cache(config: Any, options: Options) -> Any:
-    """Kept, for it has to outlive the build."""
+    """Kept, for it has to outlive the build. It is written over in the end, so a file that is none of ours is refused now."""
     if options.timing_cache is None:
         return None
+    files.check_writable(options.timing_cache)
     stored = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+    vouching = _vouching(options.timing_cache)
+    known = vouching.read_bytes().partition(b" ")[0] if vouching.is_file() else b""
+    if stored and known != hashlib.sha256(stored).hexdigest().encode():
+        reason = f"{options.timing_cache} was not written by {TOOL}, or was changed since: {vouching.name} does not have its hash"
+        raise ValueError(f"{reason}, name another file")
     cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, False):
         raise ValueError(f"{options.timing_cache} is no timing cache of this version and GPU: name another file, or delete it")
     return cache
+
+
+def _vouching(cache: Path) -> Path:
+    """The file with the hash of a timing cache, by which it is known again; TensorRT-RTX takes any bytes for a cache."""
+    return cache.with_name(f"{cache.name}.sha256")
 
 
 def _mend(found: Artefact) -> str:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,10 +133,61 @@ def test_unknown_choice(tmp_path):
     assert result.stderr.splitlines()[-1] == "COALESCER_FAST_BUILD is 'gpu'; use one of auto, off, cpu, cuda, require"
 
 
-def test_the_source_distribution_has_all_that_a_build_needs(tmp_path):
+def test_the_source_distribution_has_all_that_a_build_and_the_tests_need(tmp_path):
     assert build(tmp_path, "sdist", "--dist-dir", str(tmp_path)).returncode == 0
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert wanted | {"setup.py", "pyproject.toml"} <= names
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    wanted = set(listed.stdout.splitlines())
+    if listed.returncode or not wanted:  # no checkout
+        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} | {"setup.py", "pyproject.toml"}
+    assert wanted <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]
+
+
+@pytest.mark.parametrize(
+    ("variables", "tag"),
+    [({"COALESCER_FAST_BUILD": "off"}, "any"), ({"CXX": "no-such-compiler"}, "any"), ({}, "linux")],
+)
+def test_the_tag_of_a_wheel_says_whether_it_holds_a_library(tmp_path, quick, variables, tag):
+    if tag == "linux" and not (sys.platform == "linux" and shutil.which("c++")):
+        pytest.skip("needs Linux and a C++ compiler")
+    folders = ("bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist"))
+    result = build(tmp_path, "build", "--build-base", str(tmp_path / "build"), *folders, **{"PATH": quick, **variables})
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(rf"coalescer_fast-[\d.]+-py3-none-{tag}(_\w+)?\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        facts = next(file.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+    assert ("coalescer_fast/lib/libcoalescer_fast_cpu.so" in names) == (tag == "linux")
+    assert {"coalescer_fast/py.typed", "coalescer_fast/__main__.py", "coalescer_fast/training/configs/digits.toml"} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {"coalescer_fast", names[-1].partition("/")[0]}
+    assert f"Root-Is-Purelib: {'false' if tag == 'linux' else 'true'}" in facts
+
+
+def requirements(extra: str = "") -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    listed = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return {re.match(r"[\w-]+", each)[0]: each for each in listed}
+
+
+def test_what_safe_loading_rests_on_has_a_lower_bound():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    assert "diffusers>=0.42.1; python_version >= '3.11'" in listed
+    assert "diffusers>=0.38; python_version < '3.11'" in listed
+    assert {"torch>=2.9", "safetensors>=0.8"} <= set(listed)
+
+
+def test_extras():
+    """What a machine without a GPU cannot install is in none of those that `all` brings."""
+    assert requirements("tensorrt") == {"tensorrt": "tensorrt>=10.8,<12; platform_system == 'Linux' or platform_system == 'Windows'"}
+    assert requirements("profile") == {"nvtx": "nvtx"}
+    assert "mlxtend" in requirements("data")
+    assert "onnx" in requirements("export")
+    assert {"pytest", "triton"} <= set(requirements("test"))
+    assert requirements("all") == {"coalescer_fast": "coalescer_fast[train,data,export,test]"}
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    for name in ("torch", "triton", "onnx", "tensorrt", "diffusers", "numpy", "pytest", "nvtx"):
+        assert re.search(rf'^    "{name}\b', text, re.MULTILINE), name

@@ -55,6 +55,10 @@ def test_public_names(name):
         assert value.__name__ == name
 
 
+def test_dir_shows_public_names_alone():
+    assert dir(coalescer_fast) == sorted(coalescer_fast.__all__)
+
+
 def test_ops_is_the_module():
     assert coalescer_fast.ops is importlib.import_module("coalescer_fast.ops")
 

@@ -8,36 +8,52 @@ A folder of such folders, one a part of a model, is given in the same way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from glob import escape as glob_escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import files as disk
 from ..scheduler import CoalescerScheduler
+from ..schema import FileName, Rule, Sha256, between, build, one_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 24  # bytes
 KINDS = ("unet", "decoder", "generator")
+ENGINES = ("onnx", "tensorrt", "tensorrt_rtx")
 BATCH = "batch"  # stands for a size in a `Port`
 TOOL = "coalescer-export"
+# kind -> networks that the graph holds, and its fewest inputs and its outputs
+HOLDS = {"unet": ({"unet"}, 2, 2), "decoder": ({"decoder"}, 1, 1), "generator": ({"unet", "decoder"}, 2, 1)}
+
+Size = Annotated[int, between(1, 2**31 - 1)]
+Extent = Annotated[int | str, Rule(lambda n: n == BATCH if isinstance(n, str) else 0 < n < 2**31, "a size or batch")]
+Word = Annotated[str, Rule(lambda text: 0 < len(text) <= 10_000, "1 to 10,000 characters")]
+Capability = Annotated[str, Rule(lambda text: bool(re.fullmatch(r"\d{1,2}\.\d", text)), "one such as 8.6")]
+Batches = Annotated[tuple[Size, Size, Size], Rule(lambda b: b[0] <= b[1] <= b[2], "three numbers from small to large")]
 
 
 @dataclass(frozen=True)
 class Port:
     """An input or output: dtype as in torch ("float32"); shape with "batch" for the number of pictures."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Word
+    dtype: Annotated[str, one_of("float32", "float16", "bfloat16", "int64", "int32", "bool")]
+    shape: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
@@ -45,8 +61,8 @@ class Schedule:
     """What a generator does between noise and picture, see `CoalescerScheduler`; guided: the steps that the scale applies to."""
 
     etas: tuple[float, ...]
-    modes: tuple[str, ...]
-    eps: float
+    modes: tuple[Annotated[str, one_of("raw", "unit")], ...]
+    eps: Annotated[float, between(0, 1)]
     guided: tuple[int, ...]
     guidance_scale: float
 
@@ -60,6 +76,34 @@ class Schedule:
         steps = ", ".join(f"{eta:g} {mode}" for eta, mode in zip(self.etas, self.modes))
         where = f" in {len(self.guided)} of them" if self.guided else ""
         return f"{len(self.etas)} step{'s' * (len(self.etas) != 1)} ({steps}) with guidance {self.guidance_scale:g}{where}"
+
+
+@dataclass(frozen=True)
+class File:
+    """Size and hash of a file."""
+
+    bytes: Annotated[int, between(0, 2**63 - 1)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `Manifest.tensorrt` holds."""
+
+    version: Word
+    compute_capabilities: tuple[Capability, ...]
+    gpu: Word | None
+    profile: dict[str, tuple[tuple[Size, ...], tuple[Size, ...], tuple[Size, ...]]]
+    source: dict[FileName, Sha256]
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """What `Manifest.flags` holds of a plan."""
+
+    hardwareCompatibilityLevel: Annotated[str, one_of("none", "ampere+", "sameComputeCapability")] = "none"
+    versionCompatible: bool = False
+    stripWeights: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,26 +121,26 @@ class Manifest:
     "profile", input -> least, best and largest shape, "source", file -> SHA-256 of the artefact that it was built from.
     """
 
-    kind: str
-    engine: str
-    target: str
-    precision: str
+    kind: Annotated[str, one_of(*KINDS)]
+    engine: Annotated[str, one_of(*ENGINES)]
+    target: Annotated[str, one_of("cpu", "tensorrt")]
+    precision: Annotated[str, one_of("fp32", "fp16", "int8")]
     recipe: str
-    graph: str
-    model: str
-    weights: dict[str, str]
+    graph: FileName
+    model: Word
+    weights: dict[str, Sha256]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    batch: tuple[int, int, int]
-    opset: int | None
+    batch: Batches
+    opset: Annotated[int, between(1, 1000)] | None
     command: tuple[str, ...]
     schedule: Schedule | None = None
-    calibration: str | None = None
+    calibration: Sha256 | None = None
     tensorrt: dict[str, Any] | None = None
     flags: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[FileName, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -109,20 +153,55 @@ class Manifest:
         """Raises ValueError, which says what is wrong and not where, for anything that `to_json` does not give."""
         try:
             content = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"is damaged ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is damaged ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict) or "format" not in content:
             raise ValueError("is damaged (it says no format)")
         if content["format"] != FORMAT:
-            raise ValueError(f"has format {content['format']!r} where this coalescer_fast reads format {FORMAT}")
+            raise ValueError(f"has format {content['format']!r:.40} where this coalescer_fast reads format {FORMAT}")
         if content.pop("sha256", None) != _digest(content) or set(content) != {each.name for each in fields(cls)}:
             raise ValueError("was changed after it was written")
-        for name in ("inputs", "outputs"):
-            content[name] = tuple(Port(p["name"], p["dtype"], tuple(p["shape"])) for p in content[name])
-        if content["schedule"] is not None:
-            made = content["schedule"]
-            content["schedule"] = Schedule(**{**made, **{name: tuple(made[name]) for name in ("etas", "modes", "guided")}})
-        return cls(**{**content, "batch": tuple(content["batch"]), "command": tuple(content["command"])})
+        try:
+            found = build(content, cls)
+            found._check()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is damaged ({' '.join(str(error).split())})") from error
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError for a field that does not go with the others."""
+        for name, facts in self.files.items():
+            build(facts, File, f"files.{name}.")
+        networks, inputs, outputs = HOLDS[self.kind]
+        made, plan = self.schedule, None if self.tensorrt is None else build(self.tensorrt, Plan, "tensorrt.")
+        needed = [self.graph]
+        if plan is not None:
+            given = {key: value for key, value in self.flags.items() if key in PlanFlags.__annotations__}
+            needed += [name] if (name := build(given, PlanFlags, "flags.").stripWeights) else []
+        ports = (*self.inputs, *self.outputs)
+        kind, there = f"it is a {self.kind}", {True: "missing", False: "there"}
+        rows = [
+            (MANIFEST not in self.files, f"files lists {MANIFEST}, which cannot vouch for itself"),
+            *[(name in self.files, f"{name} is not among its files") for name in needed],
+            (set(self.weights) == networks, f"weights is of {', '.join(self.weights) or 'nothing'}; {kind}"),
+            (len(self.inputs) >= inputs, f"inputs has {len(self.inputs)}; {kind} and takes {inputs} or more"),
+            (len(self.outputs) == outputs, f"outputs has {len(self.outputs)}; {kind} and gives {outputs}"),
+            (len({port.name for port in ports}) == len(ports), "an input or output is there twice"),
+            (all(port.shape[:1] == (BATCH,) for port in ports), "a shape does not begin with the batch"),
+            ((self.engine == "onnx") == (plan is None), f"tensorrt is {there[plan is None]}; its engine is {self.engine}"),
+            (self.engine != "onnx" or self.opset is not None, "opset is missing"),
+            ((self.kind == "generator") == (made is not None), f"schedule is {there[made is None]}; {kind}"),
+        ]
+        if made is not None:
+            steps = len(made.etas)
+            rows.append((0 < steps == len(made.modes), f"schedule has {steps} etas and {len(made.modes)} modes"))
+            rows.append((set(made.guided) <= set(range(steps)), "schedule.guided names a step that is not there"))
+        if plan is not None:
+            inside = set(plan.profile) <= {port.name for port in self.inputs}
+            rows.append((inside, "tensorrt.profile is not of its inputs"))
+        for holds, sentence in rows:
+            if not holds:
+                raise ValueError(sentence)
 
 
 @dataclass(frozen=True)
@@ -142,15 +221,29 @@ class Artefact:
         return f"build it again with: {shlex.join([TOOL, *self.manifest.command, '-o', str(self.folder), '--force'])}"
 
     def check_files(self) -> None:
-        """Raise ValueError unless every file is there as it was written."""
+        """Raise ValueError unless every file is in the folder as it was written, and the graph needs no other."""
         for name, facts in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"{self.folder} is incomplete, {name} is missing: {self.mend}")
+            if not _inside(path, self.folder):
+                raise ValueError(f"{path} is a link that leads out of its folder: put the file itself there, or {self.mend}")
             if (size := path.stat().st_size) != facts["bytes"]:
                 raise ValueError(f"{path} has {size} bytes where its manifest says {facts['bytes']}: {self.mend}")
             if file_sha256(path) != facts["sha256"]:
                 raise ValueError(f"{path} was changed after it was written, its SHA-256 is not the manifest's: {self.mend}")
+        if self.manifest.engine == "onnx":
+            for name in _external(self.graph):
+                if name not in self.manifest.files:
+                    raise ValueError(f"{self.graph} reads {name!r:.80}, for which its manifest does not vouch: {self.mend}")
+
+    def check_ports(self, inputs: Sequence[tuple[str, int]], outputs: Sequence[tuple[str, int]]) -> None:
+        """Raise ValueError unless the graph's inputs and outputs, as (name, number of dimensions), are the manifest's."""
+        m = self.manifest
+        for what, ports, found in (("inputs", m.inputs, inputs), ("outputs", m.outputs, outputs)):
+            if [(port.name, len(port.shape)) for port in ports] != list(found):
+                said = ", ".join(name for name, _ in found)
+                raise ValueError(f"{self.graph} has other {what} ({said:.200}) than its manifest says: {self.mend}")
 
     def check_weights(self, pipe: Any) -> None:
         """Raise ValueError unless the graph was made of this pipeline's weights as they are now."""
@@ -182,21 +275,34 @@ def read(folder: str | Path) -> Artefact:
     if not path.is_file():
         raise ValueError(f"{folder} is no exported artefact, it has no {MANIFEST}: make one with {TOOL} onnx -o {folder}")
     try:
-        found = Artefact(folder, Manifest.from_json(path.read_text("utf-8", errors="replace")))
+        found = Artefact(folder, _manifest(folder))
     except ValueError as error:
-        raise ValueError(f"{path} {error}: build the artefact again with {TOOL} ... -o {folder} --force") from error
+        raise ValueError(f"{path} {error}: remove {folder} and build it again with {TOOL} ... -o {folder}") from error
     found.check_files()
     return found
+
+
+def _manifest(folder: Path) -> Manifest:
+    """Raises ValueError, as `Manifest.from_json`."""
+    path = folder / MANIFEST
+    if not _inside(path, folder):
+        raise ValueError("is a link that leads out of its folder")
+    if (size := path.stat().st_size) > LARGEST_MANIFEST:
+        raise ValueError(f"is damaged (it has {size:,} bytes)")
+    return Manifest.from_json(path.read_text("utf-8", errors="replace"))
 
 
 def find(folder: str | Path) -> dict[str, Artefact]:
     """By kind, the artefact in the folder, or those in the folders in it."""
     folder = Path(folder)
-    if (folder / MANIFEST).is_file() or not (parts := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))):
+    # a folder that bears the name of a kind and has lost its manifest is not passed over
+    parts = {path.parent for path in folder.glob(f"*/{MANIFEST}")}
+    parts |= {folder / kind for kind in KINDS if parts and os.path.lexists(folder / kind)}
+    if (folder / MANIFEST).is_file() or not parts:
         found = read(folder)
         return {found.manifest.kind: found}
     artefacts: dict[str, Artefact] = {}
-    for part in parts:
+    for part in sorted(parts):
         found = read(part)
         if (other := artefacts.setdefault(found.manifest.kind, found)) is not found:
             raise ValueError(f"{folder} holds two artefacts of the {found.manifest.kind}, {other.folder.name} and {part.name}: name one")
@@ -208,7 +314,9 @@ def write(folder: Path, manifest: Manifest) -> Artefact:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
     files.pop(MANIFEST, None)
     manifest = replace(manifest, files=files)
-    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    text = manifest.to_json()
+    Manifest.from_json(text)  # what could not be read is not written
+    disk.write_text(folder / MANIFEST, text)
     return Artefact(folder, manifest)
 
 
@@ -216,34 +324,143 @@ def write(folder: Path, manifest: Manifest) -> Artefact:
 def creating(folder: Path, force: bool = False) -> Iterator[Path]:
     """A new folder beside ``folder``, which takes its name when the block ends, and vanishes if it fails or is interrupted.
 
-    Raises ValueError if there is a folder already and not ``force``, or one that holds anything but artefacts.
+    With ``force`` an artefact that is there is replaced, or a folder of them; of it, the files go that its manifests list. Raises
+    ValueError for a folder that is there and not ``force``, or that holds anything else, which is looked at again when the block ends: what
+    came meanwhile stays, and what was made is left beside it.
     """
-    if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
-        raise ValueError(f"{folder} exists and is no exported artefact: name another folder")
-    if folder.exists() and not force:
-        raise ValueError(f"{folder} exists: name another folder, or add --force to replace it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old.partial"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    if folder.name in ("", ".."):
+        raise ValueError(f"{folder} is no name of a folder to make: give one, such as exported")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _recover(folder)
+        _check_free(folder, force)
+        new = disk.new_folder(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         yield new
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
+        disk.sync(new)
+        _take_place(new, folder, force)
+    except OSError as error:
+        named = error.filename is not None and not str(error.filename).startswith(str(new))
+        if named or (error.errno is None and error.filename is None):
             raise
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    """An artefact, a folder of artefacts, or an empty one."""
-    return folder.is_dir() and ((folder / MANIFEST).is_file() or all((path / MANIFEST).is_file() for path in folder.iterdir()))
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"{folder} cannot be written ({(error.strerror or str(error)).lower()}): free some space, or name a folder elsewhere")
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    """Raise ValueError unless the folder is not there, or may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or not _holds_artefacts(folder):
+        raise ValueError(f"{folder} exists and is no exported artefact: name another folder")
+    if not force:
+        raise ValueError(f"{folder} exists: name another folder, or add --force to replace it")
+    _listed(folder)
+
+
+def _take_place(new: Path, folder: Path, force: bool) -> None:
+    """Give the new folder its name, and remove what had it."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.replaced")
+    try:
+        _check_free(folder, force)
+        if force:
+            with suppress(FileNotFoundError):
+                folder.rename(old)
+        if old.exists():
+            _listed(old)  # nobody finds it by its name any more
+        new.rename(folder)  # fails where a folder with files has come
+    except BaseException as error:
+        if old.exists():
+            _put_back(old, folder)
+        taken = isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+        if not taken and not isinstance(error, ValueError):
+            raise
+        reason = f"{folder} exists" if taken else str(error).partition(": ")[0]
+        kept = _move_aside(new, folder)
+        raise ValueError(f"{folder} changed while this ran ({reason}) and stays as it is: what was made is in {kept}") from error
+    if old.exists():
+        _remove(old)
+
+
+def _move_aside(new: Path, folder: Path) -> Path:
+    """The first free name of NAME-2, NAME-3, ..., which the new folder has now."""
+    number = 2
+    while True:
+        kept = folder.with_name(f"{folder.name}-{number}")
+        if not os.path.lexists(kept):
+            new.rename(kept)
+            return kept
+        number += 1
+
+
+def _recover(folder: Path) -> None:
+    """`_put_back` what a process that was killed while it replaced the folder has put aside."""
+    for path in folder.parent.glob(f".{glob_escape(folder.name)}.*.replaced"):
+        pid = path.name[len(folder.name) + 2 :].partition(".")[0]
+        if pid.isdecimal() and not disk.alive(int(pid)):
+            _put_back(path, folder)
+
+
+def _put_back(old: Path, folder: Path) -> None:
+    """What was put aside: in its place again, or removed if another artefact has taken that."""
+    if not os.path.lexists(folder):
+        old.rename(folder)
+    else:
+        with suppress(ValueError, OSError):
+            _remove(old)
+
+
+def _holds_artefacts(folder: Path) -> bool:
+    """An artefact, a folder that has one in it, or an empty one."""
+    parts = list(folder.iterdir())
+    return not parts or (folder / MANIFEST).is_file() or any((path / MANIFEST).is_file() for path in parts)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """All files of an artefact, or of several in a folder, if their manifests list them all. Raises ValueError for anything else."""
+    parts, names = sorted(folder.iterdir()), set[str]()
+    if (folder / MANIFEST).is_file():
+        try:
+            names = {*_manifest(folder).files, MANIFEST}
+        except ValueError as error:
+            reason = f"{folder / MANIFEST} {error}, and so does not say which files are its own"
+            raise ValueError(f"{reason}: remove {folder} yourself") from error
+    found = []
+    for path in parts:
+        if not names and not path.is_symlink() and (path / MANIFEST).is_file():
+            found += _listed(path)
+        elif path.name in names and not path.is_dir():
+            found.append(path)
+        else:
+            raise ValueError(f"{folder} holds {path.name}, which {TOOL} did not write: move it elsewhere, or name another folder")
+    return found
+
+
+def _remove(folder: Path) -> None:
+    for path in _listed(folder):
+        path.unlink()
+    for path in (*(each for each in folder.iterdir() if each.is_dir()), folder):
+        path.rmdir()
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
+
+
+def _external(graph: Path) -> list[str]:
+    """The files that an ONNX graph names for its weights: the value of every "location" among its pairs of strings."""
+    names = []
+    for found in re.finditer(rb"\x0a\x08location\x12(?P<size>[\x80-\xff]*[\x00-\x7f])", content := graph.read_bytes()):
+        size = sum((byte & 127) << 7 * i for i, byte in enumerate(found["size"]))
+        names.append(content[found.end() : found.end() + size].decode("utf-8", "replace"))
+    return list(dict.fromkeys(names))
 
 
 def weights(pipe: Any, kind: str) -> dict[str, str]:
@@ -268,11 +485,8 @@ def network_sha256(network: nn.Module, config: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return disk.sha256(file)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -60,6 +60,8 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     except Exception as error:  # ONNX Runtime has its own classes
         reason = " ".join(str(error).split())
         raise ValueError(f"ONNX Runtime cannot load {artefact.graph} ({reason:.200}): {artefact.mend}") from error
+    ports = ([(port.name, len(port.shape)) for port in each] for each in (opened.get_inputs(), opened.get_outputs()))
+    artefact.check_ports(*ports)
     names = [port.name for port in artefact.manifest.inputs]
 
     def run(inputs: Tensors) -> Tensors:

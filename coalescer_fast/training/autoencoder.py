@@ -7,7 +7,8 @@ strength is added to the latents, so that the decoder forgives what a sampler mi
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from .. import files
 from ..models.autoencoder import CoalescerAutoencoder
+from ..schema import check_arguments
 from .data import PictureDataset
 from .loop import Schedule, Trainer, make_accelerator
 from .pictures import sheet, to_tensor, to_uint8
@@ -40,6 +43,12 @@ class AutoencoderConfig:
     init: str = ""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_arguments(self.model, CoalescerAutoencoder.__init__, "model")
+        for name in ("latent_noise", "flip", "permute_colours"):
+            if not 0 <= getattr(self, name) <= (math.inf if name == "latent_noise" else 1):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 {'up' if name == 'latent_noise' else 'to 1'}")
+
 
 def reconstruction_loss(reconstruction: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
     """The module's loss of (N, 3, H, W) pictures; a scalar."""
@@ -59,8 +68,13 @@ def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator:
     return pictures, config.latent_noise * torch.rand(size, 1, 1, 1, generator=generator)
 
 
-def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_dir: Path) -> CoalescerAutoencoder:
-    """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there."""
+def train_autoencoder(
+    config: AutoencoderConfig, data: PictureDataset, output_dir: Path, *, allow_changes: bool = False, progress: bool = True
+) -> CoalescerAutoencoder:
+    """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there.
+
+    allow_changes: go on even if configuration or pictures are others than before; progress: show a bar.
+    """
     if config.init and not (Path(config.init) / "config.json").is_file():
         raise ValueError(f"init is {config.init!r}, where there is no autoencoder: train that first, or give another folder")
     accelerator = make_accelerator()
@@ -70,7 +84,18 @@ def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_di
     model.to(memory_format=torch.channels_last)
     model.encoder.requires_grad_(config.train_encoder)
     training, held = data.train(), data.held()
-    trainer = Trainer("autoencoder", model, config.schedule, output_dir, accelerator, config.seed)
+    others = {key: value for key, value in asdict(config).items() if key not in ("schedule", "seed", "init")}
+    trainer = Trainer(
+        "autoencoder",
+        model,
+        config.schedule,
+        output_dir,
+        accelerator,
+        config.seed,
+        settings={**others, "data": training.fingerprint()},
+        allow_changes=allow_changes,
+        progress=progress,
+    )
     probe = to_tensor((held if len(held) else training).images[:32])
 
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -92,14 +117,15 @@ def train_autoencoder(config: AutoencoderConfig, data: PictureDataset, output_di
         reconstruction = averaged(probe.to(accelerator.device)).sample.cpu()
         logger.info("step %d: %.2f dB on %d held-out pictures", step, psnr(reconstruction, probe).mean(), len(probe))
         rows = [Image.fromarray(p) for pair in zip(to_uint8(probe), to_uint8(reconstruction)) for p in pair]
-        sheet(rows, columns=16).save(output_dir / f"autoencoder-{step:06d}.png")
+        files.write_picture(output_dir / f"autoencoder-{step:06d}.png", sheet(rows, columns=16))
 
     averaged = trainer.run(loss, on_sample)
     assert isinstance(averaged, CoalescerAutoencoder)
     if accelerator.is_main_process:
         if config.train_encoder:
             set_latent_statistics(averaged, training)
-        averaged.save_pretrained(output_dir / "autoencoder")
+        with files.writing_folder(output_dir / "autoencoder") as folder:
+            averaged.save_pretrained(folder)
     accelerator.wait_for_everyone()
     return averaged
 

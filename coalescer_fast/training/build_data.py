@@ -38,6 +38,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .. import files
 from .pictures import on_white, sheet
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def open_style(name: str, cache: Path) -> IconSet | PictureSet:
 
 
 def draw_all(
-    emoji: Sequence[Emoji], styles: Sequence[str], sizes: Sequence[int], cache: Path
+    emoji: Sequence[Emoji], styles: Sequence[str], sizes: Sequence[int], cache: Path, progress: bool = True
 ) -> tuple[list[tuple[int, int]], dict[int, np.ndarray]]:
     """(emoji, style) indices of the N pictures that are worth keeping, and the pictures, uint8 (N, S, S, 3), by size S.
 
@@ -259,7 +260,7 @@ def draw_all(
     rows: list[tuple[int, int]] = []
     pictures: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
     owner: dict[bytes, str] = {}
-    with tqdm(total=len(styles) * len(emoji), desc="drawing", unit="") as bar:
+    with tqdm(total=len(styles) * len(emoji), desc="drawing", unit="", disable=not progress, delay=1.0) as bar:
         for style, name in enumerate(styles):
             art, outcome = open_style(name, cache), Counter[str]()
             for i, one in enumerate(emoji):
@@ -303,6 +304,7 @@ def build(
     skin_tones: str = "none",
     flags: bool = True,
     held_out: float = 0.03,
+    progress: bool = True,
 ) -> Path:
     """Write the data set in the sides ``sizes`` to the folder ``out``; returns the file of the largest.
 
@@ -312,6 +314,7 @@ def build(
         skin_tones: "none", "medium" or "all": the skin tones that become emoji of their own.
         flags: whether to keep national and other flags.
         held_out: share of the emoji whose pictures are marked as held out.
+        progress: show a bar.
 
     Raises ValueError for an unknown style, size or skin tone, ImportError without resvg_py, OSError where npm or the folders fail.
     """
@@ -330,7 +333,7 @@ def build(
     emoji = read_emoji(cache, skin_tones, flags)
     groups = sorted({one.group for one in emoji})
     logger.info("%d emoji in %d groups", len(emoji), len(groups))
-    rows, pictures = draw_all(emoji, styles, sizes, cache)
+    rows, pictures = draw_all(emoji, styles, sizes, cache, progress)
 
     meta = {
         "emoji": [one.described() for one in emoji],
@@ -351,8 +354,9 @@ def build(
     }
     for size, images in pictures.items():
         path = out / f"emoji_{size}.npz"
-        np.savez_compressed(path, images=images, **arrays)
-        contact_sheet(rows, images, len(styles)).save(out / f"contact_{size}.png")
+        with files.writing(path) as file:
+            np.savez_compressed(file, images=images, **arrays)
+        files.write_picture(out / f"contact_{size}.png", contact_sheet(rows, images, len(styles)))
         logger.info("%s: %d pictures of %d emoji, %d held out", path, len(images), len(set(emoji_id.tolist())), arrays["split"].sum())
     write_pairs(out / "pairs.tsv", [(emoji[i], styles[style]) for i, style in rows], held_out)
     write_notice(out / "NOTICE.txt", styles)
@@ -360,12 +364,13 @@ def build(
 
 
 def write_pairs(path: Path, pairs: Sequence[tuple[Emoji, str]], held_out: float) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-        table.writerow(["row", "style", "hex", "name", "keywords", "group", "subgroup", "split"])
-        for row, (one, style) in enumerate(pairs):
-            split = "held" if one.held_out(held_out) else "train"
-            table.writerow([row, style, one.hex, one.name, "|".join(one.keywords), one.group, one.subgroup, split])
+    text = io.StringIO(newline="")
+    table = csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+    table.writerow(["row", "style", "hex", "name", "keywords", "group", "subgroup", "split"])
+    for row, (one, style) in enumerate(pairs):
+        split = "held" if one.held_out(held_out) else "train"
+        table.writerow([row, style, one.hex, one.name, "|".join(one.keywords), one.group, one.subgroup, split])
+    files.write_text(path, text.getvalue())
 
 
 def write_notice(path: Path, styles: Sequence[str]) -> None:
@@ -373,7 +378,7 @@ def write_notice(path: Path, styles: Sequence[str]) -> None:
     for style in (STYLES[name] for name in styles):
         lines.append(f"- {style.attribution}. Licence: {style.licence}. Taken from npm {style.package}.")
     lines.append(f"Names, keywords and groups: Unicode CLDR (Unicode-3.0), as packed in npm {DESCRIPTIONS} (MIT, Miles Johnson).")
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    files.write_text(path, "\n".join(lines) + "\n")
 
 
 def require_resvg() -> None:

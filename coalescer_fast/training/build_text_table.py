@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from .. import files
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,8 @@ def build_text_table(model_dir: Path, out: Path, dim: int = 128) -> Path:
         raise FileNotFoundError(f"there is no vocab.txt in {model_dir}: give the folder of a BERT-like model, such as all-MiniLM-L6-v2")
     tokens = vocabulary.read_text("utf-8").splitlines()
     table, scale = quantise(project(token_states(Path(model_dir), tokens), dim))
-    np.savez_compressed(out, table=table, scale=scale, vocab=np.frombuffer("\n".join(tokens).encode("utf-8"), np.uint8))
+    with files.writing(out) as file:
+        np.savez_compressed(file, table=table, scale=scale, vocab=np.frombuffer("\n".join(tokens).encode("utf-8"), np.uint8))
     logger.info("%s: %d tokens of %d dimensions", out, *table.shape)
     return Path(out)
 

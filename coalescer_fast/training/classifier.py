@@ -127,7 +127,7 @@ def train_classifier(
         )
         parameters = [*model.parameters(), *dropped.parameters()]
         optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=schedule.weight_decay)
-        bar = tqdm(range(steps), desc="classifier", disable=not progress, mininterval=1.0)
+        bar = tqdm(range(steps), desc="classifier", disable=not progress, mininterval=1.0, delay=1.0)
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .. import files
 from ..models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from ..models.unet import CONFIGURATIONS, AnchorMLP
 from ..pipeline import WEIGHTS, CoalescerPipeline
+from ..runtime.artefact import network_sha256
 from ..scheduler import CoalescerScheduler
-from . import pairing
-from .autoencoder import encode
+from ..schema import check_arguments
+from . import checkpoint, pairing
+from .autoencoder import AutoencoderConfig, encode, train_autoencoder
 from .data import PictureDataset
 from .flow_matching import FlowMatchingUNet
 from .loop import Schedule, Trainer, make_accelerator
@@ -38,14 +42,14 @@ OBJECTIVES = ("coalescer", "flow_matching")
 
 @dataclass(frozen=True)
 class CoalescerConfig:
-    """schedule, anchor: how the UNet and the anchor's MLP are trained; autoencoder: folder of a saved autoencoder; model: a named
-    configuration; overrides: arguments of `CoalescerUNet` that differ from it; anchor_from: folder of a run whose anchor is taken
-    over; pairing_warmup: steps for which output_transport matches in noise space; prior_share: share of R drawn from the prior;
-    without: pictures left out, arguments of `PictureDataset.without`; prompts: what is said; scheduler: arguments of
-    `CoalescerScheduler` stored with the model; sheet: prompts of the sample sheets."""
+    """schedule, anchor: how the UNet and the anchor's MLP are trained; autoencoder: folder of a saved autoencoder, or how one is
+    trained first; model: a named configuration; overrides: arguments of `CoalescerUNet` that differ from it; anchor_from: folder of a
+    run whose anchor is taken over; pairing_warmup: steps for which output_transport matches in noise space; prior_share: share of R
+    drawn from the prior; without: pictures left out, arguments of `PictureDataset.without`; prompts: what is said; scheduler: arguments
+    of `CoalescerScheduler` stored with the model; sheet: prompts of the sample sheets."""
 
     schedule: Schedule
-    autoencoder: str
+    autoencoder: str | AutoencoderConfig
     anchor: Schedule | None = None
     anchor_from: str = ""
     model: str = "emoji-64"
@@ -63,6 +67,16 @@ class CoalescerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_arguments(self.overrides, CoalescerUNet.__init__, "overrides")
+        check_arguments(self.without, PictureDataset.without, "without")
+        try:
+            re.compile(self.without.get("names", ""))
+        except re.error as error:
+            raise ValueError(f"without.names is no regular expression ({error})") from error
+        check_arguments(self.scheduler, CoalescerScheduler.__init__, "scheduler")
+        for name, least, most in (("nearest_of", 1, 2**31), ("pairing_warmup", 0, 2**62), ("prior_share", 0, 1)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {least} to {most}")
         choices = {"pairing": PAIRINGS, "objective": OBJECTIVES, "direction_loss": DIRECTION_LOSSES, "model": CONFIGURATIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -149,12 +163,18 @@ def description_encoder(data: PictureDataset) -> DescriptionEncoder:
 
 
 def train_anchor(
-    config: CoalescerConfig, sampler: PromptSampler, latents: torch.Tensor, model: AnchorMLP, output_dir: Path, accelerator: Accelerator
+    config: CoalescerConfig,
+    sampler: PromptSampler,
+    latents: torch.Tensor,
+    model: AnchorMLP,
+    output_dir: Path,
+    accelerator: Accelerator,
+    **options: Any,
 ) -> nn.Module:
-    """Fit ``model``, the mean latent of a description, by the mean squared error."""
+    """Fit ``model``, the mean latent of a description, by the mean squared error; ``options``: of the `Trainer`."""
     schedule = config.anchor
     assert schedule is not None
-    trainer = Trainer("anchor", model, schedule, output_dir, accelerator, config.seed)
+    trainer = Trainer("anchor", model, schedule, output_dir, accelerator, config.seed, **options)
     independent = CoalescerConfig(schedule=config.schedule, autoencoder="", pairing="paired", prompts=config.prompts)
     period = config.prompts.queue_size // schedule.batch_size
     queue: Queue
@@ -170,15 +190,28 @@ def train_anchor(
     return trainer.run(loss)
 
 
-def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: Path) -> CoalescerUNet:
-    """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network."""
+def train_coalescer(
+    config: CoalescerConfig, data: PictureDataset, output_dir: Path, *, allow_changes: bool = False, progress: bool = True
+) -> CoalescerUNet:
+    """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network.
+
+    allow_changes: go on even if configuration, pictures or autoencoder are others than before; progress: show bars.
+    """
     for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
         folder = getattr(config, name)
-        if folder and not (Path(folder) / part).is_file():
+        if isinstance(folder, str) and folder and not (Path(folder) / part).is_file():
             raise ValueError(f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder")
+    options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
+    if isinstance(config.autoencoder, str):
+        vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
+        origin: Any = network_sha256(vae, vae.config)
+    else:
+        vae, origin = train_autoencoder(config.autoencoder, data, output_dir, **options), asdict(config.autoencoder)
+    vae.eval()
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
-    vae = CoalescerAutoencoder.from_pretrained(config.autoencoder).eval()
+    if not len(training):
+        raise ValueError("no picture is left to train on: leave fewer out (without), or give another data set")
     latents = encode(vae.to(accelerator.device), training)
     encoder = description_encoder(training)
     sampler = PromptSampler(training, encoder, config.prompts)
@@ -187,17 +220,23 @@ def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: P
         torch.manual_seed(config.seed)
         model = network_class(**{**CONFIGURATIONS[config.model], **config.overrides})
 
+    data_settings = {"data": training.fingerprint(), "autoencoder": origin, "prompts": asdict(config.prompts)}
     if model.anchor_mlp is not None:
         if config.anchor_from:
             source = Path(config.anchor_from) / "anchor.pt"
-            model.anchor_mlp.load_state_dict(torch.load(source, map_location="cpu", weights_only=True)["ema"])
+            try:
+                model.anchor_mlp.load_state_dict(checkpoint.read(source).ema)
+            except RuntimeError as error:
+                raise ValueError(f"{source} is of another anchor than this model's: give another folder") from error
         elif config.anchor is not None:
-            averaged = train_anchor(config, sampler, latents, model.anchor_mlp, output_dir, accelerator)
+            averaged = train_anchor(config, sampler, latents, model.anchor_mlp, output_dir, accelerator, settings=data_settings, **options)
             model.anchor_mlp.load_state_dict(averaged.state_dict())
         model.anchor_mlp.requires_grad_(False)
 
     schedule, period = config.schedule, config.prompts.queue_size // config.schedule.batch_size
-    trainer = Trainer(config.objective, model, schedule, output_dir, accelerator, config.seed)
+    names = ("model", "overrides", "objective", "pairing", "direction_loss", "nearest_of", "pairing_warmup", "prior_share")
+    settings = {**{name: getattr(config, name) for name in names}, **data_settings}
+    trainer = Trainer(config.objective, model, schedule, output_dir, accelerator, config.seed, settings=settings, **options)
     queue: Queue
 
     @torch.no_grad()
@@ -235,14 +274,13 @@ def train_coalescer(config: CoalescerConfig, data: PictureDataset, output_dir: P
             pipe: Any = pipeline(network)
             pipe.set_progress_bar_config(disable=True)
             pictures = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed)).images
-            sheet(pictures, config.sheet, columns=10).save(output_dir / f"coalescer-{step:06d}.png")
+            files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(pictures, config.sheet, columns=10))
 
     averaged = trainer.run(loss, on_sample)
     assert isinstance(averaged, CoalescerUNet)
     if accelerator.is_main_process:
-        if config.objective == "coalescer":
-            pipeline(averaged).save_pretrained(output_dir / "pipeline")
-        else:
-            averaged.save_pretrained(output_dir / "unet")
+        coalescer = config.objective == "coalescer"
+        with files.writing_folder(output_dir / ("pipeline" if coalescer else "unet")) as folder:
+            (pipeline(averaged) if coalescer else averaged).save_pretrained(folder)
     accelerator.wait_for_everyone()
     return averaged

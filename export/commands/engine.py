@@ -67,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
         for kind, found in artefacts.items():
             inner, out = (folder, args.out) if whole else (folder / kind, args.out / kind)
             inner.mkdir(exist_ok=True)
-            print(engine.equivalent(found, out, options, shapes[kind]), file=sys.stderr)
-            with tqdm(disable=None, desc=kind, unit=" steps") as bar:
+            if not args.quiet:
+                print(engine.equivalent(found, out, options, shapes[kind]), file=sys.stderr)
+            with tqdm(disable=args.quiet or None, desc=kind, unit=" steps", delay=1.0) as bar:
                 built = engine.build(found, inner, shapes[kind], options, command(args, found, options), bar)
                 missing = engine.measure(built, found, shapes[kind], options, args.force, bar)
-            if missing:
+            if missing and not args.quiet:
                 print(f"{kind}: {missing}", file=sys.stderr)
     print(args.out)
     return 0

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from coalescer_fast.cli import positive
+from coalescer_fast.cli import MOST_STEPS, open_pipeline, positive, up_to
 from coalescer_fast.runtime.artefact import KINDS, creating
 
 from . import stage
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-batch", type=positive, default=1, metavar="N", help="fewest pictures a run (default: %(default)s)")
     parser.add_argument("--opt-batch", type=positive, metavar="N", help="pictures to be fastest for (default: 4, within the others)")
     parser.add_argument("--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=2, help="of the generator (default: %(default)s)")
+    parser.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)")
     parser.add_argument("--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)")
 
 
@@ -41,13 +40,11 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from coalescer_fast.pipeline import CoalescerPipeline
-
         from ..exporting import export_onnx
 
-        pipe: Any = CoalescerPipeline.from_pretrained(args.model)
+        pipe = open_pipeline(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)
-        with tqdm(total=STAGES[args.precision] * len(kinds), disable=None) as bar:
+        with tqdm(total=STAGES[args.precision] * len(kinds), disable=args.quiet or None, delay=1.0) as bar:
             for kind in kinds:
                 inner = folder / kind if args.what == "all" else folder
                 inner.mkdir(exist_ok=True)

@@ -7,11 +7,11 @@ source on this machine, it is written with --force alone.
 from __future__ import annotations
 
 import argparse
-import csv
 from functools import cache
 from pathlib import Path
 
-from coalescer_fast.cli import check_writable, natural, positive
+from coalescer_fast import files
+from coalescer_fast.cli import check_writable, natural, open_pipeline, positive
 from coalescer_fast.runtime import artefact
 from coalescer_fast.runtime.artefact import creating
 
@@ -48,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from coalescer_fast.pipeline import CoalescerPipeline
-
         from ..quantizing import quantise
 
         known = None if args.ranges is None else read_ranges(args.ranges)
-        load = cache(CoalescerPipeline.from_pretrained)
-        with tqdm(disable=None) as bar:
+        load = cache(open_pipeline)
+        with tqdm(disable=args.quiet or None, delay=1.0) as bar:
             for kind, source in sources.items():
                 if known is not None:
                     known.check_graph(source, args.ranges)
@@ -95,10 +93,8 @@ def command(args: argparse.Namespace, source: Path) -> tuple[str, ...]:
 def write(path: Path, rows: list[dict[str, float | str]]) -> None:
     """The table, as a file and for eyes."""
     columns = list(rows[0])
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    text = [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    files.write_csv(path, text, columns)
     width = max(len(str(row["layer"])) for row in rows)
     print(f"{'layer alone in int8':{width}s}  " + "  ".join(columns[1:]))
     for row in rows:

@@ -7,7 +7,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from coalescer_fast.cli import natural, positive
+from coalescer_fast.cli import natural, open_pipeline, positive
 from coalescer_fast.runtime import artefact
 
 
@@ -21,13 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     artefacts = artefact.find(args.folder)
-    from coalescer_fast.pipeline import CoalescerPipeline
-
     from ..figures import compare, opened
     from ..ranges import prompts_for
 
     runs = {kind: opened(found) for kind, found in artefacts.items()}  # what cannot run here is said before anything is loaded
-    load = cache(CoalescerPipeline.from_pretrained)
+    load = cache(open_pipeline)
     results = {}
     for kind, found in artefacts.items():
         engine = found.manifest.engine.replace("onnx", "onnxruntime")

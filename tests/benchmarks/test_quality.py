@@ -139,7 +139,7 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said(capsys):
-    for argv, words in (([], "--data is missing"), (["--plot-only"], "--plot FILE.png"), (["--data", "x", "--steps", "0"], "above 0")):
+    for argv, words in (([], "--data is missing"), (["--plot-only"], "--plot FILE.png"), (["--data", "x", "--steps", "0"], "whole number")):
         with pytest.raises(SystemExit):
             quality.main(argv)
         assert words in capsys.readouterr().err

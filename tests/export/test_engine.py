@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -12,11 +14,12 @@ import pytest
 
 from coalescer_fast.export import engine, figures, networks, ranges
 from coalescer_fast.runtime import artefact, tensorrt
-from coalescer_fast.runtime.artefact import Manifest, Port
+from coalescer_fast.runtime.artefact import Manifest, Port, Schedule
 
 from ..tensorrt_api import Fake, recorded, surface
 
 MEASURE = engine.measure
+PLAN = {"version": "10.8", "compute_capabilities": ["8.6"], "gpu": None, "profile": {}, "source": {}}
 A10 = ("NVIDIA A10", "8.6")
 FULL = [which for which in recorded() if which.startswith("tensorrt ")]
 NEWEST, RTX = "tensorrt 11.4.0.106", "tensorrt_rtx 1.7.1.116"
@@ -38,9 +41,9 @@ def write(folder: Path, **changes) -> Path:
         "",
         "model.onnx",
         "emoji-64",
-        {},
+        {"decoder" if changes.get("kind") == "decoder" else "unet": "1" * 64},
         (Port("sample", "float32", ("batch", 2, 3, 3)), Port("description", "float32", ("batch", 4))),
-        (Port("direction", "float32", ("batch", 2, 3, 3)),),
+        (Port("direction", "float32", ("batch", 2, 3, 3)), Port("distance", "float32", ("batch",))),
         (1, 4, 16),
         21,
         ("onnx", "--what", "unet", "--precision", "fp16", "--target", changes.get("target", "tensorrt")),
@@ -151,7 +154,7 @@ def test_a_renamed_name_fails(run, source, newest, monkeypatch, capsys):
             patch.setattr(sys.modules[Fake.__module__], "recorded", lambda api=api: api)
             install(patch, Fake(NEWEST))
             with pytest.raises(AttributeError, match=name):
-                cli.main(["engine", "onnx", "-o", "plan", "--force", *EVERYTHING])
+                cli.main(["engine", "onnx", "-o", "plan", "--force", "--debug", *EVERYTHING])
             capsys.readouterr()
     assert artefact.read("plan").manifest.engine == "tensorrt"  # a failed build replaces nothing
 
@@ -166,7 +169,7 @@ def test_a_renamed_name_fails(run, source, newest, monkeypatch, capsys):
         ({"opset": 18}, ["has opset 18 where TensorRT is given 21 or later for fp16", "export it again with"]),
         ({"opset": 20, "precision": "int8"}, ["has opset 20 where TensorRT is given 21 or later for int8"]),
         ({"opset": 17, "precision": "fp32"}, ["has opset 17 where TensorRT is given 18 or later for fp32"]),
-        ({"engine": "tensorrt", "command": ("engine", "where")}, ["is a plan already", "made of, from where"]),
+        ({"engine": "tensorrt", "tensorrt": PLAN, "command": ("engine", "where")}, ["is a plan already", "made of, from where"]),
     ],
 )
 def test_an_artefact_that_is_not_for_it(run, tmp_path, newest, changes, words):
@@ -195,11 +198,30 @@ def test_an_artefact_that_is_not_for_it(run, tmp_path, newest, changes, words):
 )
 def test_options_that_do_not_fit(run, source, newest, argv, words):
     Path("other").write_bytes(b"of another GPU")
+    Path("other.sha256").write_text(hashlib.sha256(b"of another GPU").hexdigest() + "  other\n")
     status, out, error = run("engine", "onnx", "-o", "plan", *argv)
     assert status in (1, 2)
     assert out == ""
     assert all(word in error for word in words), error
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["onnx", "other"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["onnx", "other", "other.sha256"]
+
+
+def test_a_file_that_is_no_timing_cache_of_ours_stays_as_it_is(run, source, fake):
+    """TensorRT-RTX takes any bytes for a cache, and a mistyped name must not lose them."""
+    Path("letter").write_bytes(b"dear")
+    os.mkfifo("pipe")
+    for name, words in (("letter", "letter was not written by coalescer-export"), ("pipe", "pipe cannot be written")):
+        status, out, error = run("engine", "onnx", "-o", "plan", "--timingCacheFile", name)
+        assert (status, out) == (1, "")
+        assert words in error
+    assert Path("letter").read_bytes() == b"dear"
+    Path("empty").touch()
+    for name in ("new", "new", "empty", "empty"):
+        assert run("engine", "onnx", "-o", "plan", "--force", "--timingCacheFile", name)[0] == 0
+        assert Path(name).read_bytes() == b"timings"
+    Path("new").write_bytes(b"changed")
+    assert run("engine", "onnx", "-o", "plan", "--force", "--timingCacheFile", "new")[0] == 1
+    assert Path("new").read_bytes() == b"changed"
 
 
 @pytest.mark.parametrize(("stage", "words"), [("parse", "does not take"), ("build", "cannot build")])
@@ -379,11 +401,13 @@ def test_int8_without_what_was_quantised_is_said(run, measured, what):
 
 def test_a_folder_of_several(run, source, newest, tmp_path):
     write(tmp_path / "many" / "unet")
-    write(tmp_path / "many" / "decoder", kind="decoder")
+    write(tmp_path / "many" / "decoder", kind="decoder", outputs=(Port("picture", "float32", ("batch", 3, 6, 6)),))
     assert run("engine", "many", "-o", "plans")[0] == 0
     found = artefact.find("plans")
     assert {kind: each.manifest.command[1] for kind, each in found.items()} == {"unet": "many/unet", "decoder": "many/decoder"}
-    write(tmp_path / "many" / "generator", kind="generator", target="cpu")
+    generator = {"weights": dict.fromkeys(("unet", "decoder"), "1" * 64), "schedule": Schedule((1.0,), ("unit",), 1e-6, (), 1.0)}
+    picture = (Port("picture", "float32", ("batch", 3, 6, 6)),)
+    write(tmp_path / "many" / "generator", kind="generator", target="cpu", outputs=picture, **generator)
     assert run("engine", "many", "-o", "more")[0] == 1
     assert not Path("more").exists()
 

@@ -192,7 +192,8 @@ def test_auto_takes_what_an_artefact_is_for(folder, monkeypatch):
     plans = folder.parent / "plans"
     shutil.copytree(folder / "unet", plans)
     made = artefact.read(plans).manifest
-    artefact.write(plans, replace(made, engine="tensorrt_rtx"))
+    plan = {"version": "1.7", "compute_capabilities": ["8.6"], "gpu": None, "profile": {}, "source": {}}
+    artefact.write(plans, replace(made, engine="tensorrt_rtx", tensorrt=plan))
     with pytest.raises(ValueError, match=r"^backend 'tensorrt' runs on cuda, and the pipeline is on cpu: move it"):
         cf.accelerate(pipe, artefact=plans)
 

@@ -39,13 +39,13 @@ def manifest(**changes) -> Manifest:
         "",
         "model.plan",
         "emoji-64",
-        {},
+        {"unet": "1" * 64},
         INPUTS,
         OUTPUTS,
         (1, 2, 4),
         21,
         ("engine", "exported"),
-        tensorrt={"version": "10.8.0.43", "compute_capabilities": ["8.6"], "gpu": "NVIDIA A10"},
+        tensorrt={"version": "10.8.0.43", "compute_capabilities": ["8.6"], "gpu": "NVIDIA A10", "profile": {}, "source": {}},
         flags={"hardwareCompatibilityLevel": "none", "versionCompatible": False, "stripWeights": ""},
     )
     return replace(made, **changes)

@@ -185,7 +185,11 @@ def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
     """Also from a last step in the middle of a pairing's time: six steps, of pairings that last four."""
     base = configuration(autoencoder[0], sheet=())
     for steps in (6, 16):
-        train_coalescer(replace(base, schedule=replace(base.schedule, steps=steps)), squares(), tmp_path)
+        config = replace(base, schedule=replace(base.schedule, steps=steps))
+        if steps == 16:
+            with pytest.raises(ValueError, match=r"coalescer\.pt was trained with schedule\.steps 6, which is 16 now: .* --allow-changes"):
+                train_coalescer(config, squares(), tmp_path)
+        train_coalescer(config, squares(), tmp_path, allow_changes=steps == 16)
         assert torch.load(tmp_path / "coalescer.pt", weights_only=True)["step"] == steps
 
 

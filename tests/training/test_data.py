@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,95 @@ def test_listing_without_text(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "cat"}\n{"file_name": "1.png"}\n')
     with pytest.raises(ValueError, match="line 2"):
         load_folder(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[" * 100_000, "line 1"),
+        ("3", "line 1: expected a table"),
+        ('{"file_name": 3, "text": "cat"}', "line 1: file_name is 3; expected text"),
+        ('{"file_name": "1.png", "text": "cat", "keywords": [3]}', r"line 1: keywords\[0\] is 3; expected text"),
+        ("{", "line 1"),
+    ],
+)
+def test_listings_of_another_shape(tmp_path, line, words):
+    save(tmp_path / "1.png", "red")
+    (tmp_path / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=words) as caught:
+        load_folder(tmp_path, 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_listing_may_have_further_columns(tmp_path):
+    save(tmp_path / "1.png", "red")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "cat", "licence": 3}\n')
+    assert load_folder(tmp_path, 16).concepts == (Concept("cat"),)
+
+
+def built(path, **changes) -> None:
+    meta = {"emoji": [{"name": "ant", "keywords": ["bug"], "group": "a", "subgroup": "b"}], "styles": [{"word": "flat"}]}
+    arrays = {
+        "images": np.zeros((2, 8, 8, 3), np.uint8),
+        "emoji_id": np.zeros(2, np.int32),
+        "style_id": np.zeros(2, np.int8),
+        "split": np.array([0, 1], np.int8),
+        "meta_json": np.frombuffer(json.dumps(meta).encode(), np.uint8),
+    }
+    np.savez_compressed(path, **{**arrays, **changes})
+
+
+def test_one_flipped_byte_of_a_data_set(tmp_path):
+    """The right data, or one sentence: a zip file has a sum of each of its files."""
+    path = tmp_path / "a.npz"
+    built(path)
+    content, right = path.read_bytes(), load_npz(path).fingerprint()
+    refused = []
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            assert load_npz(path).fingerprint() == right
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(str(path) in message and "\n" not in message for message in refused)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images": np.zeros((2, 8, 8, 3), np.float32)},
+        {"images": np.zeros((2, 8, 4, 3), np.uint8)},
+        {"images": np.zeros(3, np.uint8)},
+        {"emoji_id": np.array([0, 1], np.int32)},
+        {"emoji_id": np.array([0, -1], np.int32)},
+        {"style_id": np.array([0, 1], np.int8)},
+        {"style_id": np.array([0], np.int8)},
+        {"split": np.array([0], np.int8)},
+        {"meta_json": np.frombuffer(b"[" * 100_000, np.uint8)},
+        {"meta_json": np.frombuffer(b'{"emoji": [{}], "styles": []}', np.uint8)},
+        {"meta_json": np.frombuffer(b"3", np.uint8)},
+        {"images": np.array([{}], object)},
+    ],
+)
+def test_a_data_set_that_contradicts_itself(tmp_path, changes):
+    built(tmp_path / "a.npz", **changes)
+    with pytest.raises(ValueError, match=r"a\.npz is damaged.*build it again with 'coalescer-fast build-data'") as caught:
+        load_npz(tmp_path / "a.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprints():
+    data = dataset()
+    assert data.fingerprint() == dataset().fingerprint()
+    others = [
+        replace(data, images=data.images + 1),
+        replace(data, styles=("other", *data.styles[1:])),
+        replace(data, held_out=~data.held_out),
+        replace(data, concepts=(Concept("other"), *data.concepts[1:])),
+        data.train(),
+    ]
+    assert len({data.fingerprint(), *(each.fingerprint() for each in others)}) == 1 + len(others)
 
 
 def test_empty_folder(tmp_path):

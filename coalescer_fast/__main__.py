@@ -1,0 +1,8 @@
+"""``python -m coalescer_fast`` is the command ``coalescer-fast``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
