@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from . import files
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .runtime.artefact import file_sha256
 from .scheduler import CoalescerScheduler
@@ -45,20 +46,20 @@ def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
     """
     index = read_json(folder / INDEX)
     index["_class_name"] = [Path(CODE).stem, pipeline.__name__]
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    files.write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     module = "coalescer_fast" if pipeline.__module__ == f"{__package__}.pipeline" else pipeline.__module__
-    (folder / CODE).write_text(
+    files.write_text(
+        folder / CODE,
         '"""For DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)."""\n\n'
         f"from {module} import {pipeline.__name__}  # noqa: F401\n",
-        "utf-8",
     )
     parts = [folder / name for name in index if (folder / name).is_dir()]
-    files = [folder / INDEX, folder / CODE, *(path for part in parts for path in part.rglob("*") if path.is_file())]
+    saved = [folder / INDEX, folder / CODE, *(path for part in parts for path in part.rglob("*") if path.is_file())]
     sums = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(files)
+        for path in sorted(saved)
     }
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", "utf-8")
+    files.write_text(folder / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
 
 
 def check(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# what diffusers calls the dtype of weights: "dtype" since it has a message about the old name
+DTYPE = "dtype" if find_spec("diffusers.utils.deprecation_utils") is not None else "torch_dtype"
 WEIGHTS = Path(__file__).parent / "weights"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # of each component, something that it has and others of its kind have not; wrappers (torch.compile's, peft's) have it as well
@@ -127,8 +130,8 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"{absent[0]} is None; leave it out for that of {name}, or give a {folders.COMPONENTS[absent[0]].__name__}")
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors can only be True: other files of weights may run code and are not loaded")
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)  # not torch's default dtype, whatever that is
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs[DTYPE] = torch.float32  # not torch's default dtype, whatever that is
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which diffusers would warn of at every start
         folder = _local(name)
         if folder is None:

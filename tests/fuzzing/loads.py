@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from . import pipelines
+
 RIGHT, SENTENCE = "right", "sentence"
 SECONDS, START = 120, 600  # a load that takes longer hangs; so does a process that takes longer to begin
 
@@ -58,13 +60,14 @@ NAMES = ("notes.txt", ".hidden", "model.onnx.data", "manifest.json~", "config.js
 class Target:
     """make: writes something whole into an empty folder; load: what a caller gets of such a folder, as bytes; seal: writes a changed JSON
     file so that the folder vouches for it, as a stranger would, or None where nothing does; needs: packages; tolerance: by which
-    float32 numbers may differ from those of the undamaged folder, 0 for the same bits."""
+    float32 numbers may differ from those of the undamaged folder, 0 for the same bits; damage: does it, instead of `mutate`."""
 
     make: Callable[[Path], None]
     load: Callable[[Path], bytes]
     seal: Callable[[Path, Any], None] | None = None
     needs: Sequence[str] = ()
     tolerance: float = 0.0
+    damage: Callable[[Path, random.Random], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ def work(name: str, seed: int, numbers: Sequence[int], original: Path, pipe: Con
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "folder"
             shutil.copytree(original, folder)
-            damage = mutate(folder, rng, target.seal)
+            damage = mutate(folder, rng, target.seal) if target.damage is None else target.damage(folder, rng)
             pipe.send((number, damage))
             before = snapshot(Path(scratch))
             outcome, message = check(lambda folder=folder: target.load(folder), expected, target.tolerance)
@@ -419,7 +422,14 @@ def load_checkpoint(folder: Path) -> bytes:
         return b"".join(tensor.numpy().tobytes() for tensor in averaged.state_dict().values())
 
 
+def load_pipeline(folder: Path) -> bytes:
+    import coalescer_fast as cf
+
+    return pipelines.draw(cf.CoalescerPipeline.from_pretrained(folder)).numpy().tobytes()
+
+
 TARGETS = {
+    "pipeline": Target(pipelines.make, load_pipeline, damage=pipelines.mutate),
     # where the schedule of a generator is another, UNet and decoder draw the same picture, rounded in other places
     "artefact": Target(make_artefact, load_artefact, seal_manifest, ("onnx", "onnxscript", "onnxruntime"), 1e-4),
     "checkpoint": Target(make_checkpoint, load_checkpoint, None, ("accelerate",)),

@@ -14,7 +14,7 @@ import pytest
 from . import loads
 from .loads import RIGHT, SENTENCE, TARGETS, Case, check, main, mutate, run, seal_manifest
 
-COUNTS = {"artefact": 150, "checkpoint": 50}
+COUNTS = {"pipeline": 100, "artefact": 150, "checkpoint": 50}
 
 
 @pytest.mark.parametrize("name", COUNTS)
