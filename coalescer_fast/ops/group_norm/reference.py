@@ -28,6 +28,7 @@ def group_norm_silu(
     z = (x if skip is None else torch.cat([x, skip], 1)).to(wide)
     if pre_bias is not None:
         z = z + per_channel(pre_bias)
+    z = z.contiguous() if layout.transforms_active() else z  # torch.group_norm asks for the memory format
     # not F.group_norm, which refuses a group of one element: its normalised value is 0
     y = torch.group_norm(z, num_groups, _like(weight, z), _like(bias, z), eps)
     if scale is not None:
