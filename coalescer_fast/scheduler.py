@@ -76,7 +76,7 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
             self.etas = (config.etas[0],) * (n - 1) + (config.etas[-1],)
             self.modes = (config.modes[0],) * (n - 1) + (config.modes[-1],)
         self.num_inference_steps = n
-        self.timesteps = torch.arange(n)
+        self.timesteps = torch.arange(n, dtype=torch.int64)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
         """The sample itself: the network sees R as it is."""
