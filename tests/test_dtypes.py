@@ -45,8 +45,9 @@ def without_dtype(source: str) -> Iterator[str]:
             # Tensor is a type here, and a factory only where it is called, as in torch.Tensor(...)
             if {alias.name for alias in node.names} & (FACTORIES - {"Tensor"}):
                 yield ast.unparse(node)
-        elif isinstance(node, ast.Import) and any(alias.name == "torch" and alias.asname for alias in node.names):
-            yield ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            if any(alias.name == "torch" and alias.asname for alias in node.names):
+                yield ast.unparse(node)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Tensor":
             yield ast.unparse(node)
 
