@@ -46,9 +46,10 @@ def number(name: str, value: float) -> float:
     """``value``, a real number that is finite in float64."""
     if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"{name} is {shown(value)}; expected a number")
+    value = value if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) else float(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value}; expected a finite number")
-    return value if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) else float(value)
+    return value
 
 
 def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
