@@ -2,6 +2,7 @@
 
 "auto" takes the first of `PREFERENCE` that can run the call and says so in the log, once for every kind of call; a backend that was asked
 for by name runs or raises. With ``COALESCER_FAST_STRICT=1`` "auto" raises where it would have to pass over a backend made for the device.
+Only the reference carries gradients, forward-mode tangents and the transforms of ``torch.func``.
 
 Every op is also ``torch.ops.coalescer_fast.NAME`` with the same arguments: that is what compilers, exporters and dispatch modes see. Plain
 eager calls go to the backend directly, for torch's dispatcher would cost as much as a small kernel.
@@ -123,11 +124,12 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
 
 
 def signature(t: Tensor | None) -> Any:
-    """All that a launcher may depend on of a tensor, but its address."""
+    """All that a launcher may depend on of a tensor, but its address. Contiguous tensors of one shape are alike: of strides, theirs may
+    differ where there is but one element, and nothing steps there."""
     if t is None:
         return None
     try:
-        return t.shape, t.stride(), t.dtype, t.device, t.is_neg()
+        return t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.is_neg()
     except (AttributeError, RuntimeError):  # not a tensor, or not a dense one, which the op's checks say
         return object()
 

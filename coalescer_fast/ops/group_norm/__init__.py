@@ -63,8 +63,9 @@ def group_norm_silu(
             None if pre_bias is None else signature(pre_bias),
         )
         try:
-            if (launcher := launchers.get(key)) is not None:
-                return launcher(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+            return launchers[key](x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+        except KeyError:  # the first call of its kind
+            pass
         except TypeError:  # no hash, which the checks refuse, or no memory
             key = None
     checks.floating("x", x)

@@ -52,8 +52,9 @@ def dual_head(
             signature(anchor),
         )
         try:
-            if (launcher := launchers.get(key)) is not None:
-                return launcher(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+            return launchers[key](h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+        except KeyError:  # the first call of its kind
+            pass
         except TypeError:  # no hash, which the checks refuse, or no memory
             key = None
     checks.floating("h", h)

@@ -27,8 +27,9 @@ def bias_residual(
     if (signature := signing(x)) is not None:
         key = ("bias_residual", backend, signature(x), signature(bias), signature(residual))
         try:
-            if (launcher := launchers.get(key)) is not None:
-                return launcher(x, bias, residual)
+            return launchers[key](x, bias, residual)
+        except KeyError:  # the first call of its kind
+            pass
         except TypeError:  # no hash, which the checks refuse, or no memory
             key = None
     checks.floating("x", x)

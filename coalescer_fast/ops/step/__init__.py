@@ -43,8 +43,9 @@ def coalesce_step(
     if (signature := signing(sample)) is not None:
         key = ("coalesce_step", backend, signature(sample), signature(direction), signature(distance), eta, mode, eps)
         try:
-            if (launcher := launchers.get(key)) is not None:
-                return launcher(sample, direction, distance, eta, mode, eps)
+            return launchers[key](sample, direction, distance, eta, mode, eps)
+        except KeyError:  # the first call of its kind
+            pass
         except TypeError:  # no hash, which the checks refuse, or no memory
             key = None
     checks.floating("sample", sample)
