@@ -40,9 +40,9 @@ class Trajectory:
     noise: Tensor
     description: Tensors = ()
     evaluations: list[tuple[Tensors, Tensors]] = field(default_factory=list)
-    latents: Tensor = field(default_factory=lambda: torch.empty(0))
-    decoded: Tensor = field(default_factory=lambda: torch.empty(0))
-    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    latents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
+    decoded: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
     def calls(self, kind: str) -> list[tuple[Tensors, Tensors]]:
         """(inputs, outputs) of a graph of this kind."""

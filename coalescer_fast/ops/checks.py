@@ -1,24 +1,62 @@
-"""Argument checks that the ops share; each raises ValueError with one sentence that names the argument, its value and what is allowed."""
+"""Argument checks that the ops share; each raises TypeError or ValueError with one sentence that names the argument, its value and what is
+allowed."""
 
 from __future__ import annotations
 
+import sys
+from numbers import Integral, Real
+
 import torch
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-def tensor(name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:
-    """``value``, unless None, has exactly the shape ``expected`` and lies on ``device``, the first argument's."""
-    if value is None or (value.shape == expected and value.device == device):
+
+_STRIDED = torch.strided
+
+
+def floating(name: str, value: torch.Tensor | None) -> torch.Tensor:
+    """``value``, a dense tensor of one of `DTYPES`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {shown(value)}; expected a torch.Tensor")
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {value.dtype}; expected {', '.join(map(str, DTYPES))}")
+    if value.layout is not _STRIDED or value.is_nested:
+        raise ValueError(f"{name} is {'nested' if value.is_nested else f'of {value.layout}'}; expected a dense tensor, of torch.strided")
+    return value
+
+
+def tensor(name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device, optional: bool = True) -> None:
+    """``value`` is `floating`, has exactly the shape ``expected`` and lies on ``device``, the first argument's; None if ``optional``."""
+    if value is None and optional:
         return
+    value = floating(name, value)
     if value.shape != expected:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(expected)}")
-    raise ValueError(f"{name} is on {value.device}; expected {device}, where the first argument is")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; expected {device}, where the first argument is")
 
 
-def floating(name: str, value: torch.Tensor) -> None:
-    if not value.dtype.is_floating_point:
-        raise ValueError(f"{name} has dtype {value.dtype}; expected a floating-point dtype")
+def integer(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name} is {shown(value)}; expected an int")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
-def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
+def number(name: str, value: float) -> float:
+    """``value``, a real number that is finite in float64."""
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
+        raise TypeError(f"{name} is {shown(value)}; expected a number")
+    value = value if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) else float(value)
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    return value
+
+
+def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if not isinstance(value, (str, type(None))) or value not in allowed:
+        raise ValueError(f"{name} is {shown(value)}; use one of {', '.join(map(repr, allowed))}")
+
+
+def shown(value: object) -> str:
+    """A value of any type, in a few words."""
+    return repr(value) if isinstance(value, (str, bool, int, float, type(None))) else f"of type {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 "auto" takes the first of `PREFERENCE` that can run the call and says so in the log, once for every kind of call; a backend that was asked
 for by name runs or raises. With ``COALESCER_FAST_STRICT=1`` "auto" raises where it would have to pass over a backend made for the device.
+Only the reference carries gradients, forward-mode tangents and the transforms of ``torch.func``.
 
 Every op is also ``torch.ops.coalescer_fast.NAME`` with the same arguments: that is what compilers, exporters and dispatch modes see. Plain
 eager calls go to the backend directly, for torch's dispatcher would cost as much as a small kernel.
@@ -12,14 +13,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+from . import checks
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +60,7 @@ class Backend:
             for name, tensor in tensors.items():
                 if reason := refusal(tensor):
                     return f"{name} {reason}"
-        if self.runtime is not None and torch.is_grad_enabled():
-            for name, tensor in tensors.items():
-                if tensor.requires_grad:
-                    return f"{name} needs a gradient, which only reference has; expected a call under torch.no_grad()"
-        return ""
+        return "" if self.runtime is None else _differentiated(tensors, tensors.values())
 
 
 BACKENDS = {
@@ -89,14 +90,14 @@ _ops: dict[str, Op] = {}
 _library = torch.library.Library("coalescer_fast", "DEF")
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _logged: set[str] = set()
-# By op, backend, signature and scalars: what runs a call that was checked once, given the same arguments but the backend.
+# By op, backend, scalars and signatures: what runs a call that was checked once, given the same arguments but the backend.
 launchers: dict[Any, Callable[..., Any]] = {}
 MOST_LAUNCHERS = 4096
 _thread = threading.local()
 _PLAIN = (Tensor, torch.nn.Parameter)
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling, _is_dynamo_compiling = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
+_is_grad_enabled, _transforms_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
 _dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -122,9 +123,15 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     _ops[name] = Op(function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__)
 
 
-def signature(t: Tensor | None) -> tuple[Any, ...] | None:
-    """All that a launcher may depend on of a tensor, but its address."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+def signature(t: Tensor | None) -> Any:
+    """All that a launcher may depend on of a tensor, but its address. Contiguous tensors of one shape are alike: of strides, theirs may
+    differ where there is but one element, and nothing steps there."""
+    if t is None:
+        return None
+    try:
+        return t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.is_neg()
+    except (AttributeError, RuntimeError):  # not a tensor, or not a dense one, which the op's checks say
+        return object()
 
 
 def plain(x: Tensor) -> bool:
@@ -132,34 +139,59 @@ def plain(x: Tensor) -> bool:
     return type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
 
 
-def eager(x: Tensor) -> bool:
-    """Whether a call on x is `plain`, on a CPU or a GPU, and needs no gradient. Only then may `launchers` be used."""
-    return (x.is_cpu or x.is_cuda) and not _is_grad_enabled() and plain(x)
+def _signature_with_grad(t: Tensor | None) -> Any:
+    return (signature(t), t.requires_grad, t.is_inference()) if isinstance(t, Tensor) else signature(t)
+
+
+def signing(x: Tensor) -> Callable[[Tensor | None], Any] | None:
+    """The function whose results of all tensors, with the scalars, are the key to `launchers`; None if a call on x is not `plain`, or has
+    tangents or transforms to carry on, and must go through `run`.
+
+    It asks as little as it can, for it is most of what a small call costs: an export that is not Dynamo's has modes of its own.
+    """
+    if (
+        type(x) not in _PLAIN
+        or forward_ad._current_level >= 0
+        or _transforms_active()
+        or _is_dynamo_compiling()
+        or _dispatch_modes()
+        or _tracing_state()
+    ):
+        return None
+    return _signature_with_grad if _is_grad_enabled() else signature
 
 
 def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
-    """Run the op on the backend; ``args`` are checked, and in the schema's order. If ``key`` is given, the call is `eager`, and a backend
-    that can prepare a launcher for calls of this key leaves it in `launchers`."""
-    if key is not None or plain(args[0]):
-        function = _choose(name, backend, args)
-        prepare = getattr(function, "prepare", None)
-        if key is not None and prepare is not None and (launcher := prepare(*args)) is not None:
+    """Run the op on the backend; ``args`` are checked, and in the schema's order. If there is a ``key``, what runs the call is left in
+    `launchers` for the next calls of this key: a launcher, if the backend can prepare one, or the backend's function."""
+    known(name, backend)
+    op = _ops[name]
+    reason = _differentiated(op.names, args)
+    if (key is not None or plain(args[0])) and not any(map(_dispatches, args)):
+        function = _choose(name, backend, args, reason)
+        if function is not op.reference:
+            resolved = tuple(map(_resolved, args))
+        else:
+            resolved = tuple(map(_tracked, args)) if reason else args
+        if key is not None and all(map(operator.is_, args, resolved)):
             if len(launchers) >= MOST_LAUNCHERS:
                 launchers.clear()
-            launchers[key] = launcher
-        return function(*args)
-    known(name, backend)
-    if backend == "reference" or (backend == "auto" and _needs_grad(args)):
-        return _ops[name].reference(*args)  # a compiler looks into it
+            prepare = getattr(function, "prepare", None)
+            launchers[key] = (prepare and prepare(*args)) or function
+        return function(*resolved)
+    if backend == "reference" or (backend == "auto" and reason):
+        return op.reference(*args)  # a compiler looks into it
+    if reason:
+        raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
     if not _is_compiling() and getattr(_thread, "in_kernel", False):
-        return _choose(name, backend, args)(*args)
-    return _ops[name].overload(**dict(zip(_ops[name].names, args)), backend=backend)
+        return _choose(name, backend, args, reason)(*args)
+    return op.overload(**dict(zip(op.names, args)), backend=backend)
 
 
-def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function that runs this call, remembered by op, backend, device, shape, dtypes, and whether a gradient is needed."""
-    dtypes = [a.dtype for a in args if type(a) not in _SCALARS]
-    key = (name, backend, args[0].device, args[0].shape, _is_grad_enabled() and _needs_grad(args), *dtypes)
+def _choose(name: str, backend: str, args: Sequence[Any], differentiated: str) -> Callable[..., Any]:
+    """The function that runs this call, remembered by op, backend, device, shape, dtypes, and what is differentiated."""
+    dtypes = [a.dtype for a in args if isinstance(a, Tensor)]
+    key = (name, backend, args[0].device, args[0].shape, differentiated, *dtypes)
     function = _chosen.get(key)
     if function is None:
         if len(_chosen) >= MOST_LAUNCHERS:
@@ -170,7 +202,6 @@ def _choose(name: str, backend: str, args: Sequence[Any]) -> Callable[..., Any]:
 
 def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
     """The backend's name for this call. Raises ValueError if the backend asked for cannot run it."""
-    known(name, backend)
     tensors = {n: a for n, a in zip(_ops[name].names, args) if isinstance(a, Tensor)}
     if backend != "auto":
         if reason := BACKENDS[backend].refusal(tensors):
@@ -197,8 +228,34 @@ def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
     return chosen
 
 
-def _needs_grad(args: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
+def _dispatches(a: Any) -> bool:
+    """Whether the argument is of a class that must see the op, for it may have no memory of its own."""
+    return type(a) not in _PLAIN and isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _resolved(a: Any) -> Any:
+    """The argument with memory that holds its values: torch leaves out a negation, and the zeros of forward-mode differentiation."""
+    if not isinstance(a, Tensor):
+        return a
+    return torch.zeros_like(a) if a._is_zerotensor() else a.resolve_neg()
+
+
+def _tracked(a: Any) -> Any:
+    """The argument as autograd takes it, which saves no tensor that was made in inference mode."""
+    return a.clone() if isinstance(a, Tensor) and a.is_inference() and not torch.is_inference_mode_enabled() else a
+
+
+def _differentiated(names: Iterable[str], args: Iterable[Any]) -> str:
+    """What the result must carry on beside its values, as only the reference can, or ""."""
+    if _transforms_active():
+        return "a transform of torch.func is at work, which only reference supports; expected a call outside it"
+    for name, a in zip(names, args):
+        if isinstance(a, Tensor):
+            if _is_grad_enabled() and a.requires_grad:
+                return f"{name} needs a gradient, which only reference has; expected a call under torch.no_grad()"
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None:
+                return f"{name} has a forward-mode tangent, which only reference has; expected forward_ad.unpack_dual({name}).primal"
+    return ""
 
 
 def _implementation(package: str, name: str, backend: str) -> Callable[..., Any]:
@@ -207,8 +264,8 @@ def _implementation(package: str, name: str, backend: str) -> Callable[..., Any]
 
 def known(name: str, backend: str) -> None:
     """Raise ValueError unless there is such a backend."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown to {name}; use one of auto, {', '.join(BACKENDS)}")
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
+        raise ValueError(f"backend {checks.shown(backend)} is unknown to {name}; use one of auto, {', '.join(BACKENDS)}")
 
 
 def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
@@ -219,8 +276,8 @@ def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
 
     Raises: ValueError for an op that does not exist; TypeError for arguments that the op does not take.
     """
-    if op not in _ops:
-        raise ValueError(f"op {op!r} is unknown: use {', '.join(_ops)}")
+    if not isinstance(op, str) or op not in _ops:
+        raise ValueError(f"op {checks.shown(op)} is unknown: use {', '.join(_ops)}")
     given = inspect.signature(_ops[op].function).bind_partial(*args, **kwargs).arguments
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     reasons = {name: backend.refusal(tensors) for name, backend in BACKENDS.items()}

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import torch
 
+# torch.vmap does not have memory formats
+transforms_active = torch._C._are_functorch_transforms_active
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether x (N, C, *spatial) is dense with its channels innermost, and not contiguous as well (as it is for C = 1)."""
-    if x.is_contiguous():
+    if x.is_contiguous() or not 3 <= x.ndim <= 5:
         return False
-    if x.ndim == 3:
-        return x.transpose(1, 2).is_contiguous()
-    return x.ndim in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.ndim])
+    if x.ndim == 3 or transforms_active():
+        return x.movedim(1, -1).is_contiguous()
+    return x.is_contiguous(memory_format=_FORMATS[x.ndim])
 
 
 def arrange(y: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """y itself if it is dense in the layout, else a copy that is."""
     if not channels_last:
         return y.contiguous()
-    if y.ndim == 3:
-        return y.transpose(1, 2).contiguous().transpose(1, 2)
+    if y.ndim == 3 or transforms_active():
+        return y.movedim(1, -1).contiguous().movedim(-1, 1)
     return y.contiguous(memory_format=_FORMATS[y.ndim])
 
 

@@ -150,6 +150,17 @@ def on_cpu(name: str) -> Callable[[torch.Tensor], Call]:
     return lambda x: function(name)
 
 
+class NoMemory(TypeError):
+    """An argument has no memory of its own, and the call must go the long way through `dispatch.run`."""
+
+
+def missing(x: torch.Tensor) -> int:
+    """The address of a tensor whose ``data_ptr()`` is 0: a tensor without elements has none. Raises `NoMemory` for any other."""
+    if x.numel():
+        raise NoMemory(f"a tensor of shape {tuple(x.shape)} has no memory")
+    return 0
+
+
 def dtype(x: torch.Tensor | None) -> int:
     """The code of the tensor's dtype in the interface."""
     return 0 if x is None else DTYPES[x.dtype]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .library import missing
+
 # Triton's own switch, read when a kernel is decorated: the kernels then run in its interpreter, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -71,6 +73,9 @@ def cdiv(a: int, b: int) -> int:
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
     """Run ``kernel`` in ``programs`` programs on the device's current stream."""
     if programs:
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor) and not tensor.data_ptr():
+                missing(tensor)
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
             kernel[(programs,)](*args, **options)

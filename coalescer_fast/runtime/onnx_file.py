@@ -84,7 +84,7 @@ def onnxruntime(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Pa
         kept = [ort.OrtValue.ortvalue_from_numpy(t.numpy()) for t in rest]
         for name, value in zip(names, kept):
             binding.bind_ortvalue_input(name, value)
-        results = tuple(torch.zeros(o.shape) for o in opened.get_outputs())
+        results = tuple(torch.zeros(o.shape, dtype=torch.float32) for o in opened.get_outputs())
         for o, result in zip(opened.get_outputs(), results):
             binding.bind_output(o.name, "cpu", 0, np.float32, o.shape, result.data_ptr())
 

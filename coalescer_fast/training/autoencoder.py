@@ -61,11 +61,11 @@ def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator:
     """Augmented pictures (N, 3, H, W) and the strength (N, 1, 1, 1) of each latent's noise."""
     index = torch.randint(len(data), (size,), generator=generator)
     pictures = to_tensor(data.images[index.numpy()])
-    flip = torch.rand(size, generator=generator) < config.flip
+    flip = torch.rand(size, dtype=torch.float32, generator=generator) < config.flip
     pictures = torch.where(flip[:, None, None, None], pictures.flip(3), pictures)
-    if torch.rand((), generator=generator) < config.permute_colours:
+    if torch.rand((), dtype=torch.float32, generator=generator) < config.permute_colours:
         pictures = pictures[:, torch.randperm(3, generator=generator)]
-    return pictures, config.latent_noise * torch.rand(size, 1, 1, 1, generator=generator)
+    return pictures, config.latent_noise * torch.rand(size, 1, 1, 1, dtype=torch.float32, generator=generator)
 
 
 def train_autoencoder(
@@ -103,7 +103,7 @@ def train_autoencoder(
         generator = trainer.generator(step)
         pictures, strength = batch(training, config.schedule.batch_size, config, generator)
         shape = (len(pictures), model.config.latent_channels, *(side // model.scale_factor for side in pictures.shape[2:]))
-        noise = strength * torch.randn(shape, generator=generator)
+        noise = strength * torch.randn(shape, dtype=torch.float32, generator=generator)
         pictures = pictures.to(accelerator.device, memory_format=torch.channels_last)
         reconstruction = network(pictures, noise.to(accelerator.device), return_dict=False)[0]
         value = reconstruction_loss(reconstruction.float(), pictures)

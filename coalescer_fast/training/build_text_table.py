@@ -49,7 +49,7 @@ def token_states(model_dir: Path, tokens: list[str], batch_size: int = 512) -> n
     model = AutoModel.from_pretrained(model_dir).eval()
     cls, sep = tokens.index("[CLS]"), tokens.index("[SEP]")
     parts = []
-    for ids in tqdm(torch.arange(len(tokens)).split(batch_size), desc="text table"):
+    for ids in tqdm(torch.arange(len(tokens), dtype=torch.int64).split(batch_size), desc="text table"):
         sentence = torch.stack([torch.full_like(ids, cls), ids, torch.full_like(ids, sep)], dim=1)
         states = model(input_ids=sentence, attention_mask=torch.ones_like(sentence)).last_hidden_state.mean(1)
         parts.append(F.normalize(states, dim=1))

@@ -94,7 +94,7 @@ def labels_of(data: PictureDataset) -> dict[str, list[str]]:
 def classes_of(labels: Sequence[str], classes: Sequence[str]) -> torch.Tensor:
     """Rows (N,) of ``classes``, -1 for a label that is not among them."""
     row = {label: i for i, label in enumerate(classes)}
-    return torch.tensor([row.get(label, -1) for label in labels])
+    return torch.tensor([row.get(label, -1) for label in labels], dtype=torch.int64)
 
 
 def train_classifier(
@@ -133,7 +133,7 @@ def train_classifier(
                 group["lr"] = schedule.rate(step)
             index = torch.randint(len(pictures), (batch_size,))
             features = model.features(shifted(pictures[index], largest_shift))
-            loss = torch.zeros(())
+            loss = torch.zeros((), dtype=torch.float32)
             for name in heads:
                 head = model.heads[name] if name in kept else dropped[name]
                 # summed and divided by hand: a batch may hold no picture that has this label

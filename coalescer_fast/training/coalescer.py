@@ -116,14 +116,15 @@ def fill_queue(
     """Draw groups, pair each, and shuffle: ``size`` items. ``endpoint(noise, description)`` serves output_transport; None is warm-up."""
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     groups = sampler.groups(rng)
-    counts = torch.tensor([len(g.pictures) for g in groups])
+    counts = torch.tensor([len(g.pictures) for g in groups], dtype=torch.int64)
     description = sampler.vectors([g.phrases for g in groups]).repeat_interleave(counts, 0)
-    picture = torch.tensor([i for g in groups for i in g.pictures])
+    picture = torch.tensor([i for g in groups for i in g.pictures], dtype=torch.int64)
     n = len(picture)
-    noise = torch.randn(n, *latents.shape[1:], generator=generator)
-    radius = torch.where(torch.rand(n, generator=generator) < config.prior_share, torch.ones(n), torch.rand(n, generator=generator))
+    noise = torch.randn(n, *latents.shape[1:], dtype=torch.float32, generator=generator)
+    prior, mixed = (torch.rand(n, dtype=torch.float32, generator=generator) for _ in range(2))
+    radius = torch.where(prior < config.prior_share, torch.ones_like(mixed), mixed)
 
-    source = close = torch.arange(n)
+    source = close = torch.arange(n, dtype=torch.int64)
     if config.pairing != "paired":
         several = counts.repeat_interleave(counts) > 1
         landing = noise
@@ -259,7 +260,7 @@ def train_coalescer(
         device = accelerator.device
         close, noise, description = latents[item.close].to(device), item.noise.to(device), item.description.to(device)
         if config.objective == "flow_matching":
-            time = torch.rand(len(noise), generator=trainer.generator(3, step)).to(device)
+            time = torch.rand(len(noise), dtype=torch.float32, generator=trainer.generator(3, step)).to(device)
             velocity = network(pairing.mix(noise, close, 1 - time), description, time)
             return flow_matching_loss(velocity.float(), noise, close), {}
         sample = pairing.mix(noise, latents[item.source].to(device), item.radius.to(device))

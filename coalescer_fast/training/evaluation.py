@@ -269,7 +269,7 @@ def measure(
     decode = decode or real.decode
 
     def draw(prompts: list[str], key: int, name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.randn(len(prompts), *real.shape, generator=seeded(seed, key))
+        noise = torch.randn(len(prompts), *real.shape, dtype=torch.float32, generator=seeded(seed, key))
         parts = []
         for i in range(0, len(prompts), most):
             parts.append(sample(prompts[i : i + most], noise[i : i + most]).float().cpu())
@@ -281,7 +281,7 @@ def measure(
     name = [c.name for c in training.concepts]
 
     samples, _ = draw([name[c] for c in real.names], 0)
-    wanted = torch.tensor(real.names)
+    wanted = torch.tensor(real.names, dtype=torch.int64)
     distance, index = nearest(samples.flatten(1), real.latents, 10)
     out["name_top1"], out["name_top10"] = hits(real.concept[index], wanted)
     _, index = nearest(shrink(decode(samples)), real.small, 1)
@@ -297,7 +297,7 @@ def measure(
         prompts = real.prompts_of(real.described)
         by_style, noise = draw(prompts, 2)
         _, index = nearest(by_style.flatten(1), real.latents, 1)
-        out["name_style_top1"], _ = hits(real.concept[index], torch.tensor(described))
+        out["name_style_top1"], _ = hits(real.concept[index], torch.tensor(described, dtype=torch.int64))
 
     if real.pairs:
         samples, _ = draw(real.prompts_of(real.pairs), 7)
@@ -307,7 +307,8 @@ def measure(
     if real.keywords:
         samples, _ = draw([prompt for _, prompt in real.keywords], 3)
         _, index = nearest(samples.flatten(1), real.latents, 10)
-        out["keyword_top1"], out["keyword_top10"] = hits(real.concept[index], torch.tensor([c for c, _ in real.keywords]))
+        wanted = torch.tensor([c for c, _ in real.keywords], dtype=torch.int64)
+        out["keyword_top1"], out["keyword_top10"] = hits(real.concept[index], wanted)
 
     if real.held_out:
         samples, _ = draw([name[c] for c in real.held_out], 4)
@@ -333,7 +334,8 @@ def measure(
         out["direction_length_spearman"] = spearman(length, -mean_square(by_style.flatten(1) - target))
         out["distance_r2"] = r_squared(far, mean_square(target - noise.flatten(1)).sqrt())
 
-    four, noise = [name[c] for c in (real.names * 4)[:4]], torch.randn(4, *real.shape, generator=seeded(seed, 6))
+    four = [name[c] for c in (real.names * 4)[:4]]
+    noise = torch.randn(4, *real.shape, dtype=torch.float32, generator=seeded(seed, 6))
     out["seconds_per_picture"] = median_seconds(lambda: decode(sample(four, noise))) / 4
     return out
 

@@ -32,7 +32,8 @@ class FlowMatchingUNet(CoalescerUNet):
 
     def embed(self, description: torch.Tensor) -> torch.Tensor:
         assert self._time is not None
-        octaves = torch.exp(torch.linspace(0.0, math.log(100.0), self.frequencies, device=description.device)) * math.pi
+        exponents = torch.linspace(0.0, math.log(100.0), self.frequencies, dtype=torch.float32, device=description.device)
+        octaves = torch.exp(exponents) * math.pi
         angles = self._time[:, None] * octaves
         time = self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1).to(description.dtype))
         return F.silu(self.embedding(replace_empty(description, self.null)) + time)
@@ -53,7 +54,7 @@ def euler(model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tenso
     """Integrate the velocity from t = 0 to 1 in equal Euler steps; guidance_scale as in classifier-free guidance, 1 for none."""
     x = noise
     for i in range(steps):
-        time = torch.full((len(x),), i / steps, device=x.device)
+        time = torch.full((len(x),), i / steps, dtype=torch.float32, device=x.device)
         velocity = model(x, description, time)
         if guidance_scale != 1:
             empty = model(x, torch.zeros_like(description), time)

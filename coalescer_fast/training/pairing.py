@@ -33,22 +33,22 @@ def assign(cost: torch.Tensor) -> torch.Tensor:
 
 def paired(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor) -> Pairs:
     """No search: the i-th noise belongs to the i-th picture, at random."""
-    index = torch.arange(len(noise))
+    index = torch.arange(len(noise), dtype=torch.int64)
     return index, index
 
 
 def nearest(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor) -> Pairs:
     """The literal search: the picture nearest to R itself. Collapses onto hubs."""
-    source = torch.arange(len(noise))
+    source = torch.arange(len(noise), dtype=torch.int64)
     return source, squared_distances(mix(noise, pictures, radius), pictures).argmin(1)
 
 
 def nearest_of_k(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor, k: int, generator: torch.Generator) -> Pairs:
     """As `nearest`, among k random pictures and, where R is not pure noise, the one that it was mixed from."""
-    source = torch.arange(len(noise))
+    source = torch.arange(len(noise), dtype=torch.int64)
     cost = squared_distances(mix(noise, pictures, radius), pictures)
     n = len(noise)
-    candidate = torch.rand(n, n, generator=generator).argsort(1) < min(k, n)
+    candidate = torch.rand(n, n, dtype=torch.float32, generator=generator).argsort(1) < min(k, n)
     candidate |= torch.eye(n, dtype=torch.bool) & (radius < 1)[:, None]
     return source, cost.masked_fill(~candidate, torch.inf).argmin(1)
 

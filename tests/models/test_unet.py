@@ -379,6 +379,21 @@ def test_gradients_reach_every_parameter():
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_ensemble_by_vmap(name, memory_format):
+    models = [small(name, seed=seed).to(memory_format=memory_format) for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    given = inputs(models[0])
+
+    def outputs(*state) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.func.functional_call(models[0], state, kwargs={**given, "return_dict": False})
+
+    with torch.no_grad():
+        for results, *each in zip(torch.vmap(outputs)(parameters, buffers), *(m(**given, return_dict=False) for m in models)):
+            torch.testing.assert_close(results, torch.stack(each), rtol=1e-4, atol=1e-5)
+
+
 def test_tuple_output_and_backend():
     model = small("anchor")
     batch = inputs(model)

@@ -39,10 +39,15 @@ def plain(sample, direction, distance, eta=1.0, mode="unit", eps=1e-6):
 
 def check(backend: str, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs) -> torch.Tensor:
     result = call(OP, backend, sample, direction, distance, **kwargs)
+    judge(result, sample, direction, distance, **kwargs)
+    return result
+
+
+def judge(result: torch.Tensor, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs) -> None:
+    """Hold the result to the rule."""
     truth, size = formula(sample, direction, distance, **kwargs)
     assert result.dtype == sample.dtype
     assert_accurate(OP, result, plain(sample, direction, distance, **kwargs), truth, sample.dtype, size)
-    return result
 
 
 def batch(n: int = 3, *, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 6, 5)) -> tuple[torch.Tensor, ...]:

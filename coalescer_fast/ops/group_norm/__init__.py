@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import eager, launchers, register, run, signature
+from ..dispatch import launchers, register, run, signing
 
 
 def group_norm_silu(
@@ -29,9 +29,9 @@ def group_norm_silu(
     group and all spatial positions of one sample.
 
     Args:
-        x: (N, C1, *spatial), any floating dtype, one to three spatial dimensions.
+        x: (N, C1, *spatial), float64, float32, float16 or bfloat16, one to three spatial dimensions.
         num_groups: number of groups; divides C = C1 + C2.
-        weight, bias: (C,) affine parameters, 1 and 0 if None.
+        weight, bias: (C,) affine parameters, 1 and 0 if None; they and those below may have another of these dtypes, but skip.
         eps: added to the variance; not negative.
         scale, shift: (N, C) conditioning (FiLM), 0 if None.
         skip: (N, C2, *spatial), concatenated behind x on the channel axis.
@@ -41,44 +41,50 @@ def group_norm_silu(
 
     Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are float32 at least.
 
-    Raises: ValueError for shapes, devices or values other than these, and for a backend that cannot run the call.
+    Raises: ValueError for shapes, dtypes, devices or values other than these, and for a backend that cannot run the call; TypeError for
+    arguments of other types.
 
     Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
-    key = (
-        (
+    key = None
+    if (signature := signing(x)) is not None and type(num_groups) is int:
+        key = (
             "group_norm_silu",
             backend,
             num_groups,
             eps,
             activation,
             signature(x),
-            signature(weight),
-            signature(bias),
-            signature(scale),
-            signature(shift),
-            signature(skip),
-            signature(pre_bias),
+            None if weight is None else signature(weight),
+            None if bias is None else signature(bias),
+            None if scale is None else signature(scale),
+            None if shift is None else signature(shift),
+            None if skip is None else signature(skip),
+            None if pre_bias is None else signature(pre_bias),
         )
-        if eager(x)
-        else None
-    )
-    if key is not None and (launcher := launchers.get(key)) is not None:
-        return launcher(x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+        try:
+            return launchers[key](x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+        except KeyError:  # the first call of its kind
+            pass
+        except TypeError:  # no hash, which the checks refuse, or no memory
+            key = None
     checks.floating("x", x)
     n, channels, *spatial = x.shape
     if not 1 <= len(spatial) <= 3:
         raise ValueError(f"x has {x.ndim} dimensions; expected (N, C, *spatial) with one to three spatial dimensions")
     device = x.device
     if skip is not None:
+        checks.floating("skip", skip)
         if skip.dtype != x.dtype or skip.ndim != x.ndim or skip.shape[0] != n or list(skip.shape[2:]) != spatial:
             raise ValueError(
                 f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
             )
         checks.tensor("skip", skip, skip.shape, device)
         channels += skip.shape[1]
+    num_groups = checks.integer("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; expected a divisor of the {channels} channels")
+    eps = checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; expected a number not below 0")
     per_channel, per_sample = (channels,), (n, channels)

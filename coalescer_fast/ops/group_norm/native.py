@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, library
+from ..library import missing
 
 _pack = struct.Struct("24qd").pack  # cf_group_norm_silu_args
 
@@ -68,20 +69,20 @@ def prepare(
         y = torch.empty_like(x) if skip is None else layout.empty(x, c1 + c2, x.dtype)
         call(
             _pack(
-                x.data_ptr(),
-                0 if skip is None else skip.data_ptr(),
+                x.data_ptr() or missing(x),
+                0 if skip is None else skip.data_ptr() or missing(skip),
                 y.data_ptr(),
                 *shape,
-                0 if weight is None else weight.data_ptr(),
+                0 if weight is None else weight.data_ptr() or missing(weight),
                 weight_dtype,
-                0 if bias is None else bias.data_ptr(),
+                0 if bias is None else bias.data_ptr() or missing(bias),
                 bias_dtype,
-                0 if pre_bias is None else pre_bias.data_ptr(),
+                0 if pre_bias is None else pre_bias.data_ptr() or missing(pre_bias),
                 pre_bias_dtype,
-                0 if scale is None else scale.data_ptr(),
+                0 if scale is None else scale.data_ptr() or missing(scale),
                 scale_dtype,
                 scale_stride,
-                0 if shift is None else shift.data_ptr(),
+                0 if shift is None else shift.data_ptr() or missing(shift),
                 shift_dtype,
                 shift_stride,
                 torch.get_num_threads(),

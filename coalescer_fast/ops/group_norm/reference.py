@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 
 from .. import layout
@@ -28,6 +29,8 @@ def group_norm_silu(
     z = (x if skip is None else torch.cat([x, skip], 1)).to(wide)
     if pre_bias is not None:
         z = z + per_channel(pre_bias)
+    if _needs_contiguous(z, weight, bias):
+        z = z.contiguous()
     # not F.group_norm, which refuses a group of one element: its normalised value is 0
     y = torch.group_norm(z, num_groups, _like(weight, z), _like(bias, z), eps)
     if scale is not None:
@@ -35,6 +38,14 @@ def group_norm_silu(
     if shift is not None:
         y = y + per_channel(shift)
     return layout.arrange((F.silu(y) if activation == "silu" else y).to(x.dtype), layout.is_channels_last(x))
+
+
+def _needs_contiguous(z: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether torch.group_norm fails if z has its channels innermost: under torch.vmap, in forward mode, and, with a segmentation fault, in
+    the backward pass where a parameter needs a gradient and z does not (seen with torch 2.13 on a CPU)."""
+    if layout.transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and not z.requires_grad and any(p is not None and p.requires_grad for p in (weight, bias))
 
 
 def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import eager, launchers, register, run, signature
+from ..dispatch import launchers, register, run, signing
 
 
 def dual_head(
@@ -26,7 +26,7 @@ def dual_head(
     ``|x| = ||x||_2 / sqrt(Cz H W)`` of one sample; norms and distance are computed in float32 at least.
 
     Args:
-        h: (N, C, H, W) features, any floating dtype.
+        h: (N, C, H, W) features, float64, float32, float16 or bfloat16.
         direction_weight, direction_bias: (Cz, C, 3, 3) and (Cz,).
         distance_weight, distance_bias: (C,) or (1, C), and (1,).
         sample, anchor: (N, Cz, H, W), both or neither.
@@ -35,10 +35,12 @@ def dual_head(
     Returns: direction (N, Cz, H, W) of h's dtype, or the wider of it and sample's, channels innermost in memory if h's are, else
     contiguous; distance (N,), float32 (float64 for float64 h).
 
-    Raises: ValueError for other shapes or devices, one of sample and anchor alone, and a backend that cannot run the call.
+    Raises: ValueError for other shapes, dtypes or devices, one of sample and anchor alone, and a backend that cannot run the call;
+    TypeError for what is no tensor.
     """
-    key = (
-        (
+    key = None
+    if (signature := signing(h)) is not None:
+        key = (
             "dual_head",
             backend,
             signature(h),
@@ -49,22 +51,25 @@ def dual_head(
             signature(sample),
             signature(anchor),
         )
-        if eager(h)
-        else None
-    )
-    if key is not None and (launcher := launchers.get(key)) is not None:
-        return launcher(h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+        try:
+            return launchers[key](h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
+        except KeyError:  # the first call of its kind
+            pass
+        except TypeError:  # no hash, which the checks refuse, or no memory
+            key = None
     checks.floating("h", h)
+    checks.floating("direction_weight", direction_weight)
+    checks.floating("distance_weight", distance_weight)
     if h.ndim != 4:
         raise ValueError(f"h has {h.ndim} dimensions; expected (N, C, H, W)")
     n, channels, height, width = h.shape
     latent, device = direction_weight.shape[0] if direction_weight.ndim else 0, h.device
     checks.tensor("direction_weight", direction_weight, (latent, channels, 3, 3), device)
-    checks.tensor("direction_bias", direction_bias, (latent,), device)
+    checks.tensor("direction_bias", direction_bias, (latent,), device, optional=False)
     if distance_weight.shape not in ((channels,), (1, channels)):
         raise ValueError(f"distance_weight has shape {tuple(distance_weight.shape)}; expected ({channels},) or (1, {channels})")
     checks.tensor("distance_weight", distance_weight, distance_weight.shape, device)
-    checks.tensor("distance_bias", distance_bias, (1,), device)
+    checks.tensor("distance_bias", distance_bias, (1,), device, optional=False)
     if (sample is None) != (anchor is None):
         raise ValueError(f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither")
     checks.tensor("sample", sample, (n, latent, height, width), device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, library
+from ..library import missing
 from . import direction_dtype
 
 _pack = struct.Struct("35q").pack  # cf_dual_head_args
@@ -62,22 +63,22 @@ def prepare(
         anchor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         direction = torch.empty_strided(size, strides, dtype=dtype, device=device)
-        distance = torch.empty(n, device=device)
+        distance = torch.empty(n, dtype=torch.float32, device=device)
         call(
             _pack(
-                h.data_ptr(),
+                h.data_ptr() or missing(h),
                 *shape,
-                direction_weight.data_ptr(),
+                direction_weight.data_ptr() or missing(direction_weight),
                 dtypes[0],
-                direction_bias.data_ptr(),
+                direction_bias.data_ptr() or missing(direction_bias),
                 dtypes[1],
-                distance_weight.data_ptr(),
+                distance_weight.data_ptr() or missing(distance_weight),
                 dtypes[2],
-                distance_bias.data_ptr(),
+                distance_bias.data_ptr() or missing(distance_bias),
                 dtypes[3],
-                0 if sample is None else sample.data_ptr(),
+                0 if sample is None else sample.data_ptr() or missing(sample),
                 *sample_layout,
-                0 if anchor is None else anchor.data_ptr(),
+                0 if anchor is None else anchor.data_ptr() or missing(anchor),
                 *anchor_layout,
                 direction.data_ptr(),
                 *direction_layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import eager, launchers, register, run, signature
+from ..dispatch import launchers, register, run, signing
 
 
 def bias_residual(
@@ -14,18 +14,24 @@ def bias_residual(
     r"""``y = x + bias + residual``, bias broadcast over samples and space.
 
     Args:
-        x: (N, C, *spatial), any floating dtype.
-        bias: (C,), 0 if None.
+        x: (N, C, *spatial), float64, float32, float16 or bfloat16.
+        bias: (C,), of any of these dtypes, 0 if None.
         residual: of x's shape and dtype, 0 if None.
         backend: "auto" or a name of `ops.backends`.
 
     Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous; never x itself.
 
-    Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call.
+    Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call; TypeError for what is no tensor.
     """
-    key = ("bias_residual", backend, signature(x), signature(bias), signature(residual)) if eager(x) else None
-    if key is not None and (launcher := launchers.get(key)) is not None:
-        return launcher(x, bias, residual)
+    key = None
+    if (signature := signing(x)) is not None:
+        key = ("bias_residual", backend, signature(x), signature(bias), signature(residual))
+        try:
+            return launchers[key](x, bias, residual)
+        except KeyError:  # the first call of its kind
+            pass
+        except TypeError:  # no hash, which the checks refuse, or no memory
+            key = None
     checks.floating("x", x)
     shape = x.shape
     if len(shape) < 2:

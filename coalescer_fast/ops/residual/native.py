@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, library
+from ..library import missing
 
 _pack = struct.Struct("11q").pack  # cf_bias_residual_args
 
@@ -27,9 +28,9 @@ def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor
 
     def launch(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = torch.empty_like(x)
-        residual_data = 0 if residual is None else residual.data_ptr()
-        bias_data = 0 if bias is None else bias.data_ptr()
-        call(_pack(x.data_ptr(), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
+        residual_data = 0 if residual is None else residual.data_ptr() or missing(residual)
+        bias_data = 0 if bias is None else bias.data_ptr() or missing(bias)
+        call(_pack(x.data_ptr() or missing(x), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
         return y
 
     return launch

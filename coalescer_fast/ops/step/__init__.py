@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, layout
-from ..dispatch import eager, launchers, register, run, signature
+from ..dispatch import launchers, register, run, signing
 
 
 def coalesce_step(
@@ -26,31 +26,35 @@ def coalesce_step(
     no other; a finite direction whose square overflows float32 has infinite length and does not move R in mode ``unit``.
 
     Args:
-        sample: R, (N, ...), any floating dtype.
-        direction: of sample's shape, any floating dtype.
-        distance: (N,), any floating dtype.
-        eta: share of the distance to go.
+        sample: R, (N, ...), float64, float32, float16 or bfloat16.
+        direction: of sample's shape, any of these dtypes.
+        distance: (N,), any of these dtypes.
+        eta: share of the distance to go, finite.
         mode: "unit" or "raw".
         eps: smallest length to divide by; above 0.
         backend: "auto" or a name of `ops.backends`.
 
     Returns: the new R, of sample's shape and dtype, channels innermost in memory if sample's are, else contiguous.
 
-    Raises: ValueError for other shapes, devices or values, and for a backend that cannot run the call.
+    Raises: ValueError for other shapes, dtypes, devices or values, and for a backend that cannot run the call; TypeError for arguments of
+    other types.
     """
-    key = (
-        ("coalesce_step", backend, signature(sample), signature(direction), signature(distance), eta, mode, eps) if eager(sample) else None
-    )
-    if key is not None and (launcher := launchers.get(key)) is not None:
-        return launcher(sample, direction, distance, eta, mode, eps)
+    key = None
+    if (signature := signing(sample)) is not None:
+        key = ("coalesce_step", backend, signature(sample), signature(direction), signature(distance), eta, mode, eps)
+        try:
+            return launchers[key](sample, direction, distance, eta, mode, eps)
+        except KeyError:  # the first call of its kind
+            pass
+        except TypeError:  # no hash, which the checks refuse, or no memory
+            key = None
     checks.floating("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
-    checks.floating("direction", direction)
-    checks.floating("distance", distance)
-    checks.tensor("direction", direction, sample.shape, sample.device)
-    checks.tensor("distance", distance, sample.shape[:1], sample.device)
+    checks.tensor("direction", direction, sample.shape, sample.device, optional=False)
+    checks.tensor("distance", distance, sample.shape[:1], sample.device, optional=False)
     checks.choice("mode", mode, ("unit", "raw"))
+    eta, eps = checks.number("eta", eta), checks.number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")
     return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps, key=key)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, library
+from ..library import missing
 
 _pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
 
@@ -31,11 +32,11 @@ def prepare(
         y = torch.empty_like(sample)
         call(
             _pack(
-                sample.data_ptr(),
+                sample.data_ptr() or missing(sample),
                 sample_dtype,
-                direction.data_ptr(),
+                direction.data_ptr() or missing(direction),
                 direction_dtype,
-                distance.data_ptr(),
+                distance.data_ptr() or missing(distance),
                 distance_dtype,
                 y.data_ptr(),
                 n,
