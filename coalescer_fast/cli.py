@@ -121,7 +121,10 @@ def parser() -> Parser:
     text = f"steps, the network evaluations without guidance, at most {MOST_STEPS:,}, for the model is made for 2 (default: %(default)s)"
     sub.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
+    sub.add_argument("--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
+    text = "also write hashes of weights, noise and pictures, by which two machines can tell whether they drew the same"
+    sub.add_argument("--receipt", type=Path, metavar="FILE.json", help=text)
 
     sub = command("info", info, "say what is installed, on what machine")
     sub.add_argument("--json", action="store_true", help="as JSON")
@@ -174,7 +177,8 @@ def sample(args: argparse.Namespace) -> None:
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"no picture format goes by the name of {out}: let the output end in .png")
-    check_writable(out)
+    for path in (out, *([] if args.receipt is None else [args.receipt])):
+        check_writable(path)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     started = time.perf_counter()
     import torch
@@ -183,20 +187,28 @@ def sample(args: argparse.Namespace) -> None:
 
     pipe = load(args)
     loaded = time.perf_counter()
+    noise = pipe.initial_noise(count, torch.Generator().manual_seed(seed))
     pictures = pipe(
         args.prompts,
         num_images_per_prompt=args.n,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
-        generator=torch.Generator().manual_seed(seed),
+        latents=noise,
+        negative_prompt=args.negative,
     ).images
     drawn = time.perf_counter()
+    prompts = [text for text in args.prompts for _ in range(args.n)]
     if len(pictures) == 1:
         picture = pictures[0]
     else:
         columns = min(8, len(pictures) if args.n == 1 or len(args.prompts) == 1 else args.n)
-        picture = sheet(pictures, [prompt for prompt in args.prompts for _ in range(args.n)], columns=columns)
+        picture = sheet(pictures, prompts, columns=columns)
     files.write_picture(out, picture)
+    if args.receipt is not None:
+        from .parity import receipt
+
+        found = receipt(pipe, prompts, noise, pictures, args.steps, args.guidance, args.negative)
+        files.write_text(args.receipt, json.dumps(found, indent=2) + "\n")
     if not args.quiet:
         how_many = f"{count} picture{'s' * (count > 1)}"
         print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)

@@ -153,7 +153,7 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     check_count(num_images)
     texts = [text for text in check_texts("prompts", descriptions(pipe, prompts, generator)) for _ in range(num_images)]
-    noise = pipe._initial_sample(len(texts), None, None, generator, None)
+    noise = pipe.initial_noise(len(texts), generator)
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
     batches = []
@@ -189,6 +189,7 @@ def receipt(
     images: Tensor | Sequence[Image],
     num_inference_steps: int = 2,
     guidance_scale: float | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Hashes of all that decides the bits of pictures, and of the pictures: two machines with the same receipt have
     drawn the same.
@@ -201,11 +202,11 @@ def receipt(
         prompts: one a picture.
         latents: the noise that the call was given, (N, C, h, w).
         images: what it gave: (N, 3, H, W) in [0, 1], or PIL pictures.
-        num_inference_steps, guidance_scale: of the call.
+        num_inference_steps, guidance_scale, negative_prompt: of the call.
 
     Returns: a dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32),
     and ``pixels`` (8-bit RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``,
-    ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel runs) as they are.
+    ``negative_prompt``, ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel runs) as they are.
     """
     if isinstance(images, Tensor):  # rounded as PIL pictures are
         images = images.detach().cpu().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -219,6 +220,7 @@ def receipt(
     return {
         "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},
         "prompts": list(prompts),
+        "negative_prompt": negative_prompt,
         "noise": hashlib.sha256(latents.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest(),
         "schedule": str(Schedule.of(scheduler, scale)),
         "runtime": "reference" if runtime is None else str(runtime.name),

@@ -398,6 +398,16 @@ class CoalescerPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {self._callback_tensor_inputs}")
         return inputs
 
+    def initial_noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
+        """The R (batch_size, C, h, w), float32, that a call with this generator begins with; to be given as ``latents``."""
+        return self._initial_sample(batch_size, height, width, generator, None)
+
     def _initial_sample(
         self,
         batch_size: int,

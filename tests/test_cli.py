@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import coalescer_fast
 from coalescer_fast import __version__, acceleration, cli
 from coalescer_fast.parity import Verification, at_least
 from coalescer_fast.training.config import CONFIGS
@@ -452,3 +454,18 @@ def test_warmup(run):
         assert all(float(cell) > 0 for cell in line.split()[-2:])
     assert [line.split()[0] for line in lines[1:]] == ["warm-up,", "call,"]
     assert_one_sentence(run("warmup", "--batch-sizes", "0")[2], "--batch-sizes", "whole number")
+
+
+def test_a_receipt_beside_the_picture(tmp_path, capsys):
+    path = tmp_path / "receipt.json"
+    words = ["sample", "octopus", "owl", "-n", "2", "--seed", "5", "--negative", "red", "-o", str(tmp_path / "out.png")]
+    assert cli.main([*words, "--receipt", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["prompts"] == ["octopus", "octopus", "owl", "owl"]
+    assert found["negative_prompt"] == "red"
+    pipe = coalescer_fast.CoalescerPipeline.from_pretrained("emoji-64")
+    noise = pipe.initial_noise(4, torch.Generator().manual_seed(5))
+    pictures = pipe(["octopus", "owl"], 2, generator=torch.Generator().manual_seed(5), negative_prompt="red").images
+    assert coalescer_fast.receipt(pipe, found["prompts"], noise, pictures, negative_prompt="red") == found
+    assert cli.main([*words, "--receipt", str(tmp_path / "nowhere" / "receipt.json")]) == 1
+    assert "nowhere" in capsys.readouterr().err
