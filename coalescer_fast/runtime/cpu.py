@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
-from .base import channels_last_copy, counted
+from .base import channels_last_copy, counted, entered, quiet_torch
 from .packed import Range, Weights
 from .program import Program
 from .recorder import Hollow, Recorder, Unsupported, record
@@ -81,6 +81,7 @@ class CpuRuntime:
             if self.quantised:
                 self._calibrate()
 
+    @quiet_torch()
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
         """The reference's, in float32; the empty description's is computed once."""
         if texts != [""]:
@@ -90,7 +91,9 @@ class CpuRuntime:
                 self.empty = self.pipe.condition(texts, device)
             return self.empty
 
+    @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        sample = entered(sample, self.device)
         with self.lock:
             given = self.given.get(id(conditioning))
             if given is None or given.conditioning is not conditioning:
@@ -108,7 +111,10 @@ class CpuRuntime:
         unet = self._plain("unet", self.pipe.unet)
         return unet(sample.contiguous(memory_format=torch.channels_last), conditioning.rounded(self.dtype), return_dict=False)
 
+    @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
+        latents = entered(latents, self.device)
+
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
             return [decoder.layers(recorder.given(latents, images=True))]
 
@@ -155,6 +161,7 @@ class CpuRuntime:
                 found.observe(self.ranges)
             return [y.clone() for y in found.outputs]
 
+    @quiet_torch()
     def _calibrate(self) -> None:
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
         encoder, config = self.pipe.description_encoder, self.pipe.unet.config

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ..ops import library
 from ..scheduler import CoalescerScheduler
 from . import artefact
 from .artefact import Artefact, Schedule
-from .base import counted
-from .cpu import fingerprint
+from .base import counted, entered, quiet_torch
+from .watch import Watch, foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -46,16 +47,17 @@ class ExportedRuntime:
     the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
     alone refuses a call with another schedule. most_pictures: of a call.
 
-    Raises: ValueError for artefacts that cannot be opened or were made of other weights.
+    Raises: ValueError for artefacts that cannot be opened or were made of other networks.
     """
 
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
-        self.pipe, self.name, self.device = pipe, name, pipe.device
+        self.pipe = weakref.proxy(pipe)  # which has this runtime: both are freed when the pipeline is dropped
+        self.name, self.device = name, pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
         self.artefacts = artefacts
         self.most_pictures = min(each.manifest.batch[2] for each in artefacts.values())
         self.lock = threading.Lock()
-        self.state: Any = None
+        self.watch: Watch | None = None
         self.refresh()
         self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
         # of several, the coarsest
@@ -63,26 +65,40 @@ class ExportedRuntime:
         self.dtype, self.quantised = DTYPES[precision], precision == "int8"
 
     def refresh(self) -> None:
-        """Raise ValueError if the pipeline's weights are not those that were exported."""
+        """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
+        something of the user's among them that a graph does not call."""
         with self.lock:
-            if (state := fingerprint(self.pipe.unet, self.pipe.vae.decoder)) != self.state:
-                for each in self.artefacts.values():
-                    each.check_weights(self.pipe)
-                self.state = state
+            if self.watch is not None and not self.watch.changed():
+                return
+            self.watch = None  # until all is as it should be
+            unet, decoder = self.pipe.unet, self.pipe.vae.decoder
+            watch = Watch(unet, decoder)
+            for each in self.artefacts.values():
+                for name, network in (("unet", unet), ("decoder", decoder)):
+                    if name in each.manifest.weights and (what := foreign(network)):
+                        reason = f"the {name} has {what}, which the graph of {each.folder} does not call"
+                        raise ValueError(f"{reason}: remove it, or restore the pipeline")
+                each.check_weights(self.pipe)
+            self.watch = watch
 
+    @quiet_torch()
     def condition(self, texts: list[str], device: torch.device) -> Described:
         return Described([], None, [], description=self.pipe.describe(texts, device))
 
+    @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         assert isinstance(conditioning, Described)
         if "unet" not in self.runs:
-            return self.pipe.unet(sample, *conditioning.description, return_dict=False)
+            direction, distance = self.pipe.unet(entered(sample, self.device), *conditioning.description, return_dict=False)
+            return direction.float(), distance.float()
         direction, distance = self._run("unet", sample, *conditioning.description)
         return direction, distance
 
+    @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(latents)
+        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(entered(latents, self.device))
 
+    @quiet_torch()
     def generate(
         self,
         scheduler: CoalescerScheduler,
@@ -106,8 +122,10 @@ class ExportedRuntime:
         return self.decode(latents) if decode else latents
 
     def _run(self, kind: str, *inputs: Tensor) -> Tensors:
-        self.artefacts[kind].check_inputs(inputs)
-        return self.runs[kind](inputs)
+        found = self.artefacts[kind]
+        found.check_inputs(inputs)
+        ports = found.manifest.inputs
+        return self.runs[kind](tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs)))
 
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, from which artefact."""
