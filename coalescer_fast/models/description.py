@@ -100,7 +100,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
         A description without tokens attends to one row of zeros.
         """
-        rows = torch.zeros(len(descriptions), max_length, self.config.dim, device=self.table.device)
+        rows = torch.zeros(len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device)
         mask = torch.zeros(len(descriptions), max_length, dtype=torch.bool, device=self.table.device)
         for n, text in enumerate(descriptions):
             ids = self.token_ids(text)[:max_length]

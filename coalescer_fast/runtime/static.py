@@ -41,7 +41,7 @@ def traceable(network: nn.Module, name: str) -> Any:
     Raises ValueError for a network with hooks, which a graph would not call, or call once and for all; ``name``: what it is called then.
     """
     if what := foreign(network):
-        raise ValueError(f"the {name} has {what}, which no graph would follow: remove it, or restore the pipeline")
+        raise ValueError(f"the {name} has {what}, which no graph would follow: remove it")
     with quiet_torch():
         traced = copy.deepcopy(network).eval().requires_grad_(False)
         for tensor in (*traced.parameters(), *traced.buffers()):
