@@ -8,11 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coalescer_fast import __version__
 from coalescer_fast.runtime import artefact, onnx_file
 from coalescer_fast.runtime.artefact import Artefact, Manifest, Schedule
+from coalescer_fast.runtime.base import quiet_torch
 
 from . import figures, graphs, networks
 
@@ -21,6 +20,7 @@ HALF_PICTURES = 4  # that torch draws in float16, slowly
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
 
 
+@quiet_torch()
 def export_onnx(
     pipe: Any,
     kind: str,
@@ -80,8 +80,7 @@ def export_onnx(
     figures.require(result, f"the exported {kind}")
     if precision == "fp16":
         stage("compare in float16")
-        with torch.no_grad():
-            result = figures.compare(written, lambda inputs: network(*inputs), pipe, HALF_PICTURES, runtime="torch")
+        result = figures.compare(written, lambda inputs: network(*inputs), pipe, HALF_PICTURES, runtime="torch")
         figures.require(result, f"the {kind} in float16")
     return artefact.write(folder, replace(manifest, measured=figures.to_measured(result)))
 

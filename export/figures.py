@@ -19,6 +19,7 @@ from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
 from coalescer_fast.runtime import onnx_file, tensorrt
 from coalescer_fast.runtime.artefact import Artefact, Manifest
+from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.exported import Described
 
 Tensors = tuple[Tensor, ...]
@@ -150,6 +151,7 @@ def on_cpu(run: Callable[[Tensors], Tensors], device: str) -> Callable[[Tensors]
     return lambda inputs: tuple(y.cpu() for y in run(tuple(x.to(device) for x in inputs)))
 
 
+@quiet_torch()
 def compare(
     artefact: Artefact,
     run: Callable[[Tensors], Tensors],
@@ -159,7 +161,10 @@ def compare(
     budget: Budget | None = None,
     runtime: str = "onnxruntime",
 ) -> Verification:
-    """Figures of an artefact that ``run`` runs, against ``budget``, that of its precision if None."""
+    """Figures of an artefact that ``run`` runs, against ``budget``, that of its precision if None.
+
+    Raises: ValueError for a reference whose results are not finite.
+    """
     m = artefact.manifest
     budget = BUDGETS[m.precision] if budget is None else budget
     steps, scale = call_of(m)
@@ -170,10 +175,13 @@ def compare(
         drawn.append(trajectory.pictures.double())
         for inputs, outputs in trajectory.calls(m.kind):
             artefact.check_inputs(inputs)
+            if wrong := _not_finite(m, outputs):
+                raise ValueError(f"the model's {wrong[0].what}, is {wrong[0].value} on a real prompt: load one whose numbers are finite")
             expected.append(tuple(y.double() for y in outputs))
             found.append(tuple(y.double() for y in run(inputs)))
     y, e = ([torch.cat(each) for each in zip(*all_)] for all_ in (found, expected))
-    rows = _heads(y, e, budget) if m.kind == "unet" else _pictures(m.kind, y[0], e[0], budget)
+    rows = _not_finite(m, y)
+    rows += _heads(y, e, budget) if m.kind == "unet" else _pictures(m.kind, y[0], e[0], budget)
     if m.kind == "unet" and m.precision == "int8":  # what counts: a direction's error does not say what becomes of a picture
         again = [each.pictures.double() for each in trajectories(pipe, prompts, batches(m), seed, steps, scale, run)]
         rows += _pictures("generator", torch.cat(again), torch.cat(drawn), budget)
@@ -181,6 +189,10 @@ def compare(
     what = "largest error"
     rows.append(at_most(what, largest, LARGEST_ERROR) if m.precision == "fp32" else finite(what, largest))
     return Verification(f"{runtime}, {m.kind}", m.precision, sum(map(len, drawn)), tuple(rows))
+
+
+def _not_finite(m: Manifest, outputs: Sequence[Tensor]) -> list[Row]:
+    return [finite(f"{p.name}, largest absolute value", float(y.abs().max())) for p, y in zip(m.outputs, outputs) if not y.isfinite().all()]
 
 
 def _heads(found: list[Tensor], expected: list[Tensor], budget: Budget) -> list[Row]:
@@ -208,7 +220,8 @@ def require(result: Verification, what: str) -> None:
     """Raise ValueError if a figure fails."""
     if not result.passed:
         failed = next(row for row in result.rows if not row.ok)
-        raise ValueError(f"{what} is not the model's: {failed.what} is {failed.value:.3g}, the limit {failed.limit}")
+        limit = "which is not finite" if failed.limit is None else f"the limit {failed.limit}"
+        raise ValueError(f"{what} is not the model's: {failed.what} is {failed.value:.3g}, {limit}")
 
 
 def speed(pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]], device: str = "cpu") -> dict[str, Any]:

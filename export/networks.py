@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from coalescer_fast import sampling
 from coalescer_fast.models.unet import CoalescerUNet, Conditioning
 from coalescer_fast.runtime.artefact import BATCH, Port, Schedule
-from coalescer_fast.runtime.static import Decoding
+from coalescer_fast.runtime.static import Decoding, traceable
 from coalescer_fast.scheduler import CoalescerScheduler
 
 HEADS = ("direction_head", "distance_head")
@@ -72,12 +73,17 @@ def schedule_of(pipe: Any, steps: int, guidance: float | None) -> tuple[Coalesce
 
 
 def network(pipe: Any, kind: str, precision: str, steps: int = 2, guidance: float | None = None) -> nn.Module:
-    """A module to export, of copies; steps and guidance are a generator's."""
-    unet, decoding = _unet(pipe, precision), Decoding(_decoder(pipe, precision), pipe.vae.patch_size)
+    """A module to export, of copies; steps and guidance are a generator's.
+
+    Raises: ValueError for networks that are not in float32 on a CPU, hold numbers that are not finite, or something of the user's that a
+    graph would not follow: hooks, a patched forward, adapters that can be switched off.
+    """
     if kind == "unet":
-        return Evaluation(unet).eval()
+        return Evaluation(_unet(pipe, precision)).eval()
+    decoding = Decoding(_decoder(pipe, precision), pipe.vae.patch_size)
     if kind == "decoder":
         return decoding.eval()
+    unet = _unet(pipe, precision)
     scheduler, scale = schedule_of(pipe, steps, guidance)
     empty = None
     if Schedule.of(scheduler, scale).guided:
@@ -87,25 +93,47 @@ def network(pipe: Any, kind: str, precision: str, steps: int = 2, guidance: floa
     return Generator(unet, decoding, scheduler, scale, empty).eval()
 
 
-def _unet(pipe: Any, precision: str) -> CoalescerUNet:
-    unet = copy.deepcopy(pipe.unet).float().requires_grad_(False)
+def _unet(pipe: Any, precision: str) -> Any:
+    unet = _copied(pipe.unet, "unet")
     unet.set_backend("reference")
     if precision == "fp16":
         norms = [(name, each.num_channels) for name, each in unet.named_modules() if isinstance(each, nn.GroupNorm)]
         # TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU of halves for multiples of 64 channels, else three or four; in
         # float32, the casts included, for multiples of 32 (found by trying; with 1, 3 or all channels to a group it never does)
         wide = [name for name, channels in norms if channels % 64 == 32]
-        for name, parameter in unet.named_parameters():
-            if not name.startswith(HEADS) and name.rpartition(".")[0] not in wide:
-                parameter.data = parameter.data.half()
+        _halve({n: p for n, p in unet.named_parameters() if not n.startswith(HEADS) and n.rpartition(".")[0] not in wide}, "unet")
         features = unet.features
         unet.features = lambda *args: features(*args).float()  # what the heads read
     return unet
 
 
-def _decoder(pipe: Any, precision: str) -> nn.Module:
-    decoder = copy.deepcopy(pipe.vae.decoder).float().requires_grad_(False)
-    return decoder.half() if precision == "fp16" else decoder
+def _decoder(pipe: Any, precision: str) -> Any:
+    decoder = _copied(pipe.vae.decoder, "decoder")
+    if precision == "fp16":
+        _halve(dict(decoder.named_parameters()), "decoder")
+    return decoder
+
+
+def _copied(network: nn.Module, name: str) -> Any:
+    for where, tensor in network.state_dict().items():
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            here = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise ValueError(f"{where} of the {name} is in {here}: load the pipeline in float32 on a CPU to export it")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where} of the {name} holds numbers that are not finite: load weights that are")
+    if adapted := [where for where, module in network.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(f"the {name} has an adapter on {adapted[0]}, which no graph could switch off: merge it, or unload it")
+    return traceable(network, name)
+
+
+def _halve(parameters: Mapping[str, nn.Parameter], name: str) -> None:
+    """Round to float16. Raises ValueError for what that does not hold."""
+    for where, parameter in parameters.items():
+        half = parameter.data.half()
+        if not half.isfinite().all():
+            largest = float(parameter.abs().max())
+            raise ValueError(f"{where} of the {name} has a number of {largest:.3g}, and float16 ends at 65504: export it in fp32")
+        parameter.data = half
 
 
 def ports(pipe: Any, kind: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:

@@ -4,7 +4,7 @@
 
 Two flavours, for no file serves both. "tensorrt": inputs and weights of convolutions in int8, z = 0, bias and output in float. "cpu": what
 ONNX Runtime fuses to QLinearConv: inputs and outputs in uint8 with a z each, weights in int8 with z = 0, bias in int32 of scale s_x s_w.
-Weights have a scale for each output channel.
+Weights have a scale for each output channel, in the graph's dtype, subnormal in float16 where they are small: |(q - z) s - w| <= s / 2.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ FLOAT = ("*conv_in", "*_head")
 LAST = re.compile(r"\bunet\.up\.\d+\.\d+\.conv2$")
 # and of the decoder's outside its blocks the first, the last, and the one before, whose output the last blocks only add to.
 TRUNK = re.compile(r"\bdecoder\.layers\.\d+$")
+# Smallest scale of an input or output, by which engines divide: of float16 the smallest power of two whose reciprocal is finite there, by
+# which TensorRT-RTX 1.7 multiplies; of float32 one whose products and quotients with scales of weights are.
+SMALLEST = {"float16": 2.0**-15, "float32": 2.0**-100}
+# of a bias in int32, to which the products of inputs and weights are still to be added: for 30,000 of them there is room
+LARGEST_BIAS = 2**30
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,31 @@ def without(layers: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
     return list(layers)
 
 
+def fitting(
+    model: Any, layers: Iterable[Layer], ranges: Mapping[str, Mapping[str, Range]], target: str
+) -> tuple[list[Layer], dict[str, str]]:
+    """Those of the prepared model's layers that 8 bits can hold; the others, each with the reason why it has to stay in float.
+
+    Raises ValueError for weights that are not finite.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    biases = _biases(model.graph)
+    found, left = [], {}
+    for layer in layers:
+        for name in (layer.weight, biases.get(layer.name)):
+            if name is not None and not np.isfinite(numpy_helper.to_array(constants[name])).all():
+                raise ValueError(f"the graph cannot be quantised: its {name} holds numbers that are not finite")
+        dtype = numpy_helper.to_array(constants[layer.weight]).dtype
+        smallest = SMALLEST[dtype.name]
+        small = {which: span(ends, target) for which, ends in ranges[layer.name].items() if span(ends, target)[0] < smallest}
+        if small:
+            which, (step, steps) = next(iter(small.items()))
+            left[layer.name] = f"its {which} spans {step * steps:.3g}, too little for a scale in {dtype.name}"
+        else:
+            found.append(layer)
+    return found, left
+
+
 def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str, Range]], target: str) -> Any:
     """A copy of the prepared model with these layers in int8; a tensor that several of them read is quantised once."""
     out = onnx.ModelProto()
@@ -115,6 +145,12 @@ def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str
         ]
 
     by_name = {layer.name: layer for layer in layers}
+    # of weights: the scale of every channel that leaves room for its bias, in all uses
+    room: dict[str, Any] = {}
+    for name, bias in _biases(graph).items():
+        if target == "cpu" and (layer := by_name.get(name)) is not None:
+            needed = np.abs(numpy_helper.to_array(constants[bias]).astype(np.float64)) / (LARGEST_BIAS * float(scales[layer.input]))
+            room[layer.weight] = np.maximum(room.get(layer.weight, 0.0), needed)
     nodes = [each for port in graph.input for each in around.get(port.name, ())]
     weights: dict[str, Any] = {}
     for node in graph.node:
@@ -125,16 +161,17 @@ def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str
         if layer is not None:
             weight = layer.weight
             if weight not in weights:
-                quantized, weights[weight] = quantize_weight(numpy_helper.to_array(constants[weight]), dtype)
+                array = numpy_helper.to_array(constants[weight])
+                quantized, weights[weight] = quantize_weight(array, dtype, room.get(weight, 0.0))
                 zero = constant(f"{weight}:zero", np.zeros(len(quantized), np.int8))
                 what = [constant(f"{weight}:quantized", quantized), constant(f"{weight}:scale", weights[weight]), zero]
                 nodes.append(helper.make_node("DequantizeLinear", what, [f"{weight}:int8"], f"{weight}/dequantize", axis=0))
             node.input[1] = f"{weight}:int8"
             if target == "cpu" and len(node.input) == 3:
-                scale = scales[layer.input] * weights[weight]
-                bias = np.rint(numpy_helper.to_array(constants[node.input[2]]) / scale.astype(np.float64)).clip(-(2**31), 2**31 - 1)
+                scale = scales[layer.input].astype(np.float64) * weights[weight]
+                added = np.rint(numpy_helper.to_array(constants[node.input[2]]) / scale).astype(np.int32)
                 name = f"{layer.name}:bias"
-                what = [constant(f"{name}:quantized", bias.astype(np.int32)), constant(f"{name}:scale", scale)]
+                what = [constant(f"{name}:quantized", added), constant(f"{name}:scale", scale.astype(dtype))]
                 nodes.append(helper.make_node("DequantizeLinear", what, [f"{name}:int32"], f"{name}/dequantize", axis=0))
                 node.input[2] = f"{name}:int32"
         nodes.append(node)
@@ -143,22 +180,38 @@ def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str
     return out
 
 
-def scale_of(ends: Range, target: str, dtype: Any) -> tuple[Any, Any]:
-    """Scale and zero point of a tensor: int8 of ±max |x|; for "cpu", uint8 of an interval that 0 is in, so that padding is exact."""
+def span(ends: Range, target: str) -> tuple[float, int]:
+    """(step, steps) of a tensor: of ±max |x| for int8; for "cpu", uint8, of an interval that 0 is in, so that padding is exact."""
     least, most = min(ends[0], 0.0), max(ends[1], 0.0)
-    smallest = float(np.finfo(dtype).tiny)  # of a tensor that is always 0, or of float16
+    return ((most - least) / 255, 255) if target == "cpu" else (max(most, -least) / 127, 127)
+
+
+def scale_of(ends: Range, target: str, dtype: Any) -> tuple[Any, Any]:
+    """Scale and zero point of a tensor, see `span`; no scale is below `SMALLEST`."""
+    step, steps = span(ends, target)
+    scale = scale_for(max(step, SMALLEST[dtype.name]) * steps, steps, dtype)[()]
     if target != "cpu":
-        return dtype.type(max(-least, most, 127 * smallest) / 127), np.int8(0)
-    scale = dtype.type(max(most - least, 255 * smallest) / 255)
-    return scale, np.uint8(np.rint(-least / scale).clip(0, 255))
+        return scale, np.int8(0)
+    return scale, np.uint8(np.rint(-min(ends[0], 0.0) / scale).clip(0, 255))
 
 
-def quantize_weight(weight: Any, dtype: Any) -> tuple[Any, Any]:
-    """(int8 (C, ...), scales (C,)): of every output channel, max |w| / 127."""
-    wide = weight.astype(np.float32)
-    scales = (np.abs(wide).reshape(len(wide), -1).max(1) / 127).astype(dtype)
-    scales[scales < np.finfo(dtype).tiny] = 1  # nothing but zeros
-    quantized = np.rint(wide / scales.astype(np.float32).reshape(-1, *[1] * (wide.ndim - 1)))
+def scale_for(largest: Any, steps: int, dtype: Any) -> Any:
+    """A scale s > 0 in this dtype, or an array of them, with largest / s <= steps + 1/2: what is rounded to it is off by s / 2 at most."""
+    largest = np.asarray(largest, np.float64)
+    # ONNX Runtime and TensorRT-RTX 1.7 read scales of weights into float32, where the smallest of float16 is like any other number
+    smallest = max(float(np.finfo(dtype).smallest_subnormal), float(np.finfo(np.float32).tiny))
+    scale = np.maximum(largest / steps, smallest).astype(dtype)
+    short = largest > (steps + 0.5) * scale.astype(np.float64)  # rounded down, which in a subnormal number is much
+    return np.where(short, np.nextafter(scale, dtype.type(np.inf)), scale)
+
+
+def quantize_weight(weight: Any, dtype: Any, room: Any = 0.0) -> tuple[Any, Any]:
+    """(int8 (C, ...), scales (C,)): of every output channel, max |w| / 127, or ``room`` (C,) where that is larger."""
+    wide = weight.astype(np.float64)
+    needed = np.maximum(np.abs(wide).reshape(len(wide), -1).max(1), 127 * room)
+    scales = scale_for(needed, 127, dtype)
+    scales[needed == 0] = 1
+    quantized = np.rint(wide / scales.astype(np.float64).reshape(-1, *[1] * (wide.ndim - 1)))
     return quantized.clip(-127, 127).astype(np.int8), scales
 
 
@@ -183,6 +236,11 @@ def float_layers(path: Path, layers: Collection[Layer]) -> list[str]:
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
     integer = {node.name for node in optimised.graph.node if node.op_type == "QLinearConv"}
     return [layer.name for layer in layers if layer.name not in integer]
+
+
+def _biases(graph: Any) -> dict[str, str]:
+    """Convolution -> its bias."""
+    return {node.name: node.input[2] for node in graph.node if node.op_type == "Conv" and len(node.input) == 3}
 
 
 def _readers(graph: Any) -> dict[str, list[Any]]:

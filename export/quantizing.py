@@ -16,6 +16,7 @@ from coalescer_fast.cli import cpu_name
 from coalescer_fast.parity import Verification, descriptions
 from coalescer_fast.runtime import artefact, onnx_file
 from coalescer_fast.runtime.artefact import Artefact, Manifest
+from coalescer_fast.runtime.base import quiet_torch
 
 from . import figures, quantization, ranges
 from .exporting import GRAPH, packages
@@ -53,6 +54,7 @@ class Source:
         return quantization.insert(self.model, layers, known.layers, self.artefact.manifest.target)
 
 
+@quiet_torch()
 def quantise(
     pipe: Any,
     found: Artefact,
@@ -88,12 +90,22 @@ def quantise(
         raise ValueError(f"no layer of {found.folder} is left to quantise: keep fewer")
     if known is None:
         known = calibrate(pipe, source, method, percentile, prompts, seed, stage)
+    layers, unfit = quantization.fitting(source.model, layers, known.layers, found.manifest.target)
+    if not layers:
+        name, reason = next(iter(unfit.items()))
+        raise ValueError(f"no layer of {found.folder} can be quantised, {name} for one, for {reason}: use it in float")
     if report is not None:
         report(sensitivity(pipe, source, layers, known, stage))
     m, path = found.manifest, folder / GRAPH
     quantization.save(source.quantised(layers, known), path)
     (folder / ranges.FILE).write_text(known.to_json(), "utf-8")
-    flags = {"method": known.method, "prompts": len(known.prompts), "kept": " ".join(keep), "source": ranges.graph_sha256(m)}
+    flags = {
+        "method": known.method,
+        "prompts": len(known.prompts),
+        "kept": " ".join(keep),
+        "unfit": unfit,  # layer -> why it stays in float
+        "source": ranges.graph_sha256(m),
+    }
     manifest = replace(
         m,
         precision="int8",
@@ -132,7 +144,8 @@ def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> Non
     """Raise ValueError if the quantised graph does not win."""
     if not result.passed:
         row = next(row for row in result.rows if not row.ok)
-        how = f"{row.what} is {row.value:.3g}{row.unit}, the limit {row.limit}{row.unit}"
+        limit = "which is not finite" if row.limit is None else f"the limit {row.limit}{row.unit}"
+        how = f"{row.what} is {row.value:.3g}{row.unit}, {limit}"
         mend = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
         raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {mend}, or add --force to have it")
     if times := measured.get("speed"):

@@ -106,7 +106,7 @@ class Histogram:
         self.least, self.most = np.inf, -np.inf
 
     def add(self, x: Any) -> None:
-        x = x.astype(np.float32, copy=False).ravel()
+        x = x.astype(np.float64).ravel()  # in float32 BINS / top would be infinite for a small top
         least, most = float(x.min()), float(x.max())
         largest = max(-least, most)
         if not np.isfinite(largest):

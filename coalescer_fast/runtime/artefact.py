@@ -250,7 +250,8 @@ class Artefact:
         now = weights(pipe, self.manifest.kind)
         for network, digest in self.manifest.weights.items():
             if now[network] != digest:
-                whose = f"other weights of the {network} ({self.manifest.model!r}, {digest[:12]}) than the pipeline's ({now[network][:12]})"
+                made, here = f"{self.manifest.model!r}, {digest[:12]}", now[network][:12]
+                whose = f"other weights of the {network} or settings of its layers ({made}) than the pipeline's ({here})"
                 raise ValueError(f"{self.folder} was exported from {whose}: load that model, or {self.mend}")
 
     def check_inputs(self, inputs: Sequence[Tensor]) -> None:
@@ -475,13 +476,32 @@ def weights(pipe: Any, kind: str) -> dict[str, str]:
 
 
 def network_sha256(network: nn.Module, config: Mapping[str, Any]) -> str:
-    """Of its configuration, and name, dtype, shape and bytes of its tensors."""
+    """Of its configuration, its structure, and name, dtype, shape and bytes of its tensors."""
     public = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
+    digest.update(structure_sha256(network).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def structure_sha256(network: nn.Module) -> str:
+    """Of what else a forward depends on: every module's name, class, and public attributes that are numbers, words or sequences of them
+    (eps, num_heads, stride, negative_slope, ...). One module in two places counts in both."""
+    digest = hashlib.sha256()
+    for name, module in network.named_modules(remove_duplicate=False):
+        settings = {key: value for key, value in module.__dict__.items() if not key.startswith("_") and _is_setting(value)}
+        for of_the_moment in ("training", "backend", "gradient_checkpointing"):
+            settings.pop(of_the_moment, None)
+        digest.update(json.dumps([name, type(module).__qualname__, settings], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def file_sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ import copy
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -38,6 +40,25 @@ def channels_last_copy(network: nn.Module, dtype: torch.dtype) -> Any:
     for parameter in fast.parameters():
         parameter.data = parameter.data.to(dtype)
     return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Inside, or as a decorator: torch makes ordinary tensors, without gradients, in the dtypes that it is given, whatever inference mode,
+    gradient mode and autocast the caller has chosen."""
+    with torch.inference_mode(False), torch.no_grad(), _autocast_off("cpu"), _autocast_off("cuda"):
+        yield
+
+
+def _autocast_off(device_type: str) -> Any:
+    # made only where it is on: making it takes longer than the rest
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def entered(x: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of the caller's as a runtime reads it: on its device, in its dtype, and what lies in memory is its values, not lazily their
+    negatives. Strides and offset stay as they are."""
+    return x.detach().to(device, dtype).resolve_neg()
 
 
 def precision(runtime: Any) -> str:
@@ -78,12 +99,10 @@ class OfPipeline:
         if self.watch is not None and not self.watch.changed(*networks):
             return False
         self.watch = None
-        for name, network in zip(("unet", "vae.decoder"), networks):
+        for name, network in zip(("unet", "decoder"), networks):
             check_finite(network, name)
-            if not self.runs_own_code and (reason := foreign(network)):
-                raise ValueError(
-                    f"backend {self.name!r} cannot run {name}: {reason}, and what it runs would not have that; remove it, or call restore"
-                )
+            if not self.runs_own_code and (what := foreign(network)):
+                raise ValueError(f"the {name} has {what}, which {self.name} would not call: remove it, or restore the pipeline")
         self.watch = Watch(*networks)
         return True
 
@@ -109,8 +128,9 @@ class Runtime(Protocol):
     """What runs a pipeline's networks in their place. name: the runtime's; device: the pipeline's; dtype: what the networks compute in;
     backend: of the ops that the pipeline itself calls.
 
-    R, directions, distances and pictures are float32, whatever the dtype, and a result is not written to by a later call. Several threads
-    may call at once.
+    What is given, R and latents, may have any floating-point dtype, strides and device (`entered`), and the caller be in inference mode or
+    under autocast, which changes nothing (`quiet_torch`). R, directions, distances and pictures are float32, whatever the dtype, and a
+    result is not written to by a later call. Several threads may call at once.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
-from .base import OfPipeline, channels_last_copy, counted
+from .base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
 from .packed import Range, Weights
 from .program import Program
 from .recorder import Hollow, Recorder, Unsupported, record
@@ -88,8 +88,8 @@ class CpuRuntime(OfPipeline):
             self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
             self.empty: Conditioning | None = None
             for name, network in self._networks().items():
-                if reason := foreign(network):
-                    self._refuse(name, reason, own=True)
+                if what := foreign(network):
+                    self._refuse(name, f"it has {what}", own=True)
                 elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
                     self._refuse(name, reason)
             if self.quantised:
@@ -123,13 +123,14 @@ class CpuRuntime(OfPipeline):
         def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
             return unet.condition(*map(recorder.given, (vectors, *rest[:1]))).tensors()
 
-        with self.lock, torch.no_grad():
-            results = self._run("conditioning", vectors, tuple(rest[:1]), described, run, torch.float32)
+        results = self._run("conditioning", vectors, tuple(rest[:1]), described, run, torch.float32)
         if results is None:
-            return self.pipe.unet.condition(*described)
+            with quiet_torch():
+                return self.pipe.unet.condition(*described)
         return self.pipe.unet.as_conditioning(results, rest[1] if len(rest) > 1 else None)
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        sample = entered(sample, self.device)
         with self.lock:
             if self.quantised and "unet" not in self.refused and not self.observing and tuple(sample.shape[2:]) not in self.ranges:
                 self._calibrate((sample.shape[2], sample.shape[3]))
@@ -146,22 +147,26 @@ class CpuRuntime(OfPipeline):
             results = self._run("unet", sample, given.tensors, given, run, self.dtype)
         if results is not None:
             return results[0], results[1]
-        if "unet" in self.own:
-            direction, distance = self.pipe.unet(sample, conditioning, return_dict=False)
-            return direction.float(), distance.float()
-        unet = self._plain("unet", self.pipe.unet)
-        return unet(sample.contiguous(memory_format=torch.channels_last), conditioning.rounded(self.dtype), return_dict=False)
+        with quiet_torch():
+            if "unet" in self.own:
+                direction, distance = self.pipe.unet(sample, conditioning, return_dict=False)
+                return direction.float(), distance.float()
+            x, unet = sample.contiguous(memory_format=torch.channels_last), self._plain("unet", self.pipe.unet)
+            return unet(x, conditioning.rounded(self.dtype), return_dict=False)
 
     def decode(self, latents: Tensor) -> Tensor:
+        latents = entered(latents, self.device)
+
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
             return [decoder(recorder.given(latents, images=True))]
 
         results = self._run("decoder", latents, (), None, run, self.dtype)
         if results is None:
-            if "decoder" in self.own:
-                return self.pipe.decode(latents)
-            x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
-            results = [self._plain("decoder", self.pipe.vae.decoder)(x).float()]
+            with quiet_torch():
+                if "decoder" in self.own:
+                    return self.pipe.decode(latents)
+                x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+                results = [self._plain("decoder", self.pipe.vae.decoder)(x).float()]
         return F.pixel_shuffle(results[0], self.pipe.vae.patch_size)
 
     def _run(
@@ -205,7 +210,7 @@ class CpuRuntime(OfPipeline):
                 found.observe(self.ranges.setdefault(tuple(x.shape[2:]), {}))  # type: ignore[arg-type]
             return [y.clone() for y in found.outputs]
 
-    @torch.no_grad()
+    @quiet_torch()
     def _calibrate(self, size: tuple[int, int]) -> None:
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
         encoder, config = self.pipe.description_encoder, self.pipe.unet.config

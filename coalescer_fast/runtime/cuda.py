@@ -14,7 +14,7 @@ from ..models.unet import Conditioning
 from ..nvtx_ranges import span
 from ..ops.dispatch import BACKENDS, PREFERENCE
 from ..scheduler import CoalescerScheduler
-from .base import OfPipeline, channels_last_copy
+from .base import OfPipeline, channels_last_copy, entered, quiet_torch
 from .graphs import CudaRecorder, Graphs, Recorder
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class CudaRuntime(OfPipeline):
             self.empty: Conditioning | None = None
             self.release()
 
+    @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
         description alone is kept, for it depends on the weights only."""
@@ -105,17 +106,20 @@ class CudaRuntime(OfPipeline):
             self.empty = found
         return found
 
+    @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        return self.unet(sample.contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
+        return self.unet(entered(sample, self.device).contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
 
+    @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = entered(latents, self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.decoder(x).float(), self.pipe.vae.patch_size)
 
     def release(self) -> None:
         """Give the graphs' memory back; the next call captures anew."""
         self.graphs.clear()
 
+    @quiet_torch()
     def generate(
         self,
         scheduler: CoalescerScheduler,

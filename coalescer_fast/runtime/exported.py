@@ -15,7 +15,7 @@ from ..ops import library
 from ..scheduler import CoalescerScheduler
 from . import artefact
 from .artefact import Artefact, Schedule
-from .base import OfPipeline, counted
+from .base import OfPipeline, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -45,7 +45,7 @@ class ExportedRuntime(OfPipeline):
     the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
     alone refuses a call with another schedule. most_pictures: of a call.
 
-    Raises: ValueError for artefacts that cannot be opened or were made of other weights.
+    Raises: ValueError for artefacts that cannot be opened or were made of other networks.
     """
 
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
@@ -61,7 +61,8 @@ class ExportedRuntime(OfPipeline):
         self.dtype, self.quantised = DTYPES[precision], precision == "int8"
 
     def refresh(self) -> None:
-        """Raise ValueError if the pipeline's weights are not those that were exported."""
+        """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
+        something of the user's among them that a graph does not call."""
         with self.lock:
             if self.changed():
                 self.watch, watch = None, self.watch  # until they have been checked
@@ -69,19 +70,24 @@ class ExportedRuntime(OfPipeline):
                     each.check_weights(self.pipe)
                 self.watch = watch
 
+    @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Described:
         return Described([], None, [], description=self.pipe.describe(texts, device))
 
+    @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         assert isinstance(conditioning, Described)
         if "unet" not in self.runs:
-            return self.pipe.unet(sample, *conditioning.description, return_dict=False)
+            direction, distance = self.pipe.unet(entered(sample, self.device), *conditioning.description, return_dict=False)
+            return direction.float(), distance.float()
         direction, distance = self._run("unet", sample, *conditioning.description)
         return direction, distance
 
+    @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(latents)
+        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(entered(latents, self.device))
 
+    @quiet_torch()
     def generate(
         self,
         scheduler: CoalescerScheduler,
@@ -106,8 +112,10 @@ class ExportedRuntime(OfPipeline):
         return self.decode(latents) if decode else latents
 
     def _run(self, kind: str, *inputs: Tensor) -> Tensors:
-        self.artefacts[kind].check_inputs(inputs)
-        return self.runs[kind](inputs)
+        found = self.artefacts[kind]
+        found.check_inputs(inputs)
+        ports = found.manifest.inputs
+        return self.runs[kind](tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs)))
 
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, from which artefact."""

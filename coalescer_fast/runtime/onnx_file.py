@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,19 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from .artefact import Artefact
+from .base import quiet_torch
 from .static import Bind, Call, Tensors
+
+_exporting = threading.RLock()  # the exporter, and what it is told here, belong to the process
 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Inside, torch's exporter runs, and says nothing."""
-    logging.disable(logging.WARNING)  # of packages that the exporter does without
-    try:
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    """Inside, torch's exporter runs, in one thread at a time, and says nothing."""
+    with _exporting, quiet_torch(), warnings.catch_warnings():
+        disabled = logging.root.manager.disable
+        logging.disable(max(disabled, logging.WARNING))  # of packages that the exporter does without
+        warnings.simplefilter("ignore")
+        try:
             yield
-    finally:
-        logging.disable(logging.NOTSET)
+        finally:
+            logging.disable(disabled)
+
+
+@contextmanager
+def saying(engine: str) -> Iterator[None]:
+    """Inside, whatever the engine raises, of classes of its own and in many lines, is a RuntimeError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RuntimeError(f"{engine} failed: {reason:.300}") from error
 
 
 def export(module: nn.Module, args: Tensors, folder: Path) -> Path:
@@ -33,8 +48,7 @@ def export(module: nn.Module, args: Tensors, folder: Path) -> Path:
     path = folder / f"{type(module).__name__}.onnx"
     if not path.exists():
         with exporting():
-            plain = tuple(a.clone() for a in args)  # the exporter takes no inference tensors
-            torch.onnx.export(module, plain, path, dynamo=True, external_data=True, verbose=False)
+            torch.onnx.export(module, args, path, dynamo=True, external_data=True, verbose=False)
     return path
 
 
@@ -65,7 +79,8 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     names = [port.name for port in artefact.manifest.inputs]
 
     def run(inputs: Tensors) -> Tensors:
-        outputs = opened.run(None, {name: x.detach().contiguous().numpy() for name, x in zip(names, inputs)})
+        with saying("ONNX Runtime"):
+            outputs = opened.run(None, {name: x.numpy(force=True) for name, x in zip(names, inputs)})
         return tuple(torch.from_numpy(y) for y in outputs)
 
     return run
@@ -73,25 +88,26 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
 
 def onnxruntime(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
     """`session`; inputs and outputs are bound to torch's memory."""
-    import numpy as np
     import onnxruntime as ort
 
     opened = session(export(module, args, folder))
     first, *names = (i.name for i in opened.get_inputs())
 
+    def shared(t: Tensor) -> Any:
+        return ort.OrtValue.ortvalue_from_numpy(t.numpy())  # checked, where an address would be believed
+
     def bind(rest: Sequence[Tensor]) -> Call:
         binding = opened.io_binding()
-        kept = [ort.OrtValue.ortvalue_from_numpy(t.numpy()) for t in rest]
-        for name, value in zip(names, kept):
-            binding.bind_ortvalue_input(name, value)
-        results = tuple(torch.zeros(o.shape, dtype=torch.float32) for o in opened.get_outputs())
+        results = tuple(torch.zeros(o.shape, dtype=torch.float32, device="cpu") for o in opened.get_outputs())
+        for name, t in zip(names, rest, strict=True):
+            binding.bind_ortvalue_input(name, shared(t))
         for o, result in zip(opened.get_outputs(), results):
-            binding.bind_output(o.name, "cpu", 0, np.float32, o.shape, result.data_ptr())
+            binding.bind_ortvalue_output(o.name, shared(result))
 
-        def call(x: Tensor, kept: object = (rest, kept)) -> Tensors:
-            x = x.contiguous()
-            binding.bind_input(first, "cpu", 0, np.float32, x.shape, x.data_ptr())
-            opened.run_with_iobinding(binding)
+        def call(x: Tensor, kept: object = rest) -> Tensors:
+            with saying("ONNX Runtime"):
+                binding.bind_ortvalue_input(first, shared(x))
+                opened.run_with_iobinding(binding)
             return tuple(y.clone() for y in results)
 
         return call
@@ -119,10 +135,10 @@ def openvino(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path)
             request.set_input_tensor(n, shared(value))
 
         def call(x: Tensor, kept: object = rest) -> Tensors:
-            x = x.detach().contiguous()  # alive while it runs
-            request.set_input_tensor(0, shared(x))
-            request.infer(share_outputs=True)
-            return tuple(torch.from_numpy(request.get_output_tensor(n).data).clone() for n in range(len(compiled.outputs)))
+            with saying("OpenVINO"):
+                request.set_input_tensor(0, shared(x))
+                request.infer(share_outputs=True)
+                return tuple(torch.from_numpy(request.get_output_tensor(n).data).clone() for n in range(len(compiled.outputs)))
 
         return call
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..models.unet import CoalescerUNet, Conditioning
 from ..ops import library
-from .base import OfPipeline, counted
+from .base import OfPipeline, counted, entered, quiet_torch
+from .watch import foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -29,8 +30,24 @@ Tensors = tuple[Tensor, ...]
 Call = Callable[[Tensor], Tensors]
 Bind = Callable[[Sequence[Tensor]], Call]
 # (module, args, dtype, folder) -> bind: makes of a float32 module, which is its own to change, for the shapes of ``args``, a function that
-# takes the module's arguments but the first, once, and gives the call of the first alone; files go into the folder, which is then deleted
+# takes the module's arguments but the first, once, and gives the call of the first alone; files go into the folder, which is then deleted.
+# All tensors are contiguous and ordinary; the first is float32
 Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
+
+
+def traceable(network: nn.Module, name: str) -> Any:
+    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own.
+
+    Raises ValueError for a network with hooks, which a graph would not call, or call once and for all; ``name``: what it is called then.
+    """
+    if what := foreign(network):
+        raise ValueError(f"the {name} has {what}, which no graph would follow: remove it")
+    with quiet_torch():
+        traced = copy.deepcopy(network).eval().requires_grad_(False)
+        for tensor in (*traced.parameters(), *traced.buffers()):
+            values = tensor.data.float() if tensor.is_floating_point() else tensor.data
+            tensor.data = values.resolve_neg().contiguous()
+    return traced
 
 
 class Evaluation(nn.Module):
@@ -43,8 +60,10 @@ class Evaluation(nn.Module):
 
     @staticmethod
     def flatten(conditioning: Conditioning, dtype: torch.dtype) -> Tensors:
-        """The anchor stays float32: the heads are residual to the way there. Copies of one layout, whatever the pipeline expanded."""
-        return tuple(t.clone(memory_format=torch.contiguous_format) for t in conditioning.rounded(dtype).tensors())
+        """The anchor is float32: the heads are residual to the way there. Copies of one layout, whatever the pipeline expanded."""
+        rounded = conditioning.rounded(dtype)
+        rounded.anchor = None if rounded.anchor is None else rounded.anchor.float()
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in rounded.tensors())
 
     def forward(self, sample: Tensor, *flat: Tensor) -> Tensors:
         given = list(flat)
@@ -93,30 +112,39 @@ class StaticRuntime(OfPipeline):
             self.networks.clear()
             self.bound.clear()
 
+    @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """The reference's: it is small, and what it gives is then rounded once."""
         return self.pipe.condition(texts, device)
 
+    @quiet_torch()  # compilers guard against another mode, and freeze no weights in inference mode
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        key = id(conditioning), sample.shape
-        # compilers guard against another mode, and freeze no weights in inference mode
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        x = entered(sample, self.device).contiguous()
+        key = id(conditioning), x.shape
+        with self.lock:
             call = self.bound.get(key)
             if call is None:
-                args = (sample, *Evaluation.flatten(conditioning, self.takes))
+                args = (x, *Evaluation.flatten(conditioning, self.takes))
                 shapes = ("UNet", *(a.shape for a in args))
-                bind = self._kept(shapes, lambda: self._prepare(Evaluation(copy.deepcopy(self.pipe.unet), conditioning), args))
+                bind = self._kept(shapes, lambda: self._prepare(lambda: self._evaluation(conditioning), args))
                 call = self.bound[key] = bind(args[1:])
                 weakref.finalize(conditioning, self.bound.pop, key, None)
-            direction, distance = call(sample)
+            direction, distance = call(x)
         return direction, distance
 
+    @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        vae, args = self.pipe.vae, (latents,)
-        with self.lock, torch.inference_mode(False), torch.no_grad():
-            shapes = ("decoder", latents.shape)
-            call = self._kept(shapes, lambda: self._prepare(Decoding(copy.deepcopy(vae.decoder), vae.patch_size), args)(()))
-            return call(latents)[0]
+        x = entered(latents, self.device).contiguous()
+        with self.lock:
+            return self._kept(("decoder", x.shape), lambda: self._prepare(self._decoding, (x,))(()))(x)[0]
+
+    def _evaluation(self, like: Conditioning) -> Evaluation:
+        unet = traceable(self.pipe.unet, "unet")
+        unet.set_backend("reference")
+        return Evaluation(unet, like)
+
+    def _decoding(self) -> Decoding:
+        return Decoding(traceable(self.pipe.vae.decoder, "decoder"), self.pipe.vae.patch_size)
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What was made for the key, or is now; the least recently used goes when there are too many."""
@@ -127,13 +155,10 @@ class StaticRuntime(OfPipeline):
             self.networks.popitem(last=False)
         return self.networks[key]
 
-    def _prepare(self, module: Any, args: Tensors) -> Bind:
-        module = module.eval().float()
-        if isinstance(module, Evaluation):
-            module.unet.set_backend("reference")
+    def _prepare(self, make: Callable[[], nn.Module], args: Tensors) -> Bind:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
-                return counted(self.prepare(module, args, self.dtype, Path(folder)))
+                return counted(self.prepare(make().eval(), args, self.dtype, Path(folder)))
             except Exception as error:  # whatever a compiler or an exporter raises, its first paragraph
                 reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
                 raise ValueError(f"backend {self.name!r} cannot prepare the networks: {reason}") from error

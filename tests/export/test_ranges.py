@@ -112,3 +112,22 @@ def test_another_graph(exported, tmp_path):
     dataclasses.replace(KNOWN, graph=ranges.graph_sha256(found.manifest)).check_graph(found, "some.json")
     with pytest.raises(ValueError, match=r"some.json holds the ranges of another graph \(000000000000\) than that of .*decoder"):
         KNOWN.check_graph(found, "some.json")
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-42, 1e-38, 2e-35, 1e-30, 1e30, 3e38])
+def test_any_size_of_numbers_has_its_histogram(size):
+    x = (np.linspace(-0.5, 1, 1001) * size).astype(np.float32)
+    found = histogram(np.zeros(3, np.float32), x, x[::-1])
+    assert found.counts.sum() == 3 + 2 * 1001
+    assert found.range("max") == (float(x.min()), float(x.max()))
+    for method in ("percentile", "entropy"):
+        least, most = found.range(method, 100)
+        assert float(x.min()) <= least < 0 < most <= float(x.max())
+    if size > 1e-40:  # below, numbers have few digits
+        assert found.range("percentile", 50)[1] == pytest.approx(0.375 * size, rel=0.02)
+
+
+def test_numbers_that_are_not_finite():
+    for x in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="is not finite"):
+            histogram(np.array([0, x, 1], np.float32))
