@@ -66,18 +66,17 @@ class ExportedRuntime:
 
     def refresh(self) -> None:
         """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
-        something of the user's among them that a graph does not call."""
+        hooks and patches, which no graph has."""
         with self.lock:
             if self.watch is not None and not self.watch.changed():
                 return
             self.watch = None  # until all is as it should be
-            unet, decoder = self.pipe.unet, self.pipe.vae.decoder
-            watch = Watch(unet, decoder)
+            networks = self.pipe.unet, self.pipe.vae.decoder
+            watch = Watch(*networks)
+            for network, name in zip(networks, ("unet", "vae.decoder")):
+                if reason := foreign(network):
+                    raise ValueError(f"backend {self.name!r} cannot run the {name}: {reason}; remove it, or restore the pipeline")
             for each in self.artefacts.values():
-                for name, network in (("unet", unet), ("decoder", decoder)):
-                    if name in each.manifest.weights and (what := foreign(network)):
-                        reason = f"the {name} has {what}, which the graph of {each.folder} does not call"
-                        raise ValueError(f"{reason}: remove it, or restore the pipeline")
                 each.check_weights(self.pipe)
             self.watch = watch
 

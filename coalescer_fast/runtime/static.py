@@ -35,13 +35,8 @@ Bind = Callable[[Sequence[Tensor]], Call]
 Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
 
 
-def traceable(network: nn.Module, name: str) -> Any:
-    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own.
-
-    Raises ValueError for a network with hooks, which a graph would not call, or call once and for all; ``name``: what it is called then.
-    """
-    if what := foreign(network):
-        raise ValueError(f"the {name} has {what}, which no graph would follow: remove it")
+def traceable(network: nn.Module) -> Any:
+    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own."""
     with quiet_torch():
         traced = copy.deepcopy(network).eval().requires_grad_(False)
         for tensor in (*traced.parameters(), *traced.buffers()):
@@ -111,9 +106,14 @@ class StaticRuntime:
         with self.lock:
             if self.watch is not None and not self.watch.changed():
                 return
+            self.watch = None  # until there is nothing that prepared networks would not call
+            networks = self.pipe.unet, self.pipe.vae.decoder
+            for network, name in zip(networks, ("unet", "vae.decoder")):
+                if reason := foreign(network):
+                    raise ValueError(f"backend {self.name!r} cannot run the {name}: {reason}; remove it, or restore the pipeline")
             self.networks.clear()
             self.bound.clear()
-            self.watch = Watch(self.pipe.unet, self.pipe.vae.decoder)
+            self.watch = Watch(*networks)
 
     @quiet_torch()
     def condition(self, texts: list[str], device: torch.device) -> Conditioning:
@@ -142,12 +142,12 @@ class StaticRuntime:
             return self._kept(("decoder", x.shape), lambda: self._prepare(self._decoding, (x,))(()))(x)[0]
 
     def _evaluation(self, like: Conditioning) -> Evaluation:
-        unet = traceable(self.pipe.unet, "unet")
+        unet = traceable(self.pipe.unet)
         unet.set_backend("reference")
         return Evaluation(unet, like)
 
     def _decoding(self) -> Decoding:
-        return Decoding(traceable(self.pipe.vae.decoder, "decoder"), self.pipe.vae.patch_size)
+        return Decoding(traceable(self.pipe.vae.decoder), self.pipe.vae.patch_size)
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What was made for the key, or is now; the least recently used goes when there are too many."""

@@ -38,7 +38,7 @@ def foreign(network: nn.Module) -> str:
     for name, module in network.named_modules():
         where = name or type(module).__name__
         if any(module.__dict__[kind] for kind in HOOKS):
-            return f"a hook on {where}"
+            return f"{where} has a forward hook"
         if "forward" in module.__dict__:
-            return f"a patched forward of {where}"
+            return f"the forward of {where} is patched"
     return ""
