@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from coalescer_fast import sampling
 from coalescer_fast.models.unet import CoalescerUNet, Conditioning
 from coalescer_fast.runtime.artefact import BATCH, Port, Schedule
+from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.static import Decoding, traceable
+from coalescer_fast.runtime.watch import foreign
 from coalescer_fast.scheduler import CoalescerScheduler
 
 HEADS = ("direction_head", "distance_head")
@@ -72,6 +74,7 @@ def schedule_of(pipe: Any, steps: int, guidance: float | None) -> tuple[Coalesce
     return scheduler, scheduler.config.guidance_scale if guidance is None else guidance
 
 
+@quiet_torch()
 def network(pipe: Any, kind: str, precision: str, steps: int = 2, guidance: float | None = None) -> nn.Module:
     """A module to export, of copies; steps and guidance are a generator's.
 
@@ -115,15 +118,18 @@ def _decoder(pipe: Any, precision: str) -> Any:
 
 
 def _copied(network: nn.Module, name: str) -> Any:
+    """See `network`."""
+    if reason := foreign(network):
+        raise ValueError(f"the {name} cannot be exported: {reason}, which no graph would call; remove it")
+    if adapted := [where for where, module in network.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(f"the {name} cannot be exported: {adapted[0]} has an adapter, which no graph could switch off; merge it first")
     for where, tensor in network.state_dict().items():
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             here = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-            raise ValueError(f"{where} of the {name} is in {here}: load the pipeline in float32 on a CPU to export it")
+            raise ValueError(f"the {name} cannot be exported: {where} is in {here}; load the pipeline in float32 on a CPU")
         if not tensor.isfinite().all():
-            raise ValueError(f"{where} of the {name} holds numbers that are not finite: load weights that are")
-    if adapted := [where for where, module in network.named_modules() if hasattr(module, "base_layer")]:
-        raise ValueError(f"the {name} has an adapter on {adapted[0]}, which no graph could switch off: merge it, or unload it")
-    return traceable(network, name)
+            raise ValueError(f"the {name} cannot be exported: {where} holds numbers that are not finite; load weights that are")
+    return traceable(network)
 
 
 def _halve(parameters: Mapping[str, nn.Parameter], name: str) -> None:
@@ -132,7 +138,7 @@ def _halve(parameters: Mapping[str, nn.Parameter], name: str) -> None:
         half = parameter.data.half()
         if not half.isfinite().all():
             largest = float(parameter.abs().max())
-            raise ValueError(f"{where} of the {name} has a number of {largest:.3g}, and float16 ends at 65504: export it in fp32")
+            raise ValueError(f"the {name} cannot be exported in fp16: {where} has {largest:.3g}, and float16 ends at 65504; take fp32")
         parameter.data = half
 
 

@@ -482,7 +482,7 @@ def network_sha256(network: nn.Module, config: Mapping[str, Any]) -> str:
     digest.update(structure_sha256(network).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().resolve_neg().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

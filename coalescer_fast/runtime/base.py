@@ -99,10 +99,10 @@ class OfPipeline:
         if self.watch is not None and not self.watch.changed(*networks):
             return False
         self.watch = None
-        for name, network in zip(("unet", "decoder"), networks):
+        for name, network in zip(("unet", "vae.decoder"), networks):
             check_finite(network, name)
             if not self.runs_own_code and (what := foreign(network)):
-                raise ValueError(f"the {name} has {what}, which {self.name} would not call: remove it, or restore the pipeline")
+                raise ValueError(f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline")
         self.watch = Watch(*networks)
         return True
 

@@ -89,7 +89,7 @@ class CpuRuntime(OfPipeline):
             self.empty: Conditioning | None = None
             for name, network in self._networks().items():
                 if what := foreign(network):
-                    self._refuse(name, f"it has {what}", own=True)
+                    self._refuse(name, what, own=True)
                 elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
                     self._refuse(name, reason)
             if self.quantised:

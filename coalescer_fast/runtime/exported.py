@@ -62,7 +62,7 @@ class ExportedRuntime(OfPipeline):
 
     def refresh(self) -> None:
         """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
-        something of the user's among them that a graph does not call."""
+        hooks and patches, which no graph has."""
         with self.lock:
             if self.changed():
                 self.watch, watch = None, self.watch  # until they have been checked

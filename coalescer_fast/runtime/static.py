@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..models.unet import CoalescerUNet, Conditioning
 from ..ops import library
 from .base import OfPipeline, counted, entered, quiet_torch
-from .watch import foreign
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -35,13 +34,8 @@ Bind = Callable[[Sequence[Tensor]], Call]
 Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
 
 
-def traceable(network: nn.Module, name: str) -> Any:
-    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own.
-
-    Raises ValueError for a network with hooks, which a graph would not call, or call once and for all; ``name``: what it is called then.
-    """
-    if what := foreign(network):
-        raise ValueError(f"the {name} has {what}, which no graph would follow: remove it")
+def traceable(network: nn.Module) -> Any:
+    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own."""
     with quiet_torch():
         traced = copy.deepcopy(network).eval().requires_grad_(False)
         for tensor in (*traced.parameters(), *traced.buffers()):
@@ -105,7 +99,7 @@ class StaticRuntime(OfPipeline):
         self.refresh()
 
     def refresh(self) -> None:
-        """Drop what was prepared of weights that have changed since."""
+        """Drop what was prepared of networks that have changed since."""
         with self.lock:
             if not self.changed():
                 return
@@ -139,12 +133,12 @@ class StaticRuntime(OfPipeline):
             return self._kept(("decoder", x.shape), lambda: self._prepare(self._decoding, (x,))(()))(x)[0]
 
     def _evaluation(self, like: Conditioning) -> Evaluation:
-        unet = traceable(self.pipe.unet, "unet")
+        unet = traceable(self.pipe.unet)
         unet.set_backend("reference")
         return Evaluation(unet, like)
 
     def _decoding(self) -> Decoding:
-        return Decoding(traceable(self.pipe.vae.decoder, "decoder"), self.pipe.vae.patch_size)
+        return Decoding(traceable(self.pipe.vae.decoder), self.pipe.vae.patch_size)
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What was made for the key, or is now; the least recently used goes when there are too many."""

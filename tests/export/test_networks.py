@@ -50,3 +50,81 @@ def test_a_norm_in_half_is_one_that_tensorrt_takes_in_one_piece():
     for norm in norms:
         expected = torch.float16 if norm.num_channels in (64, 128) else torch.float32
         assert {norm.weight.dtype, norm.bias.dtype} == {expected}, norm
+
+
+def changed(change):
+    pipe = build()
+    change(pipe)
+    return pipe
+
+
+def nan(pipe):
+    with torch.no_grad():
+        pipe.unet.mid[0].conv1.bias[1] = torch.nan
+
+
+def infinite(pipe):
+    with torch.no_grad():
+        pipe.unet.mid[0].norm1.weight[0] = torch.inf
+
+
+def lora(pipe):
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["film"], r=2), pipe.unet)
+
+
+REFUSED = {
+    "half": (lambda pipe: pipe.unet.half(), r"\S+ is in float16 on cpu; load the pipeline in float32 on a CPU$"),
+    "bfloat16": (lambda pipe: pipe.unet.bfloat16(), r"\S+ is in bfloat16 on cpu; load"),
+    "double": (lambda pipe: pipe.unet.double(), r"\S+ is in float64 on cpu; load"),
+    "meta": (lambda pipe: pipe.unet.to("meta"), r"\S+ is in float32 on meta; load"),
+    "nan": (nan, r"mid\.0\.conv1\.bias holds numbers that are not finite; load"),
+    "infinite": (infinite, r"mid\.0\.norm1\.weight holds numbers that are not finite; load"),
+    "hook": (
+        lambda pipe: pipe.unet.mid[0].register_forward_hook(print),
+        r"mid\.0 has a forward hook, which no graph would call; remove it$",
+    ),
+    "pre-hook": (lambda pipe: pipe.unet.conv_in.register_forward_pre_hook(print), r"conv_in has a forward hook, which no"),
+    "forward": (lambda pipe: setattr(pipe.unet.mid[0], "forward", print), r"the forward of mid\.0 is patched, which no graph"),
+    "adapter": (lora, r"\S+\.film has an adapter, which no graph could switch off; merge it first$"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("kind", ["unet", "generator"])
+def test_what_no_graph_holds_is_refused(kind, what):
+    change, words = REFUSED[what]
+    with pytest.raises(ValueError, match=f"^the unet cannot be exported: {words}") as caught:
+        networks.network(changed(change), kind, "fp32")
+    assert "\n" not in str(caught.value)
+    assert networks.network(changed(change), "decoder", "fp32") is not None  # which has none of it
+
+
+def test_a_decoder_is_refused_likewise():
+    with pytest.raises(ValueError, match=r"^the decoder cannot be exported: layers\.0\.weight is in float16 on cpu; load"):
+        networks.network(changed(lambda pipe: pipe.vae.half()), "generator", "fp32")
+
+
+def test_beyond_float16():
+    def large(pipe):
+        with torch.no_grad():
+            pipe.vae.decoder.layers[0].weight[0, 0, 0, 0] = -7e4
+
+    pipe = changed(large)
+    assert networks.network(pipe, "decoder", "fp32") is not None
+    words = r"^the decoder cannot be exported in fp16: layers\.0\.weight has 7e\+04, and float16 ends at 65504; take fp32$"
+    with pytest.raises(ValueError, match=words):
+        networks.network(pipe, "decoder", "fp16")
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_ports_and_what_is_inside_are_float32_whatever_the_default_dtype(default):
+    pipe = build(cross_attention_dim=128)
+    expected = networks.ports(pipe, "generator")
+    torch.set_default_dtype(default)
+    try:
+        assert networks.ports(pipe, "generator") == expected
+        module = networks.network(pipe, "generator", "fp32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {each.dtype for each in (*module.parameters(), *module.empty.tensors())} == {torch.float32, torch.bool}

@@ -267,6 +267,51 @@ def test_a_configuration_is_part_of_a_network():
     assert artefact.network_sha256(layer.bfloat16(), {"heads": 1}) != half
 
 
+def test_the_structure_is_part_of_a_network():
+    def build() -> torch.nn.Sequential:
+        norm, act = torch.nn.GroupNorm(2, 4, affine=False), torch.nn.LeakyReLU(0.1)
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), norm, act)
+
+    same = artefact.structure_sha256(build())
+    network = build()
+    assert artefact.structure_sha256(network.train().double()) == same  # these are not of the structure
+    network.backend, network.gradient_checkpointing = "cpu", True
+    assert artefact.structure_sha256(network) == same
+    seen = {same}
+    for place, name, value in (
+        (0, "padding", (0, 0)),
+        (0, "stride", (2, 2)),
+        (0, "padding_mode", "circular"),
+        (1, "eps", 1e-3),
+        (1, "num_groups", 4),
+    ):
+        network = build()
+        setattr(network[place], name, value)
+        seen.add(artefact.structure_sha256(network))
+    network = build()
+    network[2] = torch.nn.ELU(0.1)
+    seen.add(artefact.structure_sha256(network))
+    network[2] = torch.nn.LeakyReLU(0.2)
+    seen.add(artefact.structure_sha256(network))
+    network[2] = torch.nn.Sequential(torch.nn.LeakyReLU(0.1))
+    seen.add(artefact.structure_sha256(network))
+    assert len(seen) == 9
+    torch.manual_seed(0)
+    first = build()
+    torch.manual_seed(0)
+    second = build()
+    second[1].eps = 1e-3
+    assert artefact.network_sha256(first, {}) != artefact.network_sha256(second, {})
+
+
+def test_a_saved_network_is_the_same_when_it_is_loaded(tmp_path):
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.save_pretrained(tmp_path)
+    assert artefact.weights(cf.CoalescerPipeline.from_pretrained(tmp_path), "generator") == artefact.weights(pipe, "generator")
+    fresh = type(pipe.unet)(**{name: value for name, value in pipe.unet.config.items() if not name.startswith("_")})
+    assert artefact.structure_sha256(fresh) == artefact.structure_sha256(pipe.unet)
+
+
 def test_schedules():
     scheduler = CoalescerScheduler(guidance_scale=1.5)
     assert Schedule.of(scheduler, 1.5) == Schedule((0.5, 1.0), ("raw", "unit"), 1e-6, (1,), 1.5)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -60,6 +62,9 @@ def open_artefact(found):
     module = networks.network(load(), found.graph.read_text(), "fp32")
 
     def run(inputs):
+        assert all(x.is_contiguous() and not x.is_neg() and not x.requires_grad for x in inputs)
+        assert [str(x.dtype) for x in inputs] == [f"torch.{port.dtype}" for port in found.manifest.inputs]
+        assert not torch.is_autocast_enabled("cpu")
         runs.append(found.manifest.kind)
         with torch.no_grad():
             return module(*inputs)
@@ -215,3 +220,108 @@ def test_a_graph_that_is_none(folder):
     with pytest.raises(ValueError, match=r"^ONNX Runtime cannot load .*unet.model.onnx .*build it again with") as caught:
         cf.accelerate(load(), "onnxruntime", artefact=folder / "unet")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [torch.Tensor.half, torch.Tensor.double, torch._neg_view, lambda x: x.mT, lambda x: x.requires_grad_()])
+@pytest.mark.parametrize("kinds", [("unet", "decoder"), ("generator",)])
+def test_graphs_are_given_what_their_ports_say(accelerated, kinds, how):
+    pipe = accelerated(*kinds)
+    runtime = pipe.runtime
+    given = how(torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)))
+    same = torch.empty(given.shape, dtype=torch.float32).copy_(given.detach())
+    conditioning = runtime.condition(PROMPTS, runtime.device)
+    with torch.autocast("cpu"):
+        found = [*runtime.evaluate(given, conditioning), runtime.decode(given)]
+    for y, e in zip(found, [*runtime.evaluate(same, conditioning), runtime.decode(same)]):
+        assert y.dtype == torch.float32
+        assert torch.equal(y, e)
+
+
+@pytest.mark.parametrize("kinds", [("unet", "decoder"), ("generator",)])
+def test_autocast_and_inference_mode_change_nothing(accelerated, kinds):
+    pipe = accelerated(*kinds)
+    expected = draw(pipe)
+    with torch.autocast("cpu"), torch.inference_mode():
+        assert torch.equal(draw(pipe), expected)
+        pipe = accelerated(*kinds)
+        assert torch.equal(draw(pipe), expected)
+    assert torch.equal(draw(pipe), expected)
+
+
+def set_attribute(find, name, value):
+    def change(pipe):
+        module = find(pipe)
+        before = getattr(module, name)
+        setattr(module, name, value(before))
+        return lambda: setattr(module, name, before)
+
+    return change
+
+
+def swap_activation(pipe):
+    layers = pipe.vae.decoder.layers
+    before, layers[1] = layers[1], torch.nn.LeakyReLU(0.01)
+    return lambda: layers.__setitem__(1, before)
+
+
+def hook(name):
+    def change(pipe):
+        return getattr(pipe.unet.mid[0], name)(lambda *args: None).remove
+
+    return change
+
+
+def patch_forward(pipe):
+    block = pipe.unet.mid[0]
+    block.forward = lambda *args: args[0]
+    return lambda: delattr(block, "forward")
+
+
+def adapt(pipe):
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    film = pipe.unet.mid[0].film
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["mid.0.film"], r=2), pipe.unet)
+    return lambda: setattr(pipe.unet.mid[0], "film", film.requires_grad_(True))
+
+
+FIXED = {
+    "a hook": (hook("register_forward_hook"), r"mid\.0.* hook"),
+    "a pre-hook": (hook("register_forward_pre_hook"), r"mid\.0.* hook"),
+    "a patched forward": (patch_forward, r"forward of mid\.0 is patched"),
+    "an activation": (swap_activation, "other weights of the decoder or settings of its layers"),
+    "eps": (
+        set_attribute(lambda pipe: pipe.unet.norm_out, "eps", lambda eps: 2 * eps),
+        "other weights of the unet or settings of its layers",
+    ),
+    "num_heads": (
+        set_attribute(lambda pipe: next(m for m in pipe.unet.modules() if hasattr(m, "num_heads")), "num_heads", lambda n: n // 2),
+        "other weights of the unet or settings of its layers",
+    ),
+    "an adapter": (adapt, "other weights of the unet or settings of its layers"),
+}
+
+
+@pytest.mark.parametrize("what", FIXED)
+def test_what_a_graph_fixes_is_refused_in_the_next_call(accelerated, what):
+    change, words = FIXED[what]
+    pipe = accelerated("generator")
+    drawn = draw(pipe)
+    undo = change(pipe)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words) as caught:
+            draw(pipe)
+        assert "\n" not in str(caught.value)
+    undo()
+    assert torch.equal(draw(pipe), drawn)
+
+
+def test_a_dropped_pipeline_is_freed_at_once(accelerated):
+    pipe = accelerated("generator")
+    draw(pipe)
+    seen = [weakref.ref(each) for each in (pipe, pipe.runtime, pipe.unet)]
+    gc.disable()
+    try:
+        del pipe
+        assert [each() for each in seen] == [None] * 3
+    finally:
+        gc.enable()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base, static
 from coalescer_fast.runtime.cpu import native_bfloat16
-from coalescer_fast.runtime.static import Evaluation, StaticRuntime
+from coalescer_fast.runtime.static import Evaluation, StaticRuntime, traceable
 
 PROMPTS = ["octopus", "pizza"]
 
@@ -114,6 +116,105 @@ def test_cross_attention_and_its_mask_as_plain_tensors():
         assert all(torch.equal(y, e) for y, e in zip(found, unet(sample, conditioning, return_dict=False)))
 
 
+def inference_mode(on: bool):
+    return torch.inference_mode() if on else nullcontext()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_inference_mode_in_any_order(loaded, accelerated, first):
+    with inference_mode(loaded):
+        pipe = load()
+    expected = draw(pipe)
+    with inference_mode(accelerated):
+        pipe.runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+        pipe.runtime.backend = "reference"
+    for mode in (first, not first):
+        with inference_mode(mode):
+            assert torch.equal(draw(pipe), expected)
+
+
+def test_a_dropped_pipeline_is_freed_at_once(pipe):
+    whole = load()
+    whole.runtime = StaticRuntime(whole, "plain", plain, torch.float32)
+    draw(whole)
+    seen = [weakref.ref(each) for each in (whole, whole.runtime, whole.unet)]
+    gc.disable()
+    try:
+        del whole
+        assert [each() for each in seen] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_what_no_prepared_network_would_call_is_refused_and_may_go_again(pipe, how):
+    expected = draw(pipe)
+    layer = pipe.vae.decoder.layers[0]
+    if how == "forward":
+        layer.forward = lambda x: torch.zeros_like(x)
+    else:
+        register = layer.register_forward_hook if how == "hook" else layer.register_forward_pre_hook
+        handle = register(lambda *args: None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^backend 'plain' cannot run .*decoder: .*layers\.0.*remove it, or .*restore.*$"):
+            draw(pipe)
+    if how == "forward":
+        del layer.forward
+    else:
+        handle.remove()
+    assert torch.equal(draw(pipe), expected)
+
+
+def change_activation(pipe):
+    pipe.vae.decoder.layers[1] = nn.LeakyReLU(0.3)
+
+
+def change_eps(pipe):
+    pipe.unet.norm_out.eps = 0.5
+
+
+def change_heads(pipe):
+    next(m for m in pipe.unet.modules() if hasattr(m, "num_heads")).num_heads = 1
+
+
+@pytest.mark.parametrize("change", [change_activation, change_eps, change_heads])
+def test_changed_layers_take_effect(pipe, change):
+    before = draw(pipe)
+    change(pipe)
+    after = draw(pipe)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, draw(cf.restore(pipe)))
+
+
+def test_what_is_traced_has_weights_of_its_own():
+    """Whatever those of the network are: views of one vector, permuted, expanded, negated, tied, in another dtype."""
+    network = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(6)), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        vector = nn.utils.parameters_to_vector(network.parameters())
+        nn.utils.vector_to_parameters(vector, network.parameters())
+        network[0].weight.data = network[0].weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        network[1].bias.data = torch.full((1,), 1.5, dtype=torch.float32).expand(4)
+        network[2].weight.data = torch._neg_view(network[2].weight.data)
+        network[3].weight = network[4].weight
+        network[5].weight.data = network[5].weight.data.double()
+        network[6].running_mean = torch._neg_view(torch.arange(4, dtype=torch.float64))
+    traced = traceable(network)
+    assert [name for name, _ in traced.named_parameters()] == [name for name, _ in network.named_parameters()]
+    assert traced[3].weight is traced[4].weight
+    places = set()
+    for mine, its in zip((*traced.parameters(), *traced.buffers()), (*network.parameters(), *network.buffers()), strict=True):
+        assert torch.equal(mine.double(), its.double())
+        assert mine.is_contiguous()
+        assert not mine.is_neg()
+        assert mine.dtype == (torch.float32 if mine.is_floating_point() else its.dtype)
+        assert mine.untyped_storage().nbytes() == mine.nbytes
+        places.add(mine.data_ptr())
+    assert len(places) == len([*traced.parameters(), *traced.buffers()])
+    assert places.isdisjoint({each.data_ptr() for each in (*network.parameters(), *network.buffers())})
+
+
 # every backend that is made of it, as users have it
 
 
@@ -180,6 +281,18 @@ def test_threads_may_draw_at_once(engine):
     assert base.count == before
     for i, results in enumerate(at_once):
         assert all(torch.equal(a, b) for a, b in zip(results, evaluate(i)))
+
+
+def test_prepared_in_inference_mode(engine):
+    name, dtype = engine.runtime.name, str(engine.runtime.dtype).removeprefix("torch.")
+    with torch.inference_mode():
+        pipe = cf.accelerate(load(), name, dtype)
+        cf.warmup(pipe)
+    expected = draw(load(), "octopus")
+    drawn = draw(pipe, "octopus")
+    assert psnr(drawn, expected).min() > (70 if dtype == "float32" else 35)
+    with torch.inference_mode():
+        assert torch.equal(draw(pipe, "octopus"), drawn)
 
 
 def test_verify_passes(engine):

@@ -125,14 +125,14 @@ def test_foreign():
     unet = CoalescerUNet(**SMALL)
     assert foreign(unet) == ""
     handle = unet.mid[0].conv1.register_forward_hook(lambda *args: None)
-    assert foreign(unet) == "a hook on mid.0.conv1"
+    assert foreign(unet) == "mid.0.conv1 has a forward hook"
     handle.remove()
     unet.forward = lambda *args: None
-    assert foreign(unet) == "a patched forward of CoalescerUNet"
+    assert foreign(unet) == "the forward of CoalescerUNet is patched"
     del unet.forward
     handle = register_module_forward_hook(lambda *args: None)
     try:
-        assert foreign(unet) == "hooks of all modules"
+        assert foreign(unet) == "there are hooks of all modules"
     finally:
         handle.remove()
     assert foreign(unet) == ""
