@@ -304,6 +304,8 @@ def test_verify_passes(engine):
 
 def test_a_new_size_and_new_weights_just_work(engine):
     expected = draw(load(), ["octopus", "pizza", "rocket"])
+    for names in ("octopus", ["octopus", "pizza"]):
+        draw(engine, names)
     before = base.count
     assert psnr(draw(engine, ["octopus", "pizza", "rocket"]), expected).min() > 35
     assert base.count == before + 2
