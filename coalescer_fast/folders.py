@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error!s:.300}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not a JSON object")
     return found
@@ -107,7 +107,7 @@ def _check_class(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
         if issubclass(each, DiffusionPipeline) and each is not DiffusionPipeline
     ]
     if name not in allowed:
-        raise ValueError(f"{folder} holds a {name}, not a {' or '.join(allowed)}")
+        raise ValueError(f"{folder} holds a {name!s:.80}, not a {' or '.join(allowed)}")
 
 
 def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
@@ -117,7 +117,7 @@ def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
         if name.startswith("_") or name in COMPONENTS or name in settings:
             continue
         if name not in modules:
-            raise ValueError(f"{folder / INDEX} is damaged: it names {name}, which no {pipeline.__name__} has")
+            raise ValueError(f"{folder / INDEX} is damaged: it names {name:.80}, which no {pipeline.__name__} has")
         library = str(entry[0]).partition(".")[0] if isinstance(entry, list) and entry else ""
         if entry != [None, None] and library not in ("diffusers", "transformers"):
             _class_of(f"{name} in {folder / INDEX}", entry, object)
@@ -126,12 +126,12 @@ def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
 def _class_of(where: str, entry: Any, base: type) -> type:
     """The class that an entry [module, class] names, found among what is imported already."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
-        raise ValueError(f"{where} is {entry!r}; expected [module, class]")
+        raise ValueError(f"{where} is {entry!r:.80}; expected [module, class]")
     module, name = entry
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ValueError(
-            f"{where} is {module}.{name}, which is not a {base.__name__} that is imported here; no other is loaded"
+            f"{where} is {module:.80}.{name:.80}, which is not a {base.__name__} that is imported here; no other is loaded"
         )
     return found
 
@@ -173,7 +173,7 @@ def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
     if odd := [
         name for name in names.values() if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name)
     ]:
-        raise ValueError(f"{index} is damaged: it names {odd[0]!r}, which is no file of weights in this folder")
+        raise ValueError(f"{index} is damaged: it names {odd[0]!r:.80}, which is no file of weights in this folder")
     yield index
     for name in sorted(set(names.values())):
         yield _file(folder, name)
@@ -182,13 +182,13 @@ def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
 def _check_config(path: Path, kind: type) -> dict[str, Any]:
     config = read_json(path)
     if (named := config.get("_class_name", kind.__name__)) != kind.__name__:
-        raise ValueError(f"{path} is of a {named}, not a {kind.__name__}")
+        raise ValueError(f"{path} is of a {named!s:.80}, not a {kind.__name__}")
     hints = get_type_hints(kind.__init__)  # type: ignore[misc]
     for name, value in config.items():
         if name.startswith("_"):
             continue
         if name not in hints:
-            raise ValueError(f"{path} has {name}, which no {kind.__name__} has: it is damaged, or from a later version")
+            raise ValueError(f"{path} has {name:.80}, which no {kind.__name__} has: it is damaged, or from a later version")
         if not _fits(value, hints[name]):
             raise ValueError(f"{path} is damaged: {name} is {value!r:.80}")
     return config
@@ -214,19 +214,19 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
                     part = file.get_slice(name)
                     found[name] = part.get_dtype(), part.get_shape(), path
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split()):.300}") from error
     _check_sizes(folder, config, found)
     try:
         with torch.device("meta"):
             expected = kind.from_config(config).state_dict()  # type: ignore[attr-defined]
     except Exception as error:  # whatever layers say of sizes that they cannot have
         raise ValueError(
-            f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split()) or type(error).__name__}"
+            f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from error
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{files[0] if len(files) == 1 else folder} lacks {missing[0]}")
     if extra := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{found[extra[0]][2]} has {extra[0]}, which no {kind.__name__} of this configuration has")
+        raise ValueError(f"{found[extra[0]][2]} has {extra[0]:.80}, which no {kind.__name__} of this configuration has")
     for name, (dtype, shape, path) in found.items():
         dtypes = FLOATS if expected[name].is_floating_point() else (INTEGERS[expected[name].dtype],)
         if dtype not in dtypes or shape != list(expected[name].shape):
