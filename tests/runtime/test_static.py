@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import multiprocessing
+import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -146,6 +148,31 @@ def test_a_dropped_pipeline_is_freed_at_once(pipe):
         assert [each() for each in seen] == [None] * 3
     finally:
         gc.enable()
+
+
+def _child(pipe, queue) -> None:
+    try:
+        draw(pipe)
+    except ValueError as error:
+        queue.put(str(error))
+    pipe.runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+    queue.put(draw(pipe).shape)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_what_was_prepared_before_a_fork_is_refused_after_it(pipe):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with pipe.runtime.lock:  # as if another thread held it
+        child = context.Process(target=_child, args=(pipe, queue))
+        child.start()
+    try:
+        assert queue.get(timeout=60) == "backend 'plain' was prepared before a fork, and its threads are not here: accelerate again"
+        assert queue.get(timeout=60) == (2, 3, 64, 64)
+    finally:
+        child.join(10)
+        child.kill()
+    draw(pipe)
 
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
