@@ -94,7 +94,11 @@ class CpuRuntime(OfPipeline):
                     self._refuse(name, reason)
             if self.quantised:
                 size = self.pipe.unet.config.sample_size
-                self._calibrate((size, size))
+                try:
+                    self._calibrate((size, size))
+                except BaseException:
+                    self.forget()
+                    raise
 
     def _networks(self) -> dict[str, nn.Module]:
         return {"unet": self.pipe.unet, "decoder": self.pipe.vae.decoder, "conditioning": self.pipe.unet}
@@ -225,6 +229,9 @@ class CpuRuntime(OfPipeline):
                 noise = torch.randn(len(some), config.latent_channels, *size, generator=generator, dtype=torch.float32)
                 conditioning, empty = (self.condition(texts, self.device) for texts in (self.pipe.with_styles(some, noise), [""]))
                 sampling.sample(self, scheduler, noise, conditioning, empty, scheduler.config.guidance_scale)
+        except BaseException:  # ranges of a part of the prompts are none
+            self.ranges.pop(size, None)
+            raise
         finally:
             self.observing = False
             for key in [key for key in self.programs if key[0] == "unet" and tuple(key[2][2:]) == size]:

@@ -458,6 +458,26 @@ def test_another_size_than_calibrated_finds_its_own_ranges(pipe):
 
 
 @int8
+def test_a_calibration_that_is_interrupted_leaves_nothing(pipe, monkeypatch):
+    expected = draw(cf.accelerate(pipe, dtype="int8"))
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(1)  # a change of nothing, but a change
+    with_styles, calls = pipe.with_styles, []
+
+    def interrupted(prompts, noise):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return with_styles(prompts, noise)
+
+    monkeypatch.setattr(pipe, "with_styles", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe)
+    monkeypatch.undo()
+    assert torch.equal(draw(pipe), expected)
+
+
+@int8
 def test_int8_of_a_network_without_a_program(pipe):
     reference = draw(pipe)
     with pipe.unet.mid[0].conv1.register_forward_hook(lambda *args: None):
