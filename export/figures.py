@@ -161,10 +161,7 @@ def compare(
     budget: Budget | None = None,
     runtime: str = "onnxruntime",
 ) -> Verification:
-    """Figures of an artefact that ``run`` runs, against ``budget``, that of its precision if None.
-
-    Raises: ValueError for a reference whose results are not finite.
-    """
+    """Figures of an artefact that ``run`` runs, outputs that are not finite first, against ``budget``, that of its precision if None."""
     m = artefact.manifest
     budget = BUDGETS[m.precision] if budget is None else budget
     steps, scale = call_of(m)
@@ -175,8 +172,6 @@ def compare(
         drawn.append(trajectory.pictures.double())
         for inputs, outputs in trajectory.calls(m.kind):
             artefact.check_inputs(inputs)
-            if wrong := _not_finite(m, outputs):
-                raise ValueError(f"the model's {wrong[0].what}, is {wrong[0].value} on a real prompt: load one whose numbers are finite")
             expected.append(tuple(y.double() for y in outputs))
             found.append(tuple(y.double() for y in run(inputs)))
     y, e = ([torch.cat(each) for each in zip(*all_)] for all_ in (found, expected))

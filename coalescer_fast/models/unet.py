@@ -352,9 +352,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def set_backend(self, backend: str) -> None:
         """Run every op of the network on ``backend``."""
         for module in self.modules():
-            if hasattr(module, "backend"):
+            if getattr(module, "backend", backend) != backend:  # else nothing has changed, for those who watch the network
                 module.backend = backend
-        self.backend = backend
 
     backend = "reference"
 

@@ -109,7 +109,7 @@ def test_results_that_are_not_finite_are_named(tmp_path):
     with torch.no_grad():
         pipe.unet.direction_head.bias.fill_(3e38)  # finite, but not its sum with what the convolution gives
         pipe.unet.direction_head.weight.fill_(1e38)
-    with pytest.raises(ValueError, match=r"direction.*(inf|nan|not finite)") as caught:
+    with pytest.raises(ValueError, match=r"(direction, |^R of ).*not finite") as caught:
         exporting.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 2))
     assert "\n" not in str(caught.value)
 

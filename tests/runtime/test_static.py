@@ -327,6 +327,9 @@ def test_verify_passes(engine):
     assert result.passed, str(result)
     assert result.runtime == engine.runtime.name
     assert any(row.what.startswith("coalesce_step") for row in result.rows)
+    before = base.count
+    draw(engine)
+    assert base.count == before  # it has left all as it was
 
 
 def test_a_new_size_and_new_weights_just_work(engine):
