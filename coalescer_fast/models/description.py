@@ -50,6 +50,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         names_bytes: int = 0,
     ):
         super().__init__()
+        self._kept = _Kept()
         self.register_buffer("table", torch.zeros(vocab_size, dim, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(dim, dtype=torch.float32))
         self.register_buffer("vocab", torch.zeros(vocab_bytes, dtype=torch.uint8))
@@ -88,9 +89,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     def _derived(self) -> _Derived:
         """What is made of the buffers, anew after a change of them."""
         state = tuple((b.data_ptr(), 0 if b.is_inference() else b._version) for b in self._buffers.values() if b is not None)
-        found = self.__dict__.get("_found")
+        found = self._kept.derived
         if found is None or found.state != state:
-            found = self._found = _Derived(self, state)
+            found = self._kept.derived = _Derived(self, state)
         return found
 
     def _encode(self, text: str) -> Encoding:
@@ -102,7 +103,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         Emoji are read as their names, commas and semicolons only separate, unknown pieces are left out.
         """
         derived = self._derived
-        return derived.remembered(derived.ids, text, lambda: [i for i in self._encode(text).ids if i not in derived.special_ids])
+        return list(derived.remembered(derived.ids, text, lambda: [i for i in self._encode(text).ids if i not in derived.special_ids]))
 
     def words(self, text: str) -> dict[str, bool]:
         """The words of a description, in order and as the tokenizer has them, and whether each is known.
@@ -112,7 +113,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         token is an unknown one.
         """
         derived = self._derived
-        return derived.remembered(derived.words, text, lambda: self._words(text))
+        return dict(derived.remembered(derived.words, text, lambda: self._words(text)))
 
     def _words(self, text: str) -> dict[str, bool]:
         encoding, spelled = self._encode(text), spell(text)
@@ -202,6 +203,12 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             out.append(text)
         return out
 
+
+
+class _Kept:
+    """Where an encoder keeps what it derives, so that its own attributes stay as they are."""
+
+    derived: _Derived | None = None
 
 
 class _Derived:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finite import check_finite
+from ..models.autoencoder import CoalescerAutoencoder
 from ..models.unet import Conditioning
 from .watch import Watch, foreign
 
@@ -67,8 +68,8 @@ def precision(runtime: Any) -> str:
 
 
 class OfPipeline:
-    """What every runtime has of its pipeline: ``pipe``, which it does not keep alive, and `changed`. ``lock``: a new
-    one after a fork, for the thread that held it is not in the child."""
+    """What every runtime has of its pipeline: ``pipe``, which it does not keep alive, and `refresh`. ``lock``: a new
+    one after a fork, for the thread that held it is not in the child; code: see `own_code`."""
 
     pipe: CoalescerPipeline
     name: str
@@ -82,6 +83,7 @@ class OfPipeline:
         self.lock = threading.RLock()
         self.forked = False
         self.watch: Watch | None = None
+        self.code: dict[str, str] = {}
         _runtimes.add(self)
 
     @property  # type: ignore[no-redef]
@@ -91,24 +93,49 @@ class OfPipeline:
             raise RuntimeError("the pipeline of this runtime is gone: keep the pipeline that was accelerated")
         return found
 
-    def changed(self) -> bool:
-        """Whether the networks are others than at the last call that said so; from now on, others than now."""
+    def refresh(self) -> None:
+        """Take over the pipeline's networks if they are others than at the last call, or have changed since."""
         if self.forked and not self.survives_fork:
             raise ValueError(f"backend {self.name!r} was prepared before a fork, and its threads are not here: accelerate again")
-        networks = self.pipe.unet, self.pipe.vae.decoder
-        if self.watch is not None and not self.watch.changed(*networks):
-            return False
-        self.watch = None
-        for name, network in zip(("unet", "vae.decoder"), networks):
-            check_finite(network, name)
-            if not self.runs_own_code and (what := foreign(network)):
-                raise ValueError(f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline")
-        self.watch = Watch(*networks)
-        return True
+        with self.lock:
+            pipe = self.pipe
+            networks = pipe.unet, pipe.vae.decoder, pipe.description_encoder
+            code = own_code(pipe)
+            if self.watch is not None and not self.watch.changed(*networks) and code == self.code:
+                return
+            self.watch = None  # until all of it is taken over
+            for name, network in zip(("unet", "vae.decoder", "description_encoder"), networks):
+                check_finite(network, name)
+                if not self.runs_own_code and name != "description_encoder" and (what := foreign(network)):
+                    raise ValueError(f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline")
+            if code and not self.runs_own_code:
+                what = "; ".join(code.values())
+                raise ValueError(f"backend {self.name!r} cannot run the pipeline: {what}; remove it, or restore the pipeline")
+            watch, self.code = Watch(*networks), code
+            self.take_over()
+            self.watch = watch
+
+    def take_over(self) -> None:
+        """Prepare for the networks as they are, which are not those that were prepared for. Raises ValueError if they cannot run."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Take the networks as changed, whatever they look like."""
         self.watch = None
+
+
+def own_code(pipe: CoalescerPipeline) -> dict[str, str]:
+    """Of what a runtime does in the pipeline's place, by part, what has been given code of the user's, in words."""
+    from ..pipeline import CoalescerPipeline
+
+    found = {}
+    for part, method in (("conditioning", "condition"), ("unet", "evaluate"), ("decoder", "decode")):
+        if getattr(type(pipe), method) is not getattr(CoalescerPipeline, method) or method in pipe.__dict__:
+            found[part] = f"{method} of the pipeline is another"
+    vae = pipe.vae
+    if getattr(type(vae), "decode", None) is not CoalescerAutoencoder.decode or "decode" in vae.__dict__:
+        found["decoder"] = "decode of vae is another"
+    return found
 
 
 _runtimes: weakref.WeakSet[OfPipeline] = weakref.WeakSet()

@@ -28,8 +28,8 @@ CALIBRATION = 32  # prompts that 8-bit ranges are found with
 VOCABULARY = ("a red apple", "a dog", "a house by the sea", "a smiling face", "a blue car", "a tree", "two people", "a musical instrument")
 MOST_PROGRAMS = 32
 MOST_BYTES = 2 << 30  # of memory that programs keep; the last one used is kept whatever it has
-# classes of other packages are not copied: what they do to their weights is theirs
-STOCK = ("coalescer_fast.", "torch.nn.modules.", "diffusers.models.")
+# whose classes do nothing but compute with their parameters; what others do, a program cannot know
+KNOWN = ("coalescer_fast.", "torch.nn.modules.", "diffusers.models.", "peft.tuners.lora.")
 
 
 def native_bfloat16() -> bool:
@@ -72,47 +72,39 @@ class CpuRuntime(OfPipeline):
         self.observing = False
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take over the pipeline's networks if they are not what the programs were made of."""
-        with self.lock:
-            if not self.changed():
-                return
-            self.weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
-            self.programs: OrderedDict[Any, Program] = OrderedDict()
-            # why a network cannot run as a program; those whose own code has to run
-            self.refused: dict[str, str] = {}
-            self.own: set[str] = set()
-            self.hollow: dict[str, Hollow] = {}
-            self.plain: dict[str, Any] = {}
-            self.ranges: dict[tuple[int, int], dict[int, Range]] = {}  # by the size of R
-            self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
-            self.empty: Conditioning | None = None
-            for name, network in self._networks().items():
-                if what := foreign(network):
-                    self._refuse(name, what, own=True)
-                elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
-                    self._refuse(name, reason)
-            if self.quantised:
-                size = self.pipe.unet.config.sample_size
-                try:
-                    self._calibrate((size, size))
-                except BaseException:
-                    self.forget()
-                    raise
+    def take_over(self) -> None:
+        """Forget what was prepared; with 8 bits, find the ranges anew."""
+        self.weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
+        self.programs: OrderedDict[Any, Program] = OrderedDict()
+        # why a network cannot run as a program; those whose own code has to run
+        self.refused: dict[str, str] = {}
+        self.own: set[str] = set()
+        self.hollow: dict[str, Hollow] = {}
+        self.plain: dict[str, Any] = {}
+        self.ranges: dict[tuple[int, int], dict[int, Range]] = {}  # by the size of R
+        self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
+        self.empty: Conditioning | None = None
+        for name, network in self._networks().items():
+            if what := self.code.get(name) or foreign(network) or others(network):
+                self.refused[name] = what
+                self.own.add(name)
+            elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
+                self.refused[name] = reason
+        if self.quantised:
+            size = self.pipe.unet.config.sample_size
+            self._calibrate((size, size))
 
     def _networks(self) -> dict[str, nn.Module]:
         return {"unet": self.pipe.unet, "decoder": self.pipe.vae.decoder, "conditioning": self.pipe.unet}
-
-    def _refuse(self, name: str, reason: str, own: bool = False) -> None:
-        self.refused[name] = reason
-        if own or not all(type(module).__module__.startswith(STOCK) for module in self._networks()[name].modules()):
-            self.own.add(name)
 
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone, in float32; of the empty description, it is computed once."""
         with self.lock:
             if texts == [""] and self.empty is not None:
                 return self.empty
+            if "conditioning" in self.own:
+                with quiet_torch():
+                    return self.pipe.condition(texts, device)
             found = self.conditioning(self.pipe.describe(texts, device))
             if texts == [""]:
                 self.empty = found
@@ -153,7 +145,7 @@ class CpuRuntime(OfPipeline):
             return results[0], results[1]
         with quiet_torch():
             if "unet" in self.own:
-                direction, distance = self.pipe.unet(sample, conditioning, return_dict=False)
+                direction, distance = self.pipe.evaluate(sample, conditioning)
                 return direction.float(), distance.float()
             x, unet = sample.contiguous(memory_format=torch.channels_last), self._plain("unet", self.pipe.unet)
             return unet(x, conditioning.rounded(self.dtype), return_dict=False)
@@ -197,7 +189,7 @@ class CpuRuntime(OfPipeline):
                     ranges = self.ranges.get(tuple(x.shape[2:])) if name == "unet" and not self.observing else None  # type: ignore[arg-type]
                     found = counted(Program(recorder, outputs, self.weights[dtype], threads, ranges, self.observing))
                 except Unsupported as reason:
-                    self._refuse(name, str(reason))
+                    self.refused[name] = str(reason)
                     return None
                 self.programs[key] = found
                 while len(self.programs) > 1 and (
@@ -265,6 +257,15 @@ class CpuRuntime(OfPipeline):
             able, reason = ops.backends(op)[backend]
             rows.append({"part": op, "runs on": backend, "because": "it can run" if able else reason})
         return rows
+
+
+def others(network: nn.Module) -> str:
+    """A layer of a class that is not of `KNOWN`, in words, or ""."""
+    for name, module in network.named_modules():
+        kind = type(module)
+        if not kind.__module__.startswith(KNOWN):
+            return f"{name or 'it'} is a {kind.__module__}.{kind.__qualname__}"
+    return ""
 
 
 class Given:

@@ -82,16 +82,13 @@ class CudaRuntime(OfPipeline):
         self.backend, self.dtype, self.device = backend, dtype, pipe.device
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take over the pipeline's weights if they are not those that the copies were made of; graphs hold the copies' addresses."""
-        with self.lock:
-            if not self.changed():
-                return
-            self.unet = channels_last_copy(self.pipe.unet, self.dtype)
-            self.unet.set_backend(self.backend)
-            self.decoder = channels_last_copy(self.pipe.vae.decoder, self.dtype)
-            self.empty: Conditioning | None = None
-            self.release()
+    def take_over(self) -> None:
+        """Copy the networks anew; graphs hold the copies' addresses."""
+        self.unet = channels_last_copy(self.pipe.unet, self.dtype)
+        self.unet.set_backend(self.backend)
+        self.decoder = channels_last_copy(self.pipe.vae.decoder, self.dtype)
+        self.empty: Conditioning | None = None
+        self.release()
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:

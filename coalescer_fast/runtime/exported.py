@@ -60,15 +60,11 @@ class ExportedRuntime(OfPipeline):
         precision = max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)
         self.dtype, self.quantised = DTYPES[precision], precision == "int8"
 
-    def refresh(self) -> None:
+    def take_over(self) -> None:
         """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
         hooks and patches, which no graph has."""
-        with self.lock:
-            if self.changed():
-                self.watch, watch = None, self.watch  # until they have been checked
-                for each in self.artefacts.values():
-                    each.check_weights(self.pipe)
-                self.watch = watch
+        for each in self.artefacts.values():
+            each.check_weights(self.pipe)
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Described:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import ops  # noqa: F401 (registers the ops)
 
@@ -135,6 +136,21 @@ class Recorder(TorchDispatchMode):
         order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
         if not order.is_contiguous() or order.shape[-1] != value.channels or order.numel() != value.count:
             raise Unsupported(f"it computes with a part of a tensor of shape {tuple(tensor.shape)}")
+        if tensor.ndim == 4 and order.shape[:3] != (value.n, value.height, value.width):
+            raise Unsupported(f"it reshapes an image to {tuple(tensor.shape)}")
+        return value
+
+    def image(self, tensor: Tensor) -> Value:
+        """`whole` of (N, C, H, W)."""
+        if tensor.ndim != 4:
+            raise Unsupported(f"it computes with an image of shape {tuple(tensor.shape)}")
+        return self.whole(tensor)
+
+    def row(self, tensor: Tensor, n: int) -> Value:
+        """`whole` of (n, C)."""
+        value = self.whole(tensor)
+        if tensor.ndim != 2 or value.n != n or value.count != n * value.channels:
+            raise Unsupported(f"it scales or shifts by a tensor of shape {tuple(tensor.shape)}")
         return value
 
     def real(self, parameter: Tensor | None) -> Tensor | None:
@@ -155,6 +171,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable and func not in HANDLERS and self._known(args, kwargs):
+            raise Unsupported(f"there is no step for {func}")
         if handler := HANDLERS.get(func):
             if isinstance(result, Tensor) and result.ndim == 4 and not func._schema.is_mutable:
                 result = torch.empty_like(result, memory_format=torch.channels_last)  # as the steps will have it
@@ -166,14 +184,17 @@ class Recorder(TorchDispatchMode):
             if key not in self.values and key not in self.parameters:
                 self.alive.append(result)
                 self.unknown[key] = str(func)
-            elif func._schema.is_mutable:
-                raise Unsupported(f"there is no step for {func}")
         return result
+
+    def _known(self, *arguments: Any) -> bool:
+        """Whether a value or a parameter is among the arguments."""
+        keys = (leaf.untyped_storage()._cdata for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        return any(key in self.values or key in self.parameters for key in keys)
 
     # What has a step. Every function is given the result, on no device, and the arguments.
 
     def convolution(self, y: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, **rest: Any) -> None:
-        kernel, real, source = tuple(weight.shape[2:]), self.real(weight), self.whole(input)
+        kernel, real, source = tuple(weight.shape[2:]), self.real(weight), self.image(input)
         plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
         if rest != plain or kernel not in ((1, 1), (3, 3)) or list(padding) != [kernel[0] // 2] * 2 or stride[0] != stride[1]:
             raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
@@ -194,8 +215,9 @@ class Recorder(TorchDispatchMode):
 
     def group_norm_silu(self, y: Tensor, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, **rest: Any) -> None:
         rest |= {name: self.real(rest[name]) for name in ("weight", "bias", "pre_bias")}
-        reads = [None if t is None else self.whole(t) for t in (x, skip, scale, shift)]
-        source: Any = reads[0]
+        source = self.image(x)
+        reads = [source, None if skip is None else self.image(skip)]
+        reads += [None if t is None else self.row(t, source.n) for t in (scale, shift)]
         value = Value(source.n, source.height, source.width, y.shape[1])
         self.add(Step(GROUP_NORM_SILU, value, reads, rest))
         self._know(y, value)
@@ -210,6 +232,9 @@ class Recorder(TorchDispatchMode):
         if sign * alpha != 1 or self_.shape != other.shape:
             raise Unsupported("it has an addition of other than two images")
         one, two = self.whole(self_), self.whole(other)
+        if one is two:
+            self._pointwise(y, self_, scale=2)
+            return
         order = {id(step): n for n, step in enumerate(self.steps)}
         if order.get(id(one.step), -1) < order.get(id(two.step), -1):
             one, two = two, one
@@ -292,10 +317,10 @@ class Recorder(TorchDispatchMode):
     def concatenate(self, y: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
         if dim != 1 or len(tensors) != 2:
             raise Unsupported("it concatenates other than two images along their channels")
-        self._gather(y, [self.whole(t) for t in tensors], 1)
+        self._gather(y, [self.image(t) for t in tensors], 1)
 
     def upsample(self, y: Tensor, self_: Tensor, output_size: Any, scales_h: Any, scales_w: Any) -> None:
-        source = self.whole(self_)
+        source = self.image(self_)
         factor = y.shape[2] // source.height
         if tuple(y.shape[2:]) != (source.height * factor, source.width * factor):
             raise Unsupported("it resizes by other than a whole number")
@@ -316,6 +341,8 @@ class Recorder(TorchDispatchMode):
         attributes: dict[str, Any] = {"heads": heads, "length": length, "k_length": k.shape[2], "width": width}
         attributes |= {name: (t.storage_offset(), *t.stride()[:3]) for name, t in zip("qkv", (q, k, v))}
         source = self.value(q)
+        if (source.n, source.height * source.width) != (n, length):
+            raise Unsupported("it attends to images that are reshaped")
         value = Value(n, source.height, source.width, heads * width)
         self.add(Step(ATTENTION, value, [source, self.value(k), self.value(v), mask], attributes))
         return self._know(torch.empty((n, length, heads, width), dtype=torch.float32, device="meta"), value).transpose(1, 2)
@@ -353,7 +380,7 @@ class Recorder(TorchDispatchMode):
     def dual_head(self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any) -> None:
         names = ("direction_weight", "direction_bias", "distance_weight", "distance_bias")
         attributes = {name: self.real(rest[name]) for name in names}
-        reads = [None if t is None else self.whole(t) for t in (h, sample, anchor)]
+        reads = [None if t is None else self.image(t) for t in (h, sample, anchor)]
         values = []
         for tensor in y:
             n, channels, height, width = (*tensor.shape, 1, 1, 1)[:4]
@@ -413,7 +440,8 @@ class Hollow:
         for p in network.parameters():
             dtype = torch.float32 if p.is_floating_point() else p.dtype
             memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta"), requires_grad=False)
-            self.parameters[memo[id(p)]] = p
+            # a lazy negation has no memory of its own
+            self.parameters[memo[id(p)]] = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(p.detach()) if p.is_neg() else p
         try:
             self.twin = copy.deepcopy(network, memo).eval()
         except Exception as error:  # of whatever has been put into it

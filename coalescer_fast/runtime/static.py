@@ -98,13 +98,10 @@ class StaticRuntime(OfPipeline):
         self.bound: dict[tuple[int, torch.Size], Call] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Drop what was prepared of networks that have changed since."""
-        with self.lock:
-            if not self.changed():
-                return
-            self.networks.clear()
-            self.bound.clear()
+    def take_over(self) -> None:
+        """Drop what was prepared."""
+        self.networks.clear()
+        self.bound.clear()
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:

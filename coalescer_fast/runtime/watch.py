@@ -6,6 +6,7 @@ import ctypes
 import operator
 from collections.abc import Callable, Iterator
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,20 +16,22 @@ from torch.nn.modules import module as torch_module
 from ..ops import library
 
 # Of a tensor's bytes, all are looked at up to WHOLE, else SAMPLES words of 8 bytes at equal distances.
-WHOLE, SAMPLES = 2048, 16
+WHOLE, SAMPLES = 2048, 32
+_forward = operator.attrgetter("forward")
 STANDARD = frozenset(nn.Module().__dict__)  # what every module has
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _version = operator.attrgetter("_version")
-_forward = operator.attrgetter("forward")
 
 
 class Watch:
     """Tells a change of networks since it was made: cheap enough to be asked before every call.
 
     Seen: other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or
-    hooks; a patched ``forward``; every write that torch counts. Of writes that it does not count (through ``.data`` or
-    numpy, on a CPU): any change of a tensor of up to `WHOLE` bytes, and a change at one of `SAMPLES` places of a larger
-    one. `coalescer_fast.refresh` is for the others.
+    hooks; a patched ``forward``; every write that torch counts. Of writes that it does not count (through ``.data``, by
+    numpy or a fused optimiser, on a CPU): any change of a tensor of up to `WHOLE` bytes, and a change at one of
+    `SAMPLES` places of a larger one. `coalescer_fast.refresh` is for the others.
     """
 
     def __init__(self, *networks: nn.Module):
@@ -38,11 +41,16 @@ class Watch:
         registries = [module.__dict__[name] for module in modules for name in REGISTRIES]
         self._empty = [each for each in registries if not each]
         self._filled = [each for each in registries if each]
-        self._attributes = [module.__dict__ for module in modules] + [each for module in modules for each in _containers(module)]
+        own = list(chain.from_iterable(map(_within, modules)))
+        self._attributes = [module.__dict__ for module in modules] + [each for each in own if not isinstance(each, Tensor)]
         self._tensors = [t for network in networks for t in chain(network.parameters(), network.buffers())]
+        self._tensors += [each for each in own if isinstance(each, Tensor)]
         # inference tensors count no writes
         self._counting = [t for t in self._tensors if not t.is_inference()]
         self._types = list({type(module): None for module in modules})
+        # of classes of packages, the forward alone is looked at, which is all that one patches
+        self._own_types = [each for each in self._types if not each.__module__.startswith(("torch.", "diffusers.", "coalescer_fast."))]
+        self._seen_types = [dict(vars(each)) for each in self._own_types]
         self._seen_attributes = [each.copy() for each in self._attributes]
         self._seen = self._state()
         self._content = _Content(self._tensors)
@@ -53,6 +61,7 @@ class Watch:
             list(chain.from_iterable(map(dict.values, self._filled))),
             list(map(type, self._modules)),
             list(map(_forward, self._types)),
+            [len(torch_module._global_forward_hooks), len(torch_module._global_forward_pre_hooks)],
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(_version, self._counting)),
         ]
@@ -65,21 +74,37 @@ class Watch:
             # what is the same object is equal without being compared
             if not all(map(operator.eq, self._attributes, self._seen_attributes)) or self._state() != self._seen:
                 return True
+            if not all(map(operator.eq, map(vars, self._own_types), self._seen_types)):
+                return True
         except Exception:  # of tensors, arrays and other objects that do not compare to a truth value
             return True
         return self._content.changed()  # last, for it reads where the tensors were
 
 
-def _containers(module: nn.Module) -> Iterator[Any]:
-    """Dicts and lists among a module's own attributes, such as an adapter's scales."""
-    return (value for name, value in module.__dict__.items() if name not in STANDARD and type(value) in (dict, list, set))
+def _within(module: nn.Module) -> Iterator[Any]:
+    """The dicts, lists and sets among a module's own attributes, such as an adapter's scales, the attributes of plain objects, and tensors
+    that are no parameters, also within each other."""
+    found: dict[int, Any] = {}
+    todo = [value for name, value in module.__dict__.items() if name not in STANDARD]
+    while todo:
+        value = todo.pop()
+        if id(value) in found or isinstance(value, (nn.Module, type)):
+            continue
+        if isinstance(value, SimpleNamespace):
+            todo.append(vars(value))
+        elif type(value) in (dict, list, set, tuple):
+            todo += value.values() if isinstance(value, dict) else value
+        if type(value) in (dict, list, set) or isinstance(value, Tensor):
+            found[id(value)] = value
+            yield value
 
 
 class _Content:
     """What lies in tensors on the CPU, by a hash of parts of it."""
 
     def __init__(self, tensors: list[Tensor]):
-        spans = [(t.data_ptr(), _extent(t)) for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel()]
+        here = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel() and t.data_ptr()]
+        spans = [(t.data_ptr(), _extent(t)) for t in here]
         self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
         self.seen = self.hash()
 
@@ -128,4 +153,11 @@ def foreign(network: nn.Module) -> str:
             return f"{where} has a forward hook"
         if "forward" in module.__dict__:
             return f"the forward of {where} is patched"
+        if module.training and isinstance(module, STOCHASTIC):
+            return f"{where} is in training mode"
+        for key, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided):
+                return f"{where}.{key} is a {type(tensor).__name__} of {tensor.layout}"
+            if tensor is not None and tensor.is_meta:
+                return f"{where}.{key} has no data, on device meta"
     return ""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.runtime.recorder import ATTENTION, CONVOLUTION, GROUP_NORM_SILU, Hollow, Recorder, Unsupported, record
+from coalescer_fast.runtime.recorder import ATTENTION, CONVOLUTION, GROUP_NORM_SILU, POINTWISE, Hollow, Recorder, Unsupported, record
 
 
 class Function(nn.Module):
@@ -33,7 +33,9 @@ def recorded(network: nn.Module) -> Recorder:
         (lambda m, x: m.conv(x).add_(1), {}, "there is no step for aten.add_.Tensor"),
         (lambda m, x: m.conv(x.clone()), {}, "there is no step for aten.clone.default"),
         (lambda m, x: m.conv(x) + x[:, :1], {}, "it has an addition of other than two images"),
-        (lambda m, x: x + x, {}, "it adds to something other than a convolution's output"),
+        (lambda m, x: x.abs() + x, {}, "there is no step for aten.abs"),
+        (lambda m, x: m.conv(x.reshape(2, 4, 36, 1)).reshape(2, 4, 6, 6), {}, "it reshapes an image to (2, 4, 36, 1)"),
+        (lambda m, x: torch._foreach_mul_([h := m.conv(x)], 2.0) or h, {}, "there is no step for aten._foreach_mul_"),
         (lambda m, x: x.relu(), {}, "it has a ReLU of something other than a convolution's output"),
         (lambda m, x: [h := m.conv(x), m.conv(h)][0], {}, "it gives something that it also computes with"),
         (lambda m, x: m.conv(torch.cat([x[:, :2], x], 1)), {}, "it computes with a part of a tensor of shape (2, 2, 6, 6)"),
@@ -76,6 +78,13 @@ def test_joins():
     assert first.attributes["relu"] == second.attributes["relu"] == 1
     assert first.reads[1] is None
     assert second.reads == [first.y, first.reads[0]]
+
+
+def test_a_value_added_to_itself_is_twice_it():
+    steps = recorded(Function(lambda m, x: (h := m.conv(x)) + h)).steps
+    assert [step.kind for step in steps] == [CONVOLUTION, POINTWISE]
+    assert steps[1].attributes["x_scale"] == 2
+    assert steps[0].reads == [steps[0].reads[0], None]
 
 
 def test_a_network_is_recorded_without_data_and_left_as_it_is():

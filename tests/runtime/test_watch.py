@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,18 @@ def unet(request, monkeypatch):
         pytest.skip(library.unavailable())
     torch.manual_seed(0)
     return CoalescerUNet(anchor="mlp", anchor_hidden_dim=40, **SMALL)
+
+
+class Handles:
+    def __init__(self):
+        self.all = []
+
+    def append(self, handle):
+        self.all.append(handle)
+
+    def remove(self):
+        for handle in self.all:
+            handle.remove()
 
 
 def scaled(unet):
@@ -65,6 +79,12 @@ CHANGES = {
     "a patched forward": lambda unet: setattr(unet.conv_in, "forward", lambda x: x),
     "a class": lambda unet: setattr(unet.conv_in, "__class__", type("Other", (type(unet.conv_in),), {})),
     "an adapter's scale": lambda unet: unet.scaling.update(default=0.5),
+    "a plain tensor": lambda unet: unet.mid[0].plain.fill_(2),
+    "a tensor in a list": lambda unet: unet.mid[0].listed[0].fill_(2),
+    "a nested dict": lambda unet: unet.mid[0].nested["a"]["b"].append(3),
+    "an attribute of a namespace": lambda unet: setattr(unet.mid[0].space, "gain", 2),
+    "an attribute of a class": lambda unet: setattr(type(unet.mid[0].mine), "gain", 2),
+    "a hook of all modules": lambda unet: unet.handles.append(register_module_forward_hook(lambda *args: None)),
     "a parameter more": lambda unet: unet.null.__class__ and unet.register_parameter("more", nn.Parameter(torch.ones(3))),
     "a parameter on a leaf without any": lambda unet: unet.embedding[1].register_buffer("more", torch.ones(3)),
 }
@@ -72,15 +92,21 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(unet, change):
-    unet.scaling = {"default": 1.0}
+    unet.scaling, unet.handles = {"default": 1.0}, Handles()
+    block = unet.mid[0]
+    block.plain, block.listed, block.nested = torch.ones(3000), (torch.ones(3000),), {"a": {"b": [1, 2]}}
+    block.space, block.mine = SimpleNamespace(gain=1), type("Mine", (nn.Module,), {"gain": 1})()
     seen = Watch(unet)
     assert not seen.changed(unet)
     with torch.no_grad():
         unet(torch.ones(1, 16, 8, 8), torch.ones(1, 12))
     assert not seen.changed(unet)  # using it is no change
     CHANGES[change](unet)
-    assert seen.changed(unet)
-    assert not Watch(unet).changed(unet)
+    try:
+        assert seen.changed(unet)
+        assert not Watch(unet).changed(unet)
+    finally:
+        unet.handles.remove()
 
 
 def test_another_network_is_a_change(unet):
