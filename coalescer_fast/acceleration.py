@@ -137,6 +137,9 @@ def accelerate(
     Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here, and for an
         artefact that is damaged or of another model.
     """
+    check_pipeline(pipe)
+    if artefact is not None and not isinstance(artefact, (str, Path)):
+        raise TypeError(f"artefact is {artefact!r:.80}; expected the name of a folder")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
     if artefact is not None:
@@ -186,6 +189,7 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
 
 def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
     """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
+    check_pipeline(pipe)
     pipe.runtime = pipe.recipe = None
     return pipe
 
@@ -220,14 +224,23 @@ def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: A
 
 
 def explain(pipe: CoalescerPipeline) -> str:
-    """A table of what runs each part of an accelerated pipeline, and why. Raises ValueError if it is not accelerated."""
-    rows = accelerated(pipe).explain()
+    """A table of what runs each part of a pipeline, and why."""
+    check_pipeline(pipe)
+    plain = [{"part": "all", "runs on": "reference", "because": "the pipeline is not accelerated"}]
+    rows = plain if pipe.runtime is None else pipe.runtime.explain()
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
+def check_pipeline(pipe: object) -> None:
+    """Raise TypeError for anything but a pipeline."""
+    if not hasattr(type(pipe), "runtime"):
+        raise TypeError(f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained")
+
+
 def accelerated(pipe: CoalescerPipeline) -> Runtime:
+    check_pipeline(pipe)
     if pipe.runtime is None:
         raise ValueError("the pipeline is not accelerated: call coalescer_fast.accelerate(pipe) first")
     return pipe.runtime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -177,6 +178,12 @@ def sample(args: argparse.Namespace) -> None:
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"no picture format goes by the name of {out}: let the output end in .png")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[out.suffix.lower()])
+    except Exception as error:  # of every format its own
+        raise ValueError(f"{out} is of a format without colours, or that Pillow cannot write: let the output end in .png") from error
+    if args.receipt is not None and args.receipt.absolute() == out.absolute():
+        raise ValueError(f"--receipt is {args.receipt}, the picture's file: give it another name")
     for path in (out, *([] if args.receipt is None else [args.receipt])):
         check_writable(path)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed

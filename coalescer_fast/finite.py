@@ -7,13 +7,22 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .ops.checks import floating
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, as integers never do and a tensor without data does not yet."""
-    if not tensor.is_floating_point() or tensor.is_meta:
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         return True
     found = tensor.detach()
     return bool(torch.isfinite(found if found.element_size() > 1 else found.float()).all())  # 8-bit floats lack the test
+
+
+def check_readable(name: str, tensor: object) -> None:
+    """Raise TypeError or ValueError unless it is a dense floating-point tensor with data, of 16 bits or more."""
+    floating(name, tensor)  # type: ignore[arg-type]
+    if tensor.is_meta:  # type: ignore[attr-defined]
+        raise ValueError(f"{name} is on device meta, without data; expected a tensor with data")
 
 
 def check_finite(module: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .acceleration import check_pipeline
 from .models.unet import Conditioning
 from .ops import library
 from .ops.dispatch import BACKENDS
@@ -134,7 +135,7 @@ def verify(
     - the pictures of two ordinary calls: PSNR ``-10 log10 mean (x - x_ref)^2``, x in [0, 1].
 
     Args:
-        pipe: a `CoalescerPipeline` after `accelerate`. It is used as it is, and left so.
+        pipe: a `CoalescerPipeline` after `accelerate`. It is used as it is, and left so; no other thread may call it meanwhile.
         prompts: descriptions, or how many names to draw from those that the model was trained on (all, if it has fewer); 16 if None.
         num_images: pictures a prompt.
         seed: of the noise and of the choice of names.
@@ -144,6 +145,7 @@ def verify(
 
     Raises: ValueError for a pipeline that is not accelerated, and for arguments other than these.
     """
+    check_pipeline(pipe)
     runtime = pipe.runtime
     if runtime is None:
         raise ValueError("the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first")
@@ -208,6 +210,7 @@ def receipt(
     and ``pixels`` (8-bit RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``,
     ``negative_prompt``, ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel runs) as they are.
     """
+    check_pipeline(pipe)
     if isinstance(images, Tensor):  # rounded as PIL pictures are
         images = images.detach().cpu().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
         pictures = [each.numpy().tobytes() for each in images.contiguous()]

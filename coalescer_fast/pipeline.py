@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from . import folders, prompts, sampling
-from .finite import check_finite, first_not_finite, is_finite
+from .finite import check_finite, check_readable, first_not_finite, is_finite
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .nvtx_ranges import span
@@ -432,14 +432,17 @@ class CoalescerPipeline(DiffusionPipeline):
         device = self._execution_device if runtime is None else runtime.device
         if latents is None:
             for one in generator if isinstance(generator, list) else [generator]:
-                if not isinstance(one, (torch.Generator, type(None))):
+                if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
                     raise TypeError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture")
+                if one is not None and one.device.type == "meta":
+                    raise ValueError("generator is on device meta, which draws nothing; expected one on the CPU")
             if isinstance(generator, list) and len(generator) != batch_size:
                 raise ValueError(f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures")
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
             kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise TypeError(f"latents is {kind}; expected a floating-point tensor")
+        check_readable("latents", latents)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
         if not latents.abs().amax() <= LARGEST:  # not a number is neither more nor less
@@ -463,17 +466,18 @@ class CoalescerPipeline(DiffusionPipeline):
         if runtime is None:
             return self
         here, there = self.unet.null.device, runtime.device  # not self.device, which takes longer than a small network
-        if here != there:
+        if here != there and not hasattr(self.unet, "_hf_hook"):  # which has offloaded weights where they run
             raise ValueError(f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it")
         runtime.refresh()
         return runtime
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the runtime, which belongs to this process: a copy makes its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "runtime"}
+        """All but the runtime, which belongs to this process, and the calls that are running: a copy has its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("runtime", "_running", "_last_call")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._running = {}
         if self.recipe is not None:
             from .acceleration import accelerate
 
@@ -550,6 +554,7 @@ def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch
         raise ValueError(
             f"{name} returned latents of shape {tuple(new.shape)} on {new.device}; expected {tuple(latents.shape)} on {latents.device}"
         )
+    check_readable(f"{name} returned latents, which", new)
     if largest is not None and not new.abs().amax() <= largest:
         raise ValueError(f"{name} returned latents with numbers that are not finite or beyond {largest:g}")
     return new.to(torch.float32)
@@ -557,11 +562,14 @@ def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch
 
 def _local(name: str) -> Path | None:
     """The folder that is meant, or None for a Hub id. Raises ValueError for a name that can be neither."""
-    if (WEIGHTS / name / folders.INDEX).is_file() and name in embedded_models():
+    if name in embedded_models():
         return WEIGHTS / name
     folder = Path(name)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"there is no model {name!r:.80}: {(error.strerror or str(error)).lower()}") from error
     if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
         known = ", ".join(embedded_models())
         raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")

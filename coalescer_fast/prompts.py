@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from .finite import check_readable
 from .models import DescriptionEncoder
 from .scheduler import LARGEST
+
+MOST_PICTURES = 2**16  # of a prompt in a call
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +135,8 @@ def check_count(num_images_per_prompt: Any) -> None:
         or num_images_per_prompt < 1
     ):
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
+    if num_images_per_prompt > MOST_PICTURES:
+        raise ValueError(f"num_images_per_prompt is more than {MOST_PICTURES:,}, which are held in memory at once: make several calls")
 
 
 def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
@@ -145,5 +150,6 @@ def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
     ):
         expected = ", ".join("N" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({expected})")
+    check_readable(name, given)
     if not given.abs().amax() <= LARGEST:
         raise ValueError(f"{name} holds numbers that are not finite or beyond {LARGEST:g}; expected vectors of RMS 1")

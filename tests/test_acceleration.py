@@ -262,9 +262,15 @@ def test_the_empty_description_is_prepared_once_for_its_weights(pipe):
     assert not torch.equal(pipe.runtime.condition([""], pipe.device).film[0][0], first.film[0][0])
 
 
+@pytest.mark.parametrize("call", [cf.accelerate, cf.explain, cf.refresh, cf.restore, cf.warmup, cf.verify])
+@pytest.mark.parametrize("what", [None, 3, torch.nn.Linear(1, 1)])
+def test_what_is_no_pipeline(call, what):
+    with pytest.raises(TypeError, match=rf"^pipe is a {type(what).__name__}; expected a CoalescerPipeline"):
+        call(what)
+
+
 def test_explain_says_what_runs_and_why(pipe):
-    with pytest.raises(ValueError, match=r"the pipeline is not accelerated: call coalescer_fast.accelerate\(pipe\) first"):
-        cf.explain(pipe)
+    assert re.search(r"\nall +reference +the pipeline is not accelerated$", cf.explain(pipe))
     with pytest.raises(ValueError, match="the pipeline is not accelerated"):
         cf.warmup(pipe)
     lines = cf.explain(cf.accelerate(pipe)).splitlines()

@@ -67,6 +67,8 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
         self, x: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Pictures, about in [-1, 1], of standardised latents; ``generator`` is accepted for diffusers' sake and unused."""
+        if isinstance(self.decoder, DecoderTiny) and (x.ndim != 4 or x.shape[1] != self.config.latent_channels):
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config.latent_channels}, H, W)")
         sample = F.pixel_shuffle(self.decoder(x), self.patch_size)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

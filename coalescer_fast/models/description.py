@@ -103,7 +103,10 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         Emoji are read as their names, commas and semicolons only separate, unknown pieces are left out.
         """
         derived = self._derived
-        return list(derived.remembered(derived.ids, text, lambda: [i for i in self._encode(text).ids if i not in derived.special_ids]))
+        found = derived.remembered(
+            derived.ids, text, lambda: [i for i in self._encode(text).ids if i not in derived.special_ids]
+        )
+        return [*found]
 
     def words(self, text: str) -> dict[str, bool]:
         """The words of a description, in order and as the tokenizer has them, and whether each is known.
@@ -113,7 +116,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         token is an unknown one.
         """
         derived = self._derived
-        return dict(derived.remembered(derived.words, text, lambda: self._words(text)))
+        found = derived.remembered(derived.words, text, lambda: self._words(text))
+        return {**found}
 
     def _words(self, text: str) -> dict[str, bool]:
         encoding, spelled = self._encode(text), spell(text)

@@ -413,6 +413,10 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                     h = module(h if skips is None else F.interpolate(h, scale_factor=2.0, mode="nearest"))
             return h
 
+        config = self.config
+        if sample.ndim != 4 or sample.shape[1] != config.latent_channels or any(side % self.downsampling for side in sample.shape[2:]):
+            expected = f"(N, {config.latent_channels}, H, W), H and W multiples of {self.downsampling}"
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; expected {expected}")
         x = sample.to(self.null.dtype)
         h = self.conv_in(x if conditioning.anchor is None else torch.cat([x, conditioning.anchor.to(x.dtype)], 1))
         skips = [h]

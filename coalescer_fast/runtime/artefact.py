@@ -237,12 +237,12 @@ class Artefact:
                 if name not in self.manifest.files:
                     raise ValueError(f"{self.graph} reads {name!r:.80}, for which its manifest does not vouch: {self.mend}")
 
-    def check_ports(self, inputs: Sequence[tuple[str, int]], outputs: Sequence[tuple[str, int]]) -> None:
-        """Raise ValueError unless the graph's inputs and outputs, as (name, number of dimensions), are the manifest's."""
+    def check_ports(self, inputs: Sequence[tuple[str, str, int]], outputs: Sequence[tuple[str, str, int]]) -> None:
+        """Raise ValueError unless the graph's inputs and outputs, as (name, dtype, number of dimensions), are the manifest's."""
         m = self.manifest
         for what, ports, found in (("inputs", m.inputs, inputs), ("outputs", m.outputs, outputs)):
-            if [(port.name, len(port.shape)) for port in ports] != list(found):
-                said = ", ".join(name for name, _ in found)
+            if [(port.name, port.dtype, len(port.shape)) for port in ports] != list(found):
+                said = ", ".join(f"{name}, {dtype}" for name, dtype, _ in found)
                 raise ValueError(f"{self.graph} has other {what} ({said:.200}) than its manifest says: {self.mend}")
 
     def check_weights(self, pipe: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,7 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     except Exception as error:  # ONNX Runtime has its own classes
         reason = " ".join(str(error).split())
         raise ValueError(f"ONNX Runtime cannot load {artefact.graph} ({reason:.200}): {artefact.mend}") from error
-    ports = ([(port.name, len(port.shape)) for port in each] for each in (opened.get_inputs(), opened.get_outputs()))
+    ports = ([(port.name, _dtype(port.type), len(port.shape)) for port in each] for each in (opened.get_inputs(), opened.get_outputs()))
     artefact.check_ports(*ports)
     names = [port.name for port in artefact.manifest.inputs]
 
@@ -84,6 +85,11 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
         return tuple(torch.from_numpy(y) for y in outputs)
 
     return run
+
+
+def _dtype(kind: str) -> str:
+    """torch's word for ONNX Runtime's: "float32" for "tensor(float)"."""
+    return re.sub(r"^tensor\((.*)\)$", r"\1", kind).replace("float", "float32").replace("float3216", "float16")
 
 
 def onnxruntime(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:

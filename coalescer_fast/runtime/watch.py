@@ -45,15 +45,15 @@ class Watch:
         self._attributes = [module.__dict__ for module in modules] + [each for each in own if not isinstance(each, Tensor)]
         self._tensors = [t for network in networks for t in chain(network.parameters(), network.buffers())]
         self._tensors += [each for each in own if isinstance(each, Tensor)]
-        # inference tensors count no writes
-        self._counting = [t for t in self._tensors if not t.is_inference()]
+        self._content = _Content(self._tensors)
+        # inference tensors count no writes, and of small ones all that they hold is looked at
+        self._counting = [t for t in self._tensors if not (t.is_inference() or id(t) in self._content.whole)]
         self._types = list({type(module): None for module in modules})
         # of classes of packages, the forward alone is looked at, which is all that one patches
         self._own_types = [each for each in self._types if not each.__module__.startswith(("torch.", "diffusers.", "coalescer_fast."))]
         self._seen_types = [dict(vars(each)) for each in self._own_types]
         self._seen_attributes = [each.copy() for each in self._attributes]
         self._seen = self._state()
-        self._content = _Content(self._tensors)
 
     def _state(self) -> list[list[Any]]:
         """All but attributes and content, as lists that are fast to make and to compare."""
@@ -105,6 +105,7 @@ class _Content:
     def __init__(self, tensors: list[Tensor]):
         here = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel() and t.data_ptr()]
         spans = [(t.data_ptr(), _extent(t)) for t in here]
+        self.whole = {id(t) for t, (_, size) in zip(here, spans) if size <= WHOLE}
         self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
         self.seen = self.hash()
 

@@ -43,6 +43,9 @@ class Checkpoint:
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
+        """Raises ValueError for numbers that are not finite, from which no training could go on: the file stays as it was."""
+        for name in ("model", "ema", "optimizer"):
+            _check_finite(getattr(self, name), name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.writing(path) as file:
             torch.save({field.name: getattr(self, field.name) for field in fields(self)}, file)

@@ -172,6 +172,9 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.rate(self.step)
             value, figures = loss(self.model, self.step)
+            if not math.isfinite(value.item()):
+                said = f"the loss of {self.name} is {value.item()} at step {self.step + 1}"
+                raise ValueError(f"{said}: lower learning_rate, or look at the data")
             self.optimizer.zero_grad(set_to_none=True)
             self.accelerator.backward(value)
             if schedule.max_grad_norm:

@@ -21,7 +21,7 @@ from torch import nn
 import coalescer_fast as cf
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import cpu
+from coalescer_fast.runtime import base, cpu
 
 from ..models.test_layers import seeded
 
@@ -87,7 +87,14 @@ def sliced(unet):
                 module._parameters[name] = nn.Parameter(wide[..., 1])
 
 
-@pytest.mark.parametrize("rearrange", [flat, permuted, transposed, channels_last, sliced])
+def negated(unet):
+    for module in unet.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch._neg_view(-p.detach()))
+
+
+@pytest.mark.parametrize("rearrange", [flat, permuted, transposed, channels_last, sliced, negated])
 def test_weights_that_are_views(pipe, rearrange):
     expected = draw(pipe)
     rearrange(pipe.unet)
@@ -231,6 +238,93 @@ def test_refresh_takes_over_what_no_call_can_see(pipe):
     assert_as_the_reference(pipe, 1e-3)
     with pytest.raises(ValueError, match="not accelerated"):
         cf.refresh(cf.restore(pipe))
+
+
+class Gained(nn.Module):
+    """A layer of a user's, with state that nothing can watch."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.state = layer, {"gains": [1.0, [0]]}
+
+    def forward(self, x):
+        self.state["gains"][1][0] += 1  # at every call
+        return self.layer(x) * self.state["gains"][0]
+
+
+def test_layers_of_users_own_classes_are_run_as_they_are(pipe):
+    pipe.unet.conv_in = Gained(pipe.unet.conv_in)
+    cf.accelerate(pipe, dtype="float32")
+    assert "conv_in is a tests.runtime.test_cpu.Gained" in cf.explain(pipe)
+    before = draw(pipe)
+    calls = pipe.unet.conv_in.state["gains"][1][0]
+    assert torch.equal(draw(pipe), before)
+    assert pipe.unet.conv_in.state["gains"][1][0] > calls
+    pipe.unet.conv_in.state["gains"][0] = 2.0
+    assert not torch.allclose(draw(pipe), before, atol=1e-3)
+    assert_as_the_reference(pipe)
+
+
+@pytest.mark.parametrize("whose", ["vae", "pipe", "subclass"])
+def test_another_way_to_decode_is_taken(pipe, whose):
+    cf.accelerate(pipe, dtype="float32")
+    before = draw(pipe)
+    if whose == "vae":
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda x, **kwargs: type(y := decode(x))(sample=0.5 * y.sample)
+    elif whose == "pipe":
+        decode = pipe.decode
+        pipe.decode = lambda x: 0.5 * decode(x)
+    else:
+
+        class Darker(type(pipe.vae)):
+            def decode(self, x, *args, **kwargs):
+                y = super().decode(x)
+                return type(y)(sample=0.5 * y.sample)
+
+        pipe.vae.__class__ = Darker
+    assert not torch.allclose(draw(pipe), before, atol=1e-2)
+    assert "decode of" in cf.explain(pipe)
+    assert_as_the_reference(pipe)
+
+
+def test_training_mode_is_taken(pipe):
+    pipe.unet.conv_in = nn.Sequential(pipe.unet.conv_in, nn.Dropout(0.5)).eval()
+    cf.accelerate(pipe, dtype="float32")
+    before = draw(pipe)
+    pipe.unet.train()
+    assert not torch.equal(draw(pipe), draw(pipe))
+    assert "conv_in.1 is in training mode" in cf.explain(pipe)
+    pipe.unet.eval()
+    assert torch.equal(draw(pipe), before)
+
+
+def test_another_encoder_has_another_empty_description(pipe):
+    cf.accelerate(pipe, dtype="float32")
+    draw(pipe)
+
+    class Loud(type(pipe.description_encoder)):
+        def forward(self, descriptions):
+            return super().forward(descriptions) + 1.0
+
+    pipe.description_encoder.__class__ = Loud
+    assert_as_the_reference(pipe, 1e-3)
+
+
+@pytest.mark.parametrize("interrupted", ["Watch", "Weights"])
+def test_an_interrupted_refresh_is_done_again(pipe, interrupted, monkeypatch):
+    cf.accelerate(pipe, dtype="float32")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(1.5)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base if interrupted == "Watch" else cpu, interrupted, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+    assert_as_the_reference(pipe)
 
 
 def test_numbers_that_are_not_finite_are_refused(pipe):
