@@ -71,7 +71,7 @@ def execute(top: Parser, argv: Sequence[str] | None) -> int:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception's message in one line, with a mend where the message is Python's own, or another library's, and has none."""
+    """An exception's message in one line, with the fix where the message is Python's own, or another library's, and has none."""
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {error.name.partition('.')[0]} is missing: run pip install 'coalescer_fast[all]'"
@@ -178,8 +178,9 @@ def sample(args: argparse.Namespace) -> None:
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"no picture format goes by the name of {out}: let the output end in .png")
+    file = io.BytesIO()
     try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[out.suffix.lower()])
+        Image.new("RGB", (1, 1)).save(file, Image.registered_extensions()[out.suffix.lower()])
     except Exception as error:  # of every format its own
         raise ValueError(f"{out} is of a format without colours, or that Pillow cannot write: let the output end in .png") from error
     if args.receipt is not None and args.receipt.absolute() == out.absolute():

@@ -129,7 +129,7 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an OSError that names the mend unless ``path`` can be written; leaves everything as it is."""
+    """Raise an OSError that names the fix unless ``path`` can be written; leaves everything as it is."""
     with _named(path):
         target = _target(path)
         partial = _partial(target)
@@ -206,10 +206,10 @@ def _named(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        mend = "free some space, or name a file elsewhere"
+        fix = "free some space, or name a file elsewhere"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            mend = "name a file in a folder that exists and is writable"
-        named = type(error)(f"{path} cannot be written ({reason}): {mend}")
+            fix = "name a file in a folder that exists and is writable"
+        named = type(error)(f"{path} cannot be written ({reason}): {fix}")
         named.errno = error.errno
         raise named from error
 

@@ -31,6 +31,7 @@ COMPONENTS: dict[str, type] = {
     "vae": CoalescerAutoencoder,
 }
 NETWORKS = ("unet", "description_encoder", "vae")
+INDEX_END = ".safetensors.index.json"
 INDEX, CHECKSUMS, CODE = "model_index.json", "checksums.json", "pipeline.py"
 # of safetensors' names: what may stand in a file for a tensor that computes, and what must for one of integers
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,6 +55,12 @@ def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
         f"from {module} import {pipeline.__name__}  # noqa: F401\n",
     )
     parts = [folder / name for name in index if (folder / name).is_dir()]
+    for stale in [path for part in parts for path in part.glob(f"*{INDEX_END}")]:
+        # diffusers takes shards away that whole weights replace, and leaves their index, which would be read instead
+        whole = stale.with_name(stale.name.removesuffix(INDEX_END) + ".safetensors")
+        shards = set(read_json(stale).get("weight_map", {}).values())
+        if whole.is_file() and not all((stale.parent / shard).is_file() for shard in shards):
+            stale.unlink()
     saved = [folder / INDEX, folder / CODE, *(path for part in parts for path in part.rglob("*") if path.is_file())]
     sums = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

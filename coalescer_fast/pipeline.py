@@ -166,7 +166,12 @@ class CoalescerPipeline(DiffusionPipeline):
         ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class."""
         if safe_serialization is not True:
             raise ValueError("safe_serialization can only be True: other files of weights would not be loaded")
-        super().save_pretrained(str(save_directory), safe_serialization, *args, **kwargs)
+        try:
+            super().save_pretrained(str(save_directory), safe_serialization, *args, **kwargs)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            said = f"{save_directory} cannot be written ({reason}): save into a folder that can, what is there now may be incomplete"
+            raise OSError(said) from error
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the index of a folder, the last of diffusers' files, and what goes beside it."""

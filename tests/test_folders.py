@@ -184,6 +184,22 @@ def test_variants_and_shards(saved, tmp_path, how):
         assert "is missing" in refused(tmp_path)
 
 
+def test_whole_weights_replace_shards(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert list((tmp_path / "unet").glob("*.index.json"))
+    pipe.save_pretrained(tmp_path)
+    assert not list((tmp_path / "unet").glob("*.index.json"))
+    torch.testing.assert_close(draw(CoalescerPipeline.from_pretrained(tmp_path)), draw(pipe), rtol=0, atol=1e-5)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"file cannot be written \(.*\): save into a folder that can"):
+        tiny_pipeline().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_variant_beside_the_rest(pipe, model):
     CoalescerPipeline.from_pretrained(model, dtype=torch.float16).save_pretrained(model, variant="fp16")
     assert same(CoalescerPipeline.from_pretrained(model), pipe)
