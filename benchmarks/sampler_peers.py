@@ -62,6 +62,12 @@ def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, fo
     return eager(compiled.channels_last(module, dtype), args, dtype, folder)
 
 
+class EagerRuntime(StaticRuntime):
+    """Copies that torch runs as they are, also under hooks of all modules, as those that count operations have."""
+
+    runs_own_code = True
+
+
 EAGER = {"eager": eager, "eager_channels_last": eager_channels_last}
 PEERS = {
     "eager": ("fp32",),
@@ -89,7 +95,7 @@ def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, t
     """The engine of a peer, prepared for samples of this shape. Raises Missing."""
     mine: Any = twin(pipe)
     if name in EAGER:
-        mine.runtime = StaticRuntime(mine, name, EAGER[name], DTYPES[dtype])
+        mine.runtime = EagerRuntime(mine, name, EAGER[name], DTYPES[dtype])
         mine.runtime.backend = "reference"
     else:
         try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..finite import check_finite
 from ..models.autoencoder import CoalescerAutoencoder
@@ -109,7 +110,7 @@ class OfPipeline:
                 if not self.runs_own_code and name != "description_encoder" and (what := foreign(network)):
                     raise ValueError(f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline")
             if code and not self.runs_own_code:
-                what = "; ".join(code.values())
+                what = "; ".join(dict.fromkeys(code.values()))
                 raise ValueError(f"backend {self.name!r} cannot run the pipeline: {what}; remove it, or restore the pipeline")
             watch, self.code = Watch(*networks), code
             self.take_over()
@@ -128,6 +129,8 @@ def own_code(pipe: CoalescerPipeline) -> dict[str, str]:
     """Of what a runtime does in the pipeline's place, by part, what has been given code of the user's, in words."""
     from ..pipeline import CoalescerPipeline
 
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return dict.fromkeys(("conditioning", "unet", "decoder"), "there are hooks of all modules")
     found = {}
     for part, method in (("conditioning", "condition"), ("unet", "evaluate"), ("decoder", "decode")):
         if getattr(type(pipe), method) is not getattr(CoalescerPipeline, method) or method in pipe.__dict__:

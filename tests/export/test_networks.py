@@ -77,7 +77,7 @@ REFUSED = {
     "half": (lambda pipe: pipe.unet.half(), r"\S+ is in float16 on cpu; load the pipeline in float32 on a CPU$"),
     "bfloat16": (lambda pipe: pipe.unet.bfloat16(), r"\S+ is in bfloat16 on cpu; load"),
     "double": (lambda pipe: pipe.unet.double(), r"\S+ is in float64 on cpu; load"),
-    "meta": (lambda pipe: pipe.unet.to("meta"), r"\S+ is in float32 on meta; load"),
+    "meta": (lambda pipe: pipe.unet.to("meta"), r"CoalescerUNet\.null has no data, on device meta"),
     "nan": (nan, r"mid\.0\.conv1\.bias holds numbers that are not finite; load"),
     "infinite": (infinite, r"mid\.0\.norm1\.weight holds numbers that are not finite; load"),
     "hook": (

@@ -10,6 +10,7 @@ import hashlib
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def draw(pipe: cf.CoalescerPipeline, pictures: list[int], call: int) -> list[str
 
 def alone(dtype: str, picture: int, call: int, threads: int) -> str:
     """What a new process draws."""
-    words = [sys.executable, "-m", __spec__.name, "--alone", dtype, str(picture), str(call), str(threads)]
-    return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout.strip()
+    # elsewhere, and with the checkout last in the path, to find the package that is installed
+    code = "import sys; sys.path.append(sys.argv.pop(1)); from tests.fuzzing.batches import draw, load; kind, *n = sys.argv[1:]; "
+    code += "print(draw(load(kind, int(n[2])), [int(n[0])], int(n[1]))[0])"
+    words = [sys.executable, "-c", code, str(Path(__file__).parents[2]), dtype, str(picture), str(call), str(threads)]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=elsewhere).stdout.strip()
 
 
 def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, Any]]:
@@ -74,14 +79,9 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--alone", nargs=4, metavar=("DTYPE", "PICTURE", "CALL", "THREADS"))
     args = parser.parse_args()
-    if args.alone:
-        kind, *numbers = args.alone
-        picture, how, count = map(int, numbers)
-        print(draw(load(kind, count), [picture], how)[0])
-    else:
-        made = run(args.count, args.seed, args.pictures)
-        if args.csv:
-            write(args.csv, made)
-        print(f"{len(made)} batches, {sum(row['pictures'] for row in made)} pictures: each has the bits that it has alone in a new process")
+    made = run(args.count, args.seed, args.pictures)
+    if args.csv:
+        write(args.csv, made)
+    count = sum(row["pictures"] for row in made)
+    print(f"{len(made)} batches, {count} pictures: each has the bits that it has alone in a new process")

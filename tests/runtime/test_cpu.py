@@ -17,6 +17,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import coalescer_fast as cf
 from coalescer_fast.models import CoalescerUNet
@@ -288,6 +289,24 @@ def test_another_way_to_decode_is_taken(pipe, whose):
     assert_as_the_reference(pipe)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "compile"])
+def test_hooks_of_all_modules(pipe, backend):
+    cf.accelerate(pipe, backend=backend, dtype="float32")
+    before = draw(pipe) if backend == "cpu" else None
+    handle = register_module_forward_hook(lambda module, args, y: 1.5 * y if isinstance(module, nn.Linear) else None)
+    try:
+        if backend == "compile":
+            with pytest.raises(ValueError, match="backend 'compile' cannot run the pipeline: there are hooks of all modules"):
+                draw(pipe)
+            return
+        assert not torch.allclose(draw(pipe), before, atol=1e-3)
+        assert "there are hooks of all modules" in cf.explain(pipe)
+        assert_as_the_reference(pipe)
+    finally:
+        handle.remove()
+    assert torch.equal(draw(pipe), before)
+
+
 def test_training_mode_is_taken(pipe):
     pipe.unet.conv_in = nn.Sequential(pipe.unet.conv_in, nn.Dropout(0.5)).eval()
     cf.accelerate(pipe, dtype="float32")
@@ -399,9 +418,11 @@ sys.stdout.buffer.write(pipe("owl", latents=noise[3:4], output_type="pt").images
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_those_of_another_process(pipe, dtype):
+def test_bits_are_those_of_another_process(pipe, dtype, tmp_path):
     threads = 3 - torch.get_num_threads()
-    other = subprocess.run([sys.executable, "-c", ALONE, dtype, str(max(1, threads))], capture_output=True, check=True).stdout
+    words = [sys.executable, "-c", ALONE, dtype, str(max(1, threads))]
+    # elsewhere, to find what is installed and not this checkout
+    other = subprocess.run(words, capture_output=True, check=True, cwd=tmp_path).stdout
     assert draw(cf.accelerate(pipe, dtype=dtype), 5)[3].numpy().tobytes() == other
 
 

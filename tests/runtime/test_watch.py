@@ -156,10 +156,5 @@ def test_foreign():
     unet.forward = lambda *args: None
     assert foreign(unet) == "the forward of CoalescerUNet is patched"
     del unet.forward
-    handle = register_module_forward_hook(lambda *args: None)
-    try:
-        assert foreign(unet) == "there are hooks of all modules"
-    finally:
-        handle.remove()
     assert foreign(unet) == ""
 
