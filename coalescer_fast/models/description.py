@@ -228,7 +228,8 @@ class _Derived:
         self.tokenizer = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
         ids = (self.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
         self.special_ids = frozenset(i for i in ids if i is not None)
-        self.name_words = frozenset(re.findall(r"\w+", "\n".join(encoder.known_names).lower()))
+        # style words, too, whatever tokens they are of
+        self.name_words = frozenset(re.findall(r"\w+", "\n".join((*encoder.known_names, *config.styles)).lower()))
         # by text: its token ids, its words, the row of the known name nearest to it
         self.ids: dict[str, list[int]] = {}
         self.words: dict[str, dict[str, bool]] = {}

@@ -96,6 +96,11 @@ def embedded() -> DescriptionEncoder:
     return DescriptionEncoder.from_pretrained(WEIGHTS / "emoji-64" / "description_encoder")
 
 
+def test_every_style_is_known(embedded):
+    for style in embedded.config.styles:
+        assert all(embedded.words(f"slug, {style} style").values()), style
+
+
 @pytest.mark.parametrize("text", SENSIBLE)
 def test_words_that_are_known(embedded, text):
     words = embedded.words(text)
