@@ -26,11 +26,29 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "off", "cpu", "cuda", "require")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 # Instruction sets are chosen at run time, so each has its own file and flags.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # -Wno-...: the compiler's own intrinsics
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+AVX512 = (
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni")}
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
@@ -65,7 +83,9 @@ def build_cpu(target: Path) -> str:
             return (result.stderr.strip() or f"{cxx[0]} failed") if result.returncode else ""
 
         def compile_one(name: str) -> str:
-            return run(*FLAGS, *extra[name], "-c", str(ROOT / "csrc" / "cpu" / f"{name}.cpp"), "-o", f"{scratch}/{name}.o")
+            return run(
+                *FLAGS, *extra[name], "-c", str(ROOT / "csrc" / "cpu" / f"{name}.cpp"), "-o", f"{scratch}/{name}.o"
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = list(filter(None, pool.map(compile_one, extra)))
@@ -78,7 +98,9 @@ def build_cpu(target: Path) -> str:
 def nvcc() -> str:
     """Its path, or ""."""
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    candidates = [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    candidates = (
+        [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    )
     return next(filter(None, map(shutil.which, candidates)), "")
 
 
@@ -144,7 +166,9 @@ def build(folder: Path) -> None:
         if part == "cpu":
             missing[part] = build_cpu(target)
         elif chosen() == "auto" and not gpus():
-            missing[part] = "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+            missing[part] = (
+                "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+            )
             continue
         else:
             missing[part] = build_cuda(target, targets)

@@ -44,7 +44,9 @@ def command(prog: str, work: Callable[[], int]) -> int:
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--summary", type=Path, metavar="F.csv", help="sum up the results in a file, measure nothing")
-    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing")
+    parser.add_argument(
+        "--plot", type=Path, metavar="F.png", help="draw the results in the file --from, measure nothing"
+    )
     parser.add_argument("--from", type=Path, dest="source", metavar="F.csv", help="what --plot draws")
 
 
@@ -92,7 +94,9 @@ def append(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
     if not new:
         with path.open(newline="", encoding="utf-8") as file:
             if next(csv.reader(file), []) != list(columns):
-                raise ValueError(f"{path} has other columns than this benchmark writes: name another file, or remove it")
+                raise ValueError(
+                    f"{path} has other columns than this benchmark writes: name another file, or remove it"
+                )
     with path.open("a", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(columns), lineterminator="\n")
         if new:

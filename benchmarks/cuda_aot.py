@@ -61,7 +61,9 @@ CLUSTERS = ("group_norm_fused", "coalesce_step")
 
 def cuobjdump() -> str:
     """Its path, or ""."""
-    if found := shutil.which("cuobjdump", path=f"{Path(SETUP['nvcc']()).parent}{os.pathsep}{os.environ.get('PATH', '')}"):
+    if found := shutil.which(
+        "cuobjdump", path=f"{Path(SETUP['nvcc']()).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    ):
         return found
     try:
         import triton
@@ -127,15 +129,31 @@ def compile_one(source: Path, target: int) -> list[dict[str, Any]]:
     """The rows of a source's kernels. Raises RuntimeError if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/kernels.cubin"
-        command = [SETUP["nvcc"](), *SETUP["NVCC_FLAGS"], "-Xptxas=-v", f"-arch=sm_{target}", "-cubin", str(source), "-o", cubin]
+        command = [
+            SETUP["nvcc"](),
+            *SETUP["NVCC_FLAGS"],
+            "-Xptxas=-v",
+            f"-arch=sm_{target}",
+            "-cubin",
+            str(source),
+            "-o",
+            cubin,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"nvcc cannot compile {source.name} for sm_{target}: {done.stderr.strip() or done.stdout.strip()}")
-        text = subprocess.run([cuobjdump(), "-res-usage", "-elf", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+            raise RuntimeError(
+                f"nvcc cannot compile {source.name} for sm_{target}: {done.stderr.strip() or done.stdout.strip()}"
+            )
+        text = subprocess.run(
+            [cuobjdump(), "-res-usage", "-elf", "-sass", cubin], capture_output=True, text=True, check=True
+        ).stdout
     said, rows = compiler_says(done.stderr), []
     bounds = {symbol: re.search(r"MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", information)
               for symbol, information in re.findall(r"^\.nv\.info\.(\S+)\n((?:\t.*\n)*)", text, re.MULTILINE)}  # fmt: skip
-    usages = {symbol: map(int, usage) for symbol, *usage in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)}
+    usages = {
+        symbol: map(int, usage)
+        for symbol, *usage in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    }
     for code in re.split(r"\n\s*Function : ", text)[1:]:
         symbol = code.split(maxsplit=1)[0]
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", code)
@@ -151,7 +169,9 @@ def compile_one(source: Path, target: int) -> list[dict[str, Any]]:
             "layout": ("contiguous", "channels_last")[numbers[1]] if len(numbers) > 1 else "",
             "target": target,
             "registers": registers,
-            "threads": int(bound[1], 0) * int(bound[2], 0) * int(bound[3], 0) if bound else 1024,  # what a launch may have at most
+            "threads": int(bound[1], 0) * int(bound[2], 0) * int(bound[3], 0)
+            if bound
+            else 1024,  # what a launch may have at most
             **said[symbol],
             "stack": stack,
             "shared": shared,
@@ -223,17 +243,28 @@ def plans(targets: Sequence[int], threads: dict[str, int]) -> Iterator[dict[str,
     for name, calls in shapes.CALLS.items():
         for call, batch, dtype in itertools.product(calls, (1, 16, 64), (torch.float32, torch.bfloat16)):
             arguments = packed(call, batch, dtype)
-            most = min((bound for kernel, bound in threads.items() if kernel.startswith(call.op.removesuffix("silu"))), default=1024)
+            most = min(
+                (bound for kernel, bound in threads.items() if kernel.startswith(call.op.removesuffix("silu"))),
+                default=1024,
+            )
             for target in targets:
                 device = cuda_library.Device(0, target, MULTIPROCESSORS[target], SHARED[target] * 1024)
-                row = {"call": f"{name} {call.op} {call} batch {batch}", "dtype": str(dtype).removeprefix("torch."), "target": target}
+                row = {
+                    "call": f"{name} {call.op} {call} batch {batch}",
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "target": target,
+                }
                 row |= cuda_library.plan(call.op, arguments, device)._asdict()
                 yield row | {"faults": plan_faults(row, most)}
 
 
 def plan_faults(row: dict[str, Any], threads: int) -> list[str]:
     """What a GPU would refuse."""
-    limits = {"shared_memory": SHARED[row["target"]] * 1024, "threads": threads, "cluster": 8 if row["target"] >= 90 else 1}
+    limits = {
+        "shared_memory": SHARED[row["target"]] * 1024,
+        "threads": threads,
+        "cluster": 8 if row["target"] >= 90 else 1,
+    }
     return [f"{name} is {row[name]}, at most {most} can be" for name, most in limits.items() if row[name] > most]
 
 
@@ -248,7 +279,9 @@ def main() -> int:
     if reason := missing(targets):
         print(reason, file=sys.stderr)
         return 2
-    print(f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} {'load':>4} {'store':>5}  instantiation")
+    print(
+        f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} {'load':>4} {'store':>5}  instantiation"
+    )
     for row in report(targets):
         kernels.append(row)
         load, store = max((*row["loads"], *row["copies"], 0)), max((*row["stores"], 0))
@@ -256,7 +289,11 @@ def main() -> int:
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
     launches = [] if library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
-    print(f"{len(launches)} planned launches" if launches else "no planned launches: the library of CUDA kernels is not built")
+    print(
+        f"{len(launches)} planned launches"
+        if launches
+        else "no planned launches: the library of CUDA kernels is not built"
+    )
     for row in launches:
         if row["faults"]:
             print(f"{row['call']} {row['dtype']} sm_{row['target']}", *row["faults"], sep="  ! ")
@@ -267,7 +304,9 @@ def main() -> int:
 
 def bounds(kernels: list[dict[str, Any]]) -> dict[str, int]:
     """By kernel, the threads that each of its instantiations can have."""
-    return {row["kernel"]: min(other["threads"] for other in kernels if other["kernel"] == row["kernel"]) for row in kernels}
+    return {
+        row["kernel"]: min(other["threads"] for other in kernels if other["kernel"] == row["kernel"]) for row in kernels
+    }
 
 
 if __name__ == "__main__":

@@ -42,8 +42,29 @@ ERRORS = {  # of a manifest
     "largest error": "largest_error",
 }
 COLUMNS = (
-    *("model", "what", "precision", "batch", "threads", "provider", "metric_unit", "y_value_50", "y_value_20", "y_value_80"),
-    *("images_per_s", "speedup_over_fp32", *ERRORS.values(), "error_pictures", "recipe", "method", "megabytes", "samples", "quiet"),
+    *(
+        "model",
+        "what",
+        "precision",
+        "batch",
+        "threads",
+        "provider",
+        "metric_unit",
+        "y_value_50",
+        "y_value_20",
+        "y_value_80",
+    ),
+    *(
+        "images_per_s",
+        "speedup_over_fp32",
+        *ERRORS.values(),
+        "error_pictures",
+        "recipe",
+        "method",
+        "megabytes",
+        "samples",
+        "quiet",
+    ),
     *("allocator", "timestamp", "cpu", "python", "torch", "onnx", "onnxruntime", "coalescer_fast"),
 )
 
@@ -55,14 +76,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="python -m benchmarks.export", description=__doc__.partition("\n")[0])
-    top.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-    top.add_argument("--what", type=listed(*KINDS), default=list(KINDS), metavar="K,K", help=f"default: {','.join(KINDS)}")
+    top.add_argument(
+        "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
+    )
+    top.add_argument(
+        "--what", type=listed(*KINDS), default=list(KINDS), metavar="K,K", help=f"default: {','.join(KINDS)}"
+    )
     top.add_argument("--batch", type=positive_list, default=[1, 4, 16], metavar="N,N", help="default: 1,4,16")
     top.add_argument("--method", choices=METHODS, default="percentile", help="of calibration (default: %(default)s)")
-    top.add_argument("--prompts", type=positive, default=PROMPTS, metavar="N", help="to calibrate on (default: %(default)s)")
+    top.add_argument(
+        "--prompts", type=positive, default=PROMPTS, metavar="N", help="to calibrate on (default: %(default)s)"
+    )
     top.add_argument("--threads", type=positive, metavar="N", help="(default: torch's own choice)")
-    top.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for one batch of a graph (default: %(default)s)")
-    top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
+    top.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="S",
+        help="seconds for one batch of a graph (default: %(default)s)",
+    )
+    top.add_argument(
+        "--allocator",
+        choices=["keep", "system"],
+        default="keep",
+        help="as in benchmarks.kernels (default: %(default)s)",
+    )
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
     return top
 
@@ -119,11 +157,29 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
     for each in found:
         mine, said = taken[each.manifest.precision], each.manifest
         median, low, high = timing.quantiles(mine)
-        row: Row = {"what": said.kind, "precision": said.precision, "batch": batch, "provider": PROVIDER, "metric_unit": "ms"}
-        row |= {"y_value_50": median * 1e3, "y_value_20": low * 1e3, "y_value_80": high * 1e3, "images_per_s": batch / median}
-        row |= {"speedup_over_fp32": first / median, "recipe": said.recipe, "method": said.flags.get("int8", {}).get("method", "")}
+        row: Row = {
+            "what": said.kind,
+            "precision": said.precision,
+            "batch": batch,
+            "provider": PROVIDER,
+            "metric_unit": "ms",
+        }
+        row |= {
+            "y_value_50": median * 1e3,
+            "y_value_20": low * 1e3,
+            "y_value_80": high * 1e3,
+            "images_per_s": batch / median,
+        }
+        row |= {
+            "speedup_over_fp32": first / median,
+            "recipe": said.recipe,
+            "method": said.flags.get("int8", {}).get("method", ""),
+        }
         row |= {ERRORS[name]: value for name, value in said.measured["error"].items() if name in ERRORS}
-        row |= {"error_pictures": said.measured["pictures"], "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6}
+        row |= {
+            "error_pictures": said.measured["pictures"],
+            "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6,
+        }
         rows.append(row | {"samples": len(mine), "quiet": int(all(one.quiet for one in mine))})
     return rows
 

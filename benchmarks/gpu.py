@@ -50,7 +50,16 @@ GRACE = 5.0  # seconds from the interrupt to the kill
 TAIL = 6000  # characters of a part's output that are kept
 
 # for inductor: of the network l, which stand for the others; not dual_head, for whose convolution it searches longest
-FEW = ["--shapes", "l", "--calls", "320x64x64 g32", "320x64x64 g32 film pre_bias", "320+320x64x64 g32", "320x64x64", "4x64x64 unit"]
+FEW = [
+    "--shapes",
+    "l",
+    "--calls",
+    "320x64x64 g32",
+    "320x64x64 g32 film pre_bias",
+    "320+320x64x64 g32",
+    "320x64x64",
+    "4x64x64 unit",
+]
 ALL = ["--shapes", "l,m,emoji-64"]
 EAGER = ["--peers", "eager,eager_contiguous"]
 SAMPLED = {"emoji-64": 35, "m": 45, "l": 40}  # models, and the share of each
@@ -69,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = Parser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     top.add_argument("--quick", action="store_true", help="in under two minutes: no tests, no racecheck, few calls")
     top.add_argument(
-        "--only", type=lambda text: tuple(text.split(",")), metavar="P,P", help="the parts whose names begin so (default: all)"
+        "--only",
+        type=lambda text: tuple(text.split(",")),
+        metavar="P,P",
+        help="the parts whose names begin so (default: all)",
     )
     top.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = top.parse_args(argv)
@@ -83,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"python -m benchmarks.gpu: {sentence(error)}", file=sys.stderr)
         return 1
-    plan = [part for part in parts(args.out.resolve(), args.quick) if args.only is None or part.name.startswith(args.only)]
+    plan = [
+        part for part in parts(args.out.resolve(), args.quick) if args.only is None or part.name.startswith(args.only)
+    ]
     return run(plan, args.out, QUICK_SECONDS if args.quick else SECONDS, environment())
 
 
@@ -121,8 +135,12 @@ def command(argv: Sequence[str], limit: float, **variables: str) -> tuple[str, s
     """Run it in the checkout, with these variables of the environment; interrupted after ``limit`` seconds, and killed soon after."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **variables}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:  # a pipe would wait for whoever else has it open
-        process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    with tempfile.TemporaryFile(
+        "w+", encoding="utf-8", errors="replace"
+    ) as output:  # a pipe would wait for whoever else has it open
+        process = subprocess.Popen(
+            argv, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = "failed" if process.wait(limit) else "ok"
         except subprocess.TimeoutExpired:
@@ -149,7 +167,10 @@ def parts(out: Path, quick: bool) -> list[Part]:
             Part("calls", 15, partial(calls, [])),
             Part("memcheck", 20, partial(sanitize, "memcheck", [])),
             Part("kernels bf16", 23, measured("bf16", 0.05, 12, *EAGER, *FEW)),
-            *(Part(name, 0, left_out) for name in ("tests", "racecheck", "kernels inductor", "kernels fp32", "kernels fp16")),
+            *(
+                Part(name, 0, left_out)
+                for name in ("tests", "racecheck", "kernels inductor", "kernels fp32", "kernels fp16")
+            ),
             *(Part(f"sampler {model}", 0, left_out) for model in SAMPLED),
         ]
     return [
@@ -162,7 +183,10 @@ def parts(out: Path, quick: bool) -> list[Part]:
         Part("kernels inductor", 70, measured("bf16", 0.1, 25, *FEW)),
         Part("kernels fp32", 35, measured("fp32", 0.05, 12, *EAGER, *ALL)),
         Part("kernels fp16", 15, measured("fp16", 0.05, 12, *EAGER, *ALL)),
-        *(Part(f"sampler {model}", share, partial(sample, out / "sampler.csv", model)) for model, share in SAMPLED.items()),
+        *(
+            Part(f"sampler {model}", share, partial(sample, out / "sampler.csv", model))
+            for model, share in SAMPLED.items()
+        ),
     ]
 
 
@@ -193,8 +217,20 @@ def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, s
 def tests(junit: Path, limit: float) -> tuple[str, str]:
     if missing := [name for name in ("pytest", "numpy") if find_spec(name) is None]:
         return "not installed", f"the tests need {', '.join(missing)}"
-    argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    argv += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of their time is Triton's compiler's
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+    ]
+    argv += (
+        ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    )  # most of their time is Triton's compiler's
     argv += [] if find_spec("diffusers") else ["tests/ops"]  # all the others need it
     status, output = command([*argv, f"--junitxml={junit}"], limit)
     return status, output + counts(junit)
@@ -204,7 +240,9 @@ def counts(junit: Path) -> str:
     if not junit.exists():
         return "\nno results"
     suites = list(ElementTree.parse(junit).iter("testsuite"))
-    return "\n" + ", ".join(f"{sum(int(s.get(name, 0)) for s in suites)} {name}" for name in ("tests", "failures", "errors", "skipped"))
+    return "\n" + ", ".join(
+        f"{sum(int(s.get(name, 0)) for s in suites)} {name}" for name in ("tests", "failures", "errors", "skipped")
+    )
 
 
 def measure(csv: Path, arguments: Sequence[str], margin: float, limit: float) -> tuple[str, str]:
@@ -225,7 +263,16 @@ def sample(csv: Path, model: str, limit: float) -> tuple[str, str]:
         return "not installed", "the sampler needs diffusers"
     before = len(whole(csv))
     argv = [sys.executable, "-m", "benchmarks.sampler", "--device", "cuda", "--model", model, "--batch", "1,64,16"]
-    argv += ["--parts", "sampler,pipeline", "--peers", "eager,eager_channels_last,compile", "--dtypes", "bf16", "--budget", "0.5"]
+    argv += [
+        "--parts",
+        "sampler,pipeline",
+        "--peers",
+        "eager,eager_channels_last,compile",
+        "--dtypes",
+        "bf16",
+        "--budget",
+        "0.5",
+    ]
     status, output = command([*argv, "--seconds", f"{limit:.0f}", "--csv", str(csv)], limit)
     rows = whole(csv)[before:]
     if status == "timed out" and any(row["provider"] == "ours" and row["y_value_50"] for row in rows):
@@ -233,7 +280,9 @@ def sample(csv: Path, model: str, limit: float) -> tuple[str, str]:
     return judged(status, output, rows, lambda row: row["provider"] == "ours")
 
 
-def judged(status: str, output: str, rows: Sequence[dict[str, str]], own: Callable[[dict[str, str]], bool]) -> tuple[str, str]:
+def judged(
+    status: str, output: str, rows: Sequence[dict[str, str]], own: Callable[[dict[str, str]], bool]
+) -> tuple[str, str]:
     """The status where a peer that fails is no failure of the package's; and the output, ending in what was measured and what was not."""
     wrong = [row for row in rows if row["status"] != "ok"]
     if status == "failed" and wrong and not any(map(own, wrong)) and "Traceback" not in output:
@@ -249,7 +298,9 @@ def whole(csv: Path) -> list[dict[str, str]]:
 
 def tool_path(name: str) -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which(name) or next(filter(None, (shutil.which(name, path=f"{home}/bin") for home in homes if home)), None)
+    return shutil.which(name) or next(
+        filter(None, (shutil.which(name, path=f"{home}/bin") for home in homes if home)), None
+    )
 
 
 def environment() -> dict[str, str]:

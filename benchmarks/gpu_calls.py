@@ -46,15 +46,30 @@ LAYOUTS = ("channels_last", "contiguous", "sliced")
 def main(argv: Sequence[str] | None = None) -> int:
     top = Parser(prog="python -m benchmarks.gpu_calls", description=__doc__.partition("\n")[0])
     on_gpu = [name for name, backend in BACKENDS.items() if backend.device == "cuda"]
-    top.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=on_gpu, metavar="B", help=f"default: {' '.join(on_gpu)}")
+    top.add_argument(
+        "--backends",
+        nargs="+",
+        choices=list(BACKENDS),
+        default=on_gpu,
+        metavar="B",
+        help=f"default: {' '.join(on_gpu)}",
+    )
     top.add_argument("--all", action="store_true", help="every call in every dtype (default: in one)")
     args = top.parse_args(argv)
     failures = 0
     for backend in args.backends:
         able, reason = ops.backends("bias_residual")[backend]
-        start, results = time.perf_counter(), list(check(backend, args.all)) if able else [f"FAIL {backend} cannot run: {reason}"]
+        start, results = (
+            time.perf_counter(),
+            list(check(backend, args.all)) if able else [f"FAIL {backend} cannot run: {reason}"],
+        )
         wrong = [line for line in results if line]
-        print("\n".join([*wrong, f"{backend}: {len(results)} calls, {len(wrong)} wrong, {time.perf_counter() - start:.1f} s"]), flush=True)
+        print(
+            "\n".join(
+                [*wrong, f"{backend}: {len(results)} calls, {len(wrong)} wrong, {time.perf_counter() - start:.1f} s"]
+            ),
+            flush=True,
+        )
         failures += len(wrong)
     return 1 if failures else 0
 
@@ -68,7 +83,9 @@ def check(backend: str, every_dtype: bool) -> Iterator[str]:
                 continue
             layout = LAYOUTS[(n + m) % len(LAYOUTS)]
             try:
-                wrong = fault(backend, Cell("", call, 1, batch, name), call.inputs(batch, dtype, torch.device("cpu")), layout)
+                wrong = fault(
+                    backend, Cell("", call, 1, batch, name), call.inputs(batch, dtype, torch.device("cpu")), layout
+                )
             except Exception as error:  # whatever a backend raises is its result
                 wrong = sentence(error)
             yield f"FAIL {backend} {call.op} {call} batch {batch} {name} {layout}: {wrong}" if wrong else ""

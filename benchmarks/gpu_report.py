@@ -39,7 +39,9 @@ def asked(target: str, values: Sequence[float], good: Callable[[float], bool], u
     if not values:
         return {"target": target, "status": "not measured", "figures": ""}
     kept = sum(map(good, values))
-    figures = f"{kept} of {len(values)} {unit}; from {min(values):.3g} to {max(values):.3g}, median {median(values):.3g}"
+    figures = (
+        f"{kept} of {len(values)} {unit}; from {min(values):.3g} to {max(values):.3g}, median {median(values):.3g}"
+    )
     return {"target": target, "status": "met" if kept == len(values) else "missed", "figures": figures}
 
 
@@ -52,7 +54,10 @@ def targets(rows: Sequence[report.Text]) -> list[dict[str, str]]:
             times = [over_floor(g, name) for g in mine if g.labels["batch"] == "1"]
             large = f"at least {OF_COPY:g} % of the copy's rate from {LARGE / 1e6:g} MB up"
             small = f"at most {OF_FLOOR:g} x (an empty kernel + the bytes at {RATE / 1e12:g} TB/s) at batch 1"
-            for words, values, good in ((large, shares, lambda x: x >= OF_COPY), (small, times, lambda x: x <= OF_FLOOR)):
+            for words, values, good in (
+                (large, shares, lambda x: x >= OF_COPY),
+                (small, times, lambda x: x <= OF_FLOOR),
+            ):
                 if not all(map(math.isnan, values)):
                     found.append(asked(f"{op} on {name}, {dtype} {cache}: {words}", values, good, "calls"))
     return found
@@ -63,11 +68,19 @@ def goals(rows: Sequence[report.Text]) -> list[dict[str, str]]:
 
     def ratios(*peers: str, batch: str = "") -> list[float]:
         cells = [mine for key, mine in sampler_report.groups(rows).items() if key[-1] == batch or not batch]
-        times = [[sampler_report.time(sampler_report.fastest(mine, *names)) for names in (peers, ("ours",))] for mine in cells]
+        times = [
+            [sampler_report.time(sampler_report.fastest(mine, *names)) for names in (peers, ("ours",))]
+            for mine in cells
+        ]
         return [theirs / own for theirs, own in times]
 
     found = [
-        asked(f"sampler: at least {factor:g} x as fast as compile at batch {batch}", ratios("compile", batch=batch), factor.__le__, "cases")
+        asked(
+            f"sampler: at least {factor:g} x as fast as compile at batch {batch}",
+            ratios("compile", batch=batch),
+            factor.__le__,
+            "cases",
+        )
         for batch, factor in OVER_COMPILE.items()
     ]
     everybody = [name for name in sampler_report.COLOURS if name != "ours"]
@@ -86,7 +99,9 @@ def slower(rows: Sequence[report.Text]) -> list[str]:
     """The calls for which cuda takes longer than another, the worst first."""
     found = []
     for group in report.groups(rows):
-        ratio, rival = max(((r, name) for name in RIVALS if not math.isnan(r := group.ratio("cuda", name))), default=(0.0, ""))
+        ratio, rival = max(
+            ((r, name) for name in RIVALS if not math.isnan(r := group.ratio("cuda", name))), default=(0.0, "")
+        )
         if ratio > 1:
             figures = f"{group.time('cuda'):.1f} us, {rival} {group.time(rival):.1f} us"
             found.append((ratio, f"{ratio:.2f}x the time: {group}: {figures}"))
@@ -110,19 +125,34 @@ def summary(
         for (op, dtype, cache), mine in report.split(report.groups(rows), "kernel_name", "dtype", "cache").items():
             for name in (*report.measured(mine), *kernels.YARDSTICKS):
                 known = [group for group in mine if not math.isnan(group.time(name))]
-                ratios = [[group.ratio(peer, name) for group in known] for peer in kernels.PEERS if name in BACKENDS] or [[]] * 3
+                ratios = [
+                    [group.ratio(peer, name) for group in known] for peer in kernels.PEERS if name in BACKENDS
+                ] or [[]] * 3
                 shares = [group.of_copy(name) for group in known if name in BACKENDS]
                 cells = [middle([group.time(name) for group in known]), *map(middle, ratios), middle(shares)]
                 yield f"| {op} | {dtype} | {cache} | {name} | {len(known)} | {' | '.join(cells)} |"
         yield from ("", "## Targets", "", *table(targets(rows)))
         worse, all_groups = slower(rows), report.groups(rows)
         count = sum(not math.isnan(group.time("cuda")) for group in all_groups)
-        yield from ("", f"cuda is slower than eager, inductor or triton in {len(worse)} of the {count} calls measured on it.", "")
+        yield from (
+            "",
+            f"cuda is slower than eager, inductor or triton in {len(worse)} of the {count} calls measured on it.",
+            "",
+        )
         yield from (f"- {line}" for line in worse)
         wrong = [row for row in rows if row["status"] != "ok"]
         yield from (f"- {row['kernel_provider']} {row['status']}: {report.Group(row, {})}" for row in wrong)
     if drawn:
-        yield from ("", "## The whole sampler", "", *table(goals(drawn)), "", "```", *sampler_report.summary(drawn), "```")
+        yield from (
+            "",
+            "## The whole sampler",
+            "",
+            *table(goals(drawn)),
+            "",
+            "```",
+            *sampler_report.summary(drawn),
+            "```",
+        )
     for each in (result for result in results if result.failed):
         yield from ("", f"## {each.part}: {each.status}", "", "```", each.output.strip(), "```")
 

@@ -59,9 +59,27 @@ CAP_ULPS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 CHECKED_ELEMENTS = 2**23  # the first sample, the last one, and as many between them as this allows
 
 COLUMNS = (
-    *("kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label", "x_value"),
+    *(
+        "kernel_name",
+        "kernel_provider",
+        "kernel_operation_mode",
+        "metric_name",
+        "metric_unit",
+        "x_name",
+        "x_label",
+        "x_value",
+    ),
     *("y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp"),
-    *("backend", "resolved_backend", "status", "max_abs_err", "compile_s", "gb_per_s", "percent_of_copy", "speedup_over_eager"),
+    *(
+        "backend",
+        "resolved_backend",
+        "status",
+        "max_abs_err",
+        "compile_s",
+        "gb_per_s",
+        "percent_of_copy",
+        "speedup_over_eager",
+    ),
     *("samples", "quiet"),
     *("cache", "dtype", "batch", "shapes", "calls_per_evaluation", "llc_bytes"),
     *("torch", "triton", "driver", "device", "threads", "coalescer_fast"),
@@ -100,26 +118,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     top = Parser(prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0])
     names = list(BACKENDS)
-    top.add_argument("--op", nargs="+", choices=list(peers.EAGER), default=list(peers.EAGER), metavar="OP", help="default: all four")
-    top.add_argument("--backends", nargs="+", choices=names, metavar="B", help=f"of {', '.join(names)} (default: all that can run)")
     top.add_argument(
-        "--peers", type=listed(*PEERS, "none"), default=list(PEERS), metavar="P,P", help="default: eager,eager_contiguous,compile"
+        "--op", nargs="+", choices=list(peers.EAGER), default=list(peers.EAGER), metavar="OP", help="default: all four"
+    )
+    top.add_argument(
+        "--backends", nargs="+", choices=names, metavar="B", help=f"of {', '.join(names)} (default: all that can run)"
+    )
+    top.add_argument(
+        "--peers",
+        type=listed(*PEERS, "none"),
+        default=list(PEERS),
+        metavar="P,P",
+        help="default: eager,eager_contiguous,compile",
     )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    top.add_argument("--shapes", type=listed(*shapes.CALLS, "all"), metavar="M,M", help="networks whose calls are made (default: all)")
-    top.add_argument("--calls", nargs="+", metavar="CALL", help="of those the ones called so, such as '320x64x64 g32' (default: all)")
+    top.add_argument(
+        "--shapes",
+        type=listed(*shapes.CALLS, "all"),
+        metavar="M,M",
+        help="networks whose calls are made (default: all)",
+    )
+    top.add_argument(
+        "--calls", nargs="+", metavar="CALL", help="of those the ones called so, such as '320x64x64 g32' (default: all)"
+    )
     top.add_argument("--batch", type=positive_list, metavar="N,N", help="default: 1,4,16,64")
-    top.add_argument("--dtypes", type=listed(*DTYPES), metavar="D,D", help=f"of {', '.join(DTYPES)} (default: fp32,bf16)")
-    top.add_argument("--cache", type=listed(*CACHES), metavar="C,C", help="state of the caches before a call (default: warm,cold)")
+    top.add_argument(
+        "--dtypes", type=listed(*DTYPES), metavar="D,D", help=f"of {', '.join(DTYPES)} (default: fp32,bf16)"
+    )
+    top.add_argument(
+        "--cache", type=listed(*CACHES), metavar="C,C", help="state of the caches before a call (default: warm,cold)"
+    )
     top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
     top.add_argument("--budget", type=float, metavar="S", help=f"seconds for one line of the table (default: {BUDGET})")
-    top.add_argument("--seconds", type=float, metavar="S", help="begin no call after so long, and take the ops in turn (default: no limit)")
+    top.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="begin no call after so long, and take the ops in turn (default: no limit)",
+    )
     top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="default: %(default)s")
-    top.add_argument("--refcheck", action=argparse.BooleanOptionalAction, default=True, help="hold results against float64 (default)")
+    top.add_argument(
+        "--refcheck", action=argparse.BooleanOptionalAction, default=True, help="hold results against float64 (default)"
+    )
     top.add_argument("--quick", action="store_true", help="few calls, briefly: to see it run, not to compare")
     top.add_argument("--overhead", action="store_true", help="measure instead what a call costs on 1x8x2x2")
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
-    top.add_argument("--again", action="store_true", help="measure only what the file of --csv lacks, or has wrong or disturbed")
+    top.add_argument(
+        "--again", action="store_true", help="measure only what the file of --csv lacks, or has wrong or disturbed"
+    )
     add_report_options(top)
     return top
 
@@ -165,7 +211,9 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     common = {**environment(args.device), "llc_bytes": timer.cache_bytes}
     columns = ["copy", *["empty"] * (args.device == "cuda"), *[peer for peer in PEERS if peer in args.peers]]
     columns += [b for b in BACKENDS if b in (args.backends or BACKENDS) and BACKENDS[b].device in (None, args.device)]
-    print("Microseconds a call, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed.")
+    print(
+        "Microseconds a call, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed."
+    )
     print(f"{'op':15} {'shapes':8} {'call':30} {'batch':>5} dtype cache" + "".join(f"{name:>18}" for name in columns))
     rows: list[Row] = []
     grid = list(cells(args))
@@ -179,20 +227,27 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     write = tqdm.write if tqdm else print
     for n, cell in enumerate(tqdm(grid, desc="kernels", mininterval=1.0) if tqdm else grid):
         if args.seconds is not None and time.perf_counter() - start > args.seconds:
-            write(f"{len(grid) - n} of {len(grid)} calls are left out, the first of them {cell}: {args.seconds:g} seconds are over")
+            write(
+                f"{len(grid) - n} of {len(grid)} calls are left out, the first of them {cell}: {args.seconds:g} seconds are over"
+            )
             break
         providers: dict[str, Provider] = {}
         try:
             providers = prepare(cell, device, args)
             for cache in caches:
-                new = [{**row, **common} for row in measure(cell, providers, cache, timer, budget, "overhead" if args.overhead else "time")]
+                new = [
+                    {**row, **common}
+                    for row in measure(cell, providers, cache, timer, budget, "overhead" if args.overhead else "time")
+                ]
                 write(f"{cell} {cache:5}" + line(new, columns), file=sys.stdout)
                 rows += new
                 if args.csv is not None:
                     append(args.csv, [{key: row[key] for key in COLUMNS} for row in new], COLUMNS)
         except torch.OutOfMemoryError as error:
             write(f"LEFT OUT {cell}: {sentence(error)}", file=sys.stderr)
-        for failure in [f"FAIL {cell} {name}: {provider.failure}" for name, provider in providers.items() if provider.failure]:
+        for failure in [
+            f"FAIL {cell} {name}: {provider.failure}" for name, provider in providers.items() if provider.failure
+        ]:
             write(failure, file=sys.stderr)
         del providers
         if "compile" in args.peers:
@@ -245,7 +300,11 @@ def finished(path: Path, caches: Sequence[str], common: Row, columns: Sequence[s
     for group in report.groups(read(path)) if path.stat().st_size else []:
         labels = group.labels
         times = {name for name, row in group.rows.items() if row["quiet"] == "1"}
-        if [labels[name] for name in report.MACHINE] == here and labels["cache"] in caches and times >= wanted[labels["kernel_name"]]:
+        if (
+            [labels[name] for name in report.MACHINE] == here
+            and labels["cache"] in caches
+            and times >= wanted[labels["kernel_name"]]
+        ):
             call = json.loads(labels["extra_benchmark_config_str"])["call"]
             count[labels["kernel_name"], labels["shapes"], call, labels["batch"], labels["dtype"]] += 1
     return {cell for cell, times in count.items() if times == len(caches)}
@@ -257,7 +316,9 @@ def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[
     inputs = cell.call.inputs(cell.batch, dtype, device)
     torch.backends.cudnn.benchmark = False  # the reference's errors set the rule: as users have it
     check = Check(cell, inputs)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # the peers at their best, sought before anything is captured
+    torch.backends.cudnn.benchmark = (
+        device.type == "cuda"
+    )  # the peers at their best, sought before anything is captured
     x = torch.empty(cell.batch, cell.call.elements, dtype=dtype, device=device).fill_(1)
     providers = {"copy": Provider(partial(torch.empty_like(x).copy_, x))}
     if device.type == "cuda":
@@ -266,7 +327,9 @@ def prepare(cell: Cell, device: torch.device, args: argparse.Namespace) -> dict[
         if peer == "eager":
             providers[peer] = Provider(partial(peers.EAGER[op], **inputs))
         elif peer == "eager_contiguous":
-            providers[peer] = Provider(partial(peers.EAGER[op], **{key: contiguous(value) for key, value in inputs.items()}))
+            providers[peer] = Provider(
+                partial(peers.EAGER[op], **{key: contiguous(value) for key, value in inputs.items()})
+            )
         elif peer == "compile":
             providers[peer] = Provider(partial(compiled(peers.EAGER[op], device), **inputs))
     for name, (able, _) in ops.backends(op, **inputs).items():
@@ -339,7 +402,9 @@ class Check:
         errors, wrong = [], []
         for output, truth, plain, dtype in zip(several(result), self.truth, self.plain, self.dtypes):
             if output.shape[1:] != truth.shape[1:] or output.dtype != dtype:
-                return float("nan"), f"result is {output.dtype} {tuple(output.shape)}; expected {dtype} (N, {tuple(truth.shape[1:])})"
+                return float(
+                    "nan"
+                ), f"result is {output.dtype} {tuple(output.shape)}; expected {dtype} (N, {tuple(truth.shape[1:])})"
             error = largest(self.select(output) - truth)
             ulp = torch.finfo(output.dtype).eps * max(1.0, largest(truth))
             limit = CAP_ULPS[output.dtype] * ulp if peer else min(2 * plain + ulp, CAP_ULPS[output.dtype] * ulp)
@@ -358,7 +423,12 @@ def largest(x: torch.Tensor) -> float:
 
 
 def measure(
-    cell: Cell, providers: dict[str, Provider], cache: str, timer: timing.CpuTimer | timing.CudaTimer, budget: float, metric: str
+    cell: Cell,
+    providers: dict[str, Provider],
+    cache: str,
+    timer: timing.CpuTimer | timing.CudaTimer,
+    budget: float,
+    metric: str,
 ) -> Iterator[Row]:
     """A row a provider."""
     samples: dict[str, timing.Sample] = {}
@@ -399,7 +469,16 @@ def measure(
             "shapes": cell.network,
             "calls_per_evaluation": cell.count,
         }
-        empty = ("y_value_50", "y_value_20", "y_value_80", "samples", "quiet", "gb_per_s", "percent_of_copy", "speedup_over_eager")
+        empty = (
+            "y_value_50",
+            "y_value_20",
+            "y_value_80",
+            "samples",
+            "quiet",
+            "gb_per_s",
+            "percent_of_copy",
+            "speedup_over_eager",
+        )
         row |= dict.fromkeys(empty, "")
         if name in quantiles:
             median, low, high = quantiles[name]

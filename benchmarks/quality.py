@@ -43,14 +43,25 @@ QUICK_LIMIT = 40
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", metavar="FILE", help="the data set, as for coalescer-fast evaluate")
-    parser.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-    parser.add_argument("--flow-matching", metavar="DIR", help="saved FlowMatchingUNet (the unet folder of its training)")
-    parser.add_argument("--steps", type=counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)")
     parser.add_argument(
-        "--guided-steps", type=counts, metavar="N,N", help="step counts that are measured with guidance, too (default: as --steps)"
+        "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--flow-matching", metavar="DIR", help="saved FlowMatchingUNet (the unet folder of its training)"
+    )
+    parser.add_argument(
+        "--steps", type=counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)"
+    )
+    parser.add_argument(
+        "--guided-steps",
+        type=counts,
+        metavar="N,N",
+        help="step counts that are measured with guidance, too (default: as --steps)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE.csv", help="results (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument("--plot-only", action="store_true", help="draw the results that the CSV holds, measure nothing")
@@ -88,14 +99,26 @@ def compare(
     options.setdefault("without", exclusions(pipe.description_encoder, data))
     runs = list(samplers(pipe, flow, steps, guided_steps))
     real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
-    with quiet(pipe), tqdm(total=len(runs) * real.num_samples, desc="quality", disable=not progress, mininterval=1.0) as bar:
+    with (
+        quiet(pipe),
+        tqdm(total=len(runs) * real.num_samples, desc="quality", disable=not progress, mininterval=1.0) as bar,
+    ):
         for labels, sample, first_step in runs:
             bar.set_postfix(labels)
-            yield {**labels, **measure(sample, real, seed, first_step, bar), **real.floors, **environment(), "prompts": limit or "all"}
+            yield {
+                **labels,
+                **measure(sample, real, seed, first_step, bar),
+                **real.floors,
+                **environment(),
+                "prompts": limit or "all",
+            }
 
 
 def samplers(
-    pipe: CoalescerPipeline, flow: FlowMatchingUNet | None, steps: Sequence[int], guided_steps: Sequence[int] | None = None
+    pipe: CoalescerPipeline,
+    flow: FlowMatchingUNet | None,
+    steps: Sequence[int],
+    guided_steps: Sequence[int] | None = None,
 ) -> Iterator[tuple[Row, Sampler, FirstStep | None]]:
     """What is compared: labels, sampler and, of a coalescer, what its heads say first. nfe: network evaluations a picture."""
     scheduler, guided_steps = pipe.scheduler.config, steps if guided_steps is None else guided_steps
@@ -108,11 +131,18 @@ def samplers(
         return
     for scale in FLOW_MATCHING_GUIDANCE:
         for n in steps if scale == 1 else guided_steps:
-            labels = {"sampler": "flow matching", "steps": n, "guidance_scale": scale, "nfe": n if scale == 1 else 2 * n}
+            labels = {
+                "sampler": "flow matching",
+                "steps": n,
+                "guidance_scale": scale,
+                "nfe": n if scale == 1 else 2 * n,
+            }
             yield labels, flow_matching_sampler(pipe, flow, n, scale), None
 
 
-def flow_matching_sampler(pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps: int, guidance_scale: float) -> Sampler:
+def flow_matching_sampler(
+    pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps: int, guidance_scale: float
+) -> Sampler:
     """The baseline as a `Sampler`, with the descriptions, automatic styles included, that the pipeline has for the same noise."""
 
     def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
@@ -143,11 +173,22 @@ def plot(source: Path, target: Path) -> None:
         for sampler, scale in lines:
             mine = [row for row in rows if (row["sampler"], row["guidance_scale"]) == (sampler, scale)]
             points = sorted((int(row["nfe"]), float(row[column])) for row in mine)
-            style, label = ("o--", f"{sampler}, no guidance") if float(scale) == 1 else ("o-", f"{sampler}, guidance {scale}")
+            style, label = (
+                ("o--", f"{sampler}, no guidance") if float(scale) == 1 else ("o-", f"{sampler}, guidance {scale}")
+            )
             axis.plot(*zip(*points), style, color=colours[sampler], label=label, markersize=4)
-        axis.axhline(float(rows[0]["fd_floor_autoencoder"]), color="grey", linewidth=0.8, linestyle=":", label="autoencoder's floor")
+        axis.axhline(
+            float(rows[0]["fd_floor_autoencoder"]),
+            color="grey",
+            linewidth=0.8,
+            linestyle=":",
+            label="autoencoder's floor",
+        )
         axis.set(xscale="log", yscale="log", xlabel="network evaluations a picture", title=title)
-        for side, ticks in ((axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128)), (axis.yaxis, (10, 20, 50, 100, 200, 500, 1000, 2000))):
+        for side, ticks in (
+            (axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128)),
+            (axis.yaxis, (10, 20, 50, 100, 200, 500, 1000, 2000)),
+        ):
             low, high = side.get_view_interval()
             side.set_ticks([n for n in ticks if low <= n <= high], labels=[str(n) for n in ticks if low <= n <= high])
             side.set_minor_locator(NullLocator())

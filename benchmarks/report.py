@@ -61,9 +61,22 @@ class Group:
 def groups(rows: Sequence[Text]) -> list[Group]:
     """The rows put together again; of what was measured more than once, on the same machine with as many threads, the latest."""
     found: dict[tuple[str, ...], Group] = {}
-    of_a_cell = ("kernel_name", "metric_name", "shapes", "extra_benchmark_config_str", "batch", "dtype", "cache", *MACHINE)
+    of_a_cell = (
+        "kernel_name",
+        "metric_name",
+        "shapes",
+        "extra_benchmark_config_str",
+        "batch",
+        "dtype",
+        "cache",
+        *MACHINE,
+    )
     for row in rows:
-        if missing := [name for name in (*of_a_cell, "timestamp", "kernel_provider", "x_value", "llc_bytes", "quiet") if name not in row]:
+        if missing := [
+            name
+            for name in (*of_a_cell, "timestamp", "kernel_provider", "x_value", "llc_bytes", "quiet")
+            if name not in row
+        ]:
             raise ValueError(f"the column {missing[0]} is missing: give a CSV file that benchmarks.kernels has written")
         key = tuple(row[name] for name in of_a_cell)
         if key not in found or found[key].labels["timestamp"] < row["timestamp"]:
@@ -122,7 +135,11 @@ def speedups(times: Sequence[Group]) -> Iterator[str]:
             count = sum(not math.isnan(group.time(name)) for group in mine)
             against = [spread([group.ratio(peer, name) for group in mine]) for peer in ("eager", "compile")]
             copied = spread(
-                [float(group.rows[name]["percent_of_copy"] or "nan") for group in mine if group.beyond_cache and name in group.rows]
+                [
+                    float(group.rows[name]["percent_of_copy"] or "nan")
+                    for group in mine
+                    if group.beyond_cache and name in group.rows
+                ]
             )
             yield f"  {op:15} {dtype:5} {cache:5} {name:10} {count:5}  {'  '.join([*against, copied])}"
 
@@ -143,7 +160,9 @@ def targets(times: Sequence[Group]) -> Iterator[str]:
                 if compiled:
                     kept.append(("never slower than compile", min(compiled) >= 1))
                 if large:
-                    kept.append((f"{TARGET_OF_COPY:g} % of copy beyond the cache, the median", median(large) >= TARGET_OF_COPY))
+                    kept.append(
+                        (f"{TARGET_OF_COPY:g} % of copy beyond the cache, the median", median(large) >= TARGET_OF_COPY)
+                    )
             if eager:
                 kept.append(("never slower than eager", min(eager) >= 1))
             if kept:
@@ -161,7 +180,12 @@ def slower(times: Sequence[Group]) -> Iterator[str]:
             peer = min(PEERS, key=lambda peer: (math.isnan(group.time(peer)), group.time(peer)))
             if group.time(name) > group.time(peer):
                 within = ", within their spread" if group.quantile(name, "20") <= group.quantile(peer, "80") else ""
-                found.append((group.ratio(name, peer), f"{group}: {group.time(name):.1f} us, {peer} {group.time(peer):.1f} us{within}"))
+                found.append(
+                    (
+                        group.ratio(name, peer),
+                        f"{group}: {group.time(name):.1f} us, {peer} {group.time(peer):.1f} us{within}",
+                    )
+                )
         yield f"  {name} is slower than the fastest peer in {len(found)} of {len(mine)} calls{':' if found and name != 'reference' else ''}"
         if name != "reference":
             for ratio, words in sorted(found, reverse=True):
@@ -207,25 +231,42 @@ def plot(rows: Sequence[Text], target: Path) -> None:
     for axis, ((op,), parts) in zip(axes, panels.items()):
         for name in reversed(names):
             for dtype, marker in markers.items():
-                points = [(float(g.labels["x_value"]), g.ratio("eager", name)) for g in parts if g.labels["dtype"] == dtype]
+                points = [
+                    (float(g.labels["x_value"]), g.ratio("eager", name)) for g in parts if g.labels["dtype"] == dtype
+                ]
                 points = [point for point in points if not math.isnan(point[1])]
                 face = COLOURS[name] if dtype == dtypes[0] else "none"
                 style = {"linestyle": "", "marker": marker, "markersize": 3.5, "markeredgewidth": 0.7, "alpha": 0.75}
-                axis.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[name], markerfacecolor=face, **style)
+                axis.plot(
+                    [x for x, _ in points], [y for _, y in points], color=COLOURS[name], markerfacecolor=face, **style
+                )
         axis.axhline(1, color="black", linewidth=0.8)
         cached = float(parts[0].labels["llc_bytes"])
         axis.set(xscale="log", yscale="log", xlabel="size of the tensor", ylabel="times as fast as eager")
         axis.xaxis.set_tick_params(labelbottom=True)
         ours = [name for name in names if name in BACKENDS]
         medians = [(name, [r for g in parts if not math.isnan(r := g.ratio("eager", name))]) for name in ours]
-        axis.set_title(op + "".join(f", {name} {median(ratios):.1f}× at the median" for name, ratios in medians if ratios), fontsize=10)
+        axis.set_title(
+            op + "".join(f", {name} {median(ratios):.1f}× at the median" for name, ratios in medians if ratios),
+            fontsize=10,
+        )
         if axis.get_xlim()[0] < cached < axis.get_xlim()[1]:
             axis.axvline(cached, color="grey", linewidth=0.8, linestyle=":")
-            axis.text(cached, 0.98, " beyond\n the cache", transform=axis.get_xaxis_transform(), va="top", fontsize=7, color="grey")
+            axis.text(
+                cached,
+                0.98,
+                " beyond\n the cache",
+                transform=axis.get_xaxis_transform(),
+                va="top",
+                fontsize=7,
+                color="grey",
+            )
         low, high = axis.get_ylim()
         fine = high < 300 * low
         ticks = [
-            t for t in ((0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if fine else (1e-3, 0.01, 0.1, 1, 10, 100)) if low <= t <= high
+            t
+            for t in ((0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if fine else (1e-3, 0.01, 0.1, 1, 10, 100))
+            if low <= t <= high
         ]
         axis.yaxis.set_ticks(ticks, labels=[f"{t:g}×" for t in ticks])
         axis.yaxis.set_minor_locator(NullLocator())
@@ -238,12 +279,18 @@ def plot(rows: Sequence[Text], target: Path) -> None:
     gpu, device, threads, torch = machine
     where = gpu or f"{device}, {threads} thread{'s' if threads != '1' else ''}"
     figure.suptitle(
-        f"Fused ops against eager PyTorch {torch} (channels_last)\n{where}; {cache} caches; above the line is faster", fontsize=10
+        f"Fused ops against eager PyTorch {torch} (channels_last)\n{where}; {cache} caches; above the line is faster",
+        fontsize=10,
     )
-    handles = [Line2D([], [], linestyle="", marker="o", color=COLOURS[name], label=NAMES.get(name, f"{name} backend")) for name in names]
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=COLOURS[name], label=NAMES.get(name, f"{name} backend"))
+        for name in names
+    ]
     for dtype, marker in markers.items():
         face = "none" if dtype != dtypes[0] else "black"
-        handles.append(Line2D([], [], linestyle="", marker=marker, color="black", markerfacecolor=face, markersize=4, label=dtype))
+        handles.append(
+            Line2D([], [], linestyle="", marker=marker, color="black", markerfacecolor=face, markersize=4, label=dtype)
+        )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     files.write_picture(target, figure)
 

@@ -72,8 +72,28 @@ COLD = {  # what a new process does between loading and drawing, and how many of
 
 COLUMNS = (
     *("model", "part", "guidance_scale", "evaluations", "batch", "provider", "dtype", "metric_unit"),
-    *("y_value_50", "y_value_20", "y_value_80", "images_per_s", "speedup_over_eager", "gflop", "gflop_per_s", "percent_of_floor"),
-    *("compile_s", "direction_error", "distance_error", "result_error", "cosine", "status", "samples", "quiet", "weights", "allocator"),
+    *(
+        "y_value_50",
+        "y_value_20",
+        "y_value_80",
+        "images_per_s",
+        "speedup_over_eager",
+        "gflop",
+        "gflop_per_s",
+        "percent_of_floor",
+    ),
+    *(
+        "compile_s",
+        "direction_error",
+        "distance_error",
+        "result_error",
+        "cosine",
+        "status",
+        "samples",
+        "quiet",
+        "weights",
+        "allocator",
+    ),
     *("timestamp", "cpu", "gpu", "threads", "python", "torch", "onnxruntime", "openvino", "coalescer_fast"),
 )
 
@@ -105,17 +125,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="python -m benchmarks.sampler", description=__doc__.partition("\n")[0])
-    top.add_argument("--model", type=listed(*MODELS), default=["emoji-64"], metavar="M,M", help="of emoji-64, m, l (default: emoji-64)")
+    top.add_argument(
+        "--model",
+        type=listed(*MODELS),
+        default=["emoji-64"],
+        metavar="M,M",
+        help="of emoji-64, m, l (default: emoji-64)",
+    )
     top.add_argument("--batch", type=positive_list, default=[1, 16], metavar="N,N", help="default: 1,16")
-    top.add_argument("--peers", type=listed(*PEERS, "none"), default=list(PEERS), metavar="P,P", help=f"default: {','.join(PEERS)}")
-    top.add_argument("--dtypes", type=listed(*DTYPES), default=list(DTYPES), metavar="D,D", help="of the peers (default: fp32,bf16)")
-    top.add_argument("--parts", type=listed(*PARTS), default=list(PARTS), metavar="P,P", help=f"default: {','.join(PARTS)}")
+    top.add_argument(
+        "--peers", type=listed(*PEERS, "none"), default=list(PEERS), metavar="P,P", help=f"default: {','.join(PEERS)}"
+    )
+    top.add_argument(
+        "--dtypes", type=listed(*DTYPES), default=list(DTYPES), metavar="D,D", help="of the peers (default: fp32,bf16)"
+    )
+    top.add_argument(
+        "--parts", type=listed(*PARTS), default=list(PARTS), metavar="P,P", help=f"default: {','.join(PARTS)}"
+    )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
-    top.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for one part of a batch (default: %(default)s)")
-    top.add_argument("--seconds", type=float, metavar="S", help="begin no batch that would end later, judged by the longest so far")
-    top.add_argument("--allocator", choices=["keep", "system"], default="keep", help="as in benchmarks.kernels (default: %(default)s)")
-    top.add_argument("--cold", action="store_true", help="measure instead the time to the first picture of a new process")
+    top.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="S",
+        help="seconds for one part of a batch (default: %(default)s)",
+    )
+    top.add_argument(
+        "--seconds", type=float, metavar="S", help="begin no batch that would end later, judged by the longest so far"
+    )
+    top.add_argument(
+        "--allocator",
+        choices=["keep", "system"],
+        default="keep",
+        help="as in benchmarks.kernels (default: %(default)s)",
+    )
+    top.add_argument(
+        "--cold", action="store_true", help="measure instead the time to the first picture of a new process"
+    )
     top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
     add_report_options(top)
     return top
@@ -131,8 +178,16 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
     rows: list[Row] = []
-    with timing.settings(args.threads, args.allocator == "keep" and not args.cold), torch.inference_mode(), compiler(args):
-        labels: Row = {**environment(args.device), "allocator": "system" if args.cold else args.allocator, "metric_unit": "ms"}
+    with (
+        timing.settings(args.threads, args.allocator == "keep" and not args.cold),
+        torch.inference_mode(),
+        compiler(args),
+    ):
+        labels: Row = {
+            **environment(args.device),
+            "allocator": "system" if args.cold else args.allocator,
+            "metric_unit": "ms",
+        }
         for new in cold(args) if args.cold else benchmark(args):
             rows += [{**dict.fromkeys(COLUMNS, ""), **labels, **row} for row in new]
             if args.csv is not None:
@@ -148,7 +203,9 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     timer = timing.CpuTimer(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     if "compile" in args.peers:
         torch.compile(torch.neg)(torch.ones(1, device=device))  # the compiler's own start is no network's time
-    print("Milliseconds, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed.")
+    print(
+        "Milliseconds, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed."
+    )
     start, longest = time.monotonic(), 0.0
     for model in args.model:
         with torch.inference_mode(False):
@@ -170,7 +227,9 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
                 decodes = model == "emoji-64" and not {"decoder", "pipeline"}.isdisjoint(args.parts)
                 found = list(providers(args, pipe, sample, texts, decodes, Path(folder)))
                 for part in parts:
-                    title = f"{model} ({weights}), {part.name}" + (f" w={part.guidance_scale:g}" if part.guidance_scale != "" else "")
+                    title = f"{model} ({weights}), {part.name}" + (
+                        f" w={part.guidance_scale:g}" if part.guidance_scale != "" else ""
+                    )
                     print(f"{title}, batch {batch}", flush=True)
                     rows: list[Row] = []
                     for row in measure(part, found, batch, timer, args.budget):
@@ -182,10 +241,20 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def providers(
-    args: argparse.Namespace, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
+    args: argparse.Namespace,
+    pipe: CoalescerPipeline,
+    sample: torch.Tensor,
+    texts: list[str],
+    decodes: bool,
+    folder: Path,
 ) -> Iterator[Provider]:
     """All of them, prepared as far as they can be. The first is the reference, whether or not it is asked for."""
-    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32"), *([("ours_int8", "int8")] if args.device == "cpu" else [])]
+    wanted = [
+        ("eager", "fp32"),
+        ("ours", "auto"),
+        ("ours", "fp32"),
+        *([("ours_int8", "int8")] if args.device == "cpu" else []),
+    ]
     wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name] if dtype in args.dtypes]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:
@@ -247,7 +316,10 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
         expected = tuple(y.clone() for y in part.prepare(reference)())
     with torch.inference_mode(False), torch.no_grad():
         once = part.prepare(reference)
-        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):  # its matmuls are counted; not the CPU's fused one
+        with (
+            FlopCounterMode(display=False) as flops,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # its matmuls are counted; not the CPU's fused one
             once()
     gflop = flops.get_total_flops() / 1e9
     runs: dict[str, Callable[[], Any]] = {}
@@ -267,7 +339,11 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
         if mine := [seconds for network, seconds in provider.engine.seconds.items() if network in networks]:
             rows[key]["compile_s"] = sum(mine)
         rows[key] |= errors
-        wrong = [f"{name.replace('_', ' ')} {e:.3g}" for name, e in errors.items() if name != "cosine" and not float(e) <= LOOSE]
+        wrong = [
+            f"{name.replace('_', ' ')} {e:.3g}"
+            for name, e in errors.items()
+            if name != "cosine" and not float(e) <= LOOSE
+        ]
         if wrong:  # NaN is, too
             rows[key]["status"] = f"FAIL: {', '.join(wrong)}"
         else:
@@ -280,10 +356,20 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
     quantiles = {key: timing.quantiles(mine) for key, mine in taken.items()}
     floors = {name: quantiles[f"convolutions {name}"][0] for name in DTYPES}
     for key, row in rows.items():
-        row |= {"part": part.name, "guidance_scale": part.guidance_scale, "evaluations": part.evaluations, "gflop": gflop}
+        row |= {
+            "part": part.name,
+            "guidance_scale": part.guidance_scale,
+            "evaluations": part.evaluations,
+            "gflop": gflop,
+        }
         if key in quantiles:
             median, low, high = quantiles[key]
-            row |= {"y_value_50": median * 1e3, "y_value_20": low * 1e3, "y_value_80": high * 1e3, "images_per_s": batch / median}
+            row |= {
+                "y_value_50": median * 1e3,
+                "y_value_20": low * 1e3,
+                "y_value_80": high * 1e3,
+                "images_per_s": batch / median,
+            }
             row |= {"speedup_over_eager": quantiles["eager fp32"][0] / median, "gflop_per_s": gflop / median}
             row["percent_of_floor"] = 100 * floors.get(str(row["dtype"]), min(floors.values())) / median
             row |= {"samples": len(taken[key]), "quiet": int(all(m.quiet for m in taken[key]))}
@@ -302,7 +388,9 @@ def rested(sample: timing.Sample) -> timing.Sample:
 
 def check(part: str, result: Tensors, expected: Tensors) -> Row:
     """Relative errors ||y - y_ref|| / ||y_ref||, and the cosine of the first output. Raises ValueError for other shapes."""
-    if shapes := [f"{tuple(y.shape)}, expected {tuple(e.shape)}" for y, e in zip(result, expected) if y.shape != e.shape]:
+    if shapes := [
+        f"{tuple(y.shape)}, expected {tuple(e.shape)}" for y, e in zip(result, expected) if y.shape != e.shape
+    ]:
         raise ValueError(f"result has shape {shapes[0]}")
     pairs = [(y.double().flatten(), e.double().flatten()) for y, e in zip(result, expected)]
     errors = [float((y - e).norm() / e.norm()) for y, e in pairs]
@@ -332,17 +420,31 @@ def cold(args: argparse.Namespace) -> Iterator[list[Row]]:
                 paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
                 env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": paths}
                 start = time.perf_counter()
-                done = subprocess.run([sys.executable, "-c", "\n".join(code)], env=env, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [sys.executable, "-c", "\n".join(code)], env=env, capture_output=True, text=True, check=False
+                )
                 mine.append(timing.Measurement(time.perf_counter() - start))
             if done.returncode:
                 status[name] = f"FAIL: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
     rows = []
     for name, mine in taken.items():
-        row: Row = {"model": "emoji-64", "part": "cold", "batch": 1, "provider": name, "status": status[name], "weights": "embedded"}
+        row: Row = {
+            "model": "emoji-64",
+            "part": "cold",
+            "batch": 1,
+            "provider": name,
+            "status": status[name],
+            "weights": "embedded",
+        }
         row["dtype"] = {"eager": "fp32", "ours": "auto", "compile": "bf16"}[name]
         if status[name] == "ok":
             median, low, high = timing.quantiles(mine)
-            row |= {"y_value_50": median * 1e3, "y_value_20": low * 1e3, "y_value_80": high * 1e3, "images_per_s": 1 / median}
+            row |= {
+                "y_value_50": median * 1e3,
+                "y_value_20": low * 1e3,
+                "y_value_80": high * 1e3,
+                "images_per_s": 1 / median,
+            }
             if status["eager"] == "ok":
                 row["speedup_over_eager"] = timing.quantiles(taken["eager"])[0] / median
             row["samples"] = len(mine)
@@ -356,7 +458,11 @@ def line(row: Row) -> str:
     if "y_value_50" not in row:
         return f"{head} {row['status']}"
     mark = "~" if row.get("quiet") == 0 else " "
-    words = f"{head} {row['y_value_50']:10.2f}{mark} ({row['speedup_over_eager']:.2f}x)" if "speedup_over_eager" in row else head
+    words = (
+        f"{head} {row['y_value_50']:10.2f}{mark} ({row['speedup_over_eager']:.2f}x)"
+        if "speedup_over_eager" in row
+        else head
+    )
     words += f" {row['y_value_20']:10.2f} -{row['y_value_80']:9.2f}  {row['images_per_s']:8.1f} images/s"
     if "percent_of_floor" in row:
         words += f" {row['percent_of_floor']:4.0f} % of floor"

@@ -41,12 +41,16 @@ def load(model: str, device: torch.device) -> CoalescerPipeline:
         torch.manual_seed(0)
         unet = CoalescerUNet.named(model).eval()
         for parameter in unet.parameters():
-            if parameter.ndim > 1 and not parameter.any():  # a branch that starts as the identity would give a trivial output
+            if (
+                parameter.ndim > 1 and not parameter.any()
+            ):  # a branch that starts as the identity would give a trivial output
                 nn.init.normal_(parameter, std=0.5 / parameter[0].numel() ** 0.5)
         encoder = pipe.description_encoder
         if (dim := unet.config.description_dim) != encoder.config.dim:
             table = torch.randint(-127, 128, (encoder.config.vocab_size, dim), dtype=torch.int8)
-            encoder = DescriptionEncoder.from_table(table.numpy(), torch.full((dim,), 1 / 64).numpy(), encoder.vocab.numpy()).eval()
+            encoder = DescriptionEncoder.from_table(
+                table.numpy(), torch.full((dim,), 1 / 64).numpy(), encoder.vocab.numpy()
+            ).eval()
         vae = CoalescerAutoencoder(2, unet.config.latent_channels, 8, (1, 1, 1), (1, 1, 1)).eval()
         pipe = CoalescerPipeline(unet, CoalescerScheduler(), encoder, vae)
     pipe.set_progress_bar_config(disable=True)
@@ -91,7 +95,9 @@ class Engine:
         return self.pipe.runtime
 
 
-def peer(name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path) -> Engine:
+def peer(
+    name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
+) -> Engine:
     """The engine of a peer, prepared for samples of this shape. Raises Missing."""
     mine: Any = twin(pipe)
     if name in EAGER:
@@ -168,11 +174,15 @@ def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable
         if key not in packed:
             weight = weight.to(dtype, memory_format=torch.channels_last)
             if x.is_cpu and torch.backends.mkldnn.is_available():
-                weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x.shape))
+                weight = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, padding, stride, dilation, groups, list(x.shape)
+                )
             packed[key] = weight
         if x.is_cpu and torch.backends.mkldnn.is_available():
             run = torch.ops.mkldnn._convolution_pointwise
-            calls.append(partial(run, inputs[x.shape], packed[key], bias, padding, stride, dilation, groups, "none", [], ""))
+            calls.append(
+                partial(run, inputs[x.shape], packed[key], bias, padding, stride, dilation, groups, "none", [], "")
+            )
         else:
             calls.append(partial(torch.conv2d, inputs[x.shape], packed[key], bias, stride, padding, dilation, groups))
 

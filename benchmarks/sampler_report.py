@@ -27,7 +27,9 @@ def groups(rows: Sequence[Text]) -> dict[tuple[str, ...], dict[str, Text]]:
     """Rows by machine and cell, then by provider and dtype; of what was measured more than once, the latest run."""
     found: dict[tuple[str, ...], dict[str, Text]] = {}
     for row in rows:
-        if missing := [name for name in (*MACHINE, *CELL, "provider", "dtype", "y_value_50", "timestamp") if name not in row]:
+        if missing := [
+            name for name in (*MACHINE, *CELL, "provider", "dtype", "y_value_50", "timestamp") if name not in row
+        ]:
             raise ValueError(f"the column {missing[0]} is missing: give a CSV file that benchmarks.sampler has written")
         mine = found.setdefault(tuple(row[name] for name in (*MACHINE[:-1], *CELL)), {})
         newest = max((known["timestamp"] for known in mine.values()), default="")
@@ -74,7 +76,9 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
         if own and peer and ratio < 1:
             within = ", within their spread" if float(own["y_value_20"]) <= float(peer["y_value_80"]) else ""
             disturbed = ", disturbed" if "0" in (own["quiet"], peer["quiet"]) else ""
-            losses.append((1 / ratio, f"{model} {title} batch {batch}, {peer['provider']} {peer['dtype']}{within}{disturbed}"))
+            losses.append(
+                (1 / ratio, f"{model} {title} batch {batch}, {peer['provider']} {peer['dtype']}{within}{disturbed}")
+            )
         for name, row in mine.items():
             if row["status"] != "ok":
                 others.setdefault(f"{name} {row['status']}", []).append(f"{model} {title} {batch}")
@@ -87,7 +91,13 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
 def cell(row: Text | None, named: bool = False) -> str:
     if row is None:
         return "-"
-    label = f"{row['provider']} {row['dtype']} " if named and row["provider"] != "ours" else f"{row['dtype']} " if named else ""
+    label = (
+        f"{row['provider']} {row['dtype']} "
+        if named and row["provider"] != "ours"
+        else f"{row['dtype']} "
+        if named
+        else ""
+    )
     return f"{label}{time(row):.2f}{'~' if row['quiet'] == '0' else ''}"
 
 
@@ -112,7 +122,13 @@ def plot(rows: Sequence[Text], target: Path) -> None:
             for i, (name, row) in enumerate(bars):
                 x, rate = n + 0.8 * (i + 0.5) / len(bars) - 0.4, float(row["images_per_s"])
                 axis.bar(x, rate, 0.75 / len(bars), color=COLOURS[name], label=name.replace("_", " "))
-                axis.annotate(f"{rate:{'.0f' if rate >= 100 else '.3g'}}\n{row['dtype']}", (x, rate), ha="center", va="bottom", fontsize=5)
+                axis.annotate(
+                    f"{rate:{'.0f' if rate >= 100 else '.3g'}}\n{row['dtype']}",
+                    (x, rate),
+                    ha="center",
+                    va="bottom",
+                    fontsize=5,
+                )
         axis.set_xticks(range(len(cells)), [f"batch {batch}" for batch, _ in cells])
         axis.set(yscale="log", ylabel="images/s")
         axis.margins(y=0.15)
@@ -121,5 +137,7 @@ def plot(rows: Sequence[Text], target: Path) -> None:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.suptitle(f"{gpu or cpu}, {threads} thread{'s' if threads != '1' else ''}, torch {torch}", fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False
+    )
     files.write_picture(target, figure)

@@ -64,14 +64,23 @@ class GroupNorm(Call):
 
     def __str__(self) -> str:
         channels = f"{self.channels}+{self.skip}" if self.skip else str(self.channels)
-        extras = [name for name, has in (("film", self.film), ("pre_bias", self.pre_bias), ("linear", self.activation is None)) if has]
+        extras = [
+            name
+            for name, has in (("film", self.film), ("pre_bias", self.pre_bias), ("linear", self.activation is None))
+            if has
+        ]
         return " ".join([f"{channels}x{self.size}x{self.size}", f"g{self.groups}", *extras])
 
     def inputs(self, batch: int, dtype: torch.dtype, device: torch.device) -> Inputs:
         draw = Draw(dtype, device)
         channels = self.channels + self.skip
         inputs: Inputs = {"x": draw.image(batch, self.channels, self.size), "num_groups": self.groups}
-        inputs |= {"weight": 1 + 0.1 * draw(channels), "bias": 0.1 * draw(channels), "eps": self.eps, "activation": self.activation}
+        inputs |= {
+            "weight": 1 + 0.1 * draw(channels),
+            "bias": 0.1 * draw(channels),
+            "eps": self.eps,
+            "activation": self.activation,
+        }
         if self.film:  # two halves of one projection, as in the networks
             inputs["scale"], inputs["shift"] = (0.3 * draw(batch, 2 * channels)).chunk(2, 1)
         if self.skip:

@@ -178,7 +178,9 @@ def seconds_waited() -> float:
 def quantiles(taken: list[Measurement]) -> tuple[float, float, float]:
     """The 50, 20 and 80 % quantiles of the seconds."""
     median, low, high = (
-        torch.tensor([m.seconds for m in taken], dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+        torch.tensor([m.seconds for m in taken], dtype=torch.float64)
+        .quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+        .tolist()
     )
     return median, low, high
 

@@ -86,7 +86,9 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def calls(dtype: torch.dtype, all_flags: bool = False, device: str = "meta") -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+def calls(
+    dtype: torch.dtype, all_flags: bool = False, device: str = "meta"
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """Calls that between them reach every configuration: what is called, the op, and its arguments but the backend, in canonical order.
 
     With the most demanding flags, or with every set of flags that a UNet uses.
@@ -103,7 +105,9 @@ def calls(dtype: torch.dtype, all_flags: bool = False, device: str = "meta") -> 
             film = (tensor(n, 2 * c)[:, :c], tensor(n, 2 * c)[:, c:])
             x = tensor(n, channels, side, side, channels_last=nhwc)
             affine = (tensor(c), tensor(c))
-            flags: dict[str, Any] = {"skip, film, pre_bias, silu": (x, groups, *affine, 1e-5, *film, x, tensor(c), "silu")}
+            flags: dict[str, Any] = {
+                "skip, film, pre_bias, silu": (x, groups, *affine, 1e-5, *film, x, tensor(c), "silu")
+            }
             if all_flags:
                 one = tensor(n, c, side, side, channels_last=nhwc)
                 flags |= {
@@ -123,7 +127,12 @@ def calls(dtype: torch.dtype, all_flags: bool = False, device: str = "meta") -> 
             yield f"{layout} bias", "bias_residual", (x, tensor(320), None)
         for side, channels, latent in ((8, 96, 16), (64, 320, 4)):
             h = tensor(2, channels, side, side, channels_last=nhwc)
-            weights = (tensor(latent, channels, 3, 3, channels_last=True), tensor(latent), tensor(1, channels), tensor(1))
+            weights = (
+                tensor(latent, channels, 3, 3, channels_last=True),
+                tensor(latent),
+                tensor(1, channels),
+                tensor(1),
+            )
             point = tensor(2, latent, side, side, channels_last=nhwc, dtype=torch.float32)
             yield f"{layout} {side}x{side} anchor", "dual_head", (h, *weights, point, point + 1)
             if all_flags:
@@ -209,7 +218,9 @@ def inspect(kernel: Any) -> dict[str, Any]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, text[:1000]
 
@@ -217,7 +228,10 @@ def inspect(kernel: Any) -> dict[str, Any]:
         """LDG.E.128 and the like; LDGSTS copies to shared memory."""
         found = re.findall(rf"\b{instruction}((?:\.\w+)*) ", text)
         sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-        return max((max([sizes[part] for part in suffix.split(".") if part in sizes], default=32) for suffix in found), default=0)
+        return max(
+            (max([sizes[part] for part in suffix.split(".") if part in sizes], default=32) for suffix in found),
+            default=0,
+        )
 
     loads, stores = widths(kernel.asm["ptx"])
     return {
@@ -255,7 +269,14 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def row(launch: Launch, dtype: str, call: str, target: int) -> dict[str, Any]:
     """Compile the launch and say what became of it."""
-    what = {"kernel": launch.kernel.__name__, "key": launch.key, "dtype": dtype, "call": call, "options": launch.options, "target": target}
+    what = {
+        "kernel": launch.kernel.__name__,
+        "key": launch.key,
+        "dtype": dtype,
+        "call": call,
+        "options": launch.options,
+        "target": target,
+    }
     result = what | inspect(compile_launch(launch, target))
     return result | {"faults": faults(result)}
 
@@ -283,8 +304,12 @@ def main() -> int:
         print("TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it", file=sys.stderr)
         return 2
     rows = []
-    print(f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} {'load':>4} {'store':>5}  call")
-    for each in report(tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags):
+    print(
+        f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} {'load':>4} {'store':>5}  call"
+    )
+    for each in report(
+        tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags
+    ):
         rows.append(each)
         cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} {each['registers']:4} {each['spills']:6}"
         print(f"{cells} {each['load']:4} {each['store']:5}  {each['call']}", *each["faults"], sep="  ! ", flush=True)

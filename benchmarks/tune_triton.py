@@ -110,7 +110,9 @@ def measured(key: Key, candidate: dict[str, int]) -> float:
             # the rounding of the reference itself: each of its half a dozen steps is in the dtype
             tolerance = 16 * torch.finfo(dtype).eps
             expected = triton_aot.implementation(op, "reference")(*args)
-            torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance, msg=f"{name}: {candidate} is not the reference")
+            torch.testing.assert_close(
+                run(), expected, rtol=tolerance, atol=tolerance, msg=f"{name}: {candidate} is not the reference"
+            )
             total += 1e3 * do_bench(run, return_mode="median")
     return total
 
@@ -131,7 +133,9 @@ def choose(key: Key, candidates: list[dict[str, int]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_triton", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=triton_runtime.CONFIGURATIONS)
-    parser.add_argument("--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone")
+    parser.add_argument(
+        "--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone"
+    )
     arguments = parser.parse_args()
     table = json.loads(triton_runtime.CONFIGURATIONS.read_text("utf-8")) if arguments.kernel else {}
     chosen = {key: candidates for key, candidates in CANDIDATES.items() if arguments.kernel in (None, key[0])}

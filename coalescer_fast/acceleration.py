@@ -48,7 +48,9 @@ BACKENDS = {
         {"cuda": (*BOTH, "float16")},
         unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
     ),
-    "compile": Backend(lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}),
+    "compile": Backend(
+        lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}
+    ),
     "onnxruntime": Backend(
         lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
         {"cpu": ["float32"]},
@@ -94,7 +96,10 @@ def native_dtype(device: str, dtypes: Sequence[str]) -> str:
 
 
 def accelerate(
-    pipe: CoalescerPipeline, backend: str = "auto", dtype: str | torch.dtype = "auto", artefact: str | Path | None = None
+    pipe: CoalescerPipeline,
+    backend: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    artefact: str | Path | None = None,
 ) -> CoalescerPipeline:
     """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to
     rounding.
@@ -236,7 +241,9 @@ def explain(pipe: CoalescerPipeline) -> str:
 def check_pipeline(pipe: object) -> None:
     """Raise TypeError for anything but a pipeline."""
     if not hasattr(type(pipe), "runtime"):
-        raise TypeError(f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained")
+        raise TypeError(
+            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"
+        )
 
 
 def accelerated(pipe: CoalescerPipeline) -> Runtime:

@@ -58,7 +58,10 @@ def execute(top: Parser, argv: Sequence[str] | None) -> int:
         # what is left in the buffer has nowhere to go, and Python would say so once more at its end
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message, status = "the output was closed before all of it was written: read it to its end, or write it to a file", 141
+        message, status = (
+            "the output was closed before all of it was written: read it to its end, or write it to a file",
+            141,
+        )
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except Exception as error:
@@ -87,7 +90,9 @@ def sentence(error: BaseException) -> str:
 def unforeseen(error: Exception) -> str:
     """`sentence` of what is no mistake of a user's that was thought of."""
     said, name = sentence(error), type(error).__name__
-    foreseen = type(error) in (ValueError, TypeError) or isinstance(error, (OSError, ImportError, MemoryError, RecursionError))
+    foreseen = type(error) in (ValueError, TypeError) or isinstance(
+        error, (OSError, ImportError, MemoryError, RecursionError)
+    )
     if foreseen or said == NO_MEMORY:
         return said
     what = name if said == name else f"{name}: {said[:300]}"
@@ -108,10 +113,16 @@ def parser() -> Parser:
 
     def model(sub: Parser, default: str | None = None) -> None:
         said = "%(default)s" if default else "the plain reference"
-        sub.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
-        sub.add_argument("--backend", choices=BACKENDS, default=default, help=f"what runs the networks (default: {said})")
+        sub.add_argument(
+            "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
+        )
+        sub.add_argument(
+            "--backend", choices=BACKENDS, default=default, help=f"what runs the networks (default: {said})"
+        )
         sub.add_argument("--dtype", choices=DTYPES, default=default, help=f"what they compute in (default: {said})")
-        sub.add_argument("--artefact", type=Path, metavar="DIR", help="run what coalescer-export wrote into this folder")
+        sub.add_argument(
+            "--artefact", type=Path, metavar="DIR", help="run what coalescer-export wrote into this folder"
+        )
 
     sub = command("sample", sample, "draw pictures of prompts")
     sub.add_argument("prompts", nargs="+", type=prompt, metavar="PROMPT")
@@ -122,8 +133,12 @@ def parser() -> Parser:
     text = f"steps, the network evaluations without guidance, at most {MOST_STEPS:,}, for the model is made for 2 (default: %(default)s)"
     sub.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
-    sub.add_argument("--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)")
-    sub.add_argument("-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)")
+    sub.add_argument(
+        "--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)"
+    )
+    sub.add_argument(
+        "-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)"
+    )
     text = "also write hashes of weights, noise and pictures, by which two machines can tell whether they drew the same"
     sub.add_argument("--receipt", type=Path, metavar="FILE.json", help=text)
 
@@ -132,19 +147,32 @@ def parser() -> Parser:
 
     sub = command("verify", verify, "compare an accelerated model with its own float32 reference")
     model(sub, "auto")
-    sub.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
+    sub.add_argument(
+        "--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)"
+    )
     sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("warmup", warmup, "time the preparation of an accelerated model, and a call after it")
     model(sub, "auto")
-    sub.add_argument("--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)")
+    sub.add_argument(
+        "--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)"
+    )
 
     sub = command("train", train, "train a model on pictures with descriptions")
     sub.add_argument("kind", choices=["autoencoder", "coalescer"])
-    sub.add_argument("--config", required=True, metavar="FILE.toml", help="a TOML file, or the name of one of the package's own")
-    sub.add_argument("--data", required=True, help="an .npz file made by build-data, a folder of captioned pictures, or the word digits")
     sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of checkpoints and model; a training in it goes on (default: runs/CONFIG)"
+        "--config", required=True, metavar="FILE.toml", help="a TOML file, or the name of one of the package's own"
+    )
+    sub.add_argument(
+        "--data",
+        required=True,
+        help="an .npz file made by build-data, a folder of captioned pictures, or the word digits",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of checkpoints and model; a training in it goes on (default: runs/CONFIG)",
     )
     text = "go on with a training whose configuration or data are others than before"
     sub.add_argument("--allow-changes", action="store_true", help=text)
@@ -152,13 +180,24 @@ def parser() -> Parser:
     sub = command("evaluate", evaluate, "measure a model on a data set")
     model(sub)
     sub.add_argument("--data", required=True, metavar="FILE.npz", help="a data set made by build-data")
-    sub.add_argument("--steps", type=counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)")
+    sub.add_argument(
+        "--steps", type=counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)"
+    )
     sub.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the rows to a file, too")
 
     sub = command("build-data", build_data, "build the emoji data set from npm packages")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--cache", type=Path, metavar="DIR", help="folder of the fetched packages (default: packages in --out)")
-    sub.add_argument("--sizes", type=positive, nargs="+", default=[64], metavar="S", help="sides of the pictures in pixels (default: 64)")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder of the fetched packages (default: packages in --out)"
+    )
+    sub.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=[64],
+        metavar="S",
+        help="sides of the pictures in pixels (default: 64)",
+    )
     sub.add_argument("--styles", nargs="+", metavar="STYLE", help="art styles (default: all but the share-alike ones)")
     return top
 
@@ -166,13 +205,17 @@ def parser() -> Parser:
 def add_common(parser: argparse.ArgumentParser, above: bool = False) -> None:
     """The options that stand before the command or behind it; ``above``: another parser has them, too, and their defaults."""
     default: Any = argparse.SUPPRESS if above else False
-    parser.add_argument("--quiet", action="store_true", default=default, help="no progress bars and no messages but warnings and errors")
+    parser.add_argument(
+        "--quiet", action="store_true", default=default, help="no progress bars and no messages but warnings and errors"
+    )
     parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
 
 
 def sample(args: argparse.Namespace) -> None:
     if (count := len(args.prompts) * args.n) > 4 * MOST_PICTURES:
-        raise ValueError(f"{count:,} pictures are more than the {4 * MOST_PICTURES:,} that are drawn at once: ask for fewer prompts or -n")
+        raise ValueError(
+            f"{count:,} pictures are more than the {4 * MOST_PICTURES:,} that are drawn at once: ask for fewer prompts or -n"
+        )
     from PIL import Image
 
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
@@ -182,7 +225,9 @@ def sample(args: argparse.Namespace) -> None:
     try:
         Image.new("RGB", (1, 1)).save(file, Image.registered_extensions()[out.suffix.lower()])
     except Exception as error:  # of every format its own
-        raise ValueError(f"{out} is of a format without colours, or that Pillow cannot write: let the output end in .png") from error
+        raise ValueError(
+            f"{out} is of a format without colours, or that Pillow cannot write: let the output end in .png"
+        ) from error
     if args.receipt is not None and args.receipt.absolute() == out.absolute():
         raise ValueError(f"--receipt is {args.receipt}, the picture's file: give it another name")
     for path in (out, *([] if args.receipt is None else [args.receipt])):
@@ -231,16 +276,24 @@ def info(args: argparse.Namespace) -> None:
     from .ops.dispatch import BACKENDS
     from .pipeline import WEIGHTS, embedded_models
 
-    facts: dict[str, Any] = {"coalescer_fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    facts: dict[str, Any] = {
+        "coalescer_fast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
     facts |= {name: version(name) for name in ("diffusers", "numpy")}
     facts["cpu"] = cpu_name()
     facts["threads"] = torch.get_num_threads()
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     states = backends("group_norm_silu")
-    facts["backends"] = {name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()}
+    facts["backends"] = {
+        name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()
+    }
     reasons = {name: acceleration.unavailable(name) for name in acceleration.BACKENDS}
     facts["accelerate"] = {name: {"able": not reason, "reason": reason} for name, reason in reasons.items()}
-    facts["models"] = {name: sum(file.stat().st_size for file in (WEIGHTS / name).rglob("*")) for name in embedded_models()}
+    facts["models"] = {
+        name: sum(file.stat().st_size for file in (WEIGHTS / name).rglob("*")) for name in embedded_models()
+    }
     if args.json:
         print(json.dumps(facts, indent=2))
         return

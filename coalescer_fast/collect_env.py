@@ -113,9 +113,16 @@ def cpu() -> Facts:
     flags: set[str] = set()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        flags = set(next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split())
+        flags = set(
+            next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split()
+        )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": cpu_name(), "cores": os.cpu_count(), "usable_cores": usable, "flags": {name: name in flags for name in FLAGS}}
+    return {
+        "name": cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "flags": {name: name in flags for name in FLAGS},
+    }
 
 
 def build() -> Facts:
@@ -197,7 +204,9 @@ TRIALS: dict[str, Callable[[], Facts]] = {
 
 def tried(name: str) -> Any:
     """The trial's facts, from a process that sees the modules that this one sees; {"error": ...} if it dies or hangs."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__package__} import collect_env; collect_env.answer({name!r})"
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {__package__} import collect_env; collect_env.answer({name!r})"
+    )
     return guarded(ask, [sys.executable, "-c", code])
 
 
@@ -210,7 +219,13 @@ def answer(name: str) -> None:
 def ask(command: list[str]) -> Any:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise Failed(f"it has not ended after {SECONDS} s") from None

@@ -15,7 +15,9 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         return True
     found = tensor.detach()
-    return bool(torch.isfinite(found if found.element_size() > 1 else found.float()).all())  # 8-bit floats lack the test
+    return bool(
+        torch.isfinite(found if found.element_size() > 1 else found.float()).all()
+    )  # 8-bit floats lack the test
 
 
 def check_readable(name: str, tensor: object) -> None:

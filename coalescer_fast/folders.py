@@ -195,7 +195,9 @@ def _check_config(path: Path, kind: type) -> dict[str, Any]:
         if name.startswith("_"):
             continue
         if name not in hints:
-            raise ValueError(f"{path} has {name:.80}, which no {kind.__name__} has: it is damaged, or from a later version")
+            raise ValueError(
+                f"{path} has {name:.80}, which no {kind.__name__} has: it is damaged, or from a later version"
+            )
         if not _fits(value, hints[name]):
             raise ValueError(f"{path} is damaged: {name} is {value!r:.80}")
     return config

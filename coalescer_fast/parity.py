@@ -82,7 +82,10 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity and no NaN: such a value is the string "inf" or "nan"."""
-        rows = [{k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()} for row in self.rows]
+        rows = [
+            {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+            for row in self.rows
+        ]
         found = {"runtime": self.runtime, "dtype": self.dtype, "pictures": self.pictures, "passed": self.passed}
         return {**found, "rows": rows, **({} if self.receipt is None else {"receipt": dict(self.receipt)})}
 
@@ -148,9 +151,13 @@ def verify(
     check_pipeline(pipe)
     runtime = pipe.runtime
     if runtime is None:
-        raise ValueError("the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first")
+        raise ValueError(
+            "the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first"
+        )
     if pipe.unet.dtype != torch.float32 or pipe.vae.dtype != torch.float32:
-        raise ValueError(f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference")
+        raise ValueError(
+            f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference"
+        )
     limits = _limits(budget, runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
     check_count(num_images)
@@ -181,7 +188,9 @@ def verify(
         at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
     ]
     pictures = torch.cat([each for _, _, each in batches])
-    return Verification(str(runtime.name), precision(runtime), len(texts), tuple(rows), receipt(pipe, texts, noise, pictures))
+    return Verification(
+        str(runtime.name), precision(runtime), len(texts), tuple(rows), receipt(pipe, texts, noise, pictures)
+    )
 
 
 def receipt(
@@ -238,7 +247,11 @@ def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> 
     if budget is None or isinstance(budget, Budget):
         return budget or Budget.of(dtype)
     names = [field.name for field in fields(Budget)]
-    if not isinstance(budget, Mapping) or set(budget) - set(names) or not all(isinstance(v, (int, float)) for v in budget.values()):
+    if (
+        not isinstance(budget, Mapping)
+        or set(budget) - set(names)
+        or not all(isinstance(v, (int, float)) for v in budget.values())
+    ):
         raise ValueError(f"budget is {budget!r:.80}; expected numbers for some of {', '.join(names)}")
     return replace(Budget.of(dtype), **budget)
 
@@ -279,7 +292,9 @@ def _compare(
         cosine = (direction * expected_direction).sum(1) / (direction.norm(dim=1) * expected_direction.norm(dim=1))
         # an untrained network's direction may be 0
         cosine = torch.where(off == 0, 1.0, cosine)
-        steps.append((off, cosine, (distance / expected_distance - 1).abs(), _relative(_exact(end), _exact(expected_end))))
+        steps.append(
+            (off, cosine, (distance / expected_distance - 1).abs(), _relative(_exact(end), _exact(expected_end)))
+        )
     psnr = -10 * (_exact(drawn) - _exact(expected)).square().mean(1).log10()
     return steps, psnr, drawn
 

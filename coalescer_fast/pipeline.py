@@ -41,7 +41,12 @@ DTYPE = "dtype" if find_spec("diffusers.utils.deprecation_utils") is not None el
 WEIGHTS = Path(__file__).parent / "weights"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # of each component, something that it has and others of its kind have not; wrappers (torch.compile's, peft's) have it as well
-HALLMARKS = {"unet": "set_backend", "scheduler": "is_guided", "description_encoder": "with_styles", "vae": "scale_factor"}
+HALLMARKS = {
+    "unet": "set_backend",
+    "scheduler": "is_guided",
+    "description_encoder": "with_styles",
+    "vae": "scale_factor",
+}
 
 
 @dataclass
@@ -90,7 +95,11 @@ class CoalescerPipeline(DiffusionPipeline):
     _checks_finite = True  # whether a call refuses to return what is not; `verify` counts it
 
     def __init__(
-        self, unet: CoalescerUNet, scheduler: CoalescerScheduler, description_encoder: DescriptionEncoder, vae: CoalescerAutoencoder
+        self,
+        unet: CoalescerUNet,
+        scheduler: CoalescerScheduler,
+        description_encoder: DescriptionEncoder,
+        vae: CoalescerAutoencoder,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, description_encoder=description_encoder, vae=vae)
@@ -108,10 +117,14 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise TypeError(f"{name} is a {type(part).__name__}; expected a {kind}")
         unet, encoder, vae = self.unet.config, self.description_encoder.config, self.vae.config
         if vae.latent_channels != unet.latent_channels:
-            raise ValueError(f"vae has {vae.latent_channels} latent channels and unet {unet.latent_channels}; give two that fit each other")
+            raise ValueError(
+                f"vae has {vae.latent_channels} latent channels and unet {unet.latent_channels}; give two that fit each other"
+            )
         for name in ("description_dim", "cross_attention_dim"):
             if unet[name] not in (encoder.dim, None):
-                raise ValueError(f"description_encoder has dim {encoder.dim} and unet {name} {unet[name]}; give two that fit each other")
+                raise ValueError(
+                    f"description_encoder has dim {encoder.dim} and unet {name} {unet[name]}; give two that fit each other"
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CoalescerPipeline:
@@ -127,12 +140,16 @@ class CoalescerPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         given = [part for part in folders.COMPONENTS if part in kwargs]
         if absent := [part for part in given if kwargs[part] is None]:
-            raise ValueError(f"{absent[0]} is None; leave it out for that of {name}, or give a {folders.COMPONENTS[absent[0]].__name__}")
+            raise ValueError(
+                f"{absent[0]} is None; leave it out for that of {name}, or give a {folders.COMPONENTS[absent[0]].__name__}"
+            )
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors can only be True: other files of weights may run code and are not loaded")
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs[DTYPE] = torch.float32  # not torch's default dtype, whatever that is
-        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # which diffusers would warn of at every start
+        kwargs.setdefault(
+            "low_cpu_mem_usage", is_accelerate_available()
+        )  # which diffusers would warn of at every start
         folder = _local(name)
         if folder is None:
             try:
@@ -161,7 +178,9 @@ class CoalescerPipeline(DiffusionPipeline):
             found["_class_name"] = cls.__name__
         return found
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As in diffusers, safetensors only, with ``checksums.json``, of all files, and ``pipeline.py``, by which
         ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class."""
         if safe_serialization is not True:
@@ -184,7 +203,9 @@ class CoalescerPipeline(DiffusionPipeline):
         with _without_empty_lists():
             return super().to(*args, **kwargs)
 
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         """As in diffusers; for a GPU, on a CPU there is nothing to offload to."""
         if device is not None and torch.device(device).type == "cpu":
             raise ValueError("device is cpu, where all weights are already: enable_sequential_cpu_offload is for a GPU")
@@ -250,7 +271,9 @@ class CoalescerPipeline(DiffusionPipeline):
         Raises: TypeError or ValueError, in one sentence, for anything else, and for a picture or R that is not finite.
         """
         self._check_components()
-        wanted = prompts.given("prompt", self.unet.config, prompt, prompt_embeds, prompt_token_embeds, prompt_attention_mask)
+        wanted = prompts.given(
+            "prompt", self.unet.config, prompt, prompt_embeds, prompt_token_embeds, prompt_attention_mask
+        )
         if wanted is None:
             raise TypeError("prompt is None; expected a string or a list of strings, or prompt_embeds")
         prompts.check_count(num_images_per_prompt)
@@ -263,7 +286,9 @@ class CoalescerPipeline(DiffusionPipeline):
             negative_prompt_attention_mask,
         )
         if avoided is not None and len(avoided) not in (1, len(wanted)):
-            raise ValueError(f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(wanted)} prompts")
+            raise ValueError(
+                f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(wanted)} prompts"
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -285,7 +310,9 @@ class CoalescerPipeline(DiffusionPipeline):
             empty = None
             if scale != 1 or callback_on_step_end is not None:  # which may change the scale
                 away: Descriptions = [""] if avoided is None else avoided
-                empty = networks.condition(away if len(away) == 1 else prompts.repeat(away, num_images_per_prompt), sample.device)
+                empty = networks.condition(
+                    away if len(away) == 1 else prompts.repeat(away, num_images_per_prompt), sample.device
+                )
 
         trace: list[TraceStep] = []
         call = Call(scale, num_inference_steps)
@@ -294,7 +321,9 @@ class CoalescerPipeline(DiffusionPipeline):
         at_once = None if return_trace or callback_on_step_end is not None else getattr(networks, "generate", None)
         with self._calling(call), self.progress_bar(total=num_inference_steps) as bar:
 
-            def on_step(i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            def on_step(
+                i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor
+            ) -> torch.Tensor:
                 if return_trace:
                     trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
                 if callback_on_step_end is not None:
@@ -311,8 +340,14 @@ class CoalescerPipeline(DiffusionPipeline):
                     step = sampling.first_bad_step(networks, scheduler, sample, conditioning, empty, scale)
                 row = (first_not_finite(found) or 0) // num_images_per_prompt
                 of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
-                what = f"the picture of {of}" if step is None else f"R of {of} after step {step + 1} of {num_inference_steps}"
-                raise ValueError(f"{what} is not finite: lower guidance_scale, check the weights, or compute in float32")
+                what = (
+                    f"the picture of {of}"
+                    if step is None
+                    else f"R of {of} after step {step + 1} of {num_inference_steps}"
+                )
+                raise ValueError(
+                    f"{what} is not finite: lower guidance_scale, check the weights, or compute in float32"
+                )
 
             if at_once is not None:
                 images = at_once(scheduler, sample, conditioning, empty, scale, decodes)
@@ -398,9 +433,13 @@ class CoalescerPipeline(DiffusionPipeline):
         if inputs is None:
             return self._callback_tensor_inputs
         if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-            raise TypeError(f"callback_on_step_end_tensor_inputs is {inputs!r}; expected a list out of {self._callback_tensor_inputs}")
+            raise TypeError(
+                f"callback_on_step_end_tensor_inputs is {inputs!r}; expected a list out of {self._callback_tensor_inputs}"
+            )
         if unknown := sorted({str(name) for name in inputs} - set(self._callback_tensor_inputs)):
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {self._callback_tensor_inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {self._callback_tensor_inputs}"
+            )
         return inputs
 
     def initial_noise(
@@ -438,11 +477,15 @@ class CoalescerPipeline(DiffusionPipeline):
         if latents is None:
             for one in generator if isinstance(generator, list) else [generator]:
                 if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
-                    raise TypeError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture")
+                    raise TypeError(
+                        f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture"
+                    )
                 if one is not None and one.device.type == "meta":
                     raise ValueError("generator is on device meta, which draws nothing; expected one on the CPU")
             if isinstance(generator, list) and len(generator) != batch_size:
-                raise ValueError(f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures")
+                raise ValueError(
+                    f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures"
+                )
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
             kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
@@ -451,7 +494,9 @@ class CoalescerPipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
         if not latents.abs().amax() <= LARGEST:  # not a number is neither more nor less
-            raise ValueError(f"latents holds numbers that are not finite or beyond {LARGEST:g}; expected noise, about N(0, 1)")
+            raise ValueError(
+                f"latents holds numbers that are not finite or beyond {LARGEST:g}; expected noise, about N(0, 1)"
+            )
         return latents.to(device, torch.float32)
 
     def with_styles(self, prompts: list[str], sample: torch.Tensor) -> list[str]:
@@ -472,13 +517,17 @@ class CoalescerPipeline(DiffusionPipeline):
             return self
         here, there = self.unet.null.device, runtime.device  # not self.device, which takes longer than a small network
         if here != there and not hasattr(self.unet, "_hf_hook"):  # which has offloaded weights where they run
-            raise ValueError(f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it")
+            raise ValueError(
+                f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it"
+            )
         runtime.refresh()
         return runtime
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the runtime, which belongs to this process, and the calls that are running: a copy has its own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("runtime", "_running", "_last_call")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("runtime", "_running", "_last_call")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -513,7 +562,9 @@ class CoalescerPipeline(DiffusionPipeline):
         texts = prompts.check_texts("prompt", prompt)
         avoided = [""] if negative_prompt is None else prompts.check_texts("negative_prompt", negative_prompt)
         if len(avoided) not in (1, len(texts)):
-            raise ValueError(f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(texts)} prompts")
+            raise ValueError(
+                f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(texts)} prompts"
+            )
         prompts.check_count(num_images_per_prompt)
         where = torch.device(self._execution_device if device is None else device)
         each = texts, avoided * (len(texts) // len(avoided))

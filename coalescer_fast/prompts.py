@@ -136,7 +136,9 @@ def check_count(num_images_per_prompt: Any) -> None:
     ):
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
     if num_images_per_prompt > MOST_PICTURES:
-        raise ValueError(f"num_images_per_prompt is more than {MOST_PICTURES:,}, which are held in memory at once: make several calls")
+        raise ValueError(
+            f"num_images_per_prompt is more than {MOST_PICTURES:,}, which are held in memory at once: make several calls"
+        )
 
 
 def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:

@@ -81,7 +81,9 @@ def first_bad_step(
     """The first step of `sample` after which R is not finite, found by going them all again, or None."""
     call, found = Call(guidance_scale, len(scheduler.timesteps)), []
 
-    def on_step(i: int, before: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    def on_step(
+        i: int, before: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, after: torch.Tensor
+    ) -> torch.Tensor:
         if not is_finite(after):
             found.append(i)
             call.interrupt = True

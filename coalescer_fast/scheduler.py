@@ -112,8 +112,12 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         """One update of R = ``sample`` (N, C, H, W) by direction (N, C, H, W) and distance (N,)."""
         i = int(timestep)
         if not 0 <= i < self.num_inference_steps:
-            raise ValueError(f"timestep is {i}; expected one of 0 to {self.num_inference_steps - 1}, as set_timesteps chose them")
-        moved = ops.coalesce_step(sample, direction, distance, eta=self.etas[i], mode=self.modes[i], eps=self.config.eps, backend=backend)
+            raise ValueError(
+                f"timestep is {i}; expected one of 0 to {self.num_inference_steps - 1}, as set_timesteps chose them"
+            )
+        moved = ops.coalesce_step(
+            sample, direction, distance, eta=self.etas[i], mode=self.modes[i], eps=self.config.eps, backend=backend
+        )
         return CoalescerSchedulerOutput(moved) if return_dict else (moved,)
 
 
@@ -133,7 +137,9 @@ def _checked_row(where: str, etas: Any, modes: Any) -> tuple[list[float], list[s
         if not isinstance(entries, (list, tuple)):
             raise ValueError(f"{where}{name} is {entries!r}; expected a list with one entry a step")
     if len(etas) != len(modes) or not etas:
-        raise ValueError(f"{where}etas {tuple(etas)} and modes {tuple(modes)} must have one entry a step, and at least one")
+        raise ValueError(
+            f"{where}etas {tuple(etas)} and modes {tuple(modes)} must have one entry a step, and at least one"
+        )
     for i, (eta, mode) in enumerate(zip(etas, modes)):
         check_number(f"{where}etas[{i}]", eta)
         if mode not in ("unit", "raw"):

@@ -59,7 +59,7 @@ typedef struct {
 } cf_group_norm_silu_args;
 
 typedef struct {
-    const void* x; /* (n, c, spatial) */
+    const void* x;        /* (n, c, spatial) */
     const void* residual; /* of x's shape, dtype and layout, or null */
     void* y;
     int64_t dtype;
@@ -92,8 +92,8 @@ typedef struct {
 } cf_dual_head_args;
 
 typedef struct {
-    const void* sample; /* (n, size) */
-    int64_t dtype;      /* of sample and y */
+    const void* sample;    /* (n, size) */
+    int64_t dtype;         /* of sample and y */
     const void* direction; /* (n, size), elements in sample's order */
     int64_t direction_dtype;
     cf_vector distance; /* (n) */
@@ -108,7 +108,8 @@ CF_API int cf_abi_version(void);
 
 /* The OpenMP runtime that the process has already: GOMP_parallel, omp_get_thread_num and omp_get_num_threads of one library, which all
  * runtimes export. Until it is given, and for null pointers, everything runs on the calling thread. Not to be called beside a kernel. */
-CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void), int (*num_threads)(void));
+CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void),
+                              int (*num_threads)(void));
 
 /* The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable"; the best that the processor has, unless another is chosen. */
 CF_API const char* cf_cpu_isa(void);
@@ -154,10 +155,10 @@ typedef struct {
     cf_image residual; /* of y's shape and dtype, or data null */
     cf_image y;        /* float32 or bfloat16 */
     const void* weight;
-    const float* bias;  /* (outputs) */
-    const float* scale; /* (outputs), of the integer sums, for uint8; else null */
+    const float* bias;        /* (outputs) */
+    const float* scale;       /* (outputs), of the integer sums, for uint8; else null */
     int64_t n, height, width; /* of y */
-    int64_t channels; /* of x, a multiple of 4 bytes */
+    int64_t channels;         /* of x, a multiple of 4 bytes */
     int64_t outputs, taps, stride, relu;
 } cf_convolution_args;
 
@@ -273,10 +274,10 @@ CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
 
 /* What a choice of launch depends on. */
 typedef struct {
-    int64_t ordinal;         /* CUDA's number of it */
-    int64_t capability;      /* compute capability times ten */
+    int64_t ordinal;    /* CUDA's number of it */
+    int64_t capability; /* compute capability times ten */
     int64_t multiprocessors;
-    int64_t shared_memory;   /* bytes that a block may ask for */
+    int64_t shared_memory; /* bytes that a block may ask for */
 } cf_cuda_device;
 
 /* How a call is launched: a pure function of its sizes, dtypes and layout, and of the device. */
@@ -295,15 +296,22 @@ CF_API int cf_cuda_describe(int64_t ordinal, cf_cuda_device* device);
 /* What CF_CUDA_ERROR + an error means. */
 CF_API const char* cf_cuda_error(int status);
 
-CF_API int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
-CF_API int cf_cuda_bias_residual_plan(const cf_bias_residual_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+CF_API int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_cuda_device* device,
+                                        cf_cuda_plan* plan);
+CF_API int cf_cuda_bias_residual_plan(const cf_bias_residual_args* args, const cf_cuda_device* device,
+                                      cf_cuda_plan* plan);
 CF_API int cf_cuda_dual_head_plan(const cf_dual_head_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
-CF_API int cf_cuda_coalesce_step_plan(const cf_coalesce_step_args* args, const cf_cuda_device* device, cf_cuda_plan* plan);
+CF_API int cf_cuda_coalesce_step_plan(const cf_coalesce_step_args* args, const cf_cuda_device* device,
+                                      cf_cuda_plan* plan);
 
-CF_API int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace, void* stream);
-CF_API int cf_cuda_bias_residual(const cf_bias_residual_args* args, const cf_cuda_device* device, void* workspace, void* stream);
-CF_API int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* device, void* workspace, void* stream);
-CF_API int cf_cuda_coalesce_step(const cf_coalesce_step_args* args, const cf_cuda_device* device, void* workspace, void* stream);
+CF_API int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace,
+                                   void* stream);
+CF_API int cf_cuda_bias_residual(const cf_bias_residual_args* args, const cf_cuda_device* device, void* workspace,
+                                 void* stream);
+CF_API int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* device, void* workspace,
+                             void* stream);
+CF_API int cf_cuda_coalesce_step(const cf_coalesce_step_args* args, const cf_cuda_device* device, void* workspace,
+                                 void* stream);
 
 #ifdef __cplusplus
 }

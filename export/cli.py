@@ -28,7 +28,9 @@ def parser() -> Parser:
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         text = (command.__doc__ or "").partition("\n")[0].rstrip(".")
-        sub = subparsers.add_parser(command.__name__.rpartition(".")[2], help=text[0].lower() + text[1:], description=f"{text}.")
+        sub = subparsers.add_parser(
+            command.__name__.rpartition(".")[2], help=text[0].lower() + text[1:], description=f"{text}."
+        )
         add_common(sub, above=True)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)

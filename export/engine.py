@@ -59,13 +59,17 @@ def check_source(found: Artefact) -> None:
     m = found.manifest
     if m.engine != "onnx":
         source = f", from {m.command[1]}" if m.command[:1] == ("engine",) and len(m.command) > 1 else ""
-        raise ValueError(f"{found.folder} is a plan already: build one of the artefact in ONNX that it was made of{source}")
+        raise ValueError(
+            f"{found.folder} is a plan already: build one of the artefact in ONNX that it was made of{source}"
+        )
     again = shlex.join([TOOL, *_with(m.command, "--target", "tensorrt"), "-o", "DIR"])
     if m.target != "tensorrt":
         raise ValueError(f"{found.folder} was written for {m.target}, not for TensorRT: export it again with {again}")
     if m.opset is None or m.opset < OPSETS[m.precision]:
         needs = f"{OPSETS[m.precision]} or later for {m.precision}"
-        raise ValueError(f"{found.folder} has opset {m.opset} where TensorRT is given {needs}: export it again with {again}")
+        raise ValueError(
+            f"{found.folder} has opset {m.opset} where TensorRT is given {needs}: export it again with {again}"
+        )
 
 
 def _with(command: tuple[str, ...], word: str, value: str) -> list[str]:
@@ -89,14 +93,18 @@ def profile(m: Manifest, least: str | None = None, best: str | None = None, most
         asked.append(shapes | _parse(word, text, shapes))
         if len(sizes := {shape[0] for shape in asked[-1].values()}) > 1:
             several = ", ".join(map(str, sorted(sizes)))
-            raise ValueError(f"{word} has {several} pictures for several inputs: give every one of {', '.join(shapes)} the same number")
+            raise ValueError(
+                f"{word} has {several} pictures for several inputs: give every one of {', '.join(shapes)} the same number"
+            )
     for p in m.inputs:
         a, b, c = (shapes[p.name] for shapes in asked)
         fits = all(len(x) == len(p.shape) and all(e in (BATCH, n) for e, n in zip(p.shape, x)) for x in (a, b, c))
         if not fits or not m.batch[0] <= a[0] <= b[0] <= c[0] <= m.batch[2]:
             takes = "x".join(f"[{m.batch[0]} to {m.batch[2]}]" if size == BATCH else str(size) for size in p.shape)
             given = ", ".join("x".join(map(str, x)) for x in (a, b, c))
-            raise ValueError(f"the shapes of {p.name} are {given} where the graph takes {takes}: give some within that, in this order")
+            raise ValueError(
+                f"the shapes of {p.name} are {given} where the graph takes {takes}: give some within that, in this order"
+            )
     return {p.name: (asked[0][p.name], asked[1][p.name], asked[2][p.name]) for p in m.inputs}
 
 
@@ -132,7 +140,9 @@ def flag_words(options: Options) -> list[str]:
     return words
 
 
-def build(found: Artefact, folder: Path, shapes: Profile, options: Options, command: tuple[str, ...], bar: Any = None) -> Artefact:
+def build(
+    found: Artefact, folder: Path, shapes: Profile, options: Options, command: tuple[str, ...], bar: Any = None
+) -> Artefact:
     """Build the plan of an artefact into an empty folder (of `artefact.creating`). bar: of tqdm, shows the builder's progress.
 
     Raises: ValueError if there is no such library, or it cannot build that.
@@ -143,9 +153,13 @@ def build(found: Artefact, folder: Path, shapes: Profile, options: Options, comm
     rtx, title = options.flavour == "tensorrt_rtx", TITLES[options.flavour]
     here = tensorrt.gpu()
     if here is None and not rtx:
-        raise ValueError(f"{title} builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx")
+        raise ValueError(
+            f"{title} builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
+        )
     if here is None and options.strip_weights:
-        raise ValueError(f"{title} builds a plan without weights on a GPU only, and there is no CUDA device: leave --stripWeights out")
+        raise ValueError(
+            f"{title} builds a plan without weights on a GPU only, and there is no CUDA device: leave --stripWeights out"
+        )
     trt = tensorrt.load(options.flavour)
     heard: list[Layer] = []
     log = tensorrt.logger(trt, lambda text: heard.extend(layers_of_log(text)))
@@ -176,7 +190,9 @@ def build(found: Artefact, folder: Path, shapes: Profile, options: Options, comm
         },
         tensorrt={
             "version": trt.__version__,
-            "compute_capabilities": [capability] if capability else [dotted(each) for each in options.compute_capabilities],
+            "compute_capabilities": [capability]
+            if capability
+            else [dotted(each) for each in options.compute_capabilities],
             "gpu": name,
             "profile": shapes,
             "source": {name: facts["sha256"] for name, facts in m.files.items()},
@@ -187,7 +203,9 @@ def build(found: Artefact, folder: Path, shapes: Profile, options: Options, comm
     return artefact.write(folder, built)
 
 
-def measure(built: Artefact, found: Artefact, shapes: Profile, options: Options, force: bool = False, bar: Any = None) -> str:
+def measure(
+    built: Artefact, found: Artefact, shapes: Profile, options: Options, force: bool = False, bar: Any = None
+) -> str:
     """Compare a plan, ``build`` of the rest, with the reference, in int8 its speed with that of a plan of what was quantised, too, and note
     the figures in its manifest. Returns what was not measured and why, or "".
 
@@ -247,7 +265,9 @@ def _build(trt: Any, log: Any, found: Artefact, shapes: Profile, options: Option
     if not parser.parse_from_file(str(found.graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = "; ".join(" ".join(str(error.desc()).split()) for error in errors)[:600] or log.said()
-        raise ValueError(f"{TITLES[options.flavour]} {trt.__version__} does not take {found.graph} ({said}): {_mend(found)}")
+        raise ValueError(
+            f"{TITLES[options.flavour]} {trt.__version__} does not take {found.graph} ({said}): {_mend(found)}"
+        )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the recipe is float32
@@ -263,7 +283,9 @@ def _build(trt: Any, log: Any, found: Artefact, shapes: Profile, options: Option
     if plan is not None and cache is not None and options.timing_cache is not None:
         written = bytes(config.get_timing_cache().serialize())
         files.write_bytes(options.timing_cache, written)
-        files.write_text(_vouching(options.timing_cache), f"{hashlib.sha256(written).hexdigest()}  {options.timing_cache.name}\n")
+        files.write_text(
+            _vouching(options.timing_cache), f"{hashlib.sha256(written).hexdigest()}  {options.timing_cache.name}\n"
+        )
     return plan, monitor
 
 
@@ -273,14 +295,18 @@ def _set_flags(trt: Any, config: Any, options: Options) -> None:
         for i, each in enumerate(options.compute_capabilities):
             known = getattr(trt.ComputeCapability, f"SM{each}", None)
             if known is None or not config.set_compute_capability(known, i):
-                able = ", ".join(map(str, sorted(int(n[2:]) for n in trt.ComputeCapability.__members__ if n.startswith("SM"))))
+                able = ", ".join(
+                    map(str, sorted(int(n[2:]) for n in trt.ComputeCapability.__members__ if n.startswith("SM")))
+                )
                 raise ValueError(f"TensorRT-RTX {trt.__version__} has no compute capability {each}: use some of {able}")
     if options.hardware == "ampere+":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     elif options.hardware == "sameComputeCapability":
         level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
         if level is None:
-            raise ValueError(f"TensorRT {trt.__version__} has no --hardwareCompatibilityLevel sameComputeCapability: use none or ampere+")
+            raise ValueError(
+                f"TensorRT {trt.__version__} has no --hardwareCompatibilityLevel sameComputeCapability: use none or ampere+"
+            )
         config.hardware_compatibility_level = level
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -302,7 +328,9 @@ def _timing_cache(config: Any, options: Options) -> Any:
         raise ValueError(f"{reason}, name another file")
     cache = config.create_timing_cache(stored)
     if cache is None or not config.set_timing_cache(cache, False):
-        raise ValueError(f"{options.timing_cache} is no timing cache of this version and GPU: name another file, or delete it")
+        raise ValueError(
+            f"{options.timing_cache} is no timing cache of this version and GPU: name another file, or delete it"
+        )
     return cache
 
 
@@ -384,7 +412,9 @@ def layers_of_log(text: str) -> list[Layer]:
             inputs, _, constants = given.partition(", Constants: [")
             ends = {"inputs": inputs, "constants": constants, "outputs": outputs}
             types = {end: re.findall(r"Datatype: (\w+)", part) for end, part in ends.items()}
-            layers.append({"name": named[1], "type": named[2], **types, "of": re.findall(r"\[ONNX Layer: (.+?)\]", rest)})
+            layers.append(
+                {"name": named[1], "type": named[2], **types, "of": re.findall(r"\[ONNX Layer: (.+?)\]", rest)}
+            )
     return layers
 
 
@@ -394,4 +424,7 @@ def counts(layers: list[Layer]) -> list[tuple[str, str]]:
     for each in layers:
         ends = [" ".join(dict.fromkeys(each[end])) or "nothing" for end in ("inputs", "outputs")]
         kinds.setdefault(each["type"], Counter()).update([f"{ends[0]} to {ends[1]}"])
-    return [(kind, f"{sum(ways.values())}: " + ", ".join(f"{way} {n}" for way, n in ways.most_common())) for kind, ways in kinds.items()]
+    return [
+        (kind, f"{sum(ways.values())}: " + ", ".join(f"{way} {n}" for way, n in ways.most_common()))
+        for kind, ways in kinds.items()
+    ]

@@ -113,7 +113,9 @@ def trajectories(
         try:
             pipe.runtime = witness
             pipe.set_progress_bar_config(**{**bars, "disable": True})
-            pictures = pipe(part, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="pt").images
+            pictures = pipe(
+                part, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="pt"
+            ).images
         finally:
             pipe.runtime = runtime
             pipe.set_progress_bar_config(**bars)
@@ -177,7 +179,9 @@ def compare(
     y, e = ([torch.cat(each) for each in zip(*all_)] for all_ in (found, expected))
     rows = _not_finite(m, y)
     rows += _heads(y, e, budget) if m.kind == "unet" else _pictures(m.kind, y[0], e[0], budget)
-    if m.kind == "unet" and m.precision == "int8":  # what counts: a direction's error does not say what becomes of a picture
+    if (
+        m.kind == "unet" and m.precision == "int8"
+    ):  # what counts: a direction's error does not say what becomes of a picture
         again = [each.pictures.double() for each in trajectories(pipe, prompts, batches(m), seed, steps, scale, run)]
         rows += _pictures("generator", torch.cat(again), torch.cat(drawn), budget)
     largest = max(float((a - b).abs().max()) for a, b in zip(y, e))
@@ -187,7 +191,11 @@ def compare(
 
 
 def _not_finite(m: Manifest, outputs: Sequence[Tensor]) -> list[Row]:
-    return [finite(f"{p.name}, largest absolute value", float(y.abs().max())) for p, y in zip(m.outputs, outputs) if not y.isfinite().all()]
+    return [
+        finite(f"{p.name}, largest absolute value", float(y.abs().max()))
+        for p, y in zip(m.outputs, outputs)
+        if not y.isfinite().all()
+    ]
 
 
 def _heads(found: list[Tensor], expected: list[Tensor], budget: Budget) -> list[Row]:
@@ -197,7 +205,11 @@ def _heads(found: list[Tensor], expected: list[Tensor], budget: Budget) -> list[
     return [
         finite("direction, relative L2 error", float((a - b).norm() / b.norm())),
         at_least("direction, cosine, minimum", float(cosine.min()), budget.direction_cosine),
-        at_most("distance, relative error, maximum", float((distance / true_distance - 1).abs().max()), budget.distance_error),
+        at_most(
+            "distance, relative error, maximum",
+            float((distance / true_distance - 1).abs().max()),
+            budget.distance_error,
+        ),
     ]
 
 
@@ -219,7 +231,9 @@ def require(result: Verification, what: str) -> None:
         raise ValueError(f"{what} is not the model's: {failed.what} is {failed.value:.3g}, {limit}")
 
 
-def speed(pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]], device: str = "cpu") -> dict[str, Any]:
+def speed(
+    pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]], device: str = "cpu"
+) -> dict[str, Any]:
     """ "NAME ms", medians, of runs of a graph at its best batch, in turn; of "source" and "int8" the "speedup", too."""
     (first, *_) = calls(pipe, m, descriptions(pipe, m.batch[1], torch.Generator().manual_seed(0)), 0)
     inputs = tuple(x.to(device) for x in first)
@@ -230,7 +244,10 @@ def speed(pipe: Any, m: Manifest, runs: Mapping[str, Callable[[Tensors], object]
             torch.cuda.synchronize()
 
     times = interleaved({name: partial(once, run) for name, run in runs.items()})
-    out: dict[str, Any] = {"batch": m.batch[1], **{f"{name} ms": statistics.median(each) * 1e3 for name, each in times.items()}}
+    out: dict[str, Any] = {
+        "batch": m.batch[1],
+        **{f"{name} ms": statistics.median(each) * 1e3 for name, each in times.items()},
+    }
     return {**out, "speedup": out["source ms"] / out["int8 ms"]} if "source" in runs else out
 
 
@@ -238,10 +255,14 @@ def require_faster(what: str, times: Mapping[str, Any], than: str) -> None:
     """Raise ValueError if in int8 it is no faster than its source, see `speed`."""
     if times["speedup"] <= 1:
         took = f"{times['int8 ms']:.3g} ms against {times['source ms']:.3g} for {times['batch']} pictures"
-        raise ValueError(f"{what} in int8 is no faster here than in {than}, {took}: use that, or add --force to have this")
+        raise ValueError(
+            f"{what} in int8 is no faster here than in {than}, {took}: use that, or add --force to have this"
+        )
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 5) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], seconds: float = 3.0, least: int = 5
+) -> dict[str, list[float]]:
     """Seconds of each call, in turn, so that whatever disturbs the machine disturbs all alike; one call each beforehand."""
     names, taken = list(functions), {name: list[float]() for name in functions}
     for function in functions.values():

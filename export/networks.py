@@ -51,7 +51,14 @@ class Generator(nn.Module):
 
     backend = "reference"
 
-    def __init__(self, unet: CoalescerUNet, decoding: Decoding, scheduler: CoalescerScheduler, scale: float, empty: Conditioning | None):
+    def __init__(
+        self,
+        unet: CoalescerUNet,
+        decoding: Decoding,
+        scheduler: CoalescerScheduler,
+        scale: float,
+        empty: Conditioning | None,
+    ):
         super().__init__()
         self.unet, self.decoding, self.scheduler, self.scale, self.empty = unet, decoding, scheduler, scale, empty
 
@@ -104,7 +111,10 @@ def _unet(pipe: Any, precision: str) -> Any:
         # TensorRT-RTX 1.7 makes one kernel of a GroupNorm and its SiLU of halves for multiples of 64 channels, else three or four; in
         # float32, the casts included, for multiples of 32 (found by trying; with 1, 3 or all channels to a group it never does)
         wide = [name for name, channels in norms if channels % 64 == 32]
-        _halve({n: p for n, p in unet.named_parameters() if not n.startswith(HEADS) and n.rpartition(".")[0] not in wide}, "unet")
+        _halve(
+            {n: p for n, p in unet.named_parameters() if not n.startswith(HEADS) and n.rpartition(".")[0] not in wide},
+            "unet",
+        )
         features = unet.features
         unet.features = lambda *args: features(*args).float()  # what the heads read
     return unet
@@ -122,13 +132,19 @@ def _copied(network: nn.Module, name: str) -> Any:
     if reason := foreign(network):
         raise ValueError(f"the {name} cannot be exported: {reason}, which no graph would call; remove it")
     if adapted := [where for where, module in network.named_modules() if hasattr(module, "base_layer")]:
-        raise ValueError(f"the {name} cannot be exported: {adapted[0]} has an adapter, which no graph could switch off; merge it first")
+        raise ValueError(
+            f"the {name} cannot be exported: {adapted[0]} has an adapter, which no graph could switch off; merge it first"
+        )
     for where, tensor in network.state_dict().items():
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             here = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-            raise ValueError(f"the {name} cannot be exported: {where} is in {here}; load the pipeline in float32 on a CPU")
+            raise ValueError(
+                f"the {name} cannot be exported: {where} is in {here}; load the pipeline in float32 on a CPU"
+            )
         if not tensor.isfinite().all():
-            raise ValueError(f"the {name} cannot be exported: {where} holds numbers that are not finite; load weights that are")
+            raise ValueError(
+                f"the {name} cannot be exported: {where} holds numbers that are not finite; load weights that are"
+            )
     return traceable(network)
 
 
@@ -138,7 +154,9 @@ def _halve(parameters: Mapping[str, nn.Parameter], name: str) -> None:
         half = parameter.data.half()
         if not half.isfinite().all():
             largest = float(parameter.abs().max())
-            raise ValueError(f"the {name} cannot be exported in fp16: {where} has {largest:.3g}, and float16 ends at 65504; take fp32")
+            raise ValueError(
+                f"the {name} cannot be exported in fp16: {where} has {largest:.3g}, and float16 ends at 65504; take fp32"
+            )
         parameter.data = half
 
 
@@ -152,7 +170,8 @@ def ports(pipe: Any, kind: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
         return (Port("latents", "float32", latents),), (picture,)
     names = ("description", "token_rows", "token_mask")
     described = tuple(
-        Port(name, str(x.dtype).removeprefix("torch."), (BATCH, *x.shape[1:])) for name, x in zip(names, pipe.describe([""], pipe.device))
+        Port(name, str(x.dtype).removeprefix("torch."), (BATCH, *x.shape[1:]))
+        for name, x in zip(names, pipe.describe([""], pipe.device))
     )
     if kind == "generator":
         return (Port("noise", "float32", latents), *described), (picture,)
@@ -162,4 +181,7 @@ def ports(pipe: Any, kind: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
 
 def example(inputs: tuple[Port, ...], batch: int) -> tuple[Tensor, ...]:
     """Tensors to trace a network with."""
-    return tuple(torch.ones([batch if size == BATCH else int(size) for size in p.shape], dtype=getattr(torch, p.dtype)) for p in inputs)
+    return tuple(
+        torch.ones([batch if size == BATCH else int(size) for size in p.shape], dtype=getattr(torch, p.dtype))
+        for p in inputs
+    )

@@ -88,7 +88,9 @@ def without(layers: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
         left = [each for each in layers if not (fnmatchcase(each.name, pattern) or fnmatchcase(each.module, pattern))]
         if len(left) == len(layers):
             names = list(dict.fromkeys(each.module for each in layers))
-            raise ValueError(f"no layer to keep is called {pattern!r}: the graph quantises {', '.join(names[:3])}, ..., {names[-1]}")
+            raise ValueError(
+                f"no layer to keep is called {pattern!r}: the graph quantises {', '.join(names[:3])}, ..., {names[-1]}"
+            )
         layers = left
     return list(layers)
 
@@ -109,7 +111,9 @@ def fitting(
                 raise ValueError(f"the graph cannot be quantised: its {name} holds numbers that are not finite")
         dtype = numpy_helper.to_array(constants[layer.weight]).dtype
         smallest = SMALLEST[dtype.name]
-        small = {which: span(ends, target) for which, ends in ranges[layer.name].items() if span(ends, target)[0] < smallest}
+        small = {
+            which: span(ends, target) for which, ends in ranges[layer.name].items() if span(ends, target)[0] < smallest
+        }
         if small:
             which, (step, steps) = next(iter(small.items()))
             left[layer.name] = f"its {which} spans {step * steps:.3g}, too little for a scale in {dtype.name}"
@@ -149,7 +153,9 @@ def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str
     room: dict[str, Any] = {}
     for name, bias in _biases(graph).items():
         if target == "cpu" and (layer := by_name.get(name)) is not None:
-            needed = np.abs(numpy_helper.to_array(constants[bias]).astype(np.float64)) / (LARGEST_BIAS * float(scales[layer.input]))
+            needed = np.abs(numpy_helper.to_array(constants[bias]).astype(np.float64)) / (
+                LARGEST_BIAS * float(scales[layer.input])
+            )
             room[layer.weight] = np.maximum(room.get(layer.weight, 0.0), needed)
     nodes = [each for port in graph.input for each in around.get(port.name, ())]
     weights: dict[str, Any] = {}
@@ -165,14 +171,18 @@ def insert(model: Any, layers: Sequence[Layer], ranges: Mapping[str, Mapping[str
                 quantized, weights[weight] = quantize_weight(array, dtype, room.get(weight, 0.0))
                 zero = constant(f"{weight}:zero", np.zeros(len(quantized), np.int8))
                 what = [constant(f"{weight}:quantized", quantized), constant(f"{weight}:scale", weights[weight]), zero]
-                nodes.append(helper.make_node("DequantizeLinear", what, [f"{weight}:int8"], f"{weight}/dequantize", axis=0))
+                nodes.append(
+                    helper.make_node("DequantizeLinear", what, [f"{weight}:int8"], f"{weight}/dequantize", axis=0)
+                )
             node.input[1] = f"{weight}:int8"
             if target == "cpu" and len(node.input) == 3:
                 scale = scales[layer.input].astype(np.float64) * weights[weight]
                 added = np.rint(numpy_helper.to_array(constants[node.input[2]]) / scale).astype(np.int32)
                 name = f"{layer.name}:bias"
                 what = [constant(f"{name}:quantized", added), constant(f"{name}:scale", scale.astype(dtype))]
-                nodes.append(helper.make_node("DequantizeLinear", what, [f"{name}:int32"], f"{name}/dequantize", axis=0))
+                nodes.append(
+                    helper.make_node("DequantizeLinear", what, [f"{name}:int32"], f"{name}/dequantize", axis=0)
+                )
                 node.input[2] = f"{name}:int32"
         nodes.append(node)
         nodes += [each for name in node.output for each in around.get(name, ())]
@@ -258,16 +268,25 @@ def _fold_biases(graph: Any, constants: dict[str, Any]) -> None:
     readers = _readers(graph)
     dropped = set()
     for node in graph.node:
-        if node.op_type != "Conv" or len(node.input) != 2 or node.input[1] not in constants or len(readers[node.output[0]]) != 1:
+        if (
+            node.op_type != "Conv"
+            or len(node.input) != 2
+            or node.input[1] not in constants
+            or len(readers[node.output[0]]) != 1
+        ):
             continue
         (add,) = readers[node.output[0]]
         channels = constants[node.input[1]].dims[0]
-        added = [name for name in add.input if name in constants and list(constants[name].dims)[-3:] == [channels, 1, 1]]
+        added = [
+            name for name in add.input if name in constants and list(constants[name].dims)[-3:] == [channels, 1, 1]
+        ]
         if add.op_type != "Add" or not added or np.prod(constants[added[0]].dims) != channels:
             continue
         bias = f"{added[0]}:bias"
         if bias not in constants:
-            constants[bias] = numpy_helper.from_array(numpy_helper.to_array(constants[added[0]]).reshape(channels), bias)
+            constants[bias] = numpy_helper.from_array(
+                numpy_helper.to_array(constants[added[0]]).reshape(channels), bias
+            )
         node.input.append(bias)
         node.output[0] = add.output[0]
         dropped.add(add.output[0])

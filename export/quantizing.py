@@ -46,7 +46,9 @@ class Source:
         elif (m.target, m.precision) == ("cpu", "fp16"):
             wrong = "fp16 for a CPU, which computes it in float32"
         if wrong:
-            raise ValueError(f"{found.folder} is {wrong}: quantise what coalescer-export onnx has written in fp32, or in fp16 for tensorrt")
+            raise ValueError(
+                f"{found.folder} is {wrong}: quantise what coalescer-export onnx has written in fp32, or in fp16 for tensorrt"
+            )
         model = onnx.load(str(found.graph))
         return cls(found, model, quantization.prepare(model, m.target))
 
@@ -121,7 +123,9 @@ def quantise(
     stage("load")
     run = onnx_file.open_artefact(written)
     if m.target == "cpu" and (left := quantization.float_layers(path, layers)):
-        raise ValueError(f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version")
+        raise ValueError(
+            f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version"
+        )
     stage("compare")
     result = figures.compare(written, run, pipe, ranges.held_out(pipe, known.prompts, HELD_OUT, seed + 1), seed + 1)
     measured = figures.to_measured(result)
@@ -135,7 +139,11 @@ def quantise(
 
 
 def recipe(m: Manifest, layers: int, convolutions: int) -> str:
-    what = "inputs and outputs in uint8, weights in int8, bias in int32" if m.target == "cpu" else "inputs and weights in int8"
+    what = (
+        "inputs and outputs in uint8, weights in int8, bias in int32"
+        if m.target == "cpu"
+        else "inputs and weights in int8"
+    )
     kept = "conv_in, both heads and the last before them, three of the decoder, the conditioning path, normalisations and attention"
     return f"{layers} of {convolutions} convolutions: {what}, weights with a scale a channel; the rest, {kept} among it, in {m.precision}"
 
@@ -152,7 +160,9 @@ def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> Non
         figures.require_faster(f"the {m.kind}", times, m.precision)
 
 
-def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts: int, seed: int, stage: Stage) -> Ranges:
+def calibrate(
+    pipe: Any, source: Source, method: str, percentile: float, prompts: int, seed: int, stage: Stage
+) -> Ranges:
     """Ranges of all layers over the reference's trajectories of so many known names: every evaluation that a call makes."""
     found = source.artefact
     m = found.manifest
@@ -173,7 +183,9 @@ def calibrate(pipe: Any, source: Source, method: str, percentile: float, prompts
     )
 
 
-def sensitivity(pipe: Any, source: Source, layers: Sequence[Layer], known: Ranges, stage: Stage = lambda text: None) -> list[Row]:
+def sensitivity(
+    pipe: Any, source: Source, layers: Sequence[Layer], known: Ranges, stage: Stage = lambda text: None
+) -> list[Row]:
     """What each layer costs if it alone is quantised, in all its uses, worst first: of every output the relative L2 error
     ||y - y_float|| / ||y_float||, of pictures the median PSNR, too. On real prompts that were not calibrated on."""
     m = source.artefact.manifest
@@ -185,7 +197,9 @@ def sensitivity(pipe: Any, source: Source, layers: Sequence[Layer], known: Range
         alone = Artefact(Path(folder), replace(m, graph=GRAPH))
         for module in dict.fromkeys(layer.module for layer in layers):
             stage(f"sensitivity: {module}")
-            quantization.save(source.quantised([layer for layer in layers if layer.module == module], known), alone.graph)
+            quantization.save(
+                source.quantised([layer for layer in layers if layer.module == module], known), alone.graph
+            )
             found = _outputs(onnx_file.open_artefact(alone), inputs)
             row: Row = {"layer": module}
             for port, y, e in zip(m.outputs, found, exact):

@@ -168,7 +168,9 @@ def observe(model: Any, tensors: Sequence[str], calls: Iterable[Sequence[Tensor]
     observed.CopyFrom(model)
     names = [port.name for port in observed.graph.input]
     there = {*names, *(port.name for port in observed.graph.output)}
-    observed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors if name not in there)
+    observed.graph.output.extend(
+        onnx.helper.make_empty_tensor_value_info(name) for name in tensors if name not in there
+    )
     histograms = {name: Histogram() for name in tensors}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "observed.onnx"
@@ -182,7 +184,9 @@ def observe(model: Any, tensors: Sequence[str], calls: Iterable[Sequence[Tensor]
                     try:
                         histograms[name].add(x)
                     except ValueError as error:
-                        raise ValueError(f"the graph cannot be calibrated: its tensor {name} {error} on a real prompt") from error
+                        raise ValueError(
+                            f"the graph cannot be calibrated: its tensor {name} {error} on a real prompt"
+                        ) from error
     return histograms
 
 

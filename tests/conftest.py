@@ -43,7 +43,12 @@ if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, 
 def emulated_library() -> Path:
     """The library of CUDA kernels compiled for the CPU, built once for these sources."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    read = [ROOT / "csrc" / "abi.h", *(ROOT / "csrc" / "cuda").iterdir(), Path(emulate.__file__), *emulate.EMULATION.iterdir()]
+    read = [
+        ROOT / "csrc" / "abi.h",
+        *(ROOT / "csrc" / "cuda").iterdir(),
+        Path(emulate.__file__),
+        *emulate.EMULATION.iterdir(),
+    ]
     name = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(read))).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"coalescer_fast-tests-{os.getuid()}" / f"{name}.so"
     if not library.exists():
@@ -82,7 +87,9 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True, scope="session")
 def poison_uninitialised_memory() -> Iterator[None]:
     with torch.device("cpu"):
-        torch.zeros(())  # torch lists its factory functions when a device context is first used: let it list the real ones
+        torch.zeros(
+            ()
+        )  # torch lists its factory functions when a device context is first used: let it list the real ones
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
@@ -95,7 +102,10 @@ def skip_without_gpu(request: pytest.FixtureRequest) -> None:
         pytest.skip("needs a CUDA device")
 
 
-@pytest.fixture(params=[(network, how) for network in ("unet", "vae") for how in ("load_state_dict", "in place", "data")], ids="-".join)
+@pytest.fixture(
+    params=[(network, how) for network in ("unet", "vae") for how in ("load_state_dict", "in place", "data")],
+    ids="-".join,
+)
 def change_weights(request):
     """Changes a weight of a pipeline's network, in every way that there is."""
     network, how = request.param
@@ -104,7 +114,9 @@ def change_weights(request):
         module = getattr(pipe, network)
         weight = module.conv_in.weight if network == "unet" else module.decoder.layers[0].weight
         if how == "load_state_dict":
-            module.load_state_dict({name: 1.01 * p if p.is_floating_point() else p for name, p in module.state_dict().items()})
+            module.load_state_dict(
+                {name: 1.01 * p if p.is_floating_point() else p for name, p in module.state_dict().items()}
+            )
         elif how == "in place":
             with torch.no_grad():
                 weight.mul_(1.2)

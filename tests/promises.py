@@ -1,6 +1,6 @@
 """The promises of docs/promises.md and the tests that hold them.
 
-    python -m tests.promises
+python -m tests.promises
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def functions(file: str) -> frozenset[str]:
     path = ROOT / file
     if not path.is_file():
         return frozenset()
-    return frozenset(node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef))
+    return frozenset(
+        node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)
+    )
 
 
 def broken() -> list[str]:

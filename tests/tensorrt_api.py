@@ -64,7 +64,9 @@ def recorded() -> dict[str, dict[str, list[str]]]:
 def record(which: str, found: dict[str, list[str]]) -> None:
     everything = (recorded() if DATA.exists() else {}) | {which: found}
     versions = [
-        f"{json.dumps(version)}: {{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(names)}" for name, names in each.items()) + "\n}"
+        f"{json.dumps(version)}: {{\n"
+        + ",\n".join(f" {json.dumps(name)}: {json.dumps(names)}" for name, names in each.items())
+        + "\n}"
         for version, each in sorted(everything.items())
     ]
     DATA.write_text("{\n" + ",\n".join(versions) + "\n}\n", "utf-8")
@@ -87,7 +89,9 @@ class Fake(types.ModuleType):
         self.__version__ = version
         self.used: set[tuple[str, str]] = set()
         self.calls: list[tuple[Any, ...]] = []
-        self.does = types.SimpleNamespace(parse=None, build=None, load=None, refit=None, ports=([], []), compute=None, layers=[])
+        self.does = types.SimpleNamespace(
+            parse=None, build=None, load=None, refit=None, ports=([], []), compute=None, layers=[]
+        )
         api = recorded()[which]
         for name, names in api.items():
             if name.endswith(("Flag", "Level", "Format", "Verbosity", "Strategy", "Capability")):
@@ -275,7 +279,10 @@ def behaviour(fake: Fake) -> list[type]:
             inputs, outputs = does.ports
             if does.compute is None:
                 return False
-            does.compute({name: (self._addresses[name], self._shapes[name]) for name in inputs}, {n: self._addresses[n] for n in outputs})
+            does.compute(
+                {name: (self._addresses[name], self._shapes[name]) for name in inputs},
+                {n: self._addresses[n] for n in outputs},
+            )
             return True
 
     class IRuntimeConfig(Recorded):
@@ -299,7 +306,9 @@ def behaviour(fake: Fake) -> list[type]:
             return IRuntimeConfig()
 
         def create_execution_context(self, asked: Any) -> Any:
-            calls.append(("create_execution_context", (asked._strategy if isinstance(asked, IRuntimeConfig) else asked).name))
+            calls.append(
+                ("create_execution_context", (asked._strategy if isinstance(asked, IRuntimeConfig) else asked).name)
+            )
             return IExecutionContext()
 
     class Runtime(Recorded):
@@ -329,7 +338,11 @@ def behaviour(fake: Fake) -> list[type]:
             calls.append(("refit_from_file", path))
             return does.refit is None
 
-    return [each for each in locals().values() if isinstance(each, type) and issubclass(each, Recorded) and each is not Recorded]
+    return [
+        each
+        for each in locals().values()
+        if isinstance(each, type) and issubclass(each, Recorded) and each is not Recorded
+    ]
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(pipe):
     cf.accelerate(pipe)
     latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     together = pipe(PROMPTS, latents=latents, output_type="pt").images
-    others = pipe([*PROMPTS[:2], "ghost", "guitar"], latents=torch.cat([latents[:2], -latents[2:]]), output_type="pt").images
+    others = pipe(
+        [*PROMPTS[:2], "ghost", "guitar"], latents=torch.cat([latents[:2], -latents[2:]]), output_type="pt"
+    ).images
     assert torch.equal(together[:2], others[:2])
     assert psnr(pipe(PROMPTS[:1], latents=latents[:1], output_type="pt").images, together[:1]) > 40
 
@@ -109,9 +111,13 @@ def test_after_a_warmup_nothing_is_prepared(pipe):
 
 def test_other_sizes_just_work():
     torch.manual_seed(0)
-    small = dict(block_out_channels=(32, 32), norm_num_groups=4, embedding_dim=32, attention_levels=(1,), num_attention_heads=2)
+    small = dict(
+        block_out_channels=(32, 32), norm_num_groups=4, embedding_dim=32, attention_levels=(1,), num_attention_heads=2
+    )
     reference = cf.CoalescerPipeline.from_pretrained("emoji-64")
-    pipe = cf.CoalescerPipeline(CoalescerUNet(**small), reference.scheduler, reference.description_encoder, reference.vae)
+    pipe = cf.CoalescerPipeline(
+        CoalescerUNet(**small), reference.scheduler, reference.description_encoder, reference.vae
+    )
     pipe.set_progress_bar_config(disable=True)
     for size in (64, 48, 80):
         expected = draw(cf.restore(pipe), height=size, width=64)
@@ -153,10 +159,16 @@ def test_threads_may_draw_at_once(pipe):
     ("kwargs", "words"),
     [
         ({"backend": "magic"}, "backend is 'magic'; use one of auto, cpu, cuda, compile"),
-        ({"backend": "cuda"}, "backend 'cuda' runs on cuda, and the pipeline is on cpu: move it with pipe.to('cuda') first"),
+        (
+            {"backend": "cuda"},
+            "backend 'cuda' runs on cuda, and the pipeline is on cpu: move it with pipe.to('cuda') first",
+        ),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32, bfloat16"),
         ({"dtype": torch.float16}, "dtype is torch.float16; use one of auto, float32, bfloat16"),
-        ({"backend": "onnxruntime", "dtype": "bfloat16"}, "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'"),
+        (
+            {"backend": "onnxruntime", "dtype": "bfloat16"},
+            "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'",
+        ),
     ],
 )
 def test_bad_use_is_one_sentence(pipe, kwargs, words):
@@ -218,7 +230,9 @@ def test_a_pipeline_that_was_moved_is_refused(pipe):
     pipe.to("meta")
     with pytest.raises(ValueError, match="was accelerated on cpu and is on meta: accelerate it again, or restore it"):
         pipe("octopus")
-    with pytest.raises(ValueError, match=r"runs on cpu and cuda, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(
+        ValueError, match=r"runs on cpu and cuda, and the pipeline is on meta: move it with pipe.to\('cpu'\) first"
+    ):
         cf.accelerate(pipe)
     with pytest.raises(ValueError, match="backend 'compile' runs on cpu and cuda, and the pipeline is on meta"):
         cf.accelerate(pipe, "compile")
@@ -248,7 +262,10 @@ def test_on_a_cuda_device_it_is_the_cuda_runtime(pipe, backend, native, dtype, e
         assert str(caught.value) == expected
     else:
         assert cf.accelerate(pipe, backend, dtype).runtime == (pipe, "auto", expected)
-    with pytest.raises(ValueError, match=r"backend 'cpu' runs on cpu, and the pipeline is on cuda:0: move it with pipe.to\('cpu'\) first"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend 'cpu' runs on cpu, and the pipeline is on cuda:0: move it with pipe.to\('cpu'\) first",
+    ):
         cf.accelerate(pipe, backend="cpu")
 
 

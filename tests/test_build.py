@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(target: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "COALESCER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "COALESCER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST")
+    }
     arguments = [sys.executable, "setup.py", "-q", *(command or ("build_py", "--build-lib", str(target)))]
     return subprocess.run(arguments, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False)
 
@@ -64,7 +66,10 @@ def test_all_that_is_required_is_built(tmp_path, quick):
         assert "cuda" not in needed.replace(library.name, "")
         assert "torch" not in needed
     code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cuda_architectures; f.restype = ctypes.c_char_p; print(f().decode())"
-    assert subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout == "80\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
+        == "80\n"
+    )
 
 
 def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):
@@ -72,7 +77,9 @@ def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):
     assert result.returncode == 0, result.stderr
     assert built(tmp_path) == (True, "")
     if shutil.which("nvidia-smi") is None:
-        reason = "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+        reason = (
+            "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+        )
         assert built(tmp_path, "cuda") == (False, reason)
 
 
@@ -110,7 +117,9 @@ def test_without_nvcc_the_rest_is_there(tmp_path, quick, nvcc, reason):
 def test_required_and_missing_fails(tmp_path, quick, variable, part):
     result = build(tmp_path, COALESCER_FAST_BUILD="require", PATH=quick, **{variable: "no-such-compiler"})
     assert result.returncode != 0
-    error = f"coalescer_fast: the {part} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for: there is no "
+    error = (
+        f"coalescer_fast: the {part} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for: there is no "
+    )
     assert result.stderr.splitlines()[-1].startswith(error)
 
 
@@ -124,7 +133,10 @@ def test_switched_off(tmp_path):
 def test_an_architecture_that_is_none(tmp_path, value):
     result = build(tmp_path, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST=value)
     assert result.returncode != 0
-    assert result.stderr.splitlines()[-1] == f"TORCH_CUDA_ARCH_LIST is {value!r}; expected compute capabilities such as 8.0;9.0"
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"TORCH_CUDA_ARCH_LIST is {value!r}; expected compute capabilities such as 8.0;9.0"
+    )
 
 
 def test_unknown_choice(tmp_path):
@@ -141,7 +153,10 @@ def test_the_source_distribution_has_all_that_a_build_and_the_tests_need(tmp_pat
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     wanted = set(listed.stdout.splitlines())
     if listed.returncode or not wanted:  # no checkout
-        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} | {"setup.py", "pyproject.toml"}
+        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} | {
+            "setup.py",
+            "pyproject.toml",
+        }
     assert wanted <= names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
@@ -162,7 +177,11 @@ def test_the_tag_of_a_wheel_says_whether_it_holds_a_library(tmp_path, quick, var
         names = file.namelist()
         facts = next(file.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
     assert ("coalescer_fast/lib/libcoalescer_fast_cpu.so" in names) == (tag == "linux")
-    assert {"coalescer_fast/py.typed", "coalescer_fast/__main__.py", "coalescer_fast/training/configs/digits.toml"} <= set(names)
+    assert {
+        "coalescer_fast/py.typed",
+        "coalescer_fast/__main__.py",
+        "coalescer_fast/training/configs/digits.toml",
+    } <= set(names)
     assert {name.partition("/")[0] for name in names} == {"coalescer_fast", names[-1].partition("/")[0]}
     assert f"Root-Is-Purelib: {'false' if tag == 'linux' else 'true'}" in facts
 
@@ -182,7 +201,9 @@ def test_what_safe_loading_rests_on_has_a_lower_bound():
 
 def test_extras():
     """What a machine without a GPU cannot install is in none of those that `all` brings."""
-    assert requirements("tensorrt") == {"tensorrt": "tensorrt>=10.8,<12; platform_system == 'Linux' or platform_system == 'Windows'"}
+    assert requirements("tensorrt") == {
+        "tensorrt": "tensorrt>=10.8,<12; platform_system == 'Linux' or platform_system == 'Windows'"
+    }
     assert requirements("profile") == {"nvtx": "nvtx"}
     assert "mlxtend" in requirements("data")
     assert "onnx" in requirements("export")

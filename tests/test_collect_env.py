@@ -17,7 +17,9 @@ from coalescer_fast.ops import library
 PACKAGE = Path(coalescer_fast.__file__).parent
 
 
-def report(folder: Path, *paths: Path, argv: tuple[str, ...] = ("--json",), package: Path = PACKAGE, **variables: str) -> str:
+def report(
+    folder: Path, *paths: Path, argv: tuple[str, ...] = ("--json",), package: Path = PACKAGE, **variables: str
+) -> str:
     """What the command prints, with ``paths`` first where modules are looked for."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, package.parent))), **variables}
     command = [sys.executable, "-m", "coalescer_fast.collect_env", *argv]
@@ -42,7 +44,9 @@ import coalescer_fast.collect_env
 print([name for name in sorted({name.partition('.')[0] for name in set(sys.modules) - before}) if name not in sys.stdlib_module_names])
 """
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "['coalescer_fast']"
 
 
@@ -62,7 +66,9 @@ def test_an_installation_that_works(tmp_path):
     assert set(facts["cpu"]["flags"]) >= {"avx2", "avx512f", "avx512_bf16", "avx512_vnni"}
     assert set(facts["backends"]) == {"group_norm_silu", "bias_residual", "dual_head", "coalesce_step"}
     assert facts["backends"]["dual_head"]["reference"] == {"able": True, "reason": ""}
-    assert {k: v for k, v in facts["environment"].items() if k in ("COALESCER_FAST_STRICT", "OMP_NUM_THREADS", "SECRET")} == {
+    assert {
+        k: v for k, v in facts["environment"].items() if k in ("COALESCER_FAST_STRICT", "OMP_NUM_THREADS", "SECRET")
+    } == {
         "COALESCER_FAST_STRICT": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -80,7 +86,10 @@ def test_torch_that_raises_and_a_library_that_does_not_load(tmp_path):
     (package / "lib").mkdir()
     (package / "lib" / "libcoalescer_fast_cpu.so").write_text("this is not a library" * 100)
     (package / "lib" / "build.json").write_text('{"cpu": "", "cuda": "there is no nvcc"}')
-    modules = broken(tmp_path / "broken", torch='print("hello")\nraise OSError("libcudart.so.99: cannot open\\n  shared object file")')
+    modules = broken(
+        tmp_path / "broken",
+        torch='print("hello")\nraise OSError("libcudart.so.99: cannot open\\n  shared object file")',
+    )
     out = report(tmp_path, modules, argv=(), package=package)
     rows = dict(line.split("  ", 1) for line in out.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
@@ -110,7 +119,9 @@ def test_torch_that_crashes_exits_or_hangs(tmp_path, monkeypatch):
     assert collect_env.tried("torch") == {"error": f"it crashes with {signal.SIGSEGV.name}"}
     (tmp_path / "a" / "torch.py").write_text("raise SystemExit(3)")
     assert collect_env.tried("torch") == {"error": "SystemExit: 3"}
-    (tmp_path / "a" / "torch.py").write_text("import os, sys\nprint('no licence', file=sys.stderr, flush=True)\nos._exit(3)")
+    (tmp_path / "a" / "torch.py").write_text(
+        "import os, sys\nprint('no licence', file=sys.stderr, flush=True)\nos._exit(3)"
+    )
     assert collect_env.tried("torch") == {"error": "no licence"}
     monkeypatch.setattr(collect_env, "SECONDS", 2)
     (tmp_path / "a" / "torch.py").write_text("import time\ntime.sleep(600)")
@@ -128,9 +139,13 @@ def test_gpus(tmp_path, monkeypatch):
     command.write_text("#!/bin/sh\necho 'NVIDIA H100, 9.0, 81559 MiB, 580.65.06'\n")
     command.chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert collect_env.gpu() == [{"name": "NVIDIA H100", "compute_cap": "9.0", "memory.total": "81559 MiB", "driver_version": "580.65.06"}]
+    assert collect_env.gpu() == [
+        {"name": "NVIDIA H100", "compute_cap": "9.0", "memory.total": "81559 MiB", "driver_version": "580.65.06"}
+    ]
     command.write_text('#!/bin/sh\necho "couldn\'t communicate with the NVIDIA driver"\nexit 9\n')
-    assert collect_env.guarded(collect_env.gpu) == {"error": "nvidia-smi fails: couldn't communicate with the NVIDIA driver"}
+    assert collect_env.guarded(collect_env.gpu) == {
+        "error": "nvidia-smi fails: couldn't communicate with the NVIDIA driver"
+    }
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert collect_env.guarded(collect_env.gpu) == {"error": "there is no nvidia-smi"}
 

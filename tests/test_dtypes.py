@@ -20,10 +20,15 @@ FACTORIES = {
     *("Tensor", "sparse_coo_tensor", "sparse_csr_tensor"),
 }
 
+
 def without_dtype(source: str) -> Iterator[str]:
     """The calls of `FACTORIES` without a dtype, and the imports by which a call would not be seen."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
             made = node.func.value.id == "torch" and node.func.attr in FACTORIES
             if made and not any(keyword.arg == "dtype" for keyword in node.keywords):
                 yield ast.unparse(node)
@@ -40,7 +45,11 @@ def without_dtype(source: str) -> Iterator[str]:
 
 def test_every_tensor_is_made_with_a_dtype():
     assert len(MODULES) > 50
-    found = [f"{path.relative_to(ROOT).as_posix()}: {call}" for path in MODULES for call in without_dtype(path.read_text("utf-8"))]
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}: {call}"
+        for path in MODULES
+        for call in without_dtype(path.read_text("utf-8"))
+    ]
     assert found == [], "give these calls a dtype"
 
 

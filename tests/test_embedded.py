@@ -34,7 +34,9 @@ def difference(a: Image.Image, b: Image.Image) -> float:
 
 
 def test_package_data_is_small():
-    data = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and p.parent != PACKAGE / "lib"]
+    data = [
+        p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and p.parent != PACKAGE / "lib"
+    ]
     assert sum(p.stat().st_size for p in data) <= 30e6
     assert not [p.name for p in data if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
@@ -77,7 +79,9 @@ def test_prompts_matter(pipe):
     assert difference(pipe("octopus", latents=same).images[0], pipe("pizza", latents=same).images[0]) > 10
 
 
-@pytest.mark.parametrize(("prompt", "more", "less"), [("tomato", 0, 1), ("broccoli", 1, 0), ("blue book", 2, 0), ("lemon", 0, 2)])
+@pytest.mark.parametrize(
+    ("prompt", "more", "less"), [("tomato", 0, 1), ("broccoli", 1, 0), ("blue book", 2, 0), ("lemon", 0, 2)]
+)
 def test_things_have_their_colour(pipe, prompt, more, less):
     """In the median of sixteen drawings, on what is not white; channels are red, green, blue. Measured: 142, 54, 140 and 160 of 255."""
     pictures = pipe(prompt, 16, generator=torch.Generator().manual_seed(0), output_type="np").images * 255

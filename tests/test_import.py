@@ -11,7 +11,18 @@ import pytest
 
 import coalescer_fast
 
-HEAVY = {"torch", "torch._dynamo", "numpy", "PIL", "diffusers", "transformers", "triton", "onnx", "onnxruntime", "tensorrt"}
+HEAVY = {
+    "torch",
+    "torch._dynamo",
+    "numpy",
+    "PIL",
+    "diffusers",
+    "transformers",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+}
 
 
 def python(code: str, folder: Path) -> str:

@@ -42,7 +42,9 @@ def python(code: str, folder: Path, **variables: str) -> str:
     (folder / "nvtx.py").write_text("raise ModuleNotFoundError(\"No module named 'nvtx'\", name='nvtx')\n")
     path = os.pathsep.join([str(folder), str(Path(coalescer_fast.__file__).parents[1])])
     env = {**os.environ, "PYTHONPATH": path, **variables}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True).stderr
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
+    ).stderr
 
 
 def test_a_call_has_a_range_for_every_stage(ranges):

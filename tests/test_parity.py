@@ -23,7 +23,11 @@ class Runtime:
 
     def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype = torch.float32, name: str = "stand-in"):
         self.name, self.dtype = name, dtype
-        self.unet, self.vae, self.encoder = copy.deepcopy(pipe.unet).to(dtype), copy.deepcopy(pipe.vae).to(dtype), pipe.description_encoder
+        self.unet, self.vae, self.encoder = (
+            copy.deepcopy(pipe.unet).to(dtype),
+            copy.deepcopy(pipe.vae).to(dtype),
+            pipe.description_encoder,
+        )
         self.device, self.backend = pipe.device, "reference"
         self.direction_fault = self.distance_fault = self.picture_fault = lambda x: x
 
@@ -42,7 +46,9 @@ class Runtime:
         return self.picture_fault(self.vae.decode(latents.to(self.dtype)).sample.float())
 
 
-def accelerated(unet: dict | None = None, dtype: torch.dtype = torch.float32, name: str = "stand-in", **scheduler) -> CoalescerPipeline:
+def accelerated(
+    unet: dict | None = None, dtype: torch.dtype = torch.float32, name: str = "stand-in", **scheduler
+) -> CoalescerPipeline:
     pipe = tiny_pipeline(unet, **scheduler)
     pipe.runtime = Runtime(pipe, dtype, name)
     return pipe
@@ -76,9 +82,15 @@ def test_it_draws_what_the_pipeline_draws():
     result = verify(pipe, prompts, num_images=2, seed=5, budget={"psnr_median": 0, "psnr_minimum": 0})
     noise = torch.randn(10, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     call = dict(num_images_per_prompt=2, latents=noise)
-    latents, pictures = pipe(prompts, output_type="latent", **call).images, pipe(prompts, output_type="pt", **call).images
+    latents, pictures = (
+        pipe(prompts, output_type="latent", **call).images,
+        pipe(prompts, output_type="pt", **call).images,
+    )
     pipe.runtime = None
-    expected, reference = pipe(prompts, output_type="latent", **call).images, pipe(prompts, output_type="pt", **call).images
+    expected, reference = (
+        pipe(prompts, output_type="latent", **call).images,
+        pipe(prompts, output_type="pt", **call).images,
+    )
     square = ((latents - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).square()
     assert figure(result, "step 2: latents, relative L2 error") == pytest.approx(square.mean().sqrt().item(), rel=1e-4)
     psnr = -10 * (pictures - reference).double().square().flatten(1).mean(1).log10()
@@ -99,7 +111,9 @@ def test_rotated_direction_fails():
 def test_a_direction_a_little_off_fails_on_its_cosine_alone():
     pipe = accelerated()
     generator = torch.Generator().manual_seed(0)
-    pipe.runtime.direction_fault = lambda x: x + 0.06 * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+    pipe.runtime.direction_fault = lambda x: (
+        x + 0.06 * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+    )
     result = verify(pipe, budget={"psnr_median": 5, "psnr_minimum": 5})
     assert failed(result) == {"step 1: direction, cosine", "step 2: direction, cosine"}
     assert verify(pipe, budget=Budget(5, 5, direction_cosine=0.99)).passed
@@ -177,7 +191,9 @@ def test_ops_are_those_that_the_runtime_explains():
         {"stage": "decode"},
     ]
     rows = verify(pipe).rows
-    assert [row.what for row in rows if "allowed error" in row.what] == ["bias_residual; reference, float32: error / allowed error"]
+    assert [row.what for row in rows if "allowed error" in row.what] == [
+        "bias_residual; reference, float32: error / allowed error"
+    ]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -318,7 +334,11 @@ def test_a_receipt_says_whether_two_machines_drew_the_same():
     assert first["instruction_set"] == (None if library.unavailable() else library.isa())
     assert receipt() == first
     assert {name for name in first if first[name] != reference[name]} >= {"runtime"}
-    assert {name for name in first if receipt(num_inference_steps=3)[name] != first[name]} == {"schedule", "pixels", "pictures"}
+    assert {name for name in first if receipt(num_inference_steps=3)[name] != first[name]} == {
+        "schedule",
+        "pixels",
+        "pictures",
+    }
     noise[1] *= -1
     other = receipt()
     assert {name for name in first if other[name] != first[name]} == {"noise", "pixels", "pictures"}

@@ -90,8 +90,12 @@ def test_list_of_generators_equals_single_ones(pipe):
 def test_pictures_are_prompt_major(pipe):
     latents = noise(4)
     drawn = sample(pipe, ["octopus", "cat"], num_images_per_prompt=2, latents=latents)
-    torch.testing.assert_close(drawn[:2], sample(pipe, "octopus", num_images_per_prompt=2, latents=latents[:2]), rtol=ATOL, atol=ATOL)
-    torch.testing.assert_close(drawn[2:], sample(pipe, "cat", num_images_per_prompt=2, latents=latents[2:]), rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(
+        drawn[:2], sample(pipe, "octopus", num_images_per_prompt=2, latents=latents[:2]), rtol=ATOL, atol=ATOL
+    )
+    torch.testing.assert_close(
+        drawn[2:], sample(pipe, "cat", num_images_per_prompt=2, latents=latents[2:]), rtol=ATOL, atol=ATOL
+    )
 
 
 def test_given_latents_are_not_modified(pipe):
@@ -321,7 +325,9 @@ def test_callback_replaces_latents(pipe):
     def callback(pipeline, step, timestep, tensors):
         return {"latents": replacement} if step == 0 else {}
 
-    output = pipe("octopus, 3d style", latents=noise(1), output_type="latent", return_trace=True, callback_on_step_end=callback)
+    output = pipe(
+        "octopus, 3d style", latents=noise(1), output_type="latent", return_trace=True, callback_on_step_end=callback
+    )
     assert torch.equal(output.trace[1].sample, replacement)
     assert not torch.equal(output.images, sample(pipe, "octopus, 3d style", latents=noise(1)))
 
@@ -352,7 +358,17 @@ def test_a_model_without_an_anchor_has_any_size(free, height, width):
     assert picture.size == (width or SIZE, height or SIZE)
 
 
-UNUSUAL = ["", "   ", "海 海", "🐙", "zebra", "octopus " * 5000, "a\nb\tc\x00d", "%s {} \\", "cat, 3d style; flat style"]
+UNUSUAL = [
+    "",
+    "   ",
+    "海 海",
+    "🐙",
+    "zebra",
+    "octopus " * 5000,
+    "a\nb\tc\x00d",
+    "%s {} \\",
+    "cat, 3d style; flat style",
+]
 
 
 def test_unusual_prompts(pipe, free):
@@ -363,7 +379,9 @@ def test_unusual_prompts(pipe, free):
 
 
 def test_unknown_words_draw_as_nothing_does(pipe):
-    torch.testing.assert_close(sample(pipe, "zebra 🛸", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        sample(pipe, "zebra 🛸", latents=noise(1)), sample(pipe, "", latents=noise(1)), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"octopus", ["octopus", 3], [["octopus"]], {"octopus"}, [None]], ids=repr)
@@ -388,7 +406,9 @@ def styled_prompts(pipe: CoalescerPipeline, monkeypatch, prompts: list[str], lat
     """What the description encoder reads in the end."""
     read: list[list[str]] = []
     forward = pipe.description_encoder.forward
-    monkeypatch.setattr(pipe.description_encoder, "forward", lambda texts: (read.append(list(texts)), forward(texts))[1])
+    monkeypatch.setattr(
+        pipe.description_encoder, "forward", lambda texts: (read.append(list(texts)), forward(texts))[1]
+    )
     pipe(prompts, latents=latents, output_type="latent", guidance_scale=1)
     monkeypatch.undo()
     return next(texts for texts in reversed(read) if len(texts) == len(prompts))
@@ -402,7 +422,10 @@ def test_style_is_a_function_of_the_latents_alone(pipe, monkeypatch):
     assert 16 <= together.count("octopus, 3d style") <= 48  # a fair coin: four standard deviations
     assert styled_prompts(pipe, monkeypatch, prompts, latents) == together
     for i in range(0, 64, 7):
-        assert styled_prompts(pipe, monkeypatch, ["octopus", "cat"], torch.stack([latents[i], noise(1)[0]]))[0] == together[i]
+        assert (
+            styled_prompts(pipe, monkeypatch, ["octopus", "cat"], torch.stack([latents[i], noise(1)[0]]))[0]
+            == together[i]
+        )
     assert styled_prompts(pipe, monkeypatch, prompts, latents.double()) == together
 
 
@@ -438,7 +461,9 @@ def test_a_folder_needs_no_network(offline, saved):
 
 
 def test_a_hub_id_without_a_network(offline):
-    with pytest.raises(ValueError, match="nobody/nothing is neither a local folder nor a reachable Hub model") as caught:
+    with pytest.raises(
+        ValueError, match="nobody/nothing is neither a local folder nor a reachable Hub model"
+    ) as caught:
         CoalescerPipeline.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -461,7 +486,9 @@ def latents_of(pipe: CoalescerPipeline, **kwargs) -> torch.Tensor:
 
 def by_hand(pipe: CoalescerPipeline, avoided: list[str]) -> torch.Tensor:
     """The formula of negative_prompt, from the networks alone."""
-    wanted, away = (pipe.condition(texts, torch.device("cpu")) for texts in (["octopus, 3d style", "cat, flat style"], avoided))
+    wanted, away = (
+        pipe.condition(texts, torch.device("cpu")) for texts in (["octopus, 3d style", "cat, flat style"], avoided)
+    )
     point = noise(2)
     direction, distance = pipe.evaluate(point, wanted)
     point = point + 0.5 * distance.view(-1, 1, 1, 1) * direction
@@ -474,7 +501,13 @@ def by_hand(pipe: CoalescerPipeline, avoided: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("negative_prompt", "each"),
-    [("red", ["red", "red"]), (["red"], ["red", "red"]), (["red", "dog"], ["red", "dog"]), ("", ["", ""]), (["", "dog"], ["", "dog"])],
+    [
+        ("red", ["red", "red"]),
+        (["red"], ["red", "red"]),
+        (["red", "dog"], ["red", "dog"]),
+        ("", ["", ""]),
+        (["", "dog"], ["", "dog"]),
+    ],
     ids=str,
 )
 @torch.no_grad()
@@ -496,7 +529,10 @@ def test_negative_prompts_are_prompt_major(pipe):
     for i, (prompt, negative) in enumerate(zip(prompts, ["red", "dog"])):
         some = slice(2 * i, 2 * i + 2)
         torch.testing.assert_close(
-            found[some], sample(pipe, prompt, latents=latents[some], negative_prompt=negative, **call), rtol=ATOL, atol=ATOL
+            found[some],
+            sample(pipe, prompt, latents=latents[some], negative_prompt=negative, **call),
+            rtol=ATOL,
+            atol=ATOL,
         )
 
 
@@ -509,9 +545,13 @@ def test_without_guidance_a_negative_prompt_does_nothing_and_says_so(pipe, caplo
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_wrong_numbers_of_negative_prompts(pipe, count):
-    with pytest.raises(ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"):
+    with pytest.raises(
+        ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"
+    ):
         pipe(["octopus", "cat", "dog"], negative_prompt=["red"] * count)
-    with pytest.raises(ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"):
+    with pytest.raises(
+        ValueError, match=f"negative_prompt has {count} descriptions; expected one, or one for each of the 3 prompts"
+    ):
         pipe.encode_prompt(["octopus", "cat", "dog"], negative_prompt=["red"] * count)
 
 
@@ -533,7 +573,9 @@ def test_embeds_are_what_their_prompts_are(pipe, free, negative_prompt):
         assert len(given) == (6 if pipeline is free else 2)
         assert given["prompt_embeds"].shape == given["negative_prompt_embeds"].shape == (2, 6)
         found = pipeline(**given, latents=noise(2), guidance_scale=1.5, output_type="latent")
-        torch.testing.assert_close(found.images, latents_of(pipeline, negative_prompt=negative_prompt), rtol=ATOL, atol=ATOL)
+        torch.testing.assert_close(
+            found.images, latents_of(pipeline, negative_prompt=negative_prompt), rtol=ATOL, atol=ATOL
+        )
         assert found.warnings == []
 
 
@@ -542,8 +584,12 @@ def test_embeds_of_several_pictures(pipe, free):
         call = {"latents": noise(4), "guidance_scale": 1.5, "output_type": "latent"}
         prompts = ["octopus, 3d style", "cat, flat style"]
         expected = pipeline(prompts, num_images_per_prompt=2, negative_prompt=["red", "dog"], **call).images
-        one_each = pipeline(**embeds(pipeline, prompts, negative_prompt=["red", "dog"]), num_images_per_prompt=2, **call).images
-        repeated = pipeline(**embeds(pipeline, prompts, num_images_per_prompt=2, negative_prompt=["red", "dog"]), **call).images
+        one_each = pipeline(
+            **embeds(pipeline, prompts, negative_prompt=["red", "dog"]), num_images_per_prompt=2, **call
+        ).images
+        repeated = pipeline(
+            **embeds(pipeline, prompts, num_images_per_prompt=2, negative_prompt=["red", "dog"]), **call
+        ).images
         torch.testing.assert_close(one_each, expected, rtol=ATOL, atol=ATOL)
         torch.testing.assert_close(repeated, expected, rtol=ATOL, atol=ATOL)
 
@@ -585,8 +631,16 @@ V, ROWS, MASK = torch.zeros(2, 6), torch.zeros(2, 5, 6), torch.ones(2, 5, dtype=
     ("given", "error", "words"),
     [
         ({}, TypeError, "prompt is None; expected a string or a list of strings, or prompt_embeds"),
-        ({"prompt": "cat", "prompt_embeds": V}, ValueError, "prompt and prompt_embeds are both given; give one of them"),
-        ({"prompt": "cat", "negative_prompt": "dog", "negative_prompt_embeds": V}, ValueError, "negative_prompt and negative_prompt_emb"),
+        (
+            {"prompt": "cat", "prompt_embeds": V},
+            ValueError,
+            "prompt and prompt_embeds are both given; give one of them",
+        ),
+        (
+            {"prompt": "cat", "negative_prompt": "dog", "negative_prompt_embeds": V},
+            ValueError,
+            "negative_prompt and negative_prompt_emb",
+        ),
         ({"prompt_embeds": [[0.0] * 6]}, TypeError, "prompt_embeds is list; expected a floating-point tensor"),
         ({"prompt_embeds": V.long()}, TypeError, "prompt_embeds is torch.int64"),
         ({"prompt_embeds": V[0]}, ValueError, r"prompt_embeds has shape \(6,\); expected \(N, 6\)"),
@@ -594,11 +648,23 @@ V, ROWS, MASK = torch.zeros(2, 6), torch.zeros(2, 5, 6), torch.ones(2, 5, dtype=
         ({"prompt_embeds": V[:0]}, ValueError, r"prompt_embeds has shape \(0, 6\)"),
         ({"prompt_embeds": V + math.nan}, ValueError, "prompt_embeds holds numbers that are not finite"),
         ({"prompt_embeds": V.double() + 1e300}, ValueError, "prompt_embeds holds numbers that are not finite"),
-        ({"prompt_embeds": V, "negative_prompt_embeds": torch.zeros(3, 6)}, ValueError, "negative_prompt has 3 descriptions"),
-        ({"prompt_embeds": V, "prompt_token_embeds": ROWS}, ValueError, "prompt_token_embeds is given; this network has no cross-att"),
+        (
+            {"prompt_embeds": V, "negative_prompt_embeds": torch.zeros(3, 6)},
+            ValueError,
+            "negative_prompt has 3 descriptions",
+        ),
+        (
+            {"prompt_embeds": V, "prompt_token_embeds": ROWS},
+            ValueError,
+            "prompt_token_embeds is given; this network has no cross-att",
+        ),
         ({"prompt": "cat", "prompt_attention_mask": MASK}, ValueError, "prompt_embeds is missing"),
         ({"prompt": "cat", "negative_prompt_token_embeds": ROWS}, ValueError, "negative_prompt_embeds is missing"),
-        ({"prompt": "cat", "negative_prompt": 3}, TypeError, "negative_prompt is 3; expected a string or a list of strings"),
+        (
+            {"prompt": "cat", "negative_prompt": 3},
+            TypeError,
+            "negative_prompt is 3; expected a string or a list of strings",
+        ),
         ({"prompt": "cat", "negative_prompt": []}, ValueError, "negative_prompt is an empty list"),
         ({"prompt": "cat\ud800"}, ValueError, "prompt is 'cat\\\\ud800', which holds half a character"),
     ],
@@ -616,7 +682,10 @@ def test_wrong_descriptions(pipe, given, error, words):
         ({}, "prompt_token_embeds is missing; this network attends to token rows"),
         ({"prompt_token_embeds": ROWS[:1]}, r"prompt_token_embeds has shape \(1, 5, 6\); expected \(2, N, 6\)"),
         ({"prompt_token_embeds": ROWS[:, :, :4]}, r"prompt_token_embeds has shape \(2, 5, 4\)"),
-        ({"prompt_token_embeds": ROWS, "prompt_attention_mask": MASK[:, :4]}, r"prompt_attention_mask is \(2, 4\); expected \(2, 5\)"),
+        (
+            {"prompt_token_embeds": ROWS, "prompt_attention_mask": MASK[:, :4]},
+            r"prompt_attention_mask is \(2, 4\); expected \(2, 5\)",
+        ),
         ({"prompt_token_embeds": ROWS, "prompt_attention_mask": ~MASK}, "with a token in each row"),
         ({"prompt_token_embeds": ROWS, "prompt_attention_mask": [1]}, "prompt_attention_mask is list"),
     ],
@@ -639,8 +708,14 @@ def test_unknown_words_are_said(pipe, caplog):
         assert pipe(prompts).warnings == output.warnings
         assert len(caplog.records) == 2  # once for each prompt
     assert pipe(["octopus", "", " ,; ", "Red CAT!"]).warnings == []
-    assert pipe("--").warnings == ["no word of prompt '--' is known, and what is drawn is anything: use other, English words"]
-    assert pipe("cat", guidance_scale=2.0, negative_prompt="blorp").warnings[0].startswith("no word of negative_prompt 'blorp' is known")
+    assert pipe("--").warnings == [
+        "no word of prompt '--' is known, and what is drawn is anything: use other, English words"
+    ]
+    assert (
+        pipe("cat", guidance_scale=2.0, negative_prompt="blorp")
+        .warnings[0]
+        .startswith("no word of negative_prompt 'blorp' is known")
+    )
 
 
 def test_emoji_are_read(pipe):
@@ -747,14 +822,20 @@ def test_callback_objects_of_diffusers(pipe, callback):
 
 
 def test_a_callback_object_that_wants_something_else(pipe):
-    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs has \['prompt_embeds'\]; allowed: \['latents'\]"):
+    with pytest.raises(
+        ValueError, match=r"callback_on_step_end_tensor_inputs has \['prompt_embeds'\]; allowed: \['latents'\]"
+    ):
         pipe("octopus", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0))
 
 
 @pytest.mark.parametrize(("inputs", "names"), [(None, ["latents"]), ([], []), (("latents",), ["latents"])], ids=str)
 def test_a_callback_is_given_what_it_asks_for(pipe, inputs, names):
     seen = []
-    pipe("octopus", callback_on_step_end=lambda *args: seen.append(list(args[3])), callback_on_step_end_tensor_inputs=inputs)
+    pipe(
+        "octopus",
+        callback_on_step_end=lambda *args: seen.append(list(args[3])),
+        callback_on_step_end_tensor_inputs=inputs,
+    )
     assert seen == [names, names]
 
 
@@ -765,11 +846,19 @@ def test_a_callback_is_given_what_it_asks_for(pipe, inputs, names):
         ({"latents": None}, TypeError, "returned latents of NoneType; expected a floating-point tensor"),
         ({"latents": np.zeros((1, 3, 4, 4))}, TypeError, "returned latents of ndarray"),
         ({"latents": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}, TypeError, "returned latents of torch.int64"),
-        ({"latents": torch.zeros(2, 3, 4, 4)}, ValueError, r"shape \(2, 3, 4, 4\) on cpu; expected \(1, 3, 4, 4\) on cpu"),
+        (
+            {"latents": torch.zeros(2, 3, 4, 4)},
+            ValueError,
+            r"shape \(2, 3, 4, 4\) on cpu; expected \(1, 3, 4, 4\) on cpu",
+        ),
         ({"latents": torch.zeros(3, 4, 4)}, ValueError, r"shape \(3, 4, 4\)"),
         ({"latents": torch.zeros(1, 3, 4, 4, device="meta")}, ValueError, "on meta; expected .* on cpu"),
         ({"latents": torch.full((1, 3, 4, 4), math.nan)}, ValueError, "latents with numbers that are not finite"),
-        ({"latents": torch.full((1, 3, 4, 4), 1e300, dtype=torch.float64)}, ValueError, "latents with numbers that are not finite"),
+        (
+            {"latents": torch.full((1, 3, 4, 4), 1e300, dtype=torch.float64)},
+            ValueError,
+            "latents with numbers that are not finite",
+        ),
     ],
     ids=str,
 )
@@ -810,7 +899,9 @@ def test_callback_inputs_that_are_no_list(pipe, inputs):
         pipe("octopus", callback_on_step_end=lambda *_: None, callback_on_step_end_tensor_inputs=inputs)
 
 
-@pytest.mark.parametrize(("part", "words"), [("unet", "R of prompt 'cat' after step 1 of 2"), ("vae", "the picture of prompt 'octopus'")])
+@pytest.mark.parametrize(
+    ("part", "words"), [("unet", "R of prompt 'cat' after step 1 of 2"), ("vae", "the picture of prompt 'octopus'")]
+)
 @pytest.mark.parametrize("output_type", ["pil", "latent", "pt"])
 @pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["", "callback"])
 def test_numbers_that_are_not_finite_become_no_picture(part, words, output_type, callback):
@@ -892,7 +983,9 @@ def test_every_precision_draws_and_changes_without_a_word(pipe, dtype, caplog):
     call = {"prompt": ["octopus", "cat"], "latents": noise(2), "guidance_scale": 1.5, "output_type": "np"}
     found = pipeline(**call).images
     assert found.dtype == np.float32
-    assert np.abs(found - pipe(**call).images).max() < 10 * max(ATOL, torch.finfo(dtype).eps)  # as of test_lower_precision
+    assert np.abs(found - pipe(**call).images).max() < 10 * max(
+        ATOL, torch.finfo(dtype).eps
+    )  # as of test_lower_precision
 
 
 def test_what_diffusers_says_of_other_modules_is_still_said(caplog):
@@ -913,7 +1006,9 @@ def test_offloading_to_the_cpu(pipe):
     pipeline.enable_model_cpu_offload(device="cpu")
     call = {"prompt": "octopus", "guidance_scale": 1.5}
     for _ in range(2):
-        torch.testing.assert_close(sample(pipeline, **call, latents=noise(1)), sample(pipe, **call, latents=noise(1)), rtol=ATOL, atol=ATOL)
+        torch.testing.assert_close(
+            sample(pipeline, **call, latents=noise(1)), sample(pipe, **call, latents=noise(1)), rtol=ATOL, atol=ATOL
+        )
         assert pipeline(**call).images[0].size == (SIZE, SIZE)
         with pytest.raises(ValueError, match="latents"):
             pipeline("octopus", latents=torch.zeros(3))
@@ -935,7 +1030,9 @@ def test_what_was_deprecated_is_not_used(pipe, recwarn):
 
 RUNTIMES = [
     pytest.param("cpu", marks=pytest.mark.skipif(bool(unavailable("cpu")), reason="the CPU library is not built")),
-    pytest.param("onnxruntime", marks=pytest.mark.skipif(bool(unavailable("onnxruntime")), reason="needs onnxruntime and onnx")),
+    pytest.param(
+        "onnxruntime", marks=pytest.mark.skipif(bool(unavailable("onnxruntime")), reason="needs onnxruntime and onnx")
+    ),
 ]
 
 

@@ -43,7 +43,11 @@ DESCRIBED, EMPTY = conditioning(0.5, 2.0), conditioning(0.25)
 def test_the_formulas_by_hand():
     networks = Networks()
     found = sampling.sample(networks, scheduler(), R, DESCRIBED, EMPTY, 1.5)
-    assert networks.asked == [(0.5, 2.0), (0.5, 2.0), (0.25, 0.25)]  # guided in the last step, by the one empty description
+    assert networks.asked == [
+        (0.5, 2.0),
+        (0.5, 2.0),
+        (0.25, 0.25),
+    ]  # guided in the last step, by the one empty description
     a, e = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), 0.25
     middle = R + 0.5 * a * (a - R)
     direction = guide(a - middle, a.flatten(), e - middle, torch.full((2,), e), 1.5)
@@ -99,7 +103,9 @@ def test_a_changed_guidance_is_that_of_the_steps_after():
 
     call = Call(1.0, 2)
     changed = sampling.sample(Networks(), scheduler(), R, DESCRIBED, EMPTY, 1.0, on_step, call)
-    assert torch.equal(changed, sampling.sample(Networks(), scheduler(), R, DESCRIBED, EMPTY, 3.0))  # the last step alone is guided
+    assert torch.equal(
+        changed, sampling.sample(Networks(), scheduler(), R, DESCRIBED, EMPTY, 3.0)
+    )  # the last step alone is guided
 
 
 @pytest.mark.parametrize("last", [0, 1, 2])

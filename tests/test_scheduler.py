@@ -105,7 +105,9 @@ def test_another_schedule_is_used():
     torch.testing.assert_close(
         scheduler.step(direction, distance, 0, sample).prev_sample, sample + 0.7 * column * direction / rms(direction)
     )
-    torch.testing.assert_close(scheduler.step(direction, distance, 1, sample).prev_sample, sample + 0.2 * column * direction)
+    torch.testing.assert_close(
+        scheduler.step(direction, distance, 1, sample).prev_sample, sample + 0.2 * column * direction
+    )
 
 
 @pytest.mark.parametrize("steps", [0, -1, True, 2.5, 2.0, "2", None, 1_000_000_000], ids=repr)
@@ -170,7 +172,9 @@ def test_tuple_output_and_timestep_as_a_tensor():
     scheduler = CoalescerScheduler()
     sample, direction, distance = batch()
     expected = scheduler.step(direction, distance, 1, sample).prev_sample
-    assert torch.equal(scheduler.step(direction, distance, scheduler.timesteps[1], sample, return_dict=False)[0], expected)
+    assert torch.equal(
+        scheduler.step(direction, distance, scheduler.timesteps[1], sample, return_dict=False)[0], expected
+    )
 
 
 def test_the_network_sees_the_sample_as_it_is():
@@ -194,7 +198,9 @@ def test_guidance_extrapolates_the_endpoint(scale):
     column, empty_column = distance.view(-1, 1, 1, 1), empty_distance.view(-1, 1, 1, 1)
     described, empty = sample + column * direction, sample + empty_column * empty_direction
     guided = guide(direction, distance, empty_direction, empty_distance, scale)
-    torch.testing.assert_close(sample + column * guided, described + (scale - 1) * (described - empty), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sample + column * guided, described + (scale - 1) * (described - empty), rtol=1e-12, atol=1e-12
+    )
     if scale == 1:
         torch.testing.assert_close(guided, direction)
 
@@ -206,7 +212,12 @@ def test_guidance_at_distance_zero_is_finite():
 
 def test_saved_and_loaded(tmp_path):
     scheduler = CoalescerScheduler(
-        etas=(0.4, 0.9), modes=("unit", "unit"), rows={"4": ((0.3,) * 4, ("unit",) * 4)}, guidance_scale=1.5, guided_steps="all", eps=1e-5
+        etas=(0.4, 0.9),
+        modes=("unit", "unit"),
+        rows={"4": ((0.3,) * 4, ("unit",) * 4)},
+        guidance_scale=1.5,
+        guided_steps="all",
+        eps=1e-5,
     )
     scheduler.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "scheduler_config.json").read_text("utf-8"))["_class_name"] == "CoalescerScheduler"
@@ -223,7 +234,8 @@ def test_saved_and_loaded(tmp_path):
         assert (loaded.etas, loaded.modes) == (scheduler.etas, scheduler.modes)
         for t in loaded.timesteps:
             assert torch.equal(
-                loaded.step(direction, distance, t, sample).prev_sample, scheduler.step(direction, distance, t, sample).prev_sample
+                loaded.step(direction, distance, t, sample).prev_sample,
+                scheduler.step(direction, distance, t, sample).prev_sample,
             )
 
 

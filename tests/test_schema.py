@@ -26,7 +26,17 @@ class Outer:
 
 
 def test_tables_become_dataclasses():
-    found = build({"name": "a", "inner": {"size": 3, "ratio": 1}, "sizes": [1, 2], "pair": [2, "b"], "maybe": 3, "table": {"x": 1}}, Outer)
+    found = build(
+        {
+            "name": "a",
+            "inner": {"size": 3, "ratio": 1},
+            "sizes": [1, 2],
+            "pair": [2, "b"],
+            "maybe": 3,
+            "table": {"x": 1},
+        },
+        Outer,
+    )
     assert found == Outer("a", Inner(3, 1.0), (1, 2), (2, "b"), 3, {"x": 1.0})
     assert isinstance(found.inner.ratio, float)
 

@@ -39,10 +39,14 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: tuple[int, ...] = (3, 3, 1),
     ):
         if len(encoder_blocks) != len(decoder_blocks):
-            raise ValueError(f"encoder_blocks {tuple(encoder_blocks)} and decoder_blocks {tuple(decoder_blocks)} must have as many levels")
+            raise ValueError(
+                f"encoder_blocks {tuple(encoder_blocks)} and decoder_blocks {tuple(decoder_blocks)} must have as many levels"
+            )
         channels = 3 * patch_size**2
         super().__init__()
-        self.encoder = EncoderTiny(channels, latent_channels, tuple(encoder_blocks), (width,) * len(encoder_blocks), act_fn="relu")
+        self.encoder = EncoderTiny(
+            channels, latent_channels, tuple(encoder_blocks), (width,) * len(encoder_blocks), act_fn="relu"
+        )
         self.decoder = DecoderTiny(
             latent_channels,
             channels,

@@ -88,7 +88,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     @property
     def _derived(self) -> _Derived:
         """What is made of the buffers, anew after a change of them."""
-        state = tuple((b.data_ptr(), 0 if b.is_inference() else b._version) for b in self._buffers.values() if b is not None)
+        state = tuple(
+            (b.data_ptr(), 0 if b.is_inference() else b._version) for b in self._buffers.values() if b is not None
+        )
         found = self._kept.derived
         if found is None or found.state != state:
             found = self._kept.derived = _Derived(self, state)
@@ -160,7 +162,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
         A description without tokens attends to one row of zeros.
         """
-        rows = torch.zeros(len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device)
+        rows = torch.zeros(
+            len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device
+        )
         mask = torch.zeros(len(descriptions), max_length, dtype=torch.bool, device=self.table.device)
         for n, text in enumerate(descriptions):
             ids = self.token_ids(text)[:max_length]
@@ -179,7 +183,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def names_style(self, description: str) -> bool:
         """Whether the description says "<word> style" with one of the encoder's style words."""
-        return any(re.search(rf"\b{re.escape(word)} style\b", description, re.IGNORECASE) for word in self.config.styles)
+        return any(
+            re.search(rf"\b{re.escape(word)} style\b", description, re.IGNORECASE) for word in self.config.styles
+        )
 
     def styles_of(self, description: str) -> list[str]:
         """The styles that exist for the known name nearest to the description (largest cosine); all styles if no name is known."""
@@ -206,7 +212,6 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
                 text = f"{text}, {styles[min(int(u * len(styles)), len(styles) - 1)]} style"
             out.append(text)
         return out
-
 
 
 class _Kept:

@@ -1,5 +1,4 @@
-"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it.
-"""
+"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ def is_plain(*layers: nn.Module) -> bool:
     Such a layer's weights may be given to an op that computes several layers at once; any other has to be called.
     """
     return not _global_hooks() and all(
-        type(layer) in PLAIN and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__) for layer in layers
+        type(layer) in PLAIN and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+        for layer in layers
     )
 
 
@@ -31,7 +31,9 @@ class Convolution(nn.Conv2d):
 
     backend = "reference"
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, *, residual: Tensor | None = None, add_bias: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, *, residual: Tensor | None = None, add_bias: bool = True
+    ) -> Tensor:
         """``convolution(cat([x, skip], 1)) + bias + residual``.
 
         Args:

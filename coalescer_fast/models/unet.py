@@ -155,7 +155,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
         zero_initialise(self.film, self.conv2)
 
-    def forward(self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, film: tuple[torch.Tensor, torch.Tensor], skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
         scale, shift = film
         h = self.norm1(x, skip)
         if is_plain(self.conv1):  # the norm adds the bias while it reads
@@ -214,7 +216,9 @@ class TransformerBlock(nn.Module):
         k, v = (split_heads(part, self.num_heads) for part in self.to_kv(token_rows).chunk(2, -1))
         return k, v
 
-    def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(self.norm1(h)).chunk(3, -1))
         h = h + self.to_out1(merge_heads(F.scaled_dot_product_attention(q, k, v)))
@@ -291,9 +295,13 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         def residual(width_in: int, width_out: int) -> ResidualBlock:
             return ResidualBlock(width_in, width_out, embedding_dim, groups)
 
-        self.anchor_mlp = AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
+        self.anchor_mlp = (
+            AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
+        )
         self.null = nn.Parameter(torch.zeros(description_dim, dtype=torch.get_default_dtype()))
-        self.embedding = nn.Sequential(nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+        self.embedding = nn.Sequential(
+            nn.Linear(description_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
         self.conv_in = Convolution(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
 
         # Entries of modules that run in turn: what comes out of each entry of down is kept, and taken back by up's residual blocks.
@@ -308,7 +316,9 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             if level < len(channels) - 1:
                 self.down.append(nn.ModuleList([Convolution(width, width, 3, stride=2, padding=1)]))
                 skips.append(width)
-        self.mid = nn.ModuleList([residual(width, width), *([attention(width)] if mid_attention else []), residual(width, width)])
+        self.mid = nn.ModuleList(
+            [residual(width, width), *([attention(width)] if mid_attention else []), residual(width, width)]
+        )
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
             for _ in range(layers_per_block + 1):
@@ -352,7 +362,9 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def set_backend(self, backend: str) -> None:
         """Run every op of the network on ``backend``."""
         for module in self.modules():
-            if getattr(module, "backend", backend) != backend:  # else nothing has changed, for those who watch the network
+            if (
+                getattr(module, "backend", backend) != backend
+            ):  # else nothing has changed, for those who watch the network
                 module.backend = backend
 
     backend = "reference"
@@ -374,14 +386,18 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         ``anchor`` overrides the anchor MLP's output, (N, Cz, H, W).
         """
         if description.ndim != 2 or description.shape[1] != self.config.description_dim:
-            raise ValueError(f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})")
+            raise ValueError(
+                f"description has shape {tuple(description.shape)}; expected (N, {self.config.description_dim})"
+            )
         description = description.to(self.null.dtype)
         embedding = self.embed(description)
         film = [t for block in self.residual_blocks for t in block.film(embedding).chunk(2, 1)]
         keys_values: list[torch.Tensor] = []
         if self.config.cross_attention_dim is not None:
             if encoder_hidden_states is None:
-                raise ValueError("encoder_hidden_states is missing: this network attends to the description's token rows")
+                raise ValueError(
+                    "encoder_hidden_states is missing: this network attends to the description's token rows"
+                )
             rows = encoder_hidden_states.to(self.null.dtype)
             keys_values = [t for block in self.transformer_blocks for t in block.keys_values(rows)]
         if self.anchor_mlp is not None and anchor is None:
@@ -414,7 +430,11 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             return h
 
         config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.latent_channels or any(side % self.downsampling for side in sample.shape[2:]):
+        if (
+            sample.ndim != 4
+            or sample.shape[1] != config.latent_channels
+            or any(side % self.downsampling for side in sample.shape[2:])
+        ):
             expected = f"(N, {config.latent_channels}, H, W), H and W multiples of {self.downsampling}"
             raise ValueError(f"sample has shape {tuple(sample.shape)}; expected {expected}")
         x = sample.to(self.null.dtype)
@@ -445,7 +465,9 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         direction, distance = self._heads(features, None if anchor is None else sample, anchor)
         return CoalescerUNetOutput(direction, distance) if return_dict else (direction, distance)
 
-    def _heads(self, h: torch.Tensor, sample: torch.Tensor | None, anchor: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heads(
+        self, h: torch.Tensor, sample: torch.Tensor | None, anchor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`ops.dual_head` of the two layers; of layers that are not plain, by calling them."""
         to_direction, to_distance = self.direction_head, self.distance_head
         if is_plain(to_direction, to_distance):

@@ -21,11 +21,15 @@ def floating(name: str, value: torch.Tensor | None) -> torch.Tensor:
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {value.dtype}; expected {', '.join(map(str, DTYPES))}")
     if value.layout is not _STRIDED or value.is_nested:
-        raise ValueError(f"{name} is {'nested' if value.is_nested else f'of {value.layout}'}; expected a dense tensor, of torch.strided")
+        raise ValueError(
+            f"{name} is {'nested' if value.is_nested else f'of {value.layout}'}; expected a dense tensor, of torch.strided"
+        )
     return value
 
 
-def tensor(name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device, optional: bool = True) -> None:
+def tensor(
+    name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device, optional: bool = True
+) -> None:
     """``value`` is `floating`, has exactly the shape ``expected`` and lies on ``device``, the first argument's; None if ``optional``."""
     if value is None and optional:
         return

@@ -143,19 +143,26 @@ def bound(op: str, place: torch.device) -> library.Call:
             workspace = plan(op, arguments, on).workspace
         # given back on return: torch gives it out again in the stream's order
         scratch = torch.empty(workspace // 4, dtype=torch.float32, device=place) if workspace else None
-        if status := launch(arguments, packed, None if scratch is None else scratch.data_ptr(), current_stream(on.ordinal)):
+        if status := launch(
+            arguments, packed, None if scratch is None else scratch.data_ptr(), current_stream(on.ordinal)
+        ):
             _check(op, status)
 
     return call
 
 
 def implementation(
-    op: str, arrange: Callable[..., tuple[Any, ...]], prepare: Callable[..., Callable[..., Any]], aligned: tuple[int, ...]
+    op: str,
+    arrange: Callable[..., tuple[Any, ...]],
+    prepare: Callable[..., Callable[..., Any]],
+    aligned: tuple[int, ...],
 ) -> Callable[..., Any]:
     """As `library.implementation`; ``aligned``: which arguments the kernels need at a multiple of 16 bytes. Others are copied there."""
 
     def align(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(a.clone() if i in aligned and a is not None and a.data_ptr() % 16 else a for i, a in enumerate(args))
+        return tuple(
+            a.clone() if i in aligned and a is not None and a.data_ptr() % 16 else a for i, a in enumerate(args)
+        )
 
     run = library.implementation(lambda x: bound(op, x.device), lambda *args: align(arrange(*args)), prepare)
     prepared = run.prepare  # type: ignore[attr-defined]

@@ -120,7 +120,9 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     torch.library.register_fake(f"coalescer_fast::{name}", fake, lib=_library)
     overload = getattr(torch.ops.coalescer_fast, name).default
     names = tuple(argument.name for argument in overload._schema.arguments if argument.name != "backend")
-    _ops[name] = Op(function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__)
+    _ops[name] = Op(
+        function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__
+    )
 
 
 def signature(t: Tensor | None) -> Any:
@@ -230,7 +232,9 @@ def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
 
 def _dispatches(a: Any) -> bool:
     """Whether the argument is of a class that must see the op, for it may have no memory of its own."""
-    return type(a) not in _PLAIN and isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return (
+        type(a) not in _PLAIN and isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    )
 
 
 def _resolved(a: Any) -> Any:
@@ -265,7 +269,9 @@ def _implementation(package: str, name: str, backend: str) -> Callable[..., Any]
 def known(name: str, backend: str) -> None:
     """Raise ValueError unless there is such a backend."""
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
-        raise ValueError(f"backend {checks.shown(backend)} is unknown to {name}; use one of auto, {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"backend {checks.shown(backend)} is unknown to {name}; use one of auto, {', '.join(BACKENDS)}"
+        )
 
 
 def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:

@@ -28,13 +28,19 @@ def find(part: str, path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
             reason = json.loads((FOLDER / "build.json").read_text("utf-8"))[part]
         except (OSError, ValueError, KeyError):
             reason = "this checkout has not been installed"
-        return None, f"the library of {part.upper()} kernels is not there: {reason}; install coalescer_fast again to build it"
+        return (
+            None,
+            f"the library of {part.upper()} kernels is not there: {reason}; install coalescer_fast again to build it",
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
     if (version := library.cf_abi_version()) != ABI_VERSION:
-        return None, f"{path.name} has interface version {version}; expected {ABI_VERSION}: install coalescer_fast again"
+        return (
+            None,
+            f"{path.name} has interface version {version}; expected {ABI_VERSION}: install coalescer_fast again",
+        )
     return library, ""
 
 
@@ -84,7 +90,9 @@ def set_isa(name: str) -> None:
     if library is None:
         raise RuntimeError(reason)
     if library.cf_cpu_set_isa(name.encode()):
-        raise ValueError(f"isa is {name!r}; expected one that this processor has, of avx512_bf16, avx512, avx2, portable")
+        raise ValueError(
+            f"isa is {name!r}; expected one that this processor has, of avx512_bf16, avx512, avx2, portable"
+        )
 
 
 def _openmp() -> list[Any]:
@@ -93,10 +101,16 @@ def _openmp() -> list[Any]:
     The library links to no OpenMP runtime of its own: two in a process would each start as many threads as there are cores.
     """
     candidates = [
-        str(path) for pattern in ("libgomp*", "libiomp5*", "libomp*") for path in Path(torch.__file__).parent.glob(f"lib/{pattern}")
+        str(path)
+        for pattern in ("libgomp*", "libiomp5*", "libomp*")
+        for path in Path(torch.__file__).parent.glob(f"lib/{pattern}")
     ]
     try:
-        mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+        mapped = {
+            line.split(maxsplit=5)[-1].strip()
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if "omp" in line
+        }
     except OSError:
         mapped = set()
     candidates += sorted(p for p in mapped if Path(p).name.startswith(("libgomp", "libiomp5", "libomp")))
@@ -127,7 +141,9 @@ def function(name: str) -> Call:
 
 
 def implementation(
-    bind: Callable[[torch.Tensor], Call], arrange: Callable[..., tuple[Any, ...]], prepare: Callable[..., Callable[..., Any]]
+    bind: Callable[[torch.Tensor], Call],
+    arrange: Callable[..., tuple[Any, ...]],
+    prepare: Callable[..., Callable[..., Any]],
 ) -> Callable[..., Any]:
     """An op's function made of three: ``bind`` gives a native function for calls on the device of a tensor; ``arrange`` gives the arguments
     with the memory layout that it takes, tensors that have it being themselves; ``prepare`` gives, after the native function, a launcher

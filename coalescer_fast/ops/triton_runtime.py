@@ -34,7 +34,9 @@ def unavailable() -> str:
 def refusal(tensor: torch.Tensor) -> str:
     """Why Triton kernels cannot take this tensor though its dtype and type of device are right, or ""."""
     if INTERPRETED and tensor.dtype == torch.bfloat16:
-        return "has dtype torch.bfloat16, to which Triton's interpreter truncates; expected torch.float32, torch.float16"
+        return (
+            "has dtype torch.bfloat16, to which Triton's interpreter truncates; expected torch.float32, torch.float16"
+        )
     if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < (8, 0):
         return f"is on {tensor.device} of compute capability {'.'.join(map(str, capability))}; expected 8.0 or newer"
     return ""

@@ -75,7 +75,9 @@ class Schedule:
     def __str__(self) -> str:
         steps = ", ".join(f"{eta:g} {mode}" for eta, mode in zip(self.etas, self.modes))
         where = f" in {len(self.guided)} of them" if self.guided else ""
-        return f"{len(self.etas)} step{'s' * (len(self.etas) != 1)} ({steps}) with guidance {self.guidance_scale:g}{where}"
+        return (
+            f"{len(self.etas)} step{'s' * (len(self.etas) != 1)} ({steps}) with guidance {self.guidance_scale:g}{where}"
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,10 @@ class Manifest:
             (len(self.outputs) == outputs, f"outputs has {len(self.outputs)}; {kind} and gives {outputs}"),
             (len({port.name for port in ports}) == len(ports), "an input or output is there twice"),
             (all(port.shape[:1] == (BATCH,) for port in ports), "a shape does not begin with the batch"),
-            ((self.engine == "onnx") == (plan is None), f"tensorrt is {there[plan is None]}; its engine is {self.engine}"),
+            (
+                (self.engine == "onnx") == (plan is None),
+                f"tensorrt is {there[plan is None]}; its engine is {self.engine}",
+            ),
             (self.engine != "onnx" or self.opset is not None, "opset is missing"),
             ((self.kind == "generator") == (made is not None), f"schedule is {there[made is None]}; {kind}"),
         ]
@@ -227,15 +232,21 @@ class Artefact:
             if not path.is_file():
                 raise ValueError(f"{self.folder} is incomplete, {name} is missing: {self.mend}")
             if not _inside(path, self.folder):
-                raise ValueError(f"{path} is a link that leads out of its folder: put the file itself there, or {self.mend}")
+                raise ValueError(
+                    f"{path} is a link that leads out of its folder: put the file itself there, or {self.mend}"
+                )
             if (size := path.stat().st_size) != facts["bytes"]:
                 raise ValueError(f"{path} has {size} bytes where its manifest says {facts['bytes']}: {self.mend}")
             if file_sha256(path) != facts["sha256"]:
-                raise ValueError(f"{path} was changed after it was written, its SHA-256 is not the manifest's: {self.mend}")
+                raise ValueError(
+                    f"{path} was changed after it was written, its SHA-256 is not the manifest's: {self.mend}"
+                )
         if self.manifest.engine == "onnx":
             for name in _external(self.graph):
                 if name not in self.manifest.files:
-                    raise ValueError(f"{self.graph} reads {name!r:.80}, for which its manifest does not vouch: {self.mend}")
+                    raise ValueError(
+                        f"{self.graph} reads {name!r:.80}, for which its manifest does not vouch: {self.mend}"
+                    )
 
     def check_ports(self, inputs: Sequence[tuple[str, str, int]], outputs: Sequence[tuple[str, str, int]]) -> None:
         """Raise ValueError unless the graph's inputs and outputs, as (name, dtype, number of dimensions), are the manifest's."""
@@ -251,7 +262,9 @@ class Artefact:
         for network, digest in self.manifest.weights.items():
             if now[network] != digest:
                 made, here = f"{self.manifest.model!r}, {digest[:12]}", now[network][:12]
-                whose = f"other weights of the {network} or settings of its layers ({made}) than the pipeline's ({here})"
+                whose = (
+                    f"other weights of the {network} or settings of its layers ({made}) than the pipeline's ({here})"
+                )
                 raise ValueError(f"{self.folder} was exported from {whose}: load that model, or {self.mend}")
 
     def check_inputs(self, inputs: Sequence[Tensor]) -> None:
@@ -274,7 +287,9 @@ def read(folder: str | Path) -> Artefact:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} is no exported artefact, it has no {MANIFEST}: make one with {TOOL} onnx -o {folder}")
+        raise ValueError(
+            f"{folder} is no exported artefact, it has no {MANIFEST}: make one with {TOOL} onnx -o {folder}"
+        )
     try:
         found = Artefact(folder, _manifest(folder))
     except ValueError as error:
@@ -306,13 +321,17 @@ def find(folder: str | Path) -> dict[str, Artefact]:
     for part in sorted(parts):
         found = read(part)
         if (other := artefacts.setdefault(found.manifest.kind, found)) is not found:
-            raise ValueError(f"{folder} holds two artefacts of the {found.manifest.kind}, {other.folder.name} and {part.name}: name one")
+            raise ValueError(
+                f"{folder} holds two artefacts of the {found.manifest.kind}, {other.folder.name} and {part.name}: name one"
+            )
     return {kind: artefacts[kind] for kind in KINDS if kind in artefacts}
 
 
 def write(folder: Path, manifest: Manifest) -> Artefact:
     """Vouch for all that is in a folder that `creating` gave, or in a folder in it: write its manifest."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+    }
     files.pop(MANIFEST, None)
     manifest = replace(manifest, files=files)
     text = manifest.to_json()
@@ -352,7 +371,9 @@ def creating(folder: Path, force: bool = False) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
-    return OSError(f"{folder} cannot be written ({(error.strerror or str(error)).lower()}): free some space, or name a folder elsewhere")
+    return OSError(
+        f"{folder} cannot be written ({(error.strerror or str(error)).lower()}): free some space, or name a folder elsewhere"
+    )
 
 
 def _check_free(folder: Path, force: bool) -> None:
@@ -385,7 +406,9 @@ def _take_place(new: Path, folder: Path, force: bool) -> None:
             raise
         reason = f"{folder} exists" if taken else str(error).partition(": ")[0]
         kept = _move_aside(new, folder)
-        raise ValueError(f"{folder} changed while this ran ({reason}) and stays as it is: what was made is in {kept}") from error
+        raise ValueError(
+            f"{folder} changed while this ran ({reason}) and stays as it is: what was made is in {kept}"
+        ) from error
     if old.exists():
         _remove(old)
 
@@ -440,7 +463,9 @@ def _listed(folder: Path) -> list[Path]:
         elif path.name in names and not path.is_dir():
             found.append(path)
         else:
-            raise ValueError(f"{folder} holds {path.name}, which {TOOL} did not write: move it elsewhere, or name another folder")
+            raise ValueError(
+                f"{folder} holds {path.name}, which {TOOL} did not write: move it elsewhere, or name another folder"
+            )
     return found
 
 
@@ -491,7 +516,9 @@ def structure_sha256(network: nn.Module) -> str:
     (eps, num_heads, stride, negative_slope, ...). One module in two places counts in both."""
     digest = hashlib.sha256()
     for name, module in network.named_modules(remove_duplicate=False):
-        settings = {key: value for key, value in module.__dict__.items() if not key.startswith("_") and _is_setting(value)}
+        settings = {
+            key: value for key, value in module.__dict__.items() if not key.startswith("_") and _is_setting(value)
+        }
         for of_the_moment in ("training", "backend", "gradient_checkpointing"):
             settings.pop(of_the_moment, None)
         digest.update(json.dumps([name, type(module).__qualname__, settings], sort_keys=True).encode())

@@ -97,7 +97,9 @@ class OfPipeline:
     def refresh(self) -> None:
         """Take over the pipeline's networks if they are others than at the last call, or have changed since."""
         if self.forked and not self.survives_fork:
-            raise ValueError(f"backend {self.name!r} was prepared before a fork, and its threads are not here: accelerate again")
+            raise ValueError(
+                f"backend {self.name!r} was prepared before a fork, and its threads are not here: accelerate again"
+            )
         with self.lock:
             pipe = self.pipe
             networks = pipe.unet, pipe.vae.decoder, pipe.description_encoder
@@ -108,10 +110,14 @@ class OfPipeline:
             for name, network in zip(("unet", "vae.decoder", "description_encoder"), networks):
                 check_finite(network, name)
                 if not self.runs_own_code and name != "description_encoder" and (what := foreign(network)):
-                    raise ValueError(f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline")
+                    raise ValueError(
+                        f"backend {self.name!r} cannot run the {name}: {what}; remove it, or restore the pipeline"
+                    )
             if code and not self.runs_own_code:
                 what = "; ".join(dict.fromkeys(code.values()))
-                raise ValueError(f"backend {self.name!r} cannot run the pipeline: {what}; remove it, or restore the pipeline")
+                raise ValueError(
+                    f"backend {self.name!r} cannot run the pipeline: {what}; remove it, or restore the pipeline"
+                )
             watch, self.code = Watch(*networks), code
             self.take_over()
             self.watch = watch

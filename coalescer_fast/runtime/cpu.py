@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from ..prompts import Descriptions
 
 CALIBRATION = 32  # prompts that 8-bit ranges are found with
-VOCABULARY = ("a red apple", "a dog", "a house by the sea", "a smiling face", "a blue car", "a tree", "two people", "a musical instrument")
+VOCABULARY = (
+    "a red apple",
+    "a dog",
+    "a house by the sea",
+    "a smiling face",
+    "a blue car",
+    "a tree",
+    "two people",
+    "a musical instrument",
+)
 MOST_PROGRAMS = 32
 MOST_BYTES = 2 << 30  # of memory that programs keep; the last one used is kept whatever it has
 # whose classes do nothing but compute with their parameters; what others do, a program cannot know
@@ -111,8 +120,7 @@ class CpuRuntime(OfPipeline):
             return found
 
     def conditioning(self, described: tuple[Tensor, ...]) -> Conditioning:
-        """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L).
-        """
+        """The same of description vectors (N, D) and, with cross-attention, token rows (N, L, D) and their mask (N, L)."""
         described = tuple(x.float() if x.is_floating_point() else x for x in described)
         vectors, *rest = described
 
@@ -128,7 +136,12 @@ class CpuRuntime(OfPipeline):
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         sample = entered(sample, self.device)
         with self.lock:
-            if self.quantised and "unet" not in self.refused and not self.observing and tuple(sample.shape[2:]) not in self.ranges:
+            if (
+                self.quantised
+                and "unet" not in self.refused
+                and not self.observing
+                and tuple(sample.shape[2:]) not in self.ranges
+            ):
                 self._calibrate((sample.shape[2], sample.shape[3]))
             given = self.given.get(id(conditioning))
             if given is None or given.conditioning is not conditioning:
@@ -193,7 +206,8 @@ class CpuRuntime(OfPipeline):
                     return None
                 self.programs[key] = found
                 while len(self.programs) > 1 and (
-                    len(self.programs) > MOST_PROGRAMS or sum(p.memory.numel() for p in self.programs.values()) > MOST_BYTES
+                    len(self.programs) > MOST_PROGRAMS
+                    or sum(p.memory.numel() for p in self.programs.values()) > MOST_BYTES
                 ):
                     self.programs.popitem(last=False)
             self.programs.move_to_end(key)
@@ -211,7 +225,9 @@ class CpuRuntime(OfPipeline):
         """Find the ranges of what is to have 8 bits on the way of the two steps, from both evaluations and the empty description's."""
         encoder, config = self.pipe.description_encoder, self.pipe.unet.config
         names = list(self.prompts or encoder.known_names or VOCABULARY)
-        prompts = [names[i * len(names) // CALIBRATION] for i in range(CALIBRATION)] if len(names) > CALIBRATION else names
+        prompts = (
+            [names[i * len(names) // CALIBRATION] for i in range(CALIBRATION)] if len(names) > CALIBRATION else names
+        )
         scheduler, generator = copy.copy(self.pipe.scheduler), torch.Generator().manual_seed(0)
         scheduler.set_timesteps(2)
         self.observing = True
@@ -219,7 +235,9 @@ class CpuRuntime(OfPipeline):
             for first in range(0, len(prompts), 8):
                 some = prompts[first : first + 8]
                 noise = torch.randn(len(some), config.latent_channels, *size, generator=generator, dtype=torch.float32)
-                conditioning, empty = (self.condition(texts, self.device) for texts in (self.pipe.with_styles(some, noise), [""]))
+                conditioning, empty = (
+                    self.condition(texts, self.device) for texts in (self.pipe.with_styles(some, noise), [""])
+                )
                 sampling.sample(self, scheduler, noise, conditioning, empty, scheduler.config.guidance_scale)
         except BaseException:  # ranges of a part of the prompts are none
             self.ranges.pop(size, None)
@@ -248,10 +266,18 @@ class CpuRuntime(OfPipeline):
                 way = "reference"
             if native and name == "unet" and self.quantised:
                 way += f", {max(map(len, self.ranges.values()))} convolutions in int8"
-            rows.append({"part": name, "runs on": way, "because": f"it can run on {library.isa()}" if native else self.refused[name]})
+            rows.append(
+                {
+                    "part": name,
+                    "runs on": way,
+                    "because": f"it can run on {library.isa()}" if native else self.refused[name],
+                }
+            )
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and "unet" not in self.refused:
-                rows.append({"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"})
+                rows.append(
+                    {"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"}
+                )
                 continue
             backend = "reference" if "unet" in self.own and op != "coalesce_step" else self.backend
             able, reason = ops.backends(op)[backend]

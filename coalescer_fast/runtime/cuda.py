@@ -105,7 +105,9 @@ class CudaRuntime(OfPipeline):
 
     @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        return self.unet(entered(sample, self.device).contiguous(memory_format=torch.channels_last), conditioning, return_dict=False)
+        return self.unet(
+            entered(sample, self.device).contiguous(memory_format=torch.channels_last), conditioning, return_dict=False
+        )
 
     @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
@@ -147,20 +149,33 @@ class CudaRuntime(OfPipeline):
 
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, and why not something faster; then the graphs that are held."""
-        rows = [{"part": "convolutions, linear layers", "runs on": f"torch, {self.dtype}", "because": "channels innermost in memory"}]
+        rows = [
+            {
+                "part": "convolutions, linear layers",
+                "runs on": f"torch, {self.dtype}",
+                "because": "channels innermost in memory",
+            }
+        ]
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             states = ops.backends(op, probe)
             order = [name for name in PREFERENCE if BACKENDS[name].device in (None, self.device.type)]
             able = [name for name in (order if self.backend == "auto" else [self.backend]) if states[name][0]]
             chosen = able[0] if able else self.backend
-            passed = [f"not on {name}: {states[name][1]}" for name in order[: order.index(chosen)]] if self.backend == "auto" else []
+            passed = (
+                [f"not on {name}: {states[name][1]}" for name in order[: order.index(chosen)]]
+                if self.backend == "auto"
+                else []
+            )
             reason = "; ".join(passed) or ("it can run" if able else states[chosen][1])
             rows.append({"part": op, "runs on": chosen, "because": reason})
         for key, size in self.graphs.sizes():
             rows.append({"part": "graph", "runs on": str(key), "because": f"{size / 1e6:.1f} MB"})
         total = f"{self.graphs.bytes() / 1e6:.1f} MB of {self.graphs.most_bytes / 1e6:.0f} MB"
-        return [*rows, {"part": "graphs", "runs on": f"{len(self.graphs.held)} of {self.graphs.most}", "because": total}]
+        return [
+            *rows,
+            {"part": "graphs", "runs on": f"{len(self.graphs.held)} of {self.graphs.most}", "because": total},
+        ]
 
 
 def graph_bytes(device: torch.device) -> int:

@@ -74,14 +74,20 @@ class ExportedRuntime(OfPipeline):
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         assert isinstance(conditioning, Described)
         if "unet" not in self.runs:
-            direction, distance = self.pipe.unet(entered(sample, self.device), *conditioning.description, return_dict=False)
+            direction, distance = self.pipe.unet(
+                entered(sample, self.device), *conditioning.description, return_dict=False
+            )
             return direction.float(), distance.float()
         direction, distance = self._run("unet", sample, *conditioning.description)
         return direction, distance
 
     @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._run("decoder", latents)[0] if "decoder" in self.runs else self.pipe.decode(entered(latents, self.device))
+        return (
+            self._run("decoder", latents)[0]
+            if "decoder" in self.runs
+            else self.pipe.decode(entered(latents, self.device))
+        )
 
     @quiet_torch()
     def generate(
@@ -97,13 +103,17 @@ class ExportedRuntime(OfPipeline):
         if "generator" in self.runs:
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
-            negative = empty is not None and bool(empty.description[0].any())  # a generator has the empty description inside
+            negative = empty is not None and bool(
+                empty.description[0].any()
+            )  # a generator has the empty description inside
             if decode and wanted == made and not negative:
                 return 2 * self._run("generator", sample, *conditioning.description)[0] - 1
             if "unet" not in self.runs:
                 asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
-                raise ValueError(f"{reason}: export that with --steps and --guidance, or --what all, which serves every call")
+                raise ValueError(
+                    f"{reason}: export that with --steps and --guidance, or --what all, which serves every call"
+                )
         latents = sampling.sample(self, scheduler, sample, conditioning, empty, guidance_scale)
         return self.decode(latents) if decode else latents
 
@@ -111,7 +121,9 @@ class ExportedRuntime(OfPipeline):
         found = self.artefacts[kind]
         found.check_inputs(inputs)
         ports = found.manifest.inputs
-        return self.runs[kind](tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs)))
+        return self.runs[kind](
+            tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs))
+        )
 
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, from which artefact."""
@@ -124,4 +136,7 @@ class ExportedRuntime(OfPipeline):
             elif part != "generator":
                 alone = "in calls with a callback or a trace alone; " if "generator" in self.runs else ""
                 rows.append({"part": part, "runs on": "reference", "because": f"{alone}it is not among the artefacts"})
-        return [*rows, {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"}]
+        return [
+            *rows,
+            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
+        ]

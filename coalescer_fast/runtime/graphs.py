@@ -209,7 +209,9 @@ class CudaRecorder:
 
     def bytes(self) -> int:
         segments = torch.cuda.memory_snapshot()
-        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self.pool))
+        return sum(
+            segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self.pool)
+        )
 
     def wait(self) -> None:
         self.done.synchronize()

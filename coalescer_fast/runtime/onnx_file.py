@@ -69,13 +69,18 @@ def session(path: Path) -> Any:
 def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     """An exported graph by ONNX Runtime, see `exported.Open`."""
     if artefact.manifest.engine != "onnx":
-        raise ValueError(f"{artefact.folder} is for {artefact.manifest.engine}, not for ONNX Runtime: give the artefact it was built from")
+        raise ValueError(
+            f"{artefact.folder} is for {artefact.manifest.engine}, not for ONNX Runtime: give the artefact it was built from"
+        )
     try:
         opened = session(artefact.graph)
     except Exception as error:  # ONNX Runtime has its own classes
         reason = " ".join(str(error).split())
         raise ValueError(f"ONNX Runtime cannot load {artefact.graph} ({reason:.200}): {artefact.mend}") from error
-    ports = ([(port.name, _dtype(port.type), len(port.shape)) for port in each] for each in (opened.get_inputs(), opened.get_outputs()))
+    ports = (
+        [(port.name, _dtype(port.type), len(port.shape)) for port in each]
+        for each in (opened.get_inputs(), opened.get_outputs())
+    )
     artefact.check_ports(*ports)
     names = [port.name for port in artefact.manifest.inputs]
 
@@ -144,7 +149,9 @@ def openvino(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path)
             with saying("OpenVINO"):
                 request.set_input_tensor(0, shared(x))
                 request.infer(share_outputs=True)
-                return tuple(torch.from_numpy(request.get_output_tensor(n).data).clone() for n in range(len(compiled.outputs)))
+                return tuple(
+                    torch.from_numpy(request.get_output_tensor(n).data).clone() for n in range(len(compiled.outputs))
+                )
 
         return call
 

@@ -107,7 +107,11 @@ class Program:
         """Extend the ranges by what the last run has left, of a program that keeps it."""
         for n, value in self.normalised.items():
             at, b = value.address - self.memory.data_ptr(), value.border
-            image = self.memory[at : at + value.bytes].view(value.dtype).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            image = (
+                self.memory[at : at + value.bytes]
+                .view(value.dtype)
+                .view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            )
             rows = image[:, b : b + value.height, b : b + value.width]
             ranges.setdefault(n, Range.of_nothing(value.channels)).extend(rows)
 
@@ -118,7 +122,9 @@ class Program:
         return {
             n: y
             for n, y in enumerate(norms)
-            if y.channels % 4 == 0 and y.readers and all(r.kind == CONVOLUTION and r.attributes["weight"].shape[2] == 3 for r in y.readers)
+            if y.channels % 4 == 0
+            and y.readers
+            and all(r.kind == CONVOLUTION and r.attributes["weight"].shape[2] == 3 for r in y.readers)
         }
 
     def _arranged(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
@@ -135,14 +141,24 @@ class Program:
             # a function of what is float32 is so, too
             wide = step.kind == POINTWISE and step.read[0].dtype == torch.float32
             for value in step.all:
-                value.dtype = value.dtype or (torch.uint8 if id(value) in self.ranges else torch.float32 if wide else self.dtype)
+                value.dtype = value.dtype or (
+                    torch.uint8 if id(value) in self.ranges else torch.float32 if wide else self.dtype
+                )
         done: list[Step] = []
         copies: dict[Any, Value] = {}
 
         def copied(value: Value, dtype: torch.dtype, border: int = 0, padded: int = 0) -> Value:
             key = id(value), dtype, border, padded
             if key not in copies:
-                copy = Value(value.n, value.height, value.width, value.channels, dtype, border=border, padded=padded or value.channels)
+                copy = Value(
+                    value.n,
+                    value.height,
+                    value.width,
+                    value.channels,
+                    dtype,
+                    border=border,
+                    padded=padded or value.channels,
+                )
                 copy.step = Step(GATHER, copy, [value], {"factor": 1})
                 copies[key] = copy
                 done.append(copy.step)
@@ -157,7 +173,11 @@ class Program:
                     raise Unsupported(f"it replaces rows of zeros in {self.dtype}")
                 if step.read[0].dtype != wanted:
                     step.reads[0] = copied(step.read[0], wanted)
-            if step.kind in (CONVOLUTION, POINTWISE) and (residual := step.reads[1]) is not None and residual.dtype != step.y.dtype:
+            if (
+                step.kind in (CONVOLUTION, POINTWISE)
+                and (residual := step.reads[1]) is not None
+                and residual.dtype != step.y.dtype
+            ):
                 step.reads[1] = copied(residual, step.y.dtype)
             # what of the others' has to be of the program's dtype
             for n in range({GROUP_NORM_SILU: 2, LAYER_NORM: 1, GATE: 1, ATTENTION: 3}.get(step.kind, 0)):
@@ -248,9 +268,23 @@ class Program:
             bias = added if bias is None else bias.float() + added
         else:
             packed = self.weights.pack(weight)
-        addresses = (0 if v is None else self._keep(v.contiguous()) for v in (packed, None if bias is None else bias.float(), scale))
-        sizes = y.n, y.height, y.width, x.padded, y.channels, weight.shape[2] ** 2, step.attributes["stride"], step.attributes["relu"]
-        return ARGUMENTS["convolution"].pack(*self._image(x), *self._image(residual), *self._image(y), *addresses, *sizes)
+        addresses = (
+            0 if v is None else self._keep(v.contiguous())
+            for v in (packed, None if bias is None else bias.float(), scale)
+        )
+        sizes = (
+            y.n,
+            y.height,
+            y.width,
+            x.padded,
+            y.channels,
+            weight.shape[2] ** 2,
+            step.attributes["stride"],
+            step.attributes["relu"],
+        )
+        return ARGUMENTS["convolution"].pack(
+            *self._image(x), *self._image(residual), *self._image(y), *addresses, *sizes
+        )
 
     def _group_norm_silu(self, step: Step) -> bytes:
         (x, skip, scale, shift), a, y = step.reads, step.attributes, step.y
@@ -297,7 +331,9 @@ class Program:
     def _gate(self, step: Step) -> bytes:
         (x,), size = step.read, BYTES[self.dtype]
         value, gate = (x.address + step.attributes[name] * size for name in ("value", "gate"))
-        return ARGUMENTS["gate"].pack(value, gate, step.y.address, CODES[self.dtype], x.count // x.channels, step.y.channels, x.channels)
+        return ARGUMENTS["gate"].pack(
+            value, gate, step.y.address, CODES[self.dtype], x.count // x.channels, step.y.channels, x.channels
+        )
 
     def _pointwise(self, step: Step) -> bytes:
         (x, residual), a, y = step.reads, step.attributes, step.y
@@ -318,7 +354,9 @@ class Program:
         a = step.attributes
         weight = a["direction_weight"].to(self.dtype).permute(0, 2, 3, 1).contiguous()
         vectors = (
-            field for v in (weight, a["direction_bias"], a["distance_weight"].flatten(), a["distance_bias"]) for field in self._vector(v)
+            field
+            for v in (weight, a["direction_bias"], a["distance_weight"].flatten(), a["distance_bias"])
+            for field in self._vector(v)
         )
         head = h.address, CODES[h.dtype], h.n, h.channels, step.y.channels, h.height, h.width
         tensors = *self._tensor4(sample), *self._tensor4(anchor), *self._tensor4(step.y)

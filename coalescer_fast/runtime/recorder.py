@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from .. import ops  # noqa: F401 (registers the ops)
 
 aten = torch.ops.aten
-CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE, POINTWISE, REPLACE_ZERO_ROWS = range(9)  # cf_step_kind
+CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE, POINTWISE, REPLACE_ZERO_ROWS = range(
+    9
+)  # cf_step_kind
 IDENTITY, SILU, TANH = range(3)  # cf_function
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1, torch.bool: 1}
 
@@ -97,7 +99,9 @@ class Recorder(TorchDispatchMode):
         self.values: dict[int, Value] = {}
         self.unknown: dict[int, str] = {}  # what gave a tensor that is no value
         self.gates: dict[int, Tensor] = {}  # what a GELU is of
-        self.tests: dict[int, tuple[Tensor, bool]] = {}  # what is compared with 0, and whether all of a row's elements are
+        self.tests: dict[
+            int, tuple[Tensor, bool]
+        ] = {}  # what is compared with 0, and whether all of a row's elements are
         self.alive: list[Any] = list(parameters)  # storages are told apart by their addresses
         self.steps: list[Step] = []
         self.inputs: list[Value] = []
@@ -108,7 +112,9 @@ class Recorder(TorchDispatchMode):
         dtype = torch.bool if like.dtype == torch.bool else torch.float32
         layout = torch.channels_last if images else torch.contiguous_format
         tensor = torch.empty(like.shape, dtype=dtype, device="meta", memory_format=layout)
-        n, channels, height, width = like.shape if images else (like.shape[0], like.shape[-1], 1, like[0, ..., 0].numel())
+        n, channels, height, width = (
+            like.shape if images else (like.shape[0], like.shape[-1], 1, like[0, ..., 0].numel())
+        )
         value = Value(n, height, width, channels, None if own else dtype, tensor)
         self.inputs.append(value)
         return self._know(tensor, value)
@@ -161,7 +167,9 @@ class Recorder(TorchDispatchMode):
         if found is None:
             raise Unsupported("a weight is computed, not given")
         # the same strides in another storage, where it may begin further on
-        return found.detach().as_strided(parameter.shape, parameter.stride(), found.storage_offset() + parameter.storage_offset())
+        return found.detach().as_strided(
+            parameter.shape, parameter.stride(), found.storage_offset() + parameter.storage_offset()
+        )
 
     def add(self, step: Step) -> None:
         for value in (step.y, step.also):
@@ -193,10 +201,17 @@ class Recorder(TorchDispatchMode):
 
     # What has a step. Every function is given the result, on no device, and the arguments.
 
-    def convolution(self, y: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, **rest: Any) -> None:
+    def convolution(
+        self, y: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, **rest: Any
+    ) -> None:
         kernel, real, source = tuple(weight.shape[2:]), self.real(weight), self.image(input)
         plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
-        if rest != plain or kernel not in ((1, 1), (3, 3)) or list(padding) != [kernel[0] // 2] * 2 or stride[0] != stride[1]:
+        if (
+            rest != plain
+            or kernel not in ((1, 1), (3, 3))
+            or list(padding) != [kernel[0] // 2] * 2
+            or stride[0] != stride[1]
+        ):
             raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
         self._convolve(y, source, real, self.real(bias), stride[0])
 
@@ -213,7 +228,9 @@ class Recorder(TorchDispatchMode):
         self._convolve(y, self.whole(x), weight[:, :, None, None], self.real(bias))
         return y
 
-    def group_norm_silu(self, y: Tensor, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, **rest: Any) -> None:
+    def group_norm_silu(
+        self, y: Tensor, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, **rest: Any
+    ) -> None:
         rest |= {name: self.real(rest[name]) for name in ("weight", "bias", "pre_bias")}
         source = self.image(x)
         reads = [source, None if skip is None else self.image(skip)]
@@ -262,7 +279,12 @@ class Recorder(TorchDispatchMode):
         """``function(scale * x + shift)``; a scale and shift of a function's result become part of its step."""
         value = self.whole(x)
         before = value.step
-        if function == IDENTITY and before is not None and before.kind == POINTWISE and not (value.readers or before.reads[1]):
+        if (
+            function == IDENTITY
+            and before is not None
+            and before.kind == POINTWISE
+            and not (value.readers or before.reads[1])
+        ):
             a = before.attributes
             a["y_scale"], a["y_shift"] = scale * a["y_scale"], scale * a["y_shift"] + shift
             self._forget(value)
@@ -345,9 +367,13 @@ class Recorder(TorchDispatchMode):
             raise Unsupported("it attends to images that are reshaped")
         value = Value(n, source.height, source.width, heads * width)
         self.add(Step(ATTENTION, value, [source, self.value(k), self.value(v), mask], attributes))
-        return self._know(torch.empty((n, length, heads, width), dtype=torch.float32, device="meta"), value).transpose(1, 2)
+        return self._know(torch.empty((n, length, heads, width), dtype=torch.float32, device="meta"), value).transpose(
+            1, 2
+        )
 
-    def layer_norm(self, y: tuple[Tensor, ...], input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> None:
+    def layer_norm(
+        self, y: tuple[Tensor, ...], input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float
+    ) -> None:
         source = self.whole(input)
         if list(normalized_shape) != [source.channels] or weight is None or bias is None:
             raise Unsupported("it has a LayerNorm of another kind")
@@ -368,16 +394,27 @@ class Recorder(TorchDispatchMode):
             self._pointwise(y, self_, scale=other)
             return
         gate = self.gates.get(other.untyped_storage()._cdata)
-        if gate is None or gate.shape != self_.shape or gate.stride() != self_.stride() or self.value(gate) is not self.value(self_):
+        if (
+            gate is None
+            or gate.shape != self_.shape
+            or gate.stride() != self_.stride()
+            or self.value(gate) is not self.value(self_)
+        ):
             raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
         source = self.value(gate)
-        if self_.stride(-1) != 1 or self_.stride(-2) != source.channels or self_[..., 0].numel() * source.channels != source.count:
+        if (
+            self_.stride(-1) != 1
+            or self_.stride(-2) != source.channels
+            or self_[..., 0].numel() * source.channels != source.count
+        ):
             raise Unsupported("it has a product of parts of images")
         value = Value(source.n, source.height, source.width, self_.shape[-1])
         self.add(Step(GATE, value, [source], {"value": self_.storage_offset(), "gate": gate.storage_offset()}))
         self._know(y, value)
 
-    def dual_head(self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any) -> None:
+    def dual_head(
+        self, y: tuple[Tensor, Tensor], h: Tensor, sample: Tensor | None, anchor: Tensor | None, **rest: Any
+    ) -> None:
         names = ("direction_weight", "direction_bias", "distance_weight", "distance_bias")
         attributes = {name: self.real(rest[name]) for name in names}
         reads = [None if t is None else self.image(t) for t in (h, sample, anchor)]
@@ -390,7 +427,9 @@ class Recorder(TorchDispatchMode):
 
 
 def _renamed(handler: Callable[..., None]) -> Callable[..., None]:
-    return lambda recorder, y, **kwargs: handler(recorder, y, **{"self_" if k == "self" else k: v for k, v in kwargs.items()})
+    return lambda recorder, y, **kwargs: handler(
+        recorder, y, **{"self_" if k == "self" else k: v for k, v in kwargs.items()}
+    )
 
 
 HANDLERS: dict[Any, Callable[..., None]] = {
@@ -421,7 +460,10 @@ class Functions(TorchFunctionMode):
 
     def __init__(self, recorder: Recorder):
         super().__init__()
-        self.table = {nn.functional.linear: recorder.linear, nn.functional.scaled_dot_product_attention: recorder.attention}
+        self.table = {
+            nn.functional.linear: recorder.linear,
+            nn.functional.scaled_dot_product_attention: recorder.attention,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.table.get(func, func)(*args, **(kwargs or {}))
@@ -439,9 +481,13 @@ class Hollow:
         self.parameters: dict[Tensor, Tensor] = {}
         for p in network.parameters():
             dtype = torch.float32 if p.is_floating_point() else p.dtype
-            memo[id(p)] = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta"), requires_grad=False)
+            memo[id(p)] = nn.Parameter(
+                torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta"), requires_grad=False
+            )
             # a lazy negation has no memory of its own
-            self.parameters[memo[id(p)]] = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(p.detach()) if p.is_neg() else p
+            self.parameters[memo[id(p)]] = (
+                torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(p.detach()) if p.is_neg() else p
+            )
         try:
             self.twin = copy.deepcopy(network, memo).eval()
         except Exception as error:  # of whatever has been put into it
@@ -463,7 +509,13 @@ def record(hollow: Hollow, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> 
     """What ``run(the network without data, recorder)`` does, and what it gives: values, and tensors that are views of
     them. Raises Unsupported."""
     recorder = Recorder(hollow.parameters)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), Functions(recorder), recorder:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        Functions(recorder),
+        recorder,
+    ):
         try:
             results = list(run(hollow.twin, recorder))
         except Unsupported:

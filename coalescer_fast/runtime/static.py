@@ -88,7 +88,9 @@ class StaticRuntime(OfPipeline):
     all anew after a weight has changed. One call runs at a time.
     """
 
-    def __init__(self, pipe: CoalescerPipeline, name: str, prepare: Prepare, dtype: torch.dtype, takes: torch.dtype | None = None):
+    def __init__(
+        self, pipe: CoalescerPipeline, name: str, prepare: Prepare, dtype: torch.dtype, takes: torch.dtype | None = None
+    ):
         super().__init__(pipe)
         self.name, self.prepare, self.dtype, self.takes = name, prepare, dtype, takes or dtype
         self.device = pipe.device
@@ -159,6 +161,13 @@ class StaticRuntime(OfPipeline):
         rows = []
         for part in ("UNet", "decoder"):
             sizes = ["x".join(map(str, key[1])) for key in self.networks if key[0] == part]
-            ready = f"it was asked for; prepared for inputs {', '.join(sorted(sizes))}" if sizes else "it was asked for; not prepared yet"
+            ready = (
+                f"it was asked for; prepared for inputs {', '.join(sorted(sizes))}"
+                if sizes
+                else "it was asked for; not prepared yet"
+            )
             rows.append({"part": part, "runs on": f"{self.name}, {self.dtype}", "because": ready})
-        return [*rows, {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"}]
+        return [
+            *rows,
+            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
+        ]

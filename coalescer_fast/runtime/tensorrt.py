@@ -29,9 +29,13 @@ def load(flavour: str) -> Any:
     try:
         trt = importlib.import_module(flavour)
     except ImportError as error:  # also a library that it lacks
-        raise ValueError(f"{title} cannot be loaded ({' '.join(str(error).split())}): run pip install {flavour}") from error
+        raise ValueError(
+            f"{title} cannot be loaded ({' '.join(str(error).split())}): run pip install {flavour}"
+        ) from error
     if flavour == "tensorrt" and not OLDEST <= numbers(trt.__version__) < TOO_NEW:
-        raise ValueError(f"{title} {trt.__version__} is installed, and 10.8 to 11 can be used: run pip install 'tensorrt>=10.8,<12'")
+        raise ValueError(
+            f"{title} {trt.__version__} is installed, and 10.8 to 11 can be used: run pip install 'tensorrt>=10.8,<12'"
+        )
     return trt
 
 
@@ -97,10 +101,14 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     """A plan, see `exported.Open`; inputs are on the current CUDA device. Raises ValueError for a plan that cannot run here."""
     m = artefact.manifest
     if m.engine not in TITLES:
-        raise ValueError(f"{artefact.folder} is for {m.engine}, not for TensorRT: make a plan of it with coalescer-export engine")
+        raise ValueError(
+            f"{artefact.folder} is for {m.engine}, not for TensorRT: make a plan of it with coalescer-export engine"
+        )
     # before the library is loaded, which a machine without a GPU may lack as well
     if gpu() is None:
-        raise ValueError(f"{artefact.folder} {refusal(m, (m.tensorrt or {})['version'], None)}: run it on such a GPU, or {artefact.mend}")
+        raise ValueError(
+            f"{artefact.folder} {refusal(m, (m.tensorrt or {})['version'], None)}: run it on such a GPU, or {artefact.mend}"
+        )
     trt = load(m.engine)
     if reason := refusal(m, trt.__version__, gpu()):
         raise ValueError(f"{artefact.folder} {reason}: {artefact.mend}")
@@ -125,18 +133,24 @@ class Plan:
             self.runtime.engine_host_code_allowed = True  # it holds the runtime of its version
         self.engine = self.runtime.deserialize_cuda_engine(artefact.graph.read_bytes())
         if self.engine is None:
-            raise ValueError(f"{TITLES[self.manifest.engine]} cannot load {artefact.graph} ({self.log.said()}): {artefact.mend}")
+            raise ValueError(
+                f"{TITLES[self.manifest.engine]} cannot load {artefact.graph} ({self.log.said()}): {artefact.mend}"
+            )
         if weights := self.manifest.flags.get("stripWeights"):
             self._refit(artefact, weights)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         if set(names) != {port.name for port in (*self.manifest.inputs, *self.manifest.outputs)}:
-            raise ValueError(f"{artefact.graph} has other inputs and outputs ({', '.join(names)}) than its manifest says: {artefact.mend}")
+            raise ValueError(
+                f"{artefact.graph} has other inputs and outputs ({', '.join(names)}) than its manifest says: {artefact.mend}"
+            )
 
     def _refit(self, artefact: Artefact, weights: str) -> None:
         refitter = self.trt.Refitter(self.engine, self.log)
         filled = self.trt.OnnxParserRefitter(refitter, self.log).refit_from_file(str(artefact.folder / weights))
         if not filled or not refitter.refit_cuda_engine():
-            raise ValueError(f"the weights of {artefact.folder / weights} do not fit {artefact.graph} ({self.log.said()}): {artefact.mend}")
+            raise ValueError(
+                f"the weights of {artefact.folder / weights} do not fit {artefact.graph} ({self.log.said()}): {artefact.mend}"
+            )
 
     def __call__(self, inputs: Tensors) -> Tensors:
         with self.lock:
@@ -176,7 +190,9 @@ class Plan:
             # kernels for the shapes are compiled when they first come, and not beside the calls: a graph holds one and the same
             config = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             context = self.engine.create_execution_context(config)
         else:
             context = self.engine.create_execution_context(strategy)

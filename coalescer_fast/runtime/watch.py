@@ -42,7 +42,9 @@ class Watch:
         self._empty = [each for each in registries if not each]
         self._filled = [each for each in registries if each]
         own = list(chain.from_iterable(map(_within, modules)))
-        self._attributes = [module.__dict__ for module in modules] + [each for each in own if not isinstance(each, Tensor)]
+        self._attributes = [module.__dict__ for module in modules] + [
+            each for each in own if not isinstance(each, Tensor)
+        ]
         self._tensors = [t for network in networks for t in chain(network.parameters(), network.buffers())]
         self._tensors += [each for each in own if isinstance(each, Tensor)]
         self._content = _Content(self._tensors)
@@ -50,7 +52,9 @@ class Watch:
         self._counting = [t for t in self._tensors if not (t.is_inference() or id(t) in self._content.whole)]
         self._types = list({type(module): None for module in modules})
         # of classes of packages, the forward alone is looked at, which is all that one patches
-        self._own_types = [each for each in self._types if not each.__module__.startswith(("torch.", "diffusers.", "coalescer_fast."))]
+        self._own_types = [
+            each for each in self._types if not each.__module__.startswith(("torch.", "diffusers.", "coalescer_fast."))
+        ]
         self._seen_types = [dict(vars(each)) for each in self._own_types]
         self._seen_attributes = [each.copy() for each in self._attributes]
         self._seen = self._state()
@@ -68,7 +72,11 @@ class Watch:
 
     def changed(self, *networks: nn.Module) -> bool:
         """Whether ``networks`` are others than those it was made of, or have changed since."""
-        if len(networks) != len(self.networks) or any(map(operator.is_not, networks, self.networks)) or any(self._empty):
+        if (
+            len(networks) != len(self.networks)
+            or any(map(operator.is_not, networks, self.networks))
+            or any(self._empty)
+        ):
             return True
         try:
             # what is the same object is equal without being compared
@@ -103,7 +111,9 @@ class _Content:
     """What lies in tensors on the CPU, by a hash of parts of it."""
 
     def __init__(self, tensors: list[Tensor]):
-        here = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel() and t.data_ptr()]
+        here = [
+            t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel() and t.data_ptr()
+        ]
         spans = [(t.data_ptr(), _extent(t)) for t in here]
         self.whole = {id(t) for t, (_, size) in zip(here, spans) if size <= WHOLE}
         self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
@@ -144,8 +154,7 @@ def _plain_hash(spans: list[tuple[int, int]]) -> int:
 
 
 def foreign(network: nn.Module) -> str:
-    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading has.
-    """
+    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading has."""
     for name, module in network.named_modules():
         where = name or type(module).__name__
         if module._forward_hooks or module._forward_pre_hooks:

@@ -47,7 +47,9 @@ class AutoencoderConfig:
         check_arguments(self.model, CoalescerAutoencoder.__init__, "model")
         for name in ("latent_noise", "flip", "permute_colours"):
             if not 0 <= getattr(self, name) <= (math.inf if name == "latent_noise" else 1):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 {'up' if name == 'latent_noise' else 'to 1'}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a number from 0 {'up' if name == 'latent_noise' else 'to 1'}"
+                )
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,9 @@ def reconstruction_loss(reconstruction: torch.Tensor, picture: torch.Tensor) -> 
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * gradient + F.avg_pool2d(error, 4).abs().mean()
 
 
-def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    data: PictureDataset, size: int, config: AutoencoderConfig, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented pictures (N, 3, H, W) and the strength (N, 1, 1, 1) of each latent's noise."""
     index = torch.randint(len(data), (size,), generator=generator)
     pictures = to_tensor(data.images[index.numpy()])
@@ -69,18 +73,27 @@ def batch(data: PictureDataset, size: int, config: AutoencoderConfig, generator:
 
 
 def train_autoencoder(
-    config: AutoencoderConfig, data: PictureDataset, output_dir: Path, *, allow_changes: bool = False, progress: bool = True
+    config: AutoencoderConfig,
+    data: PictureDataset,
+    output_dir: Path,
+    *,
+    allow_changes: bool = False,
+    progress: bool = True,
 ) -> CoalescerAutoencoder:
     """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there.
 
     allow_changes: go on even if configuration or pictures are others than before; progress: show a bar.
     """
     if config.init and not (Path(config.init) / "config.json").is_file():
-        raise ValueError(f"init is {config.init!r}, where there is no autoencoder: train that first, or give another folder")
+        raise ValueError(
+            f"init is {config.init!r}, where there is no autoencoder: train that first, or give another folder"
+        )
     accelerator = make_accelerator()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = CoalescerAutoencoder.from_pretrained(config.init) if config.init else CoalescerAutoencoder(**config.model)
+        model = (
+            CoalescerAutoencoder.from_pretrained(config.init) if config.init else CoalescerAutoencoder(**config.model)
+        )
     model.to(memory_format=torch.channels_last)
     model.encoder.requires_grad_(config.train_encoder)
     training, held = data.train(), data.held()
@@ -102,7 +115,11 @@ def train_autoencoder(
         model.latent_norm.train(config.train_encoder)
         generator = trainer.generator(step)
         pictures, strength = batch(training, config.schedule.batch_size, config, generator)
-        shape = (len(pictures), model.config.latent_channels, *(side // model.scale_factor for side in pictures.shape[2:]))
+        shape = (
+            len(pictures),
+            model.config.latent_channels,
+            *(side // model.scale_factor for side in pictures.shape[2:]),
+        )
         noise = strength * torch.randn(shape, dtype=torch.float32, generator=generator)
         pictures = pictures.to(accelerator.device, memory_format=torch.channels_last)
         reconstruction = network(pictures, noise.to(accelerator.device), return_dict=False)[0]
@@ -135,7 +152,9 @@ def set_latent_statistics(model: CoalescerAutoencoder, data: PictureDataset, bat
     """Give ``latent_norm`` the exact per-channel mean and variance of the pictures' latents."""
     device = next(model.parameters()).device
     parts = [
-        model.encoder(F.pixel_unshuffle(to_tensor(data.images[i : i + batch_size]).to(device), model.patch_size)).double()
+        model.encoder(
+            F.pixel_unshuffle(to_tensor(data.images[i : i + batch_size]).to(device), model.patch_size)
+        ).double()
         for i in range(0, len(data), batch_size)
     ]
     latents, norm = torch.cat(parts), model.latent_norm
@@ -151,7 +170,10 @@ def encode(model: CoalescerAutoencoder, data: PictureDataset, batch_size: int = 
     device = next(model.parameters()).device
     model.eval()
     return torch.cat(
-        [model.encode(to_tensor(data.images[i : i + batch_size]).to(device)).latents.cpu() for i in range(0, len(data), batch_size)]
+        [
+            model.encode(to_tensor(data.images[i : i + batch_size]).to(device)).latents.cpu()
+            for i in range(0, len(data), batch_size)
+        ]
     )
 
 

@@ -60,18 +60,30 @@ class Style:
 STYLES = {
     "noto": Style("@iconify-json/noto@1.2.9", "Apache-2.0", "noto", "Noto Emoji, Google LLC"),
     "twemoji": Style(
-        "@iconify-json/twemoji@1.2.5", "CC-BY-4.0", "twemoji", "Twemoji, Copyright Twitter, Inc and other contributors; jdecked/twemoji"
+        "@iconify-json/twemoji@1.2.5",
+        "CC-BY-4.0",
+        "twemoji",
+        "Twemoji, Copyright Twitter, Inc and other contributors; jdecked/twemoji",
     ),
-    "fluent": Style("@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "flat", "Fluent Emoji (flat), Microsoft Corporation"),
-    "fluent3d": Style("@lobehub/fluent-emoji-3d@1.1.0", "MIT", "3d", "Fluent Emoji (3D), Microsoft Corporation; packed by LobeHub"),
+    "fluent": Style(
+        "@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "flat", "Fluent Emoji (flat), Microsoft Corporation"
+    ),
+    "fluent3d": Style(
+        "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "3d", "Fluent Emoji (3D), Microsoft Corporation; packed by LobeHub"
+    ),
     "blob": Style("@iconify-json/noto-v1@1.2.5", "Apache-2.0", "blob", "Noto Emoji v1 ('blobs'), Google LLC"),
     "fxemoji": Style("@iconify-json/fxemoji@1.2.2", "Apache-2.0", "firefox", "FxEmojis, Mozilla Foundation"),
     "emojione": Style(
-        "@iconify-json/emojione@1.2.3", "CC-BY-4.0", "emojione", "EmojiOne 2.3 / EmojiTwo, Ranks.com Inc and EmojiTwo contributors"
+        "@iconify-json/emojione@1.2.3",
+        "CC-BY-4.0",
+        "emojione",
+        "EmojiOne 2.3 / EmojiTwo, Ranks.com Inc and EmojiTwo contributors",
     ),
     "openmoji": Style("@iconify-json/openmoji@1.2.29", "CC-BY-SA-4.0", "openmoji", "OpenMoji, HfG Schwaebisch Gmuend"),
 }
-DEFAULT_STYLES = tuple(name for name, style in STYLES.items() if style.licence != "CC-BY-SA-4.0")  # share-alike art only where asked for
+DEFAULT_STYLES = tuple(
+    name for name, style in STYLES.items() if style.licence != "CC-BY-SA-4.0"
+)  # share-alike art only where asked for
 
 SKIN_TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 RENDER_SIZE = 256  # vector art is drawn at this width, then reduced like all other pictures
@@ -123,15 +135,21 @@ def fetch(package: str, cache: Path, *patterns: str) -> dict[str, bytes]:
 def npm_pack(package: str, tarball: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError("npm, which fetches the emoji packages, was not found: install Node.js, or copy a filled cache folder here")
+        raise FileNotFoundError(
+            "npm, which fetches the emoji packages, was not found: install Node.js, or copy a filled cache folder here"
+        )
     tarball.parent.mkdir(parents=True, exist_ok=True)
     logger.info("fetching %s", package)
     with tempfile.TemporaryDirectory(dir=tarball.parent) as folder:
-        done = subprocess.run([npm, "pack", "--silent", "--pack-destination", folder, package], capture_output=True, text=True)
+        done = subprocess.run(
+            [npm, "pack", "--silent", "--pack-destination", folder, package], capture_output=True, text=True
+        )
         packed = list(Path(folder).glob("*.tgz"))
         if done.returncode or not packed:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise OSError(f"npm could not fetch {package} ({reason}): check the network and npm's registry setting, then run again")
+            raise OSError(
+                f"npm could not fetch {package} ({reason}): check the network and npm's registry setting, then run again"
+            )
         os.replace(packed[0], tarball)
 
 
@@ -198,7 +216,9 @@ class IconSet:
         data = json.loads(files["icons.json"])
         self.icons, self.aliases = data["icons"], data.get("aliases", {})
         self.size = data.get("width", 16), data.get("height", 16)
-        self.by_code_points = {code_points(key): name for key, name in json.loads(files.get("chars.json", b"{}")).items()}
+        self.by_code_points = {
+            code_points(key): name for key, name in json.loads(files.get("chars.json", b"{}")).items()
+        }
         self.by_letters = {letters(name): name for name in [*self.aliases, *self.icons]}
 
     def find(self, emoji: Emoji) -> str | None:
@@ -339,7 +359,13 @@ def build(
         "emoji": [one.described() for one in emoji],
         "groups": groups,
         "styles": [
-            {"id": name, "word": style.word, "licence": style.licence, "attribution": style.attribution, "package": style.package}
+            {
+                "id": name,
+                "word": style.word,
+                "licence": style.licence,
+                "attribution": style.attribution,
+                "package": style.package,
+            }
             for name, style in ((name, STYLES[name]) for name in styles)
         ],
         "text": {"package": DESCRIPTIONS, "licence": "MIT AND Unicode-3.0"},
@@ -357,7 +383,13 @@ def build(
         with files.writing(path) as file:
             np.savez_compressed(file, images=images, **arrays)
         files.write_picture(out / f"contact_{size}.png", contact_sheet(rows, images, len(styles)))
-        logger.info("%s: %d pictures of %d emoji, %d held out", path, len(images), len(set(emoji_id.tolist())), arrays["split"].sum())
+        logger.info(
+            "%s: %d pictures of %d emoji, %d held out",
+            path,
+            len(images),
+            len(set(emoji_id.tolist())),
+            arrays["split"].sum(),
+        )
     write_pairs(out / "pairs.tsv", [(emoji[i], styles[style]) for i, style in rows], held_out)
     write_notice(out / "NOTICE.txt", styles)
     return out / f"emoji_{max(sizes)}.npz"
@@ -377,7 +409,9 @@ def write_notice(path: Path, styles: Sequence[str]) -> None:
     lines = ["Pictures (reduced in size and put on a white background) from:"]
     for style in (STYLES[name] for name in styles):
         lines.append(f"- {style.attribution}. Licence: {style.licence}. Taken from npm {style.package}.")
-    lines.append(f"Names, keywords and groups: Unicode CLDR (Unicode-3.0), as packed in npm {DESCRIPTIONS} (MIT, Miles Johnson).")
+    lines.append(
+        f"Names, keywords and groups: Unicode CLDR (Unicode-3.0), as packed in npm {DESCRIPTIONS} (MIT, Miles Johnson)."
+    )
     files.write_text(path, "\n".join(lines) + "\n")
 
 
@@ -385,4 +419,6 @@ def require_resvg() -> None:
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise ImportError("drawing the vector art sets needs the package resvg_py: run 'pip install resvg_py'") from error
+        raise ImportError(
+            "drawing the vector art sets needs the package resvg_py: run 'pip install resvg_py'"
+        ) from error

@@ -30,11 +30,15 @@ def build_text_table(model_dir: Path, out: Path, dim: int = 128) -> Path:
     """
     vocabulary = Path(model_dir) / "vocab.txt"
     if not vocabulary.exists():
-        raise FileNotFoundError(f"there is no vocab.txt in {model_dir}: give the folder of a BERT-like model, such as all-MiniLM-L6-v2")
+        raise FileNotFoundError(
+            f"there is no vocab.txt in {model_dir}: give the folder of a BERT-like model, such as all-MiniLM-L6-v2"
+        )
     tokens = vocabulary.read_text("utf-8").splitlines()
     table, scale = quantise(project(token_states(Path(model_dir), tokens), dim))
     with files.writing(out) as file:
-        np.savez_compressed(file, table=table, scale=scale, vocab=np.frombuffer("\n".join(tokens).encode("utf-8"), np.uint8))
+        np.savez_compressed(
+            file, table=table, scale=scale, vocab=np.frombuffer("\n".join(tokens).encode("utf-8"), np.uint8)
+        )
     logger.info("%s: %d tokens of %d dimensions", out, *table.shape)
     return Path(out)
 
@@ -45,7 +49,9 @@ def token_states(model_dir: Path, tokens: list[str], batch_size: int = 512) -> n
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ImportError("distilling a text table needs the package transformers: run 'pip install transformers'") from error
+        raise ImportError(
+            "distilling a text table needs the package transformers: run 'pip install transformers'"
+        ) from error
     model = AutoModel.from_pretrained(model_dir).eval()
     cls, sep = tokens.index("[CLS]"), tokens.index("[SEP]")
     parts = []

@@ -52,7 +52,11 @@ class PictureClassifier(ModelMixin, ConfigMixin):
             raise ValueError(f"size is {size}; expected a multiple of 16")
 
         def convolution(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
+            return [
+                nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(channels_out),
+                nn.ReLU(),
+            ]
 
         self.layers = nn.Sequential(
             nn.AvgPool2d(2),
@@ -65,7 +69,9 @@ class PictureClassifier(ModelMixin, ConfigMixin):
             nn.Linear(4 * width * (size // 16) ** 2, num_features),
             nn.ReLU(),
         )
-        self.heads = nn.ModuleDict({name: nn.Linear(num_features, len(classes)) for name, classes in (labels or {}).items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(num_features, len(classes)) for name, classes in (labels or {}).items()}
+        )
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, num_features), non-negative."""
@@ -123,7 +129,11 @@ def train_classifier(
         kept = {name: classes for name, classes in heads.items() if name in kept_heads}
         model = PictureClassifier(size=pictures.shape[2], labels=kept).train()
         dropped = nn.ModuleDict(
-            {name: nn.Linear(model.config.num_features, len(classes)) for name, classes in heads.items() if name not in kept}
+            {
+                name: nn.Linear(model.config.num_features, len(classes))
+                for name, classes in heads.items()
+                if name not in kept
+            }
         )
         parameters = [*model.parameters(), *dropped.parameters()]
         optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=schedule.weight_decay)

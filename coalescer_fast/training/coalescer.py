@@ -77,12 +77,19 @@ class CoalescerConfig:
         for name, least, most in (("nearest_of", 1, 2**31), ("pairing_warmup", 0, 2**62), ("prior_share", 0, 1)):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {least} to {most}")
-        choices = {"pairing": PAIRINGS, "objective": OBJECTIVES, "direction_loss": DIRECTION_LOSSES, "model": CONFIGURATIONS}
+        choices = {
+            "pairing": PAIRINGS,
+            "objective": OBJECTIVES,
+            "direction_loss": DIRECTION_LOSSES,
+            "model": CONFIGURATIONS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         if self.anchor is not None and self.anchor.batch_size > self.prompts.queue_size:
-            raise ValueError(f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {self.prompts.queue_size}")
+            raise ValueError(
+                f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {self.prompts.queue_size}"
+            )
         period = self.prompts.queue_size // self.schedule.batch_size
         if period < 1 or self.schedule.checkpoint_every % period:
             raise ValueError(
@@ -159,7 +166,12 @@ def description_encoder(data: PictureDataset) -> DescriptionEncoder:
             exists[row[concept], style] = 1
     names = [data.concepts[c].name.replace("\n", " ") for c in concepts] if data.styles else []
     return DescriptionEncoder.from_table(
-        embedded.table.numpy(), embedded.scale.numpy(), embedded.vocab.numpy(), data.styles, names, exists.numpy() if names else None
+        embedded.table.numpy(),
+        embedded.scale.numpy(),
+        embedded.vocab.numpy(),
+        data.styles,
+        names,
+        exists.numpy() if names else None,
     )
 
 
@@ -183,7 +195,9 @@ def train_anchor(
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         nonlocal queue
         if step % period == 0 or step == trainer.first_step:
-            queue = fill_queue(sampler, latents, independent, trainer.generator(1, step // period), config.prompts.queue_size)
+            queue = fill_queue(
+                sampler, latents, independent, trainer.generator(1, step // period), config.prompts.queue_size
+            )
         item = queue.batch(step % period * schedule.batch_size, schedule.batch_size)
         target = latents[item.close].to(accelerator.device)
         return mean_square(network(item.description.to(accelerator.device)).float() - target).mean(), {}
@@ -192,7 +206,12 @@ def train_anchor(
 
 
 def train_coalescer(
-    config: CoalescerConfig, data: PictureDataset, output_dir: Path, *, allow_changes: bool = False, progress: bool = True
+    config: CoalescerConfig,
+    data: PictureDataset,
+    output_dir: Path,
+    *,
+    allow_changes: bool = False,
+    progress: bool = True,
 ) -> CoalescerUNet:
     """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network.
 
@@ -201,7 +220,9 @@ def train_coalescer(
     for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
         folder = getattr(config, name)
         if isinstance(folder, str) and folder and not (Path(folder) / part).is_file():
-            raise ValueError(f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder")
+            raise ValueError(
+                f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder"
+            )
     options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
     if isinstance(config.autoencoder, str):
         vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
@@ -230,14 +251,27 @@ def train_coalescer(
             except RuntimeError as error:
                 raise ValueError(f"{source} is of another anchor than this model's: give another folder") from error
         elif config.anchor is not None:
-            averaged = train_anchor(config, sampler, latents, model.anchor_mlp, output_dir, accelerator, settings=data_settings, **options)
+            averaged = train_anchor(
+                config, sampler, latents, model.anchor_mlp, output_dir, accelerator, settings=data_settings, **options
+            )
             model.anchor_mlp.load_state_dict(averaged.state_dict())
         model.anchor_mlp.requires_grad_(False)
 
     schedule, period = config.schedule, config.prompts.queue_size // config.schedule.batch_size
-    names = ("model", "overrides", "objective", "pairing", "direction_loss", "nearest_of", "pairing_warmup", "prior_share")
+    names = (
+        "model",
+        "overrides",
+        "objective",
+        "pairing",
+        "direction_loss",
+        "nearest_of",
+        "pairing_warmup",
+        "prior_share",
+    )
     settings = {**{name: getattr(config, name) for name in names}, **data_settings}
-    trainer = Trainer(config.objective, model, schedule, output_dir, accelerator, config.seed, settings=settings, **options)
+    trainer = Trainer(
+        config.objective, model, schedule, output_dir, accelerator, config.seed, settings=settings, **options
+    )
     queue: Queue
 
     @torch.no_grad()
@@ -245,7 +279,9 @@ def train_coalescer(
         parts = []
         for z, d in zip(noise.split(256), description.split(256)):
             with accelerator.autocast():
-                direction, distance = trainer.ema.model(z.to(accelerator.device), d.to(accelerator.device), return_dict=False)
+                direction, distance = trainer.ema.model(
+                    z.to(accelerator.device), d.to(accelerator.device), return_dict=False
+                )
             parts.append((z.to(accelerator.device) + distance.view(-1, 1, 1, 1) * direction).float().cpu())
         return torch.cat(parts)
 
@@ -254,7 +290,12 @@ def train_coalescer(
         if step % period == 0 or step == trainer.first_step:
             warm = config.objective == "flow_matching" or step < config.pairing_warmup
             queue = fill_queue(
-                sampler, latents, config, trainer.generator(2, step // period), config.prompts.queue_size, None if warm else endpoint
+                sampler,
+                latents,
+                config,
+                trainer.generator(2, step // period),
+                config.prompts.queue_size,
+                None if warm else endpoint,
             )
         item = queue.batch(step % period * schedule.batch_size, schedule.batch_size)
         device = accelerator.device

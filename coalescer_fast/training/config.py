@@ -45,7 +45,13 @@ def read(path: str | Path, kind: type[T]) -> T:
 
 
 def run(
-    kind: str, config: str | Path, data: str | Path, out: str | Path, *, allow_changes: bool = False, progress: bool = True
+    kind: str,
+    config: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    allow_changes: bool = False,
+    progress: bool = True,
 ) -> None:
     """Train ``kind`` ("autoencoder" or "coalescer") by a configuration on a data set into a folder; goes on where it was stopped.
 

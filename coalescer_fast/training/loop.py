@@ -63,7 +63,9 @@ class Schedule:
         }
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {least} {'up' if most > 1 else 'to 1'}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a number from {least} {'up' if most > 1 else 'to 1'}"
+                )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; expected two numbers from 0 to below 1")
 
@@ -87,7 +89,11 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = [(mine, theirs.detach()) for mine, theirs in zip(self.model.parameters(), model.parameters()) if theirs.requires_grad]
+        pairs = [
+            (mine, theirs.detach())
+            for mine, theirs in zip(self.model.parameters(), model.parameters())
+            if theirs.requires_grad
+        ]
         torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
@@ -95,7 +101,9 @@ class EMA:
 
 def generator(seed: int, *key: int) -> torch.Generator:
     """A CPU generator that is a function of the seed and of a key, such as (step, process), through a hash that keeps all apart."""
-    digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=4).digest()  # of a seed, torch uses 32 bits
+    digest = hashlib.blake2b(
+        struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=4
+    ).digest()  # of a seed, torch uses 32 bits
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -165,7 +173,9 @@ class Trainer:
         """Minimise ``loss(model, step)`` and return the averaged network; ``on_sample(averaged, step)`` draws sheets now and then."""
         schedule = self.schedule
         shows = self.progress and self.accelerator.is_main_process
-        bar = tqdm(total=schedule.steps, initial=self.step, desc=self.name, disable=not shows, mininterval=2.0, delay=1.0)
+        bar = tqdm(
+            total=schedule.steps, initial=self.step, desc=self.name, disable=not shows, mininterval=2.0, delay=1.0
+        )
         self.model.train()
         shown: dict[str, float] = {}
         while not self.finished:
@@ -188,7 +198,11 @@ class Trainer:
             bar.update()
             if self.step % schedule.checkpoint_every == 0 or self.finished:
                 self._save()
-            if on_sample and self.accelerator.is_main_process and (self.step % schedule.sample_every == 0 or self.finished):
+            if (
+                on_sample
+                and self.accelerator.is_main_process
+                and (self.step % schedule.sample_every == 0 or self.finished)
+            ):
                 on_sample(self.ema.model, self.step)
         bar.close()
         self.optimizer.zero_grad(set_to_none=True)  # a network trained in parts must not clip the next part by these
@@ -213,7 +227,9 @@ class Trainer:
             words = "add --allow-changes (allow_changes=True) to go on all the same"
             raise ValueError(f"{self.path} was trained with {what}: {mend}, or {words}")
         if found.step > self.schedule.steps:
-            raise ValueError(f"{self.path} is at step {found.step} of a schedule of {self.schedule.steps}: give more steps, or {mend}")
+            raise ValueError(
+                f"{self.path} is at step {found.step} of a schedule of {self.schedule.steps}: give more steps, or {mend}"
+            )
         try:
             self.accelerator.unwrap_model(self.model).load_state_dict(found.model)
             self.ema.model.load_state_dict(found.ema)

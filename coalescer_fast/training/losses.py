@@ -39,7 +39,11 @@ def mse_direction_loss(direction: torch.Tensor, sample: torch.Tensor, close: tor
 
 
 def distance_marching_loss(
-    direction: torch.Tensor, distance: torch.Tensor, sample: torch.Tensor, close: torch.Tensor, eikonal_weight: float = 30.0
+    direction: torch.Tensor,
+    distance: torch.Tensor,
+    sample: torch.Tensor,
+    close: torch.Tensor,
+    eikonal_weight: float = 30.0,
 ) -> torch.Tensor:
     """|R + distance * direction - close|^2 / (|close - R|^2 + EPS^2) + eikonal_weight * |direction - n|^2; (N,).
 
@@ -51,7 +55,11 @@ def distance_marching_loss(
 
 
 def coalescer_loss(
-    direction: torch.Tensor, distance: torch.Tensor, sample: torch.Tensor, close: torch.Tensor, direction_loss: str = "sqrt"
+    direction: torch.Tensor,
+    distance: torch.Tensor,
+    sample: torch.Tensor,
+    close: torch.Tensor,
+    direction_loss: str = "sqrt",
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The mean training loss of a batch, and its parts for the progress bar; direction_loss: one of `DIRECTION_LOSSES`."""
     if direction_loss == "distance_marching":

@@ -43,7 +43,9 @@ def nearest(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor) -
     return source, squared_distances(mix(noise, pictures, radius), pictures).argmin(1)
 
 
-def nearest_of_k(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor, k: int, generator: torch.Generator) -> Pairs:
+def nearest_of_k(
+    noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor, k: int, generator: torch.Generator
+) -> Pairs:
     """As `nearest`, among k random pictures and, where R is not pure noise, the one that it was mixed from."""
     source = torch.arange(len(noise), dtype=torch.int64)
     cost = squared_distances(mix(noise, pictures, radius), pictures)
@@ -59,7 +61,9 @@ def transport(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor)
     return close, close
 
 
-def output_transport(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor, endpoint: torch.Tensor) -> Pairs:
+def output_transport(
+    noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor, endpoint: torch.Tensor
+) -> Pairs:
     """Balanced search in output space: the assignment with the smallest total |endpoint_i - x_j|^2.
 
     ``endpoint`` (n, ...) is where the averaged network lands from each z in one step.

@@ -37,7 +37,9 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
     return pictures.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(pictures: Sequence[Image.Image], labels: Sequence[str] = (), columns: int = 8, scale: float = 1.5, pad: int = 4) -> Image.Image:
+def sheet(
+    pictures: Sequence[Image.Image], labels: Sequence[str] = (), columns: int = 8, scale: float = 1.5, pad: int = 4
+) -> Image.Image:
     """A contact sheet of equally large pictures, each with its label (up to three lines) below."""
     width, height = (round(side * scale) for side in pictures[0].size)
     font = ImageFont.load_default(size=10)

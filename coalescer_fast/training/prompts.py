@@ -83,7 +83,9 @@ class PromptSampler:
     def vectors(self, descriptions: Sequence[Sequence[str]]) -> torch.Tensor:
         """As ``encoder([", ".join(phrases) ...])``, from cached sums of each phrase's rows; (N, D)."""
         dim = self.encoder.config.dim
-        sums = np.stack([sum((self._phrase(p) for p in phrases), np.zeros(dim, np.float32)) for phrases in descriptions])
+        sums = np.stack(
+            [sum((self._phrase(p) for p in phrases), np.zeros(dim, np.float32)) for phrases in descriptions]
+        )
         norm = np.sqrt(np.square(sums).mean(1, keepdims=True))
         return torch.from_numpy((sums / np.maximum(norm, 1e-6)).astype(np.float32))
 

@@ -43,15 +43,26 @@ struct Workspace {
     Coefficients coefficients;
 
     static constexpr size_t DOUBLES = 2, FLOATS = 11;
-    static size_t bytes(int64_t width) { return static_cast<size_t>(width + W) * (DOUBLES * sizeof(double) + FLOATS * sizeof(float)); }
+    static size_t bytes(int64_t width) {
+        return static_cast<size_t>(width + W) * (DOUBLES * sizeof(double) + FLOATS * sizeof(float));
+    }
 
     Workspace(void* memory, int64_t width) {
         const int64_t length = width + W;
         double* doubles = static_cast<double*>(memory);
         channels = {doubles, doubles + length};
         float* next = reinterpret_cast<float*>(doubles + DOUBLES * length);
-        float** const arrays[FLOATS] = {&shift, &sums,  &squares,    &weight,           &bias,               &pre_bias,
-                                        &scale, &film_shift, &coefficients.mean, &coefficients.factor, &coefficients.offset};
+        float** const arrays[FLOATS] = {&shift,
+                                        &sums,
+                                        &squares,
+                                        &weight,
+                                        &bias,
+                                        &pre_bias,
+                                        &scale,
+                                        &film_shift,
+                                        &coefficients.mean,
+                                        &coefficients.factor,
+                                        &coefficients.offset};
         for (float** array : arrays) {
             *array = next;
             next += length;
@@ -69,9 +80,11 @@ struct Part {
     template <class F>
     void each_vector(const F& body) const {
         const int64_t whole = width / W * W, rest = width - whole;
-        for (int64_t c = 0; c < whole; c += W) body(offset + c, [=, this_x = x + c, s = stride](int64_t r) { return load(this_x + r * s); });
+        for (int64_t c = 0; c < whole; c += W)
+            body(offset + c, [=, this_x = x + c, s = stride](int64_t r) { return load(this_x + r * s); });
         if (rest)
-            body(offset + whole, [=, this_x = x + whole, s = stride](int64_t r) { return load_part(this_x + r * s, rest); });
+            body(offset + whole,
+                 [=, this_x = x + whole, s = stride](int64_t r) { return load_part(this_x + r * s, rest); });
     }
 };
 
@@ -122,7 +135,8 @@ inline void merge(double& mean, double& m2, double count, double other_mean, dou
 }
 
 // The next chunk of `width` channels, positions [begin, end).
-inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* shift, const float* sums, const float* squares, Channels to) {
+inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* shift, const float* sums,
+                        const float* squares, Channels to) {
     const float inverse = 1 / static_cast<float>(end - begin);
     const double count = begin, added = end - begin;
     double *means = to.mean, *m2s = to.m2;
@@ -140,7 +154,8 @@ void statistics_contiguous(const T* x, int64_t positions, double& channel_mean, 
     const int64_t few = positions < 4 ? positions : 4;
     for (int64_t i = 0; i < few; ++i) channel_mean += to_float(x[i]) / static_cast<double>(few);
     for (int64_t begin = 0; begin < positions; begin += RUN) {
-        const int64_t count = positions - begin < RUN ? positions - begin : RUN, whole = count / W * W, part = count - whole;
+        const int64_t count = positions - begin < RUN ? positions - begin : RUN, whole = count / W * W,
+                      part = count - whole;
         const T* run = x + begin;
         const float shift = static_cast<float>(channel_mean);
         const vf base = broadcast(shift);
@@ -192,15 +207,16 @@ inline double sum_of(int64_t begin, int64_t end, const F& term) {
 }
 
 // From those and from the statistics of sample n; whole groups.
-inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width, const Workspace& ws) {
+inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width,
+                              const Workspace& ws) {
     if (a.scale.data) widen(a.scale, n * a.scale_stride + first, ws.scale, width);
     if (a.shift.data) widen(a.shift, n * a.shift_stride + first, ws.film_shift, width);
     const int64_t per_group = (a.c1 + a.c2) / a.groups;
     const double positions = static_cast<double>(a.spatial), per_channel = 1 / static_cast<double>(per_group);
-    const double *__restrict means = ws.channels.mean, *__restrict m2s = ws.channels.m2;
-    const float *__restrict weight = ws.weight, *__restrict bias = ws.bias, *__restrict pre_bias = ws.pre_bias;
-    const float *__restrict scale = ws.scale, *__restrict shift = ws.film_shift;
-    float *__restrict mean_out = ws.coefficients.mean, *__restrict factor_out = ws.coefficients.factor;
+    const double* __restrict means = ws.channels.mean, * __restrict m2s = ws.channels.m2;
+    const float* __restrict weight = ws.weight, * __restrict bias = ws.bias, * __restrict pre_bias = ws.pre_bias;
+    const float* __restrict scale = ws.scale, * __restrict shift = ws.film_shift;
+    float* __restrict mean_out = ws.coefficients.mean, * __restrict factor_out = ws.coefficients.factor;
     float* __restrict offset_out = ws.coefficients.offset;
     for (int64_t begin = 0; begin < width; begin += per_group) {
         const int64_t end = begin + per_group;
@@ -211,7 +227,8 @@ inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64
         });
         const double inverse = 1 / sqrt(m2 * per_channel / positions + a.eps);
         for (int64_t i = begin; i < end; ++i) {
-            const double gain = 1 + static_cast<double>(scale[i]), factor = inverse * weight[i] * gain, centre = mean - pre_bias[i];
+            const double gain = 1 + static_cast<double>(scale[i]), factor = inverse * weight[i] * gain,
+                         centre = mean - pre_bias[i];
             const float rounded = static_cast<float>(centre);
             mean_out[i] = rounded;
             factor_out[i] = static_cast<float>(factor);
@@ -245,8 +262,8 @@ struct Dense {
 };
 
 template <class T, bool SILU, class Target>
-void apply_channels_last(const T* x, int64_t x_stride, const Target& target, int64_t n, int64_t begin, int64_t end, int64_t offset,
-                         int64_t width, Coefficients k) {
+void apply_channels_last(const T* x, int64_t x_stride, const Target& target, int64_t n, int64_t begin, int64_t end,
+                         int64_t offset, int64_t width, Coefficients k) {
     for (int64_t r = begin; r < end; ++r, x += x_stride) {
         const auto row = target.row(n, r);
         int64_t c = 0;
@@ -254,7 +271,8 @@ void apply_channels_last(const T* x, int64_t x_stride, const Target& target, int
             row.whole(offset + c, apply<SILU>(load(x + c), load(k.mean + c), load(k.factor + c), load(k.offset + c)));
         if (c < width) {
             const int64_t part = width - c;
-            const vf value = apply<SILU>(load_part(x + c, part), load(k.mean + c), load(k.factor + c), load(k.offset + c));
+            const vf value =
+                apply<SILU>(load_part(x + c, part), load(k.mean + c), load(k.factor + c), load(k.offset + c));
             row.part(offset + c, value, part);
         }
     }
@@ -311,10 +329,12 @@ int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Tar
         parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 for (const Part<T>& part : sample.parts)
-                    chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded);
+                    chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded,
+                               sums + (2 * i + 1) * padded);
         });
         for (int64_t i = 0; i < chunks; ++i)
-            merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded, ws.channels);
+            merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded,
+                        ws.channels);
         find_coefficients(a, n, 0, channels, ws);
         parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
             apply_rows<T, SILU>(sample, begin * chunk, end_of(end - 1), ws.coefficients, target);
@@ -372,12 +392,14 @@ int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
             return c < a.c1 ? static_cast<const T*>(a.x) + (n * a.c1 + c) * a.spatial
                             : static_cast<const T*>(a.skip) + (n * a.c2 + c - a.c1) * a.spatial;
         };
-        for (int64_t i = 0; i < width; ++i) statistics_contiguous(row(i), a.spatial, ws.channels.mean[i], ws.channels.m2[i]);
+        for (int64_t i = 0; i < width; ++i)
+            statistics_contiguous(row(i), a.spatial, ws.channels.mean[i], ws.channels.m2[i]);
         find_coefficients(a, n, first, width, ws);
         const Coefficients& k = ws.coefficients;
         T* y = static_cast<T*>(a.y) + (n * channels + first) * a.spatial;
         for (int64_t i = 0; i < width; ++i)
-            apply_contiguous<T, SILU, STREAM>(row(i), y + i * a.spatial, a.spatial, k.mean[i], k.factor[i], k.offset[i]);
+            apply_contiguous<T, SILU, STREAM>(row(i), y + i * a.spatial, a.spatial, k.mean[i], k.factor[i],
+                                              k.offset[i]);
         if (STREAM) end_streaming();
     });
 }
@@ -387,7 +409,8 @@ template <class T, bool SILU, class Target>
 int share_rows(const cf_group_norm_silu_args& a, int64_t threads, Serial serial, const Target& target) {
     const int64_t size = a.n * (a.c1 + a.c2) * a.spatial;
     const bool few = a.n % threads && a.n < 4 * threads;
-    if (few && size >= serial.positions && a.spatial > chunk_of(a.spatial)) return share_positions<T, SILU>(a, threads, target);
+    if (few && size >= serial.positions && a.spatial > chunk_of(a.spatial))
+        return share_positions<T, SILU>(a, threads, target);
     return share_samples<T, SILU>(a, size < serial.blocks ? 1 : threads, target);
 }
 

@@ -11,7 +11,7 @@
 namespace cf {
 namespace {
 
-constexpr int OUT = 4;                // output channels a register block
+constexpr int OUT = 4;                   // output channels a register block
 constexpr int PIXELS = W == 16 ? 4 : 2;  // positions a register block
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -32,7 +32,8 @@ inline void read_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels
     with_row(t, n, y, channels, [&](auto* row, bool dense) {
         if (dense) return widen(row, out, width * channels);
         for (int64_t c = 0; c < channels; ++c)
-            for (int64_t x = 0; x < width; ++x) out[x * channels + c] = to_float(row[c * t.strides[1] + x * t.strides[3]]);
+            for (int64_t x = 0; x < width; ++x)
+                out[x * channels + c] = to_float(row[c * t.strides[1] + x * t.strides[3]]);
     });
 }
 
@@ -45,7 +46,8 @@ inline void write_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channel
     with_row(t, n, y, channels, [&](auto* row, bool dense) {
         if (!dense) {
             for (int64_t c = 0; c < channels; ++c)
-                for (int64_t x = 0; x < width; ++x) assign(row[c * t.strides[1] + x * t.strides[3]], values[x * channels + c]);
+                for (int64_t x = 0; x < width; ++x)
+                    assign(row[c * t.strides[1] + x * t.strides[3]], values[x * channels + c]);
             return;
         }
         const int64_t size = width * channels;
@@ -129,7 +131,8 @@ void convolve(const R* const rows[3], int64_t padded, const R* weights, float ou
 
 // Row `y` of sample n with zeros around it, and its product with the distance's weights.
 template <class T, class R>
-double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width, const float* weights, R* row) {
+double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width,
+                const float* weights, R* row) {
     const size_t pixel = static_cast<size_t>(padded) * sizeof(R);
     if (y < 0 || y >= a.height) {
         memset(row, 0, pixel * (padded_width + 2));
@@ -154,12 +157,15 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
 template <class T>
 int dual_head_typed(const cf_dual_head_args& a) {
     typedef typename Ring<T>::type R;
-    const int64_t padded = round_up(a.c, LANES<R>), padded_width = round_up(a.width, PIXELS), outs = round_up(a.cz, OUT);
-    const int64_t rows = a.height < 64 ? 4 : (a.height + 15) / 16, items = (a.height + rows - 1) / rows;  // by the shape alone
+    const int64_t padded = round_up(a.c, LANES<R>), padded_width = round_up(a.width, PIXELS),
+                  outs = round_up(a.cz, OUT);
+    const int64_t rows = a.height < 64 ? 4 : (a.height + 15) / 16,
+                  items = (a.height + rows - 1) / rows;  // by the shape alone
     const int64_t taps = 9 * padded * outs;
     const bool anchored = a.anchor.data;
 
-    const size_t partial_bytes = static_cast<size_t>(a.n * items) * sizeof(double), taps_bytes = static_cast<size_t>(taps) * sizeof(R);
+    const size_t partial_bytes = static_cast<size_t>(a.n * items) * sizeof(double),
+                 taps_bytes = static_cast<size_t>(taps) * sizeof(R);
     char* memory = static_cast<char*>(
         scratch(0, partial_bytes + taps_bytes + static_cast<size_t>(2 * padded + outs + a.n) * sizeof(float)));
     if (!memory) return CF_OUT_OF_MEMORY;
@@ -205,8 +211,8 @@ int dual_head_typed(const cf_dual_head_args& a) {
     const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
     const int64_t threads = a.n * a.height * a.width * taps < 512 << 10 ? 1 : a.threads;  // a second one costs as much
     parallel_for(a.n * items, threads, [&](int64_t begin, int64_t end) {
-        R* ring = static_cast<R*>(
-            scratch(1, 3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float)));
+        R* ring = static_cast<R*>(scratch(
+            1, 3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float)));
         if (!ring) {
             __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
             return;
@@ -215,7 +221,8 @@ int dual_head_typed(const cf_dual_head_args& a) {
         float* values = result + outs * padded_width;                   // (width, cz)
         float* other = values + row_values;
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / items, first = item % items * rows, last = first + rows < a.height ? first + rows : a.height;
+            const int64_t n = item / items, first = item % items * rows,
+                          last = first + rows < a.height ? first + rows : a.height;
             const auto fill = [&](int64_t y) {
                 return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
             };

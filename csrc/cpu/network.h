@@ -78,23 +78,30 @@ inline void multiply(const char* const* x, const int64_t* offsets, int64_t count
 }
 
 template <class E, int V>
-inline void multiply_some(int64_t positions, const char* const* x, const int64_t* offsets, int64_t count, int64_t quads, const char* w,
-                          typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
+inline void multiply_some(int64_t positions, const char* const* x, const int64_t* offsets, int64_t count, int64_t quads,
+                          const char* w, typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
     switch (positions) {
 #if CF_WIDTH == 16
-        case 6: return multiply<E, 6, V>(x, offsets, count, quads, w, sums);
-        case 5: return multiply<E, 5, V>(x, offsets, count, quads, w, sums);
+        case 6:
+            return multiply<E, 6, V>(x, offsets, count, quads, w, sums);
+        case 5:
+            return multiply<E, 5, V>(x, offsets, count, quads, w, sums);
 #endif
-        case 4: return multiply<E, 4, V>(x, offsets, count, quads, w, sums);
-        case 3: return multiply<E, 3, V>(x, offsets, count, quads, w, sums);
-        case 2: return multiply<E, 2, V>(x, offsets, count, quads, w, sums);
-        default: return multiply<E, 1, V>(x, offsets, count, quads, w, sums);
+        case 4:
+            return multiply<E, 4, V>(x, offsets, count, quads, w, sums);
+        case 3:
+            return multiply<E, 3, V>(x, offsets, count, quads, w, sums);
+        case 2:
+            return multiply<E, 2, V>(x, offsets, count, quads, w, sums);
+        default:
+            return multiply<E, 1, V>(x, offsets, count, quads, w, sums);
     }
 }
 
 template <class E>
-inline void multiply_any(int64_t vectors, int64_t positions, const char* const* x, const int64_t* offsets, int64_t count, int64_t quads,
-                         const char* w, typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
+inline void multiply_any(int64_t vectors, int64_t positions, const char* const* x, const int64_t* offsets,
+                         int64_t count, int64_t quads, const char* w,
+                         typename Products<E>::Sum (&sums)[MOST_POSITIONS][MOST_VECTORS]) {
     if (vectors == 4) return multiply_some<E, 4>(positions, x, offsets, count, quads, w, sums);
     if (vectors == 3) return multiply_some<E, 3>(positions, x, offsets, count, quads, w, sums);
     if (vectors == 2) return multiply_some<E, 2>(positions, x, offsets, count, quads, w, sums);
@@ -137,7 +144,8 @@ struct Position {
 };
 
 // The border of sample n: `pixel` bytes a position, from `zero`, or 0 bytes.
-inline void write_border(const cf_image& image, int64_t n, int64_t height, int64_t width, int64_t pixel, const void* zero) {
+inline void write_border(const cf_image& image, int64_t n, int64_t height, int64_t width, int64_t pixel,
+                         const void* zero) {
     if (!image.border) return;
     char* origin = static_cast<char*>(image.data) + n * image.sample;
     const auto fill = [=](char* to, int64_t positions) {
@@ -158,7 +166,8 @@ inline void write_border(const cf_image& image, int64_t n, int64_t height, int64
 template <class E, class T>
 int convolution_typed(const cf_convolution_args& a, int64_t threads) {
     typedef Products<E> P;
-    const int64_t pixel = a.channels * static_cast<int64_t>(sizeof(E)), out = a.outputs * static_cast<int64_t>(sizeof(T));
+    const int64_t pixel = a.channels * static_cast<int64_t>(sizeof(E)),
+                  out = a.outputs * static_cast<int64_t>(sizeof(T));
     const int64_t quads = pixel / 4, vectors = (a.outputs + W - 1) / W, positions = a.n * a.height * a.width;
     const Blocks blocks(vectors);
     // the three taps of a row lie behind one another, in the image and in the weights
@@ -168,12 +177,14 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
     const int64_t tiles = (positions + MOST_POSITIONS - 1) / MOST_POSITIONS;
 
     const auto address = [](const cf_image& image, const Position& p, int64_t size) {
-        return static_cast<char*>(image.data) + p.n * image.sample + (p.y + image.border) * image.row + (p.x + image.border) * size;
+        return static_cast<char*>(image.data) + p.n * image.sample + (p.y + image.border) * image.row +
+               (p.x + image.border) * size;
     };
     const auto run_block = [&](int64_t block, int64_t first_tile, int64_t last_tile) {
         const int64_t V = blocks.size(block), first = blocks.first(block);
         const char* w = static_cast<const char*>(a.weight) + first * a.taps * quads * 4 * W;
-        const int64_t begin = first_tile * MOST_POSITIONS, stop = last_tile * MOST_POSITIONS, end = stop < positions ? stop : positions;
+        const int64_t begin = first_tile * MOST_POSITIONS, stop = last_tile * MOST_POSITIONS,
+                      end = stop < positions ? stop : positions;
         Position p{begin / (a.height * a.width), begin / a.width % a.height, begin % a.width};
         for (int64_t i = begin; i < end; i += MOST_POSITIONS) {
             const int64_t count = end - i < MOST_POSITIONS ? end - i : MOST_POSITIONS;
@@ -181,14 +192,16 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
             Position at[MOST_POSITIONS];
             for (int64_t m = 0; m < count; ++m) {
                 at[m] = p;
-                x[m] = static_cast<const char*>(a.x.data) + origin + p.n * a.x.sample + p.y * a.stride * a.x.row + p.x * a.stride * pixel;
+                x[m] = static_cast<const char*>(a.x.data) + origin + p.n * a.x.sample + p.y * a.stride * a.x.row +
+                       p.x * a.stride * pixel;
                 p.next(a.height, a.width);
             }
             typename P::Sum sums[MOST_POSITIONS][MOST_VECTORS];
             multiply_any<E>(V, count, x, offsets, rows, quads * rows, w, sums);
             for (int64_t v = 0; v < V; ++v) {
                 const int64_t c = (first + v) * W, part = a.outputs - c < W ? a.outputs - c : W;
-                const vf bias = a.bias ? load_some(a.bias + c, part) : vf{}, scale = a.scale ? load_some(a.scale + c, part) : vf{};
+                const vf bias = a.bias ? load_some(a.bias + c, part) : vf{},
+                         scale = a.scale ? load_some(a.scale + c, part) : vf{};
                 for (int64_t m = 0; m < count; ++m) {
                     vf value = to_floats(sums[m][v]);
                     value = a.scale ? fma(value, scale, bias) : value + bias;
@@ -207,7 +220,8 @@ int convolution_typed(const cf_convolution_args& a, int64_t threads) {
         const int64_t chunk = X_IN_CACHE * tiles / x_bytes + 1;
         parallel_for(tiles, threads, [&](int64_t begin, int64_t end) {
             for (int64_t tile = begin; tile < end; tile += chunk)
-                for (int64_t block = 0; block < blocks.count; ++block) run_block(block, tile, tile + chunk < end ? tile + chunk : end);
+                for (int64_t block = 0; block < blocks.count; ++block)
+                    run_block(block, tile, tile + chunk < end ? tile + chunk : end);
         });
     } else {
         // Threads share the weights, blocks times tiles, a block counting for its vectors.
@@ -233,8 +247,10 @@ inline int convolution(const cf_convolution_args& a, int64_t threads) {
     if (a.x.dtype == CF_FLOAT32) return convolution_typed<float, float>(a, threads);
 #if defined(__AVX512BF16__)
     const bool wide = a.y.dtype == CF_FLOAT32;
-    if (a.x.dtype == CF_BFLOAT16) return wide ? convolution_typed<bfloat, float>(a, threads) : convolution_typed<bfloat, bfloat>(a, threads);
-    if (a.x.dtype == CF_UINT8) return wide ? convolution_typed<uint8_t, float>(a, threads) : convolution_typed<uint8_t, bfloat>(a, threads);
+    if (a.x.dtype == CF_BFLOAT16)
+        return wide ? convolution_typed<bfloat, float>(a, threads) : convolution_typed<bfloat, bfloat>(a, threads);
+    if (a.x.dtype == CF_UINT8)
+        return wide ? convolution_typed<uint8_t, float>(a, threads) : convolution_typed<uint8_t, bfloat>(a, threads);
 #endif
     return CF_INVALID_ARGUMENT;
 }
@@ -264,8 +280,10 @@ struct ImageRow<uint8_t> {
 #if CF_WIDTH == 16
         // what is large stays so as an integer; NaN, as the second of the two, becomes the least one, and then 0
         const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(value * load(inverse + c))));
-        const __m512i shifted = _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c), _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
+        const __m512i shifted =
+            _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c),
+                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
 #else
         part(c, value, W);
 #endif
@@ -279,12 +297,15 @@ struct ImageTarget {
     cf_quantisation quantisation;
 
     ImageRow<T> row(int64_t n, int64_t r) const {
-        const int64_t y = r / width, x = r - y * width, b = image.border, pixel = channels * static_cast<int64_t>(sizeof(T));
+        const int64_t y = r / width, x = r - y * width, b = image.border,
+                      pixel = channels * static_cast<int64_t>(sizeof(T));
         char* at = static_cast<char*>(image.data) + n * image.sample + (y + b) * image.row + (x + b) * pixel;
         return {reinterpret_cast<T*>(at), quantisation.inverse, quantisation.zero};
     }
     void finish(int64_t n, int64_t begin, int64_t) const {
-        if (begin == 0) write_border(image, n, spatial / width, width, channels * static_cast<int64_t>(sizeof(T)), quantisation.zero);
+        if (begin == 0)
+            write_border(image, n, spatial / width, width, channels * static_cast<int64_t>(sizeof(T)),
+                         quantisation.zero);
     }
 };
 
@@ -321,19 +342,20 @@ int gather_typed(const cf_gather_args& a, int64_t threads) {
                         int64_t c = 0;
                         if (t.strides[1] == 1)
                             for (; c + W <= a.channels[i]; c += W) store(y_at + c, load(position + c));
-                        for (; c < a.channels[i]; ++c) store_part(y_at + c, broadcast(to_float(position[c * t.strides[1]])), 1);
+                        for (; c < a.channels[i]; ++c)
+                            store_part(y_at + c, broadcast(to_float(position[c * t.strides[1]])), 1);
                     }
                     return 0;
                 });
             }
             const int64_t used = offset * static_cast<int64_t>(sizeof(T));
-            for (int64_t x = 0; x < a.width && used < pixel; ++x) memset(to + x * pixel + used, 0, static_cast<size_t>(pixel - used));
+            for (int64_t x = 0; x < a.width && used < pixel; ++x)
+                memset(to + x * pixel + used, 0, static_cast<size_t>(pixel - used));
             if (y == 0) write_border(a.y, n, a.height, a.width, pixel, nullptr);
         }
     });
     return CF_OK;
 }
-
 
 // e^x for x <= 0, to two ulps, and 0 below e^-87; NaN stays NaN.
 inline vf exponential(vf x) {
@@ -390,7 +412,8 @@ template <class T>
 int gate_typed(const cf_gate_args& a, int64_t threads) {
     parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
-            const T *value = static_cast<const T*>(a.value) + r * a.stride, *gate = static_cast<const T*>(a.gate) + r * a.stride;
+            const T *value = static_cast<const T*>(a.value) + r * a.stride,
+                    *gate = static_cast<const T*>(a.gate) + r * a.stride;
             T* y = static_cast<T*>(a.y) + r * a.channels;
             each_vector(gate, a.channels, [&](int64_t c, vf g, int64_t count) {
                 store_some(y + c, load_some(value + c, count) * gelu(g), count);
@@ -418,7 +441,8 @@ int pointwise_typed(const cf_pointwise_args& a, int64_t threads) {
     const vf y_scale = broadcast(static_cast<float>(a.y_scale)), y_shift = broadcast(static_cast<float>(a.y_shift));
     parallel_for((a.count + W - 1) / W, threads, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * W, stop = end * W < a.count ? end * W : a.count;
-        const T *x = static_cast<const T*>(a.x) + first, *residual = a.residual ? static_cast<const T*>(a.residual) + first : nullptr;
+        const T *x = static_cast<const T*>(a.x) + first,
+                *residual = a.residual ? static_cast<const T*>(a.residual) + first : nullptr;
         T* y = static_cast<T*>(a.y) + first;
         each_vector(x, stop - first, [&](int64_t c, vf value, int64_t count) {
             value = fma(value, x_scale, x_shift);
@@ -447,7 +471,8 @@ inline int replace_zero_rows(const cf_replace_zero_rows_args& a, int64_t threads
 // f with a float or bfloat of the dtype.
 template <class F>
 inline int with_activation(int64_t dtype, const F& f) {
-    return dtype == CF_FLOAT32 ? f(float{}) : (dtype == CF_BFLOAT16 ? f(bfloat{}) : static_cast<int>(CF_INVALID_ARGUMENT));
+    return dtype == CF_FLOAT32 ? f(float{})
+                               : (dtype == CF_BFLOAT16 ? f(bfloat{}) : static_cast<int>(CF_INVALID_ARGUMENT));
 }
 
 inline int gather(const cf_gather_args& a, int64_t threads) {
@@ -485,7 +510,8 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
     if (!memory) return CF_OUT_OF_MEMORY;
     parallel_for(heads * (k_blocks.count + v_blocks.count), threads, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t head = item / (k_blocks.count + v_blocks.count), part = item % (k_blocks.count + v_blocks.count);
+            const int64_t head = item / (k_blocks.count + v_blocks.count),
+                          part = item % (k_blocks.count + v_blocks.count);
             const bool is_key = part < k_blocks.count;
             const int64_t block = is_key ? part : part - k_blocks.count, n = head / a.heads, h = head % a.heads;
             const Blocks& blocks = is_key ? k_blocks : v_blocks;
@@ -493,13 +519,15 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
             const cf_heads& source = is_key ? a.k : a.v;
             const T* from = static_cast<const T*>(source.data) + n * source.sample + h * source.head_stride;
             const int64_t row = source.row;
-            T* to = reinterpret_cast<T*>(memory + head * (k_bytes + v_bytes) + (is_key ? 0 : k_bytes) + first * quads * 4 * W);
+            T* to = reinterpret_cast<T*>(memory + head * (k_bytes + v_bytes) + (is_key ? 0 : k_bytes) +
+                                         first * quads * 4 * W);
             const int64_t columns = is_key ? a.k_length : a.width;
             for (int64_t q = 0; q < quads; ++q)
                 for (int64_t v = 0; v < V; ++v, to += W * LANES) {
                     const int64_t column = (first + v) * W, count = columns - column < W ? columns - column : W;
                     if (is_key) {  // four bytes of each of so many keys
-                        for (int64_t i = 0; i < count; ++i) memcpy(to + i * LANES, from + (column + i) * row + q * LANES, 4);
+                        for (int64_t i = 0; i < count; ++i)
+                            memcpy(to + i * LANES, from + (column + i) * row + q * LANES, 4);
                     } else {  // as many columns of LANES values, interleaved
                         for (int64_t lane = 0; lane < LANES; ++lane) {
                             const T* value = from + (q * LANES + lane) * row + column;
@@ -525,7 +553,8 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
         T* weights = reinterpret_cast<T*>(scores + MOST_POSITIONS * keys);  // rows of weights_row
         const int64_t none[1] = {0};
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t head = item / tiles, n = head / a.heads, h = head % a.heads, i = item % tiles * MOST_POSITIONS;
+            const int64_t head = item / tiles, n = head / a.heads, h = head % a.heads,
+                          i = item % tiles * MOST_POSITIONS;
             const int64_t count = a.length - i < MOST_POSITIONS ? a.length - i : MOST_POSITIONS;
             const char *packed_k = memory + head * (k_bytes + v_bytes), *packed_v = packed_k + k_bytes;
             typename P::Sum sums[MOST_POSITIONS][MOST_VECTORS];
@@ -536,7 +565,8 @@ int attention_typed(const cf_attention_args& a, int64_t threads) {
                 const int64_t V = k_blocks.size(block), first = k_blocks.first(block);
                 multiply_any<T>(V, count, x, none, 1, k_quads, packed_k + first * k_quads * 4 * W, sums);
                 for (int64_t m = 0; m < count; ++m)
-                    for (int64_t v = 0; v < V; ++v) store(scores + m * keys + (first + v) * W, sums[m][v] * static_cast<float>(a.scale));
+                    for (int64_t v = 0; v < V; ++v)
+                        store(scores + m * keys + (first + v) * W, sums[m][v] * static_cast<float>(a.scale));
             }
             float inverse[MOST_POSITIONS];
             for (int64_t m = 0; m < count; ++m) {
@@ -585,16 +615,26 @@ inline int attention(const cf_attention_args& a, int64_t threads) {
 
 inline int run_step(const cf_step& step, int64_t threads) {
     switch (step.kind) {
-        case CF_CONVOLUTION: return convolution(*static_cast<const cf_convolution_args*>(step.args), threads);
-        case CF_GROUP_NORM_SILU: return group_norm_image(*static_cast<const cf_group_norm_image_args*>(step.args), threads);
-        case CF_GATHER: return gather(*static_cast<const cf_gather_args*>(step.args), threads);
-        case CF_ATTENTION: return attention(*static_cast<const cf_attention_args*>(step.args), threads);
-        case CF_LAYER_NORM: return layer_norm(*static_cast<const cf_layer_norm_args*>(step.args), threads);
-        case CF_GATE: return gate(*static_cast<const cf_gate_args*>(step.args), threads);
-        case CF_DUAL_HEAD: return dual_head(*static_cast<const cf_dual_head_args*>(step.args));
-        case CF_POINTWISE: return pointwise(*static_cast<const cf_pointwise_args*>(step.args), threads);
-        case CF_REPLACE_ZERO_ROWS: return replace_zero_rows(*static_cast<const cf_replace_zero_rows_args*>(step.args), threads);
-        default: return CF_INVALID_ARGUMENT;
+        case CF_CONVOLUTION:
+            return convolution(*static_cast<const cf_convolution_args*>(step.args), threads);
+        case CF_GROUP_NORM_SILU:
+            return group_norm_image(*static_cast<const cf_group_norm_image_args*>(step.args), threads);
+        case CF_GATHER:
+            return gather(*static_cast<const cf_gather_args*>(step.args), threads);
+        case CF_ATTENTION:
+            return attention(*static_cast<const cf_attention_args*>(step.args), threads);
+        case CF_LAYER_NORM:
+            return layer_norm(*static_cast<const cf_layer_norm_args*>(step.args), threads);
+        case CF_GATE:
+            return gate(*static_cast<const cf_gate_args*>(step.args), threads);
+        case CF_DUAL_HEAD:
+            return dual_head(*static_cast<const cf_dual_head_args*>(step.args));
+        case CF_POINTWISE:
+            return pointwise(*static_cast<const cf_pointwise_args*>(step.args), threads);
+        case CF_REPLACE_ZERO_ROWS:
+            return replace_zero_rows(*static_cast<const cf_replace_zero_rows_args*>(step.args), threads);
+        default:
+            return CF_INVALID_ARGUMENT;
     }
 }
 

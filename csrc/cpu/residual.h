@@ -28,11 +28,12 @@ int bias_residual_typed(const cf_bias_residual_args& a) {
     T* y = static_cast<T*>(a.y);
     const int64_t size = a.n * a.c * a.spatial;
     const int64_t threads = size < 64 << 10 ? 1 : a.threads;  // a second one costs as much
-    if (!a.bias.data) {  // a row of any length will do
+    if (!a.bias.data) {                                       // a row of any length will do
         const int64_t width = 4096, rows = (size + width - 1) / width;
         parallel_for(rows, threads, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * width, count = (end * width < size ? end * width : size) - first;
-            add_row<T, RESIDUAL, STREAM>(x + first, RESIDUAL ? residual + first : nullptr, nullptr, vf{}, y + first, count);
+            add_row<T, RESIDUAL, STREAM>(x + first, RESIDUAL ? residual + first : nullptr, nullptr, vf{}, y + first,
+                                         count);
             if (STREAM) end_streaming();
         });
         return CF_OK;

@@ -91,8 +91,8 @@ void run_range(void* pointer) { run_share(*static_cast<const Ranges*>(pointer), 
 const Kernels* find(const char* isa) {
 #if defined(__x86_64__) && !defined(CF_PORTABLE_ONLY)
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (!strcmp(isa, "avx512_bf16") && avx512 && products) return &avx512_bf16_kernels;
     if (!strcmp(isa, "avx512") && avx512) return &avx512_kernels;
@@ -116,36 +116,42 @@ bool valid(const cf_vector& v) { return valid(v.dtype) || !v.data; }
 bool valid(const cf_tensor4& t) { return valid(t.dtype) || !t.data; }
 
 bool valid(const cf_group_norm_silu_args& a) {
-    return valid(a.dtype) && valid(a.weight) && valid(a.bias) && valid(a.pre_bias) && valid(a.scale) && valid(a.shift) && a.n >= 0 &&
-           a.c1 >= 1 && a.c2 >= 0 && a.spatial >= 0 && a.groups >= 1 && (a.c1 + a.c2) % a.groups == 0 && a.eps >= 0 &&
-           (a.c2 == 0 || a.skip || a.n * a.spatial == 0);
+    return valid(a.dtype) && valid(a.weight) && valid(a.bias) && valid(a.pre_bias) && valid(a.scale) &&
+           valid(a.shift) && a.n >= 0 && a.c1 >= 1 && a.c2 >= 0 && a.spatial >= 0 && a.groups >= 1 &&
+           (a.c1 + a.c2) % a.groups == 0 && a.eps >= 0 && (a.c2 == 0 || a.skip || a.n * a.spatial == 0);
 }
 
 bool valid(const cf_dual_head_args& a) {
-    return valid(a.dtype) && valid(a.direction_weight) && valid(a.direction_bias) && valid(a.distance_weight) && valid(a.distance_bias) &&
-           valid(a.sample) && valid(a.anchor) && valid(a.direction) && a.n >= 0 && a.c >= 1 && a.cz >= 1 && a.height >= 1 && a.width >= 1 &&
+    return valid(a.dtype) && valid(a.direction_weight) && valid(a.direction_bias) && valid(a.distance_weight) &&
+           valid(a.distance_bias) && valid(a.sample) && valid(a.anchor) && valid(a.direction) && a.n >= 0 && a.c >= 1 &&
+           a.cz >= 1 && a.height >= 1 && a.width >= 1 &&
            (a.n == 0 || !a.sample.data == !a.anchor.data);  // an empty tensor has any address
 }
 
 // The rest are steps alone, and of no samples, which have any address, only if they have other arguments that are valid.
 
 bool valid_activation(int64_t dtype) { return dtype == CF_FLOAT32 || dtype == CF_BFLOAT16; }
-bool valid_image(const cf_image& image, int64_t n) { return (image.data || n == 0) && (image.border == 0 || image.border == 1); }
+bool valid_image(const cf_image& image, int64_t n) {
+    return (image.data || n == 0) && (image.border == 0 || image.border == 1);
+}
 
 bool valid(const cf_group_norm_image_args& a) {
     const bool quantised = a.y.dtype == CF_UINT8;
-    return valid(a.norm) && valid_activation(a.norm.dtype) && valid_image(a.y, a.norm.n) && (quantised || a.y.dtype == a.norm.dtype) &&
-           quantised == !!a.quantisation.inverse && quantised == !!a.quantisation.zero && (a.norm.x || a.norm.n == 0) &&
-           a.norm.spatial >= 1 && a.width >= 1 && a.norm.spatial % a.width == 0;
+    return valid(a.norm) && valid_activation(a.norm.dtype) && valid_image(a.y, a.norm.n) &&
+           (quantised || a.y.dtype == a.norm.dtype) && quantised == !!a.quantisation.inverse &&
+           quantised == !!a.quantisation.zero && (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 &&
+           a.norm.spatial % a.width == 0;
 }
 
 bool valid(const cf_convolution_args& a) {
     const bool integers = a.x.dtype == CF_UINT8;
     const int64_t size = integers ? 1 : (a.x.dtype == CF_BFLOAT16 ? 2 : 4);
-    return (integers || valid_activation(a.x.dtype)) && (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) &&
-           valid_image(a.x, a.n) && valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
-           a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) && a.stride >= 1 && a.weight &&
-           integers == !!a.scale && (!a.residual.data || (valid_image(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
+    return (integers || valid_activation(a.x.dtype)) &&
+           (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) && valid_image(a.x, a.n) &&
+           valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
+           a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
+           a.stride >= 1 && a.weight && integers == !!a.scale &&
+           (!a.residual.data || (valid_image(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
 }
 
@@ -153,8 +159,9 @@ bool valid(const cf_gather_args& a) {
     bool parts = true;
     for (int i = 0; i < 2; ++i)
         parts = parts && valid(a.parts[i]) && a.channels[i] >= 0 && (a.channels[i] == 0 || a.parts[i].data || a.n == 0);
-    return parts && valid_activation(a.y.dtype) && valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.factor >= 1 &&
-           a.height % a.factor == 0 && a.width % a.factor == 0 && a.y_channels >= 1 && a.channels[0] + a.channels[1] <= a.y_channels;
+    return parts && valid_activation(a.y.dtype) && valid_image(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 &&
+           a.factor >= 1 && a.height % a.factor == 0 && a.width % a.factor == 0 && a.y_channels >= 1 &&
+           a.channels[0] + a.channels[1] <= a.y_channels;
 }
 
 bool valid(const cf_attention_args& a) {
@@ -163,7 +170,8 @@ bool valid(const cf_attention_args& a) {
 }
 
 bool valid(const cf_layer_norm_args& a) {
-    return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && a.weight && a.bias && a.eps >= 0 && ((a.x && a.y) || a.rows == 0);
+    return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && a.weight && a.bias && a.eps >= 0 &&
+           ((a.x && a.y) || a.rows == 0);
 }
 
 bool valid(const cf_gate_args& a) {
@@ -171,7 +179,8 @@ bool valid(const cf_gate_args& a) {
 }
 
 bool valid(const cf_pointwise_args& a) {
-    return valid_activation(a.dtype) && a.count >= 0 && a.function >= CF_IDENTITY && a.function <= CF_TANH && ((a.x && a.y) || a.count == 0);
+    return valid_activation(a.dtype) && a.count >= 0 && a.function >= CF_IDENTITY && a.function <= CF_TANH &&
+           ((a.x && a.y) || a.count == 0);
 }
 
 bool valid(const cf_replace_zero_rows_args& a) {
@@ -186,16 +195,26 @@ bool valid_args(const cf_step& step) {
 bool valid(const cf_step& step) {
     if (!step.args) return false;
     switch (step.kind) {
-        case CF_CONVOLUTION: return valid_args<cf_convolution_args>(step);
-        case CF_GROUP_NORM_SILU: return valid_args<cf_group_norm_image_args>(step);
-        case CF_GATHER: return valid_args<cf_gather_args>(step);
-        case CF_ATTENTION: return valid_args<cf_attention_args>(step);
-        case CF_DUAL_HEAD: return valid_args<cf_dual_head_args>(step);
-        case CF_LAYER_NORM: return valid_args<cf_layer_norm_args>(step);
-        case CF_GATE: return valid_args<cf_gate_args>(step);
-        case CF_POINTWISE: return valid_args<cf_pointwise_args>(step);
-        case CF_REPLACE_ZERO_ROWS: return valid_args<cf_replace_zero_rows_args>(step);
-        default: return false;
+        case CF_CONVOLUTION:
+            return valid_args<cf_convolution_args>(step);
+        case CF_GROUP_NORM_SILU:
+            return valid_args<cf_group_norm_image_args>(step);
+        case CF_GATHER:
+            return valid_args<cf_gather_args>(step);
+        case CF_ATTENTION:
+            return valid_args<cf_attention_args>(step);
+        case CF_DUAL_HEAD:
+            return valid_args<cf_dual_head_args>(step);
+        case CF_LAYER_NORM:
+            return valid_args<cf_layer_norm_args>(step);
+        case CF_GATE:
+            return valid_args<cf_gate_args>(step);
+        case CF_POINTWISE:
+            return valid_args<cf_pointwise_args>(step);
+        case CF_REPLACE_ZERO_ROWS:
+            return valid_args<cf_replace_zero_rows_args>(step);
+        default:
+            return false;
     }
 }
 
@@ -287,7 +306,8 @@ using namespace cf;
 
 int cf_abi_version(void) { return CF_ABI_VERSION; }
 
-void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void), int (*num_threads)(void)) {
+void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void),
+                       int (*num_threads)(void)) {
     const bool complete = parallel && thread_num && num_threads;
     omp_thread_num = thread_num;
     omp_num_threads = num_threads;
@@ -318,7 +338,8 @@ int cf_cpu_dual_head(const cf_dual_head_args* a) {
 }
 
 int cf_cpu_coalesce_step(const cf_coalesce_step_args* a) {
-    if (!valid(a->dtype) || !valid(a->direction_dtype) || !valid(a->distance) || a->n < 0 || a->size < 0 || !(a->eps > 0))
+    if (!valid(a->dtype) || !valid(a->direction_dtype) || !valid(a->distance) || a->n < 0 || a->size < 0 ||
+        !(a->eps > 0))
         return CF_INVALID_ARGUMENT;
     return a->n * a->size > 0 ? current->coalesce_step(*a) : CF_OK;
 }
@@ -333,7 +354,8 @@ int cf_cpu_run(const cf_program_args* a) {
         const cf_program_args& program = *static_cast<const cf_program_args*>(context);
         int status = CF_OK;
         for (int64_t i = 0; i < program.count && status == CF_OK; ++i)
-            status = valid(program.steps[i]) ? current->run_step(program.steps[i], program.threads) : static_cast<int>(CF_INVALID_ARGUMENT);
+            status = valid(program.steps[i]) ? current->run_step(program.steps[i], program.threads)
+                                             : static_cast<int>(CF_INVALID_ARGUMENT);
         return status;
     };
     return with_team(a->threads, body, const_cast<cf_program_args*>(a));
@@ -341,7 +363,8 @@ int cf_cpu_run(const cf_program_args* a) {
 
 int cf_cpu_fingerprint(const cf_fingerprint_args* a) {
     constexpr int64_t WORD = sizeof(uint64_t);
-    if (a->count < 0 || a->whole < 0 || a->samples < 2 || !a->hash || (a->count > 0 && !a->spans)) return CF_INVALID_ARGUMENT;
+    if (a->count < 0 || a->whole < 0 || a->samples < 2 || !a->hash || (a->count > 0 && !a->spans))
+        return CF_INVALID_ARGUMENT;
     Hash hash;
     for (int64_t i = 0; i < a->count; ++i) {
         const cf_span& span = a->spans[i];

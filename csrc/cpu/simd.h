@@ -135,7 +135,8 @@ inline float to_float(bfloat b) {
 #if CF_WIDTH == 16
 inline vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store(half* p, vf v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif CF_WIDTH == 8
 inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -184,7 +185,8 @@ inline void store_streaming(bfloat* p, vf v) {
 }
 template <>
 inline void store_streaming(half* p, vf v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif CF_WIDTH == 8
 template <>
@@ -229,10 +231,13 @@ inline vf power_of_two(vf t) {
 inline vf silu(vf x) {
 #if CF_WIDTH == 16
     // 2^t = 2^floor(n) 2^(n - floor(n)) 2^r with n a multiple of 1/16: a shift of the exponent, a table, and a polynomial in |r| <= 1/32
-    static const float table[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-                                    1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-    const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100), 2);  // the smaller in size, with x's sign: 2^t is 0 or inf beyond
-    const vf scale = broadcast(-1.44269504f), shifted = fma(near, scale, 786432.0f);  // 1.5 * 2^19: the last bit is worth 1/16
+    static const float table[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                    1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                    1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+    const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100),
+                                        2);  // the smaller in size, with x's sign: 2^t is 0 or inf beyond
+    const vf scale = broadcast(-1.44269504f),
+             shifted = fma(near, scale, 786432.0f);  // 1.5 * 2^19: the last bit is worth 1/16
     const vf n = shifted - 786432.0f, r = fma(near, scale, -n);
     const vf step = (vf)_mm512_permutexvar_ps((__m512i)shifted, _mm512_loadu_ps(table));
     const vf p = fma(fma(broadcast(5.5504109e-2f), r, 2.4022651e-1f), r, 6.9314718e-1f) * r;
@@ -292,7 +297,8 @@ inline int with_type(int64_t dtype, const F& f) {
 template <class F>
 inline void parallel_for(int64_t items, int64_t threads, const F& body) {
     parallel_ranges(
-        items, threads, [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+        items, threads,
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
         const_cast<F*>(&body));
 }
 

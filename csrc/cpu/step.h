@@ -57,7 +57,8 @@ int coalesce_step_typed(const cf_coalesce_step_args& a) {
 
 inline int coalesce_step(const cf_coalesce_step_args& a) {
     return with_type(a.dtype, [&](auto sample) {
-        return with_type(a.direction_dtype, [&](auto direction) { return coalesce_step_typed<decltype(sample), decltype(direction)>(a); });
+        return with_type(a.direction_dtype,
+                         [&](auto direction) { return coalesce_step_typed<decltype(sample), decltype(direction)>(a); });
     });
 }
 

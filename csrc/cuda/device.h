@@ -34,11 +34,17 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
 
 // V elements as they lie in memory: 16 or 8 bytes, or a single element.
 template <typename T, int V>
@@ -107,7 +113,8 @@ __device__ __forceinline__ void store(T* p, const float (&in)[V]) {
     } else {
         static_assert(V * sizeof(T) == 16, "a vector has 16 bytes");
         constexpr int N = V / 4;
-        const uint4 words = make_uint4(pack_word<T>(in), pack_word<T>(in + N), pack_word<T>(in + 2 * N), pack_word<T>(in + 3 * N));
+        const uint4 words =
+            make_uint4(pack_word<T>(in), pack_word<T>(in + N), pack_word<T>(in + 2 * N), pack_word<T>(in + 3 * N));
         __stcg(reinterpret_cast<uint4*>(p), words);
     }
 }
@@ -173,8 +180,10 @@ int enqueue(const cf_cuda_device& device, void* stream, const Launch& launch, Ar
     if (elsewhere) error = cudaSetDevice(static_cast<int>(device.ordinal));
     constexpr int64_t FREE = 48 << 10;  // more has to be asked for, once on every device
     static std::atomic<int64_t> granted[64];
-    if (!error && launch.shared_memory > FREE && launch.shared_memory > granted[device.ordinal & 63].load(std::memory_order_relaxed)) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_memory));
+    if (!error && launch.shared_memory > FREE &&
+        launch.shared_memory > granted[device.ordinal & 63].load(std::memory_order_relaxed)) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(device.shared_memory));
         if (!error) granted[device.ordinal & 63].store(device.shared_memory, std::memory_order_relaxed);
     }
     if (!error) {

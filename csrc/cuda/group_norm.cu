@@ -29,7 +29,6 @@ struct Call {
     int silu;
 };
 
-
 // The slab of a block and the place of a thread in it.
 template <typename T, int V, bool CL>
 struct Slab {
@@ -46,12 +45,12 @@ struct Slab {
     const T* source;
     T* target;
     unsigned source_stride, target_stride;  // of a row, in vectors
-    float2* moments;  // [entry, thread]
-    float* k;         // [channel]: what is taken off
-    float* a;         // [channel]
-    float* b;         // [channel]
-    float2* statistics;  // [group]: mean and 1 / standard deviation
-    float2* own;         // [group]: the block's moments
+    float2* moments;                        // [entry, thread]
+    float* k;                               // [channel]: what is taken off
+    float* a;                               // [channel]
+    float* b;                               // [channel]
+    float2* statistics;                     // [group]: mean and 1 / standard deviation
+    float2* own;                            // [group]: the block's moments
 
     __device__ explicit Slab(const Call& call) : call(call), p(call.plan) {
         const int block = static_cast<int>(blockIdx.x), rest = block / p.splits, tile = rest % p.tiles;
@@ -73,7 +72,8 @@ struct Slab {
         if constexpr (CL) {
             const int c = base + column, channels = c < p.c1 ? p.c1 : p.c2;
             const int64_t position = n * p.spatial + begin;
-            source = (c < p.c1 ? static_cast<const T*>(call.x) + c : static_cast<const T*>(call.skip) + (c - p.c1)) + position * channels;
+            source = (c < p.c1 ? static_cast<const T*>(call.x) + c : static_cast<const T*>(call.skip) + (c - p.c1)) +
+                     position * channels;
             target = static_cast<T*>(call.y) + position * p.channels + c;
             source_stride = static_cast<unsigned>(channels / V);
             target_stride = static_cast<unsigned>(p.channels / V);
@@ -95,7 +95,8 @@ struct Slab {
 
     __device__ const T* channel(int c) const {  // contiguous: its first element
         const bool first = c < p.c1;
-        return static_cast<const T*>(first ? call.x : call.skip) + (n * (first ? p.c1 : p.c2) + (first ? c : c - p.c1)) * p.spatial;
+        return static_cast<const T*>(first ? call.x : call.skip) +
+               (n * (first ? p.c1 : p.c2) + (first ? c : c - p.c1)) * p.spatial;
     }
 
     __device__ const T* at(int row) const {
@@ -115,7 +116,8 @@ struct Slab {
         for (int i = 0; i < 3; ++i) {
             if constexpr (CL) {
                 z[i] = c < p.c1 ? to_float(static_cast<const T*>(call.x)[(n * p.spatial + positions[i]) * p.c1 + c])
-                                : to_float(static_cast<const T*>(call.skip)[(n * p.spatial + positions[i]) * p.c2 + (c - p.c1)]);
+                                : to_float(static_cast<const T*>(
+                                      call.skip)[(n * p.spatial + positions[i]) * p.c2 + (c - p.c1)]);
             } else {
                 z[i] = to_float(channel(c)[positions[i]]);
             }
@@ -270,7 +272,8 @@ struct Slab {
 };
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_statistics(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1)
+    group_norm_statistics(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
     slab.centres();
@@ -288,7 +291,7 @@ __global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_stati
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_apply(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_apply(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
     slab.centres();
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_apply
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_fused(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
     T* kept = reinterpret_cast<T*>(cf_shared) + slab.column;  // a thread reads back what it has put there itself
@@ -350,7 +353,8 @@ __global__ void __launch_bounds__(THREADS, CL && V > 1 ? 2 : 1) group_norm_fused
         for (int i = warp; i < slab.groups; i += warps) {
             const float2 moments = slab.merge(p.splits, slab.elements(), [&](int rank) {
                 const float2 part = *cluster.map_shared_rank(slab.own + i, rank);
-                return make_float3(static_cast<float>(min(p.rows_per_split, p.rows - rank * p.rows_per_split)) * width, part.x, part.y);
+                return make_float3(static_cast<float>(min(p.rows_per_split, p.rows - rank * p.rows_per_split)) * width,
+                                   part.x, part.y);
             });
             if (threadIdx.x % WARP == 0) slab.statistics[i] = slab.finished(moments);
         }
@@ -379,14 +383,17 @@ int run(const Call& call, const cf_cuda_device& device, void* stream) {
 
 extern "C" {
 
-int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_cuda_device* device, cf_cuda_plan* plan) {
+int cf_cuda_group_norm_silu_plan(const cf_group_norm_silu_args* args, const cf_cuda_device* device,
+                                 cf_cuda_plan* plan) {
     cf::group_norm::Plan p;
     if (const int status = cf::group_norm::make_plan(*args, *device, p)) return status;
-    *plan = {p.blocks ? (p.fused ? 1 : 2) : 0, p.blocks, p.threads, p.shared_memory, p.fused ? p.splits : 1, p.vector, p.workspace};
+    *plan = {p.blocks ? (p.fused ? 1 : 2) : 0, p.blocks, p.threads,  p.shared_memory,
+             p.fused ? p.splits : 1,           p.vector, p.workspace};
     return CF_OK;
 }
 
-int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace, void* stream) {
+int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_device* device, void* workspace,
+                            void* stream) {
     using namespace cf::group_norm;
     Call call = {};
     if (const int status = make_plan(*args, *device, call.plan)) return status;
@@ -411,5 +418,4 @@ int cf_cuda_group_norm_silu(const cf_group_norm_silu_args* args, const cf_cuda_d
         return wide ? run<T, WIDE, false>(call, *device, stream) : run<T, 1, false>(call, *device, stream);
     });
 }
-
 }

@@ -19,23 +19,23 @@
 namespace cf::group_norm {
 
 constexpr int THREADS = 512;
-constexpr int MOST_VECTORS = 256;       // of a row of a tile
-constexpr int MOST_SPLITS = 64;         // more would make the merge as long as the work
+constexpr int MOST_VECTORS = 256;            // of a row of a tile
+constexpr int MOST_SPLITS = 64;              // more would make the merge as long as the work
 constexpr int MOST_ROWS_OF_CHANNELS = 1024;  // contiguous: their coefficients lie in shared memory
-constexpr int64_t SMALL_SLAB = 16 << 10;  // bytes that are not worth another block
+constexpr int64_t SMALL_SLAB = 16 << 10;     // bytes that are not worth another block
 
 struct Plan {
-    bool fused;         // (b)
+    bool fused;          // (b)
     bool channels_last;  // a single position is both layouts at once, and this one serves better
-    int vector;         // elements
+    int vector;          // elements
     int64_t n;
     int c1, c2, channels, per_group, spatial;
-    int columns, vectors;  // of a full tile's row, in elements and in vectors
-    int tiles;             // of a sample
+    int columns, vectors;                  // of a full tile's row, in elements and in vectors
+    int tiles;                             // of a sample
     int groups_per_tile, tiles_per_group;  // one of them is 1
     int rows, splits, rows_per_split;      // splits: the cluster's size if fused
-    int lanes, threads;    // threads that share a column, and all
-    int entries;           // groups that a vector of columns can reach into
+    int lanes, threads;                    // threads that share a column, and all
+    int entries;                           // groups that a vector of columns can reach into
     int64_t blocks, shared_memory, workspace;
 };
 
@@ -106,7 +106,8 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         const bool cut = p.per_group > most ? p.per_group % wide == 0 : std::lcm<int64_t>(p.per_group, wide) <= most;
         if (a.c1 % wide == 0 && a.c2 % wide == 0 && cut) p.vector = static_cast<int>(wide);
         p.rows = p.spatial;
-        if (p.per_group % p.vector) p.entries = p.per_group > p.vector ? 2 : p.vector / p.per_group + (p.vector % p.per_group ? 2 : 0);
+        if (p.per_group % p.vector)
+            p.entries = p.per_group > p.vector ? 2 : p.vector / p.per_group + (p.vector % p.per_group ? 2 : 0);
     } else {
         if (a.spatial % wide == 0) p.vector = static_cast<int>(wide);
         p.rows = p.per_group;
@@ -118,7 +119,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         p.vectors = p.columns / p.vector;
     }
 
-    constexpr int64_t RUNS[] = {128, 64, 32, 16, 1};  // bytes of a tile's rows
+    constexpr int64_t RUNS[] = {128, 64, 32, 16, 1};                   // bytes of a tile's rows
     const int64_t* const runs_end = RUNS + (p.channels_last ? 5 : 1);  // contiguous, there is one tiling
 
     // (b): the longest rows and the smallest cluster that let two blocks share a multiprocessor and fill the device, or have little to do;
@@ -164,7 +165,8 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     }
     if (!best.blocks) return CF_INVALID_ARGUMENT;
     p = best;
-    if (int64_t{p.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * p.vector) return CF_INVALID_ARGUMENT;
+    if (int64_t{p.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * p.vector)
+        return CF_INVALID_ARGUMENT;
     p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
     return CF_OK;
 }

@@ -25,7 +25,6 @@ __device__ __forceinline__ float difference(const Call& call, int64_t n, int o, 
            element(call.sample.data, call.sample.dtype, offset(call.sample, n, o, y, x));
 }
 
-
 template <typename T, int V>
 __global__ void __launch_bounds__(THREADS, 2) dual_head_heads(const __grid_constant__ Call call) {
     const Plan& p = call.plan;
@@ -94,7 +93,8 @@ __global__ void __launch_bounds__(THREADS, 2) dual_head_heads(const __grid_const
             squares += d * d;
             call.unanchored[((n * p.height + y) * p.width + column) * p.cz + o] = value;
         } else {
-            put(const_cast<void*>(call.direction.data), call.direction.dtype, offset(call.direction, n, o, y, column), value);
+            put(const_cast<void*>(call.direction.data), call.direction.dtype, offset(call.direction, n, o, y, column),
+                value);
         }
     }
     float* scratch = reinterpret_cast<float*>(cf_shared);
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(THREADS) dual_head_finish(const __grid_constan
     const int64_t n = block / p.finishing;
     const float2* slots = call.slots + n * p.blocks_of_sample;
     float pooled = 0, squares = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < p.blocks_of_sample; i += THREADS) pooled += slots[i].x, squares += slots[i].y;
+    for (int i = static_cast<int>(threadIdx.x); i < p.blocks_of_sample; i += THREADS)
+        pooled += slots[i].x, squares += slots[i].y;
     float* scratch = reinterpret_cast<float*>(cf_shared);
     pooled = block_sum(pooled, scratch);
     squares = block_sum(squares, scratch + THREADS / WARP);
@@ -147,12 +148,15 @@ int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* devic
     Plan& p = call.plan;
     if (const int status = make_plan(*args, *device, p)) return status;
     if (!p.n) return CF_OK;
-    if (!args->h || !args->direction_weight.data || !args->direction_bias.data || !args->distance_weight.data) return CF_INVALID_ARGUMENT;
-    if (!args->distance_bias.data || !args->direction.data || !args->distance || (p.workspace && !workspace)) return CF_INVALID_ARGUMENT;
+    if (!args->h || !args->direction_weight.data || !args->direction_bias.data || !args->distance_weight.data)
+        return CF_INVALID_ARGUMENT;
+    if (!args->distance_bias.data || !args->direction.data || !args->distance || (p.workspace && !workspace))
+        return CF_INVALID_ARGUMENT;
     if (!cf::is_aligned(args->h) || !cf::is_aligned(args->direction_weight.data)) return CF_INVALID_ARGUMENT;
     call.h = args->h, call.weight = args->direction_weight.data, call.direction_bias = args->direction_bias;
     call.distance_weight = args->distance_weight, call.distance_bias = args->distance_bias;
-    call.sample = args->sample, call.anchor = args->anchor, call.direction = args->direction, call.distance = args->distance;
+    call.sample = args->sample, call.anchor = args->anchor, call.direction = args->direction,
+    call.distance = args->distance;
     call.slots = static_cast<float2*>(workspace);
     call.unanchored = reinterpret_cast<float*>(static_cast<char*>(workspace) + p.slots);
     cf::Launch launch = {p.blocks, THREADS, 1, THREADS / cf::WARP * 8};
@@ -164,5 +168,4 @@ int cf_cuda_dual_head(const cf_dual_head_args* args, const cf_cuda_device* devic
     launch.blocks = p.finish_blocks;
     return status ? status : cf::enqueue<dual_head_finish>(*device, stream, launch, call);
 }
-
 }

@@ -10,14 +10,16 @@ namespace cf::head {
 constexpr int THREADS = 256;
 constexpr int PIXELS = 4;
 constexpr int OUTPUTS = 4;
-constexpr int VECTOR = 4;  // channels; with eight, which are 16 bytes of half precision, the window has no room in the registers
-constexpr int FINISHED = 1024;  // elements of the direction to which a block of the second launch adds the anchor's part
+constexpr int VECTOR =
+    4;  // channels; with eight, which are 16 bytes of half precision, the window has no room in the registers
+constexpr int FINISHED =
+    1024;  // elements of the direction to which a block of the second launch adds the anchor's part
 
 struct Plan {
     int vector, lanes;
     int64_t n;
     int c, cz, height, width;
-    int runs, parts;  // of a row into PIXELS, of the channels into OUTPUTS
+    int runs, parts;                         // of a row into PIXELS, of the channels into OUTPUTS
     int items, blocks_of_sample, finishing;  // of a sample; finishing: blocks of the second launch
     int64_t blocks, finish_blocks;           // of all
     bool anchored;
@@ -27,8 +29,10 @@ struct Plan {
 
 inline int make_plan(const cf_dual_head_args& a, const cf_cuda_device& device, Plan& p) {
     constexpr int64_t LARGEST = 0x7fffffff;
-    if (!is_dtype(a.dtype) || a.direction_weight.dtype != a.dtype || !is_dtype(a.direction_bias.dtype)) return CF_INVALID_ARGUMENT;
-    if (!is_dtype(a.distance_weight.dtype) || !is_dtype(a.distance_bias.dtype) || !is_dtype(a.direction.dtype)) return CF_INVALID_ARGUMENT;
+    if (!is_dtype(a.dtype) || a.direction_weight.dtype != a.dtype || !is_dtype(a.direction_bias.dtype))
+        return CF_INVALID_ARGUMENT;
+    if (!is_dtype(a.distance_weight.dtype) || !is_dtype(a.distance_bias.dtype) || !is_dtype(a.direction.dtype))
+        return CF_INVALID_ARGUMENT;
     if (a.n < 0 || a.c < 1 || a.c > LARGEST / 9 || a.cz < 1 || a.cz > LARGEST) return CF_INVALID_ARGUMENT;
     if (a.height < 0 || a.width < 0 || a.height > LARGEST || a.width > LARGEST) return CF_INVALID_ARGUMENT;
     if (a.height * (a.width + PIXELS) > LARGEST / (a.cz + OUTPUTS)) return CF_INVALID_ARGUMENT;
@@ -44,7 +48,8 @@ inline int make_plan(const cf_dual_head_args& a, const cf_cuda_device& device, P
     p.items = p.height * p.runs * p.parts;
     // as few lanes as fill the device: the sum over them is work
     for (p.lanes = 4; p.lanes < WARP; p.lanes *= 2) {
-        if (a.n * p.items * p.lanes >= device.multiprocessors * 2 * THREADS || int64_t{p.lanes} * p.vector >= a.c) break;
+        if (a.n * p.items * p.lanes >= device.multiprocessors * 2 * THREADS || int64_t{p.lanes} * p.vector >= a.c)
+            break;
     }
     p.blocks_of_sample = static_cast<int>(cdiv(p.items, THREADS / p.lanes));
     p.blocks = p.n * p.blocks_of_sample;

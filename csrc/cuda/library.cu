@@ -25,5 +25,4 @@ int cf_cuda_describe(int64_t ordinal, cf_cuda_device* device) {
 }
 
 const char* cf_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - CF_CUDA_ERROR)); }
-
 }

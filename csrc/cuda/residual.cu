@@ -68,7 +68,8 @@ int cf_cuda_bias_residual(const cf_bias_residual_args* args, const cf_cuda_devic
     if (const int status = make_plan(*args, call.plan)) return status;
     if (!call.plan.blocks) return CF_OK;
     if (!args->x || !args->y) return CF_INVALID_ARGUMENT;
-    if (!cf::is_aligned(args->x) || !cf::is_aligned(args->residual) || !cf::is_aligned(args->y)) return CF_INVALID_ARGUMENT;
+    if (!cf::is_aligned(args->x) || !cf::is_aligned(args->residual) || !cf::is_aligned(args->y))
+        return CF_INVALID_ARGUMENT;
     call.x = args->x, call.residual = args->residual, call.y = args->y, call.bias = args->bias;
     const cf::Launch launch = {call.plan.blocks, THREADS, 1, 0};
     return cf::with_type(args->dtype, [&](auto zero) {
@@ -83,5 +84,4 @@ int cf_cuda_bias_residual(const cf_bias_residual_args* args, const cf_cuda_devic
                     : cf::enqueue<bias_residual<T, 1, false>>(*device, stream, launch, call);
     });
 }
-
 }

@@ -18,7 +18,6 @@ struct Call {
     int unit;
 };
 
-
 template <typename T, int V>
 __device__ __forceinline__ void load_floats(const T* p, float (&out)[V]) {
     if constexpr (V == 1) {
@@ -127,7 +126,8 @@ extern "C" {
 int cf_cuda_coalesce_step_plan(const cf_coalesce_step_args* args, const cf_cuda_device* device, cf_cuda_plan* plan) {
     cf::step::Plan p;
     if (const int status = cf::step::make_plan(*args, *device, p)) return status;
-    *plan = {p.blocks ? 1 : 0, p.blocks, p.threads, p.threads / cf::WARP * 4 + 4, p.blocks ? p.cluster : 1, p.vector, 0};
+    *plan = {p.blocks ? 1 : 0,         p.blocks, p.threads, p.threads / cf::WARP * 4 + 4,
+             p.blocks ? p.cluster : 1, p.vector, 0};
     return CF_OK;
 }
 
@@ -137,10 +137,12 @@ int cf_cuda_coalesce_step(const cf_coalesce_step_args* args, const cf_cuda_devic
     if (const int status = make_plan(*args, *device, call.plan)) return status;
     if (!call.plan.blocks) return CF_OK;
     if (!args->sample || !args->direction || !args->distance.data || !args->y) return CF_INVALID_ARGUMENT;
-    if (!cf::is_aligned(args->sample) || !cf::is_aligned(args->direction) || !cf::is_aligned(args->y)) return CF_INVALID_ARGUMENT;
+    if (!cf::is_aligned(args->sample) || !cf::is_aligned(args->direction) || !cf::is_aligned(args->y))
+        return CF_INVALID_ARGUMENT;
     call.sample = args->sample, call.direction = args->direction, call.y = args->y, call.distance = args->distance;
     call.eta = static_cast<float>(args->eta), call.eps = static_cast<float>(args->eps), call.unit = args->unit != 0;
-    const cf::Launch launch = {call.plan.blocks, call.plan.threads, call.plan.cluster, call.plan.threads / cf::WARP * 4 + 4};
+    const cf::Launch launch = {call.plan.blocks, call.plan.threads, call.plan.cluster,
+                               call.plan.threads / cf::WARP * 4 + 4};
     return cf::with_type(args->dtype, [&](auto zero) {
         return cf::with_type(args->direction_dtype, [&](auto other) {
             using S = decltype(zero);
@@ -150,5 +152,4 @@ int cf_cuda_coalesce_step(const cf_coalesce_step_args* args, const cf_cuda_devic
         });
     });
 }
-
 }

@@ -19,7 +19,8 @@ struct Plan {
 };
 
 inline int make_plan(const cf_coalesce_step_args& a, const cf_cuda_device& device, Plan& p) {
-    if (!is_dtype(a.dtype) || !is_dtype(a.direction_dtype) || !is_vector(a.distance) || a.n < 0 || a.size < 0) return CF_INVALID_ARGUMENT;
+    if (!is_dtype(a.dtype) || !is_dtype(a.direction_dtype) || !is_vector(a.distance) || a.n < 0 || a.size < 0)
+        return CF_INVALID_ARGUMENT;
     p = {};
     p.n = a.n, p.size = a.size;
     p.vector = a.size % VECTOR ? 1 : VECTOR;

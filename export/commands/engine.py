@@ -25,17 +25,29 @@ CAPABILITIES = (80, 86, 89, 120)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flavours = ", ".join(f"{name} ({title})" for name, title in TITLES.items())
     parser.add_argument("folder", type=Path, metavar="DIR", help="an artefact in ONNX, or a folder of several")
-    parser.add_argument("--flavour", choices=list(TITLES), default="tensorrt", help=f"{flavours} (default: %(default)s)")
-    parser.add_argument("-o", "--out", "--saveEngine", type=Path, required=True, metavar="DIR", help="folder of the plan")
-    parser.add_argument("--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster")
+    parser.add_argument(
+        "--flavour", choices=list(TITLES), default="tensorrt", help=f"{flavours} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o", "--out", "--saveEngine", type=Path, required=True, metavar="DIR", help="folder of the plan"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster"
+    )
     for word, which in (("min", "least"), ("opt", "best"), ("max", "largest")):
         text = f"{which} shapes, such as noise:1x16x8x8; an input that is left out has its exported one"
         parser.add_argument(f"--{word}Shapes", metavar="SHAPES", help=text)
-    parser.add_argument("--timingCacheFile", type=Path, metavar="FILE", help="timings of kernels, read if it is there, and written")
+    parser.add_argument(
+        "--timingCacheFile", type=Path, metavar="FILE", help="timings of kernels, read if it is there, and written"
+    )
     text = "GPUs that the plan runs on beside the one that it is built on (TensorRT; default: %(default)s)"
     parser.add_argument("--hardwareCompatibilityLevel", choices=engine.HARDWARE, default="none", help=text)
-    parser.add_argument("--versionCompatible", action="store_true", help="run with later versions of the same major version (TensorRT)")
-    parser.add_argument("--stripWeights", action="store_true", help="leave the weights out of the plan and keep the ONNX file beside it")
+    parser.add_argument(
+        "--versionCompatible", action="store_true", help="run with later versions of the same major version (TensorRT)"
+    )
+    parser.add_argument(
+        "--stripWeights", action="store_true", help="leave the weights out of the plan and keep the ONNX file beside it"
+    )
     text = "GPUs to build for (TensorRT-RTX; default: 80,86,89,120)"
     parser.add_argument("--computeCapabilities", type=capabilities, metavar="80,86", help=text)
 

@@ -70,22 +70,35 @@ def table(found: Artefact) -> str:
     rows = [
         (m.kind, f"{m.engine} for {m.target}, {m.precision}" + (f", opset {m.opset}" if m.opset else "")),
         ("of", f"{m.model}, " + ", ".join(f"{network} {digest[:12]}" for network, digest in m.weights.items())),
-        *[(f"{word} {port.name}", described(port)) for word, ports in (("input", m.inputs), ("output", m.outputs)) for port in ports],
+        *[
+            (f"{word} {port.name}", described(port))
+            for word, ports in (("input", m.inputs), ("output", m.outputs))
+            for port in ports
+        ],
         ("batch", f"{m.batch[0]} to {m.batch[2]}, best {m.batch[1]}"),
         ("schedule", str(m.schedule) if m.schedule else ""),
         ("recipe", m.recipe),
         ("calibration", m.calibration or ""),
-        *[(m.engine if key == "version" else key.replace("_", " "), plain(value)) for key, value in (m.tensorrt or {}).items()],
+        *[
+            (m.engine if key == "version" else key.replace("_", " "), plain(value))
+            for key, value in (m.tensorrt or {}).items()
+        ],
         ("flags", ", ".join(f"{k} {v}" for k, v in m.flags.items() if v)),
         *[(f"measured {k}", f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in flat(m.measured)],
         ("made by", ", ".join(f"{name} {number}" for name, number in m.packages.items())),
-        *[(f"file {name}", f"{each['bytes'] / 1e6:.2f} MB, SHA-256 {each['sha256'][:12]}") for name, each in m.files.items()],
+        *[
+            (f"file {name}", f"{each['bytes'] / 1e6:.2f} MB, SHA-256 {each['sha256'][:12]}")
+            for name, each in m.files.items()
+        ],
         ("operators", ", ".join(f"{op} {n}" for op, n in said.get("operators", {}).items())),
         *[
             (f"stored {dtype}", f"{each['tensors']} tensors, {each['bytes'] / 1e6:.2f} MB")
             for dtype, each in said.get("stored", {}).items()
         ],
-        *[(f"weights of {op}", ", ".join(f"{d} {n}" for d, n in each.items())) for op, each in said.get("layers", {}).items()],
+        *[
+            (f"weights of {op}", ", ".join(f"{d} {n}" for d, n in each.items()))
+            for op, each in said.get("layers", {}).items()
+        ],
         *[(f"layers {what}", text) for what, text in counts(said.get("fused", []))],
     ]
     width = max(len(name) for name, _ in rows)
@@ -107,4 +120,6 @@ def plain(value: Any) -> str:
 
 def flat(values: dict[str, Any]) -> list[tuple[str, Any]]:
     """What stands in nested dictionaries, by the innermost key."""
-    return [pair for key, value in values.items() for pair in (flat(value) if isinstance(value, dict) else [(key, value)])]
+    return [
+        pair for key, value in values.items() for pair in (flat(value) if isinstance(value, dict) else [(key, value)])
+    ]

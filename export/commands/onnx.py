@@ -17,17 +17,34 @@ STAGES = {"fp32": 5, "fp16": 6}  # of `export_onnx`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
+    )
     parser.add_argument("--what", choices=[*KINDS, "all"], default="all", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--target", choices=["cpu", "tensorrt"], default="cpu", help="what the file is written for (default: %(default)s)")
+    parser.add_argument(
+        "--target",
+        choices=["cpu", "tensorrt"],
+        default="cpu",
+        help="what the file is written for (default: %(default)s)",
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the artefact")
     parser.add_argument("--force", action="store_true", help="replace artefacts that are there")
-    parser.add_argument("--min-batch", type=positive, default=1, metavar="N", help="fewest pictures a run (default: %(default)s)")
-    parser.add_argument("--opt-batch", type=positive, metavar="N", help="pictures to be fastest for (default: 4, within the others)")
-    parser.add_argument("--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)")
-    parser.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)")
+    parser.add_argument(
+        "--min-batch", type=positive, default=1, metavar="N", help="fewest pictures a run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--opt-batch", type=positive, metavar="N", help="pictures to be fastest for (default: 4, within the others)"
+    )
+    parser.add_argument(
+        "--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

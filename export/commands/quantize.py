@@ -20,19 +20,40 @@ from . import stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="an artefact of coalescer-export onnx, or a folder of several")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="an artefact of coalescer-export onnx, or a folder of several"
+    )
     parser.add_argument("--model", help="the model that it was exported from (default: as its manifest says)")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the artefact")
-    parser.add_argument("--method", choices=METHODS, default="percentile", help="how ranges are cut (default: %(default)s)")
-    parser.add_argument("--percentile", type=float, default=PERCENTILE, metavar="P", help="of absolute values (default: %(default)s)")
-    parser.add_argument("--calibration-prompts", type=positive, default=PROMPTS, metavar="N", help="known names (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0, help="of the choice of names and the noise (default: %(default)s)")
-    parser.add_argument("--ranges", type=Path, metavar="FILE", help="use these, the ranges.json of an artefact, and do not calibrate")
     parser.add_argument(
-        *("--keep-fp16", "--keep-fp32"), dest="keep", nargs="+", default=[], metavar="LAYER", help="layers, or patterns, to leave in float"
+        "--method", choices=METHODS, default="percentile", help="how ranges are cut (default: %(default)s)"
     )
-    parser.add_argument("--sensitivity", type=Path, metavar="FILE.csv", help="write what each layer alone costs, and print it")
-    parser.add_argument("--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster")
+    parser.add_argument(
+        "--percentile", type=float, default=PERCENTILE, metavar="P", help="of absolute values (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration-prompts", type=positive, default=PROMPTS, metavar="N", help="known names (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="of the choice of names and the noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranges", type=Path, metavar="FILE", help="use these, the ranges.json of an artefact, and do not calibrate"
+    )
+    parser.add_argument(
+        *("--keep-fp16", "--keep-fp32"),
+        dest="keep",
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers, or patterns, to leave in float",
+    )
+    parser.add_argument(
+        "--sensitivity", type=Path, metavar="FILE.csv", help="write what each layer alone costs, and print it"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     several = not (args.source / artefact.MANIFEST).is_file()
     for option, given in (("--ranges", args.ranges), ("--sensitivity", args.sensitivity), ("--keep-fp16", args.keep)):
         if several and given:
-            raise ValueError(f"{option} is of one graph and {args.source} holds several: name one, {args.source / next(iter(sources))}")
+            raise ValueError(
+                f"{option} is of one graph and {args.source} holds several: name one, {args.source / next(iter(sources))}"
+            )
     if args.sensitivity is not None:
         check_writable(args.sensitivity)
     with creating(args.out, args.force) as folder:

@@ -14,8 +14,12 @@ from coalescer_fast.runtime import artefact
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="an artefact, or a folder of several")
     parser.add_argument("--model", help="the model that it was exported from (default: as its manifest says)")
-    parser.add_argument("--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0, help="of the choice of names and the noise (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=positive, default=16, metavar="N", help="pictures, of known names (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="of the choice of names and the noise (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -24,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from ..figures import compare, opened
     from ..ranges import prompts_for
 
-    runs = {kind: opened(found) for kind, found in artefacts.items()}  # what cannot run here is said before anything is loaded
+    runs = {
+        kind: opened(found) for kind, found in artefacts.items()
+    }  # what cannot run here is said before anything is loaded
     load = cache(open_pipeline)
     results = {}
     for kind, found in artefacts.items():

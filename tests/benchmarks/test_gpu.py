@@ -33,7 +33,10 @@ def run(parts: list[gpu.Part], out: Path, seconds: float = 60.0) -> tuple[int, d
 def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "python -m benchmarks.gpu: there is no CUDA device: run it on a machine that has one\n"
+    assert (
+        capsys.readouterr().err
+        == "python -m benchmarks.gpu: there is no CUDA device: run it on a machine that has one\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -64,7 +67,11 @@ def test_a_part_that_takes_too_long_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.3)
     patient = "import time\nprint('begun', flush=True)\ntime.sleep(60)"
     deaf = f"import signal\nsignal.signal({signal.SIGINT:d}, signal.SIG_IGN)\n{patient}"
-    parts = [gpu.Part("patient", 1, python(patient)), gpu.Part("deaf", 1, python(deaf)), gpu.Part("last", 1, python("print('in time')"))]
+    parts = [
+        gpu.Part("patient", 1, python(patient)),
+        gpu.Part("deaf", 1, python(deaf)),
+        gpu.Part("last", 1, python("print('in time')")),
+    ]
     start = time.monotonic()
     status, report, _ = run(parts, tmp_path, seconds=6.0)
     assert time.monotonic() - start < 20
@@ -149,7 +156,12 @@ def test_counts_of_the_tests(tmp_path):
 
 @pytest.mark.parametrize(
     ("provider", "output", "status"),
-    [("compile", "done", "ok"), ("eager", "Traceback (most recent call last)", "failed"), ("triton", "done", "failed"), ("", "", "failed")],
+    [
+        ("compile", "done", "ok"),
+        ("eager", "Traceback (most recent call last)", "failed"),
+        ("triton", "done", "failed"),
+        ("", "", "failed"),
+    ],
 )
 def test_a_peer_may_fail_and_a_backend_may_not(provider, output, status, tmp_path, monkeypatch):
     csv = tmp_path / "kernels.csv"
@@ -199,8 +211,21 @@ def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, mo
 def sampled(provider: str, ms: float, batch: int = 1, part: str = "sampler", status: str = "ok") -> common.Row:
     """A row as benchmarks.sampler writes it."""
     found: common.Row = dict.fromkeys(sampler.COLUMNS, "")
-    found |= {"model": "m", "part": part, "batch": batch, "provider": provider, "dtype": "bf16", "gpu": "a GPU", "threads": 1, "quiet": 1}
-    return found | {"timestamp": "1", "status": status, **({f"y_value_{p}": ms for p in (50, 20, 80)} if status == "ok" else {})}
+    found |= {
+        "model": "m",
+        "part": part,
+        "batch": batch,
+        "provider": provider,
+        "dtype": "bf16",
+        "gpu": "a GPU",
+        "threads": 1,
+        "quiet": 1,
+    }
+    return found | {
+        "timestamp": "1",
+        "status": status,
+        **({f"y_value_{p}": ms for p in (50, 20, 80)} if status == "ok" else {}),
+    }
 
 
 def test_goals_of_the_sampler(tmp_path):
@@ -222,14 +247,34 @@ def test_goals_of_the_sampler(tmp_path):
     assert "SLOWER, 1.11x the time: m sampler batch 16" in summary
 
 
-def row(provider: str, us: float, call: shapes.Call = LARGE, batch: int = 64, cache: str = "warm", status: str = "ok") -> common.Row:
+def row(
+    provider: str, us: float, call: shapes.Call = LARGE, batch: int = 64, cache: str = "warm", status: str = "ok"
+) -> common.Row:
     """A row as benchmarks.kernels writes it, in bf16."""
     moved, size = (each * batch * 2 for each in (call.moved, call.elements))
     known = {"percent_of_copy": 100 * moved / us / COPY, "gb_per_s": moved / us / 1e3} if provider != "empty" else {}
     found: common.Row = dict.fromkeys(kernels.COLUMNS, "")
-    found |= {"kernel_name": call.op, "kernel_provider": provider, "metric_name": "time", "x_value": size, "status": status, "quiet": 1}
-    found |= {"extra_benchmark_config_str": json.dumps({"call": str(call)}), "backend": provider if provider in ("cuda", "triton") else ""}
-    found |= {"cache": cache, "dtype": "bf16", "batch": batch, "shapes": "l", "llc_bytes": 50e6, "gpu_name": "a GPU", "timestamp": "1"}
+    found |= {
+        "kernel_name": call.op,
+        "kernel_provider": provider,
+        "metric_name": "time",
+        "x_value": size,
+        "status": status,
+        "quiet": 1,
+    }
+    found |= {
+        "extra_benchmark_config_str": json.dumps({"call": str(call)}),
+        "backend": provider if provider in ("cuda", "triton") else "",
+    }
+    found |= {
+        "cache": cache,
+        "dtype": "bf16",
+        "batch": batch,
+        "shapes": "l",
+        "llc_bytes": 50e6,
+        "gpu_name": "a GPU",
+        "timestamp": "1",
+    }
     return found | {f"y_value_{percent}": us for percent in (50, 20, 80)} | known
 
 
@@ -266,7 +311,9 @@ def test_targets_and_summary_of_a_csv_file(tmp_path, monkeypatch):
     assert "cuda is slower than eager, inductor or triton in 2 of the 3 calls measured on it." in summary
     assert "| group_norm_silu | bf16 | warm | triton | 2 |" in summary
     assert "| group_norm_silu | bf16 | warm | cuda | 3 |" in summary
-    assert "| group_norm_silu on triton, bf16 warm: at least 85 % of the copy's rate from 64 MB up | missed |" in summary
+    assert (
+        "| group_norm_silu on triton, bf16 warm: at least 85 % of the copy's rate from 64 MB up | missed |" in summary
+    )
 
 
 NATIVE = ["reference", *(["cpu"] if ops.backends("bias_residual")["cpu"][0] else [])]
@@ -280,10 +327,14 @@ def test_calls_are_right_and_repeat(backend, capsys):
 
 def test_calls_reach_every_op_dtype_and_layout(monkeypatch):
     found = []
-    monkeypatch.setattr(gpu_calls, "fault", lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or "")
+    monkeypatch.setattr(
+        gpu_calls, "fault", lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or ""
+    )
     assert not any(gpu_calls.check("reference", False))
     assert len(found) == len(gpu_calls.CALLS)
-    assert {(op, dtype) for op, dtype, _ in found} == {(op, dtype) for op in kernels.peers.EAGER for dtype in kernels.DTYPES}
+    assert {(op, dtype) for op, dtype, _ in found} == {
+        (op, dtype) for op in kernels.peers.EAGER for dtype in kernels.DTYPES
+    }
     assert {layout for op, _, layout in found if op == "group_norm_silu"} == set(gpu_calls.LAYOUTS)
 
 
@@ -324,7 +375,10 @@ raise SystemExit(kernels.main(argv.split()))
 """
     folders = [str(Path(module.__file__).parents[1]) for module in (benchmarks, sys.modules["coalescer_fast"])]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(common.read(tmp_path / "kernels.csv")) == 3

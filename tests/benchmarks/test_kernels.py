@@ -76,7 +76,11 @@ def test_a_row_for_every_measurement(table, capsys):
             assert float(row["percent_of_copy"]) == 100
         else:
             assert float(row["max_abs_err"]) < (1e-5 if row["dtype"] == "fp32" else 0.1)
-    film = [row for row in rows if json.loads(row["extra_benchmark_config_str"]).get("film") and row["kernel_provider"] == "eager"]
+    film = [
+        row
+        for row in rows
+        if json.loads(row["extra_benchmark_config_str"]).get("film") and row["kernel_provider"] == "eager"
+    ]
     assert len(film) == 8
     assert {row["calls_per_evaluation"] for row in film} == {"2"}
     assert {row["speedup_over_eager"] for row in film} == {"1"}
@@ -91,7 +95,9 @@ def test_rates_are_those_of_the_times(table):
     assert float(eager["gb_per_s"]) == pytest.approx(3 * size / float(eager["y_value_50"]) / 1e3, rel=1e-4)
     share = 100 * 1.5 * float(copy["y_value_50"]) / float(eager["y_value_50"])
     assert float(eager["percent_of_copy"]) == pytest.approx(share, rel=1e-4)
-    assert float(reference["speedup_over_eager"]) == pytest.approx(float(eager["y_value_50"]) / float(reference["y_value_50"]), rel=1e-4)
+    assert float(reference["speedup_over_eager"]) == pytest.approx(
+        float(eager["y_value_50"]) / float(reference["y_value_50"]), rel=1e-4
+    )
 
 
 def test_summary_of_a_csv_file(table, capsys):
@@ -120,20 +126,33 @@ def test_targets_and_where_they_are_missed(table, capsys):
     as_backend(table, "cpu", 4.0)
     kernels.main(["--summary", str(table)])
     met = capsys.readouterr().out
-    assert "target, group_norm_silu on cpu, fp32 warm: met: 3x over eager at the median call; met: never slower than eager" in met
+    assert (
+        "target, group_norm_silu on cpu, fp32 warm: met: 3x over eager at the median call; met: never slower than eager"
+        in met
+    )
     assert "cpu is slower than the fastest peer in 0 of 40 calls" in met
-    table_row = next(line.split() for line in met.splitlines() if line.split()[:3] == ["group_norm_silu", "fp32", "warm"])
+    table_row = next(
+        line.split() for line in met.splitlines() if line.split()[:3] == ["group_norm_silu", "fp32", "warm"]
+    )
     assert table_row[3:8] == ["cpu", "4", "4.00", "4.00", "4.00"]
 
 
 def test_share_of_the_copy_counts_beyond_the_cache(table, capsys):
-    for llc_bytes, percent, words in (("1", "61", "; met: 60 % of copy"), ("1", "59", "; MISSED: 60 % of copy"), ("9999999", "61", "")):
+    for llc_bytes, percent, words in (
+        ("1", "61", "; met: 60 % of copy"),
+        ("1", "59", "; MISSED: 60 % of copy"),
+        ("9999999", "61", ""),
+    ):
         as_backend(table, "cpu", 4.0, llc_bytes=llc_bytes, percent_of_copy=percent)
         kernels.main(["--summary", str(table)])
         out = capsys.readouterr().out
         assert words in out
         assert ("% of copy beyond the cache" in out) == bool(words)
-        assert next(line for line in out.splitlines() if line.split()[:1] == ["bias_residual"]).split()[-1] == f"{percent}.00" or not words
+        assert (
+            next(line for line in out.splitlines() if line.split()[:1] == ["bias_residual"]).split()[-1]
+            == f"{percent}.00"
+            or not words
+        )
 
 
 def test_slower_calls_are_listed(table, capsys):
@@ -164,7 +183,18 @@ def test_disturbed_times_are_left_out_and_measured_again(table, capsys):
     groups = report.groups(common.read(table))
     assert sum(math.isnan(group.time("eager")) for group in groups) == 1
     assert sum(math.isnan(group.of_copy("eager")) for group in groups) == 1
-    argv = [*COMMON, "--peers", "eager,eager_contiguous", "--batch", "1,3", "--dtypes", "fp32,bf16", "--again", "--csv", str(table)]
+    argv = [
+        *COMMON,
+        "--peers",
+        "eager,eager_contiguous",
+        "--batch",
+        "1,3",
+        "--dtypes",
+        "fp32,bf16",
+        "--again",
+        "--csv",
+        str(table),
+    ]
     assert kernels.main(argv) == 0
     added = common.read(table)[len(rows) :]
     assert len(added) == 8  # one call, warm and cold
@@ -197,7 +227,21 @@ def test_rows_are_added_to_a_file_of_the_same_columns(table, tmp_path, capsys):
 def test_a_wrong_provider_has_no_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(peers.EAGER, "bias_residual", wrong)
     path = tmp_path / "kernels.csv"
-    argv = [*COMMON, "--op", "bias_residual", "--peers", "eager", "--batch", "2", "--dtypes", "fp32", "--cache", "warm", "--csv", str(path)]
+    argv = [
+        *COMMON,
+        "--op",
+        "bias_residual",
+        "--peers",
+        "eager",
+        "--batch",
+        "2",
+        "--dtypes",
+        "fp32",
+        "--cache",
+        "warm",
+        "--csv",
+        str(path),
+    ]
     assert kernels.main(argv) == 1
     rows = {row["kernel_provider"]: row for row in common.read(path)}
     assert rows["eager"]["status"].startswith("FAIL: error 0.001 is above")
@@ -297,7 +341,10 @@ def test_plot_is_drawn_from_the_csv_alone(table, tmp_path):
         (["--plot", "out.png"], "--plot and --from go together"),
         (["--from", "in.csv"], "--plot and --from go together"),
         (["--again"], "--again needs --csv"),
-        (["--calls", "9x9x9"], "--calls '9x9x9' is no call of group_norm_silu, bias_residual, dual_head, coalesce_step in m"),
+        (
+            ["--calls", "9x9x9"],
+            "--calls '9x9x9' is no call of group_norm_silu, bias_residual, dual_head, coalesce_step in m",
+        ),
         (["--summary", "missing.csv"], "missing.csv"),
         (["--backends", "triton"], "--backends triton cannot run group_norm_silu here"),
         (["--csv", "/dev/null/kernels.csv"], "/dev/null"),
@@ -329,7 +376,20 @@ def test_a_file_without_results(tmp_path, capsys):
 
 def test_chosen_calls_alone(tmp_path):
     path = tmp_path / "kernels.csv"
-    argv = [*COMMON, "--calls", "8x4x4", "3x4x4 unit", "--peers", "none", "--batch", "1", "--dtypes", "fp32", "--cache", "warm"]
+    argv = [
+        *COMMON,
+        "--calls",
+        "8x4x4",
+        "3x4x4 unit",
+        "--peers",
+        "none",
+        "--batch",
+        "1",
+        "--dtypes",
+        "fp32",
+        "--cache",
+        "warm",
+    ]
     assert kernels.main([*argv, "--csv", str(path)]) == 0
     assert [row["kernel_name"] for row in common.read(path)[::2]] == ["bias_residual", "coalesce_step"]
 
@@ -340,7 +400,9 @@ def test_time_that_is_over(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "prepare", lambda *args: {"copy": kernels.Provider(lambda: None)})
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(timing.CpuTimer, "warm", lambda self, function: function)
-    monkeypatch.setattr(timing, "interleave", lambda samples, budget: {name: [timing.Measurement(1.0)] for name in samples})
+    monkeypatch.setattr(
+        timing, "interleave", lambda samples, budget: {name: [timing.Measurement(1.0)] for name in samples}
+    )
     argv = [*COMMON, "--peers", "none", "--batch", "1,3", "--dtypes", "fp32", "--cache", "warm", "--seconds", "5"]
     assert kernels.main([*argv, "--csv", str(path)]) == 0
     rows = common.read(path)
@@ -360,7 +422,11 @@ def test_a_provider_that_cannot_be_captured(tmp_path, monkeypatch):
     argv = [*COMMON, "--op", "bias_residual", "--peers", "eager", "--batch", "1", "--dtypes", "fp32", "--cache", "warm"]
     assert kernels.main([*argv, "--csv", str(path)]) == 1
     status = {row["kernel_provider"]: row["status"] for row in common.read(path)}
-    assert status == {"copy": "ok", "eager": "ok", "reference": "FAIL: operation not permitted when stream is capturing"}
+    assert status == {
+        "copy": "ok",
+        "eager": "ok",
+        "reference": "FAIL: operation not permitted when stream is capturing",
+    }
 
 
 def test_a_call_that_needs_too_much_memory_is_left_out(tmp_path, monkeypatch, capsys):
@@ -371,7 +437,19 @@ def test_a_call_that_needs_too_much_memory_is_left_out(tmp_path, monkeypatch, ca
 
     monkeypatch.setitem(peers.EAGER, "bias_residual", bias_residual)
     path = tmp_path / "kernels.csv"
-    argv = [*COMMON, "--op", "bias_residual", "--peers", "eager", "--batch", "3,1", "--dtypes", "fp32", "--cache", "warm"]
+    argv = [
+        *COMMON,
+        "--op",
+        "bias_residual",
+        "--peers",
+        "eager",
+        "--batch",
+        "3,1",
+        "--dtypes",
+        "fp32",
+        "--cache",
+        "warm",
+    ]
     assert kernels.main([*argv, "--csv", str(path)]) == 0
     assert {row["batch"] for row in common.read(path)} == {"1"}
     assert "LEFT OUT bias_residual" in capsys.readouterr().err
@@ -454,8 +532,19 @@ class FakeGpu:
         class Properties:
             L2_cache_size = 1000
 
-        names = {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": capture, "stream": stream, "set_stream": set_stream}
-        names |= {"current_stream": lambda: home, "current_device": lambda: 0, "get_device_properties": lambda n: Properties}
+        names = {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": capture,
+            "stream": stream,
+            "set_stream": set_stream,
+        }
+        names |= {
+            "current_stream": lambda: home,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda n: Properties,
+        }
         return names
 
 
@@ -483,7 +572,13 @@ def test_warm_calls_on_a_gpu_fill_a_graph(gpu):
     gpu.log.clear()
     seconds = sample().seconds
     graph = gpu.log[0]
-    assert gpu.log == [graph, "event", graph, "event", "synchronize"]  # busy with the first replay while the second is queued
+    assert gpu.log == [
+        graph,
+        "event",
+        graph,
+        "event",
+        "synchronize",
+    ]  # busy with the first replay while the second is queued
     calls = int(graph.split()[-1])
     assert calls * gpu.KERNEL >= 1e6 * timing.SAMPLE_SECONDS / 1.5
     assert seconds == pytest.approx(1e-6 * (gpu.KERNEL + gpu.START / calls))
@@ -560,7 +655,10 @@ def test_needs_no_diffusers():
     code = "import sys, benchmarks.kernels; print(sorted({'diffusers', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)))"
     folders = [str(Path(module.__file__).parents[1]) for module in (benchmarks, sys.modules["coalescer_fast"])]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"
 
@@ -579,7 +677,10 @@ print(sum(faults() < 100 for _ in range(40)) >= 20)  # 2048 pages, were they new
 """
     folder = str(Path(benchmarks.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){code}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){code}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "True"
 
@@ -588,5 +689,9 @@ def test_every_runnable_backend_is_measured():
     cell = kernels.Cell("m", next(iter(SMALL["m"])), 1, 1, "fp32")
     args = kernels.parser().parse_args(["--peers", "none"])
     found = kernels.prepare(cell, torch.device("cpu"), args)
-    able = [name for name, (can, _) in ops.backends("group_norm_silu").items() if can and dispatch.BACKENDS[name].device != "cuda"]
+    able = [
+        name
+        for name, (can, _) in ops.backends("group_norm_silu").items()
+        if can and dispatch.BACKENDS[name].device != "cuda"
+    ]
     assert list(found) == ["copy", *able]

@@ -24,7 +24,9 @@ def tiny_flow() -> FlowMatchingUNet:
 @pytest.fixture(scope="module")
 def rows() -> list[quality.Row]:
     data = tiny_data()
-    return list(quality.compare(tiny_pipeline(data), data, (1, 2), tiny_flow(), progress=False, classifier=classifier()))
+    return list(
+        quality.compare(tiny_pipeline(data), data, (1, 2), tiny_flow(), progress=False, classifier=classifier())
+    )
 
 
 def test_a_row_for_every_sampler_guidance_and_step_count(rows):
@@ -139,7 +141,11 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said(capsys):
-    for argv, words in (([], "--data is missing"), (["--plot-only"], "--plot FILE.png"), (["--data", "x", "--steps", "0"], "whole number")):
+    for argv, words in (
+        ([], "--data is missing"),
+        (["--plot-only"], "--plot FILE.png"),
+        (["--data", "x", "--steps", "0"], "whole number"),
+    ):
         with pytest.raises(SystemExit):
             quality.main(argv)
         assert words in capsys.readouterr().err

@@ -31,7 +31,16 @@ UNET = dict(
 )
 LOAD = sampler_peers.load
 BFLOAT16 = "skipped: dtype is torch.bfloat16; use one of auto, float32 with backend 'onnxruntime' on cpu"
-BRIEF = ["--batch", "1,3", "--budget", "0.001", "--allocator", "system", "--threads", "1"]  # one: others may have the CPUs
+BRIEF = [
+    "--batch",
+    "1,3",
+    "--budget",
+    "0.001",
+    "--allocator",
+    "system",
+    "--threads",
+    "1",
+]  # one: others may have the CPUs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +53,9 @@ def small():
         for parameter in unet.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
-        pipe = CoalescerPipeline(unet, CoalescerScheduler(guidance_scale=1.5 if model == "emoji-64" else 1.0), encoder, vae)
+        pipe = CoalescerPipeline(
+            unet, CoalescerScheduler(guidance_scale=1.5 if model == "emoji-64" else 1.0), encoder, vae
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -108,7 +119,13 @@ def test_a_row_for_every_provider_part_and_batch(measured):
         ("m", "unet", "", "1"),
         ("m", "sampler", "1", "2"),
     }
-    columns = [("eager", "fp32"), ("eager_channels_last", "fp32"), ("eager_channels_last", "bf16"), ("ours", "bf16"), ("ours", "fp32")]
+    columns = [
+        ("eager", "fp32"),
+        ("eager_channels_last", "fp32"),
+        ("eager_channels_last", "bf16"),
+        ("ours", "bf16"),
+        ("ours", "fp32"),
+    ]
     columns += [("ours_int8", "int8"), ("convolutions", "fp32"), ("convolutions", "bf16")]
     assert len(rows) == len(parts) * 2 * len(columns)
     assert {(row["provider"], row["dtype"]) for row in rows} == set(columns)
@@ -128,7 +145,11 @@ def test_a_row_for_every_provider_part_and_batch(measured):
         if row["provider"] == "eager":
             assert float(row["speedup_over_eager"]) == 1
             assert error == 0
-    gflop = {(row["part"], row["guidance_scale"], row["batch"]): float(row["gflop"]) for row in rows if row["model"] == "emoji-64"}
+    gflop = {
+        (row["part"], row["guidance_scale"], row["batch"]): float(row["gflop"])
+        for row in rows
+        if row["model"] == "emoji-64"
+    }
     one, decoder = gflop["unet", "", "1"], gflop["decoder", "", "1"]
     assert [gflop["unet", "", "3"], gflop["sampler", "1", "1"], gflop["sampler", "1.5", "1"]] == pytest.approx(
         [3 * one, 2 * one, 3 * one], rel=1e-3
@@ -234,7 +255,9 @@ def test_compile(tmp_path, accelerated):
     assert status == 0
     mine = [row for row in rows if row["provider"] == "compile"]
     assert len(mine) == 2 * 4
-    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 0  # weights are frozen, which needs ordinary tensors
+    assert (
+        counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 0
+    )  # weights are frozen, which needs ordinary tensors
     assert all(float(row["compile_s"]) > 0.1 and float(row["y_value_50"]) > 0 for row in mine)
 
 
@@ -248,7 +271,9 @@ def test_the_floor_makes_every_convolution_of_the_network_once():
     with torch.no_grad(), sampler_peers.Recorder() as recorder:
         once()
     modules = [m for m in pipe.unet.modules() if isinstance(m, nn.Conv2d)]
-    skips = sum(isinstance(part[0], ResidualBlock) for part in pipe.unet.up)  # their 1x1 convolution is one of x and one of the skip
+    skips = sum(
+        isinstance(part[0], ResidualBlock) for part in pipe.unet.up
+    )  # their 1x1 convolution is one of x and one of the skip
     assert len(recorder.found) == len(modules) + skips
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
@@ -262,7 +287,10 @@ def table(measured):
         row["quiet"] = "1"
         if row["provider"] in ("ours", "eager_channels_last"):
             slow = row["provider"] == "ours" and row["part"] == "decoder"
-            row |= {f"y_value_{percent}": "3" if slow else "1" if row["provider"] == "ours" else "2" for percent in (20, 50, 80)}
+            row |= {
+                f"y_value_{percent}": "3" if slow else "1" if row["provider"] == "ours" else "2"
+                for percent in (20, 50, 80)
+            }
     return rows
 
 
@@ -332,7 +360,10 @@ def test_a_named_network_is_not_trivial():
     config = pipe.unet.config
     with torch.inference_mode():
         sample = torch.randn(1, config.latent_channels, config.sample_size, config.sample_size)
-        outputs = [pipe.unet(sample, pipe.condition([text], sample.device), return_dict=False) for text in ("octopus", "red apple")]
+        outputs = [
+            pipe.unet(sample, pipe.condition([text], sample.device), return_dict=False)
+            for text in ("octopus", "red apple")
+        ]
     (direction, distance), (other, _) = outputs
     assert 1e-2 < float(direction.std()) < 10
     assert math.isfinite(float(distance))

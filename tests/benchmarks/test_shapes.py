@@ -17,10 +17,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> Counter[shapes.Call]
     calls: Counter[shapes.Call] = Counter()
     real = {op: getattr(ops, op) for op in ("group_norm_silu", "bias_residual", "dual_head")}
 
-    def group_norm_silu(x, num_groups, weight, bias, eps, *, scale=None, shift=None, skip=None, pre_bias=None, activation="silu", **kw):
+    def group_norm_silu(
+        x, num_groups, weight, bias, eps, *, scale=None, shift=None, skip=None, pre_bias=None, activation="silu", **kw
+    ):
         assert (scale is None) == (shift is None)
         assert x.shape[2] == x.shape[3]
-        has = {"film": scale is not None, "pre_bias": pre_bias is not None, "skip": 0 if skip is None else skip.shape[1]}
+        has = {
+            "film": scale is not None,
+            "pre_bias": pre_bias is not None,
+            "skip": 0 if skip is None else skip.shape[1],
+        }
         calls[shapes.GroupNorm(x.shape[1], x.shape[2], groups=num_groups, activation=activation, eps=eps, **has)] += 1
         given = {"scale": scale, "shift": shift, "skip": skip, "pre_bias": pre_bias, "activation": activation}
         return real["group_norm_silu"](x, num_groups, weight, bias, eps, **given, **kw)
@@ -32,7 +38,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> Counter[shapes.Call]
         return real["bias_residual"](x, bias, residual, **kw)
 
     def dual_head(h, direction_weight, *heads, anchor=None, **kw):
-        calls[shapes.DualHead(h.shape[1], h.shape[2], latent=direction_weight.shape[0], anchored=anchor is not None)] += 1
+        calls[
+            shapes.DualHead(h.shape[1], h.shape[2], latent=direction_weight.shape[0], anchored=anchor is not None)
+        ] += 1
         return real["dual_head"](h, direction_weight, *heads, anchor=anchor, **kw)
 
     for function in (group_norm_silu, bias_residual, dual_head):
@@ -40,7 +48,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> Counter[shapes.Call]
     with torch.device("meta"), torch.no_grad():
         unet = CoalescerUNet.named(name)
         config = unet.config
-        inputs = [torch.empty(1, config.latent_channels, config.sample_size, config.sample_size), torch.empty(1, config.description_dim)]
+        inputs = [
+            torch.empty(1, config.latent_channels, config.sample_size, config.sample_size),
+            torch.empty(1, config.description_dim),
+        ]
         if config.cross_attention_dim is not None:
             inputs.append(torch.empty(1, 7, config.cross_attention_dim))
         unet(*inputs)
@@ -51,7 +62,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> Counter[shapes.Call]
 def test_the_table_is_what_the_network_calls(name, monkeypatch):
     calls = recorded(monkeypatch, name)
     for mode in CoalescerScheduler().modes:
-        calls[shapes.CoalesceStep(CONFIGURATIONS[name]["latent_channels"], CONFIGURATIONS[name]["sample_size"], mode=mode)] += 1
+        calls[
+            shapes.CoalesceStep(CONFIGURATIONS[name]["latent_channels"], CONFIGURATIONS[name]["sample_size"], mode=mode)
+        ] += 1
     assert shapes.CALLS[name] == calls
 
 
@@ -60,7 +73,9 @@ def test_no_network_is_missing():
 
 
 def every_call() -> list[shapes.Call]:
-    return list({type(call): call for calls in shapes.CALLS.values() for call in calls}.values()) + list(shapes.CALLS["emoji-64"])
+    return list({type(call): call for calls in shapes.CALLS.values() for call in calls}.values()) + list(
+        shapes.CALLS["emoji-64"]
+    )
 
 
 @pytest.mark.parametrize("call", every_call(), ids=str)

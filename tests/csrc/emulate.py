@@ -30,7 +30,9 @@ def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-g"]
     device = ["-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", f"-I{EMULATION}"]
     device += [*(flag for flag in flags if flag != "-pie"), "-x", "c++"]
-    commands = [[*compiler, *(device if s.suffix == ".cu" else ["-O2"]), "-c", s, "-o", o] for s, o in zip(sources, objects)]
+    commands = [
+        [*compiler, *(device if s.suffix == ".cu" else ["-O2"]), "-c", s, "-o", o] for s, o in zip(sources, objects)
+    ]
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(_run, commands))
     return objects
@@ -42,6 +44,8 @@ def link(objects: list[Path], target: Path, *flags: str) -> None:
 
 
 def _run(command: list) -> None:
-    result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    result = subprocess.run(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}")

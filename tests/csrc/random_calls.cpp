@@ -40,7 +40,7 @@ void require_written(const char* name, Buffer& b) {
 // The call with one thread and with three, into two results that must be equal.
 template <class Args>
 void run(const char* name, int (*function)(const Args*), Call<Args> call) {
-    std::vector<Buffer> &one = call.results, three = one;
+    std::vector<Buffer>&one = call.results, three = one;
     for (auto* results : {&one, &three}) {
         set_results(call.args, *results);
         call.args.threads = results == &one ? 1 : 3;
@@ -117,7 +117,8 @@ Program chain(int64_t count, bool large) {
     const int64_t height = draw(0, 3) ? draw(1, large ? 40 : 7) : 1, width = draw(0, 3) ? draw(1, large ? 30 : 7) : 1;
     const int64_t channels = draw(0, 3) ? (4 / bytes_of(dtype)) * draw(1, 12) : draw(1, 50);
     const bool border = dtype == CF_UINT8 || draw(0, 1);
-    Image x = p.image(n, height, width, dtype == CF_UINT8 ? (channels + 3) / 4 * 4 : channels, dtype, border, draw(0, 1), false);
+    Image x = p.image(n, height, width, dtype == CF_UINT8 ? (channels + 3) / 4 * 4 : channels, dtype, border,
+                      draw(0, 1), false);
     while (count--) x = any_step(p, x);
     return p;
 }
@@ -125,12 +126,14 @@ Program chain(int64_t count, bool large) {
 // What no chain may have come to.
 Program apart(int64_t kind, bool large) {
     Program p;
-    const int64_t n = draw(0, 15) ? draw(1, 3) : 0, dtype = draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16, channels = draw(1, large ? 90 : 40);
+    const int64_t n = draw(0, 15) ? draw(1, 3) : 0, dtype = draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16,
+                  channels = draw(1, large ? 90 : 40);
     const int64_t height = draw(1, large ? 40 : 6), width = draw(1, large ? 30 : 6);
     if (kind == 0) gather(p, nullptr, n, dtype, draw(0, 1));
     if (kind == 1) attention(p, nullptr, n, multiplies(dtype) ? dtype : static_cast<int64_t>(CF_FLOAT32));
     if (kind == 2) dual_head_step(p, n, draw(0, 2));
-    if (kind == 3) group_norm_image(p, p.image(n, height, width, channels, dtype, 0, false, false), draw(0, 1), draw(0, 1));
+    if (kind == 3)
+        group_norm_image(p, p.image(n, height, width, channels, dtype, 0, false, false), draw(0, 1), draw(0, 1));
     if (kind == 4) layer_norm(p, p.image(n, 1, width, channels, dtype, 0, false, false));
     if (kind == 5) gate(p, p.image(n, 1, width, 2 * channels, dtype, 0, false, false));
     if (kind == 6) pointwise(p, p.image(n, 1, width, channels, dtype, 0, false, false));
@@ -140,13 +143,16 @@ Program apart(int64_t kind, bool large) {
 
 void require_refused(const cf_program_args& args) {
     if (cf_cpu_run(&args) == CF_INVALID_ARGUMENT) return;
-    printf("a program of %d steps for %d threads: taken\n", static_cast<int>(args.count), static_cast<int>(args.threads));
+    printf("a program of %d steps for %d threads: taken\n", static_cast<int>(args.count),
+           static_cast<int>(args.threads));
     exit(1);
 }
 
 void refuse_programs() {
     const cf_layer_norm_args nothing{};
-    for (const cf_step& step : {cf_step{CF_REPLACE_ZERO_ROWS + 1, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}}) require_refused({&step, 1, 2});
+    for (const cf_step& step :
+         {cf_step{CF_REPLACE_ZERO_ROWS + 1, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}})
+        require_refused({&step, 1, 2});
     require_refused({nullptr, 0, 0});
     require_refused({nullptr, -1, 1});
     require_refused({nullptr, 1, 1});

@@ -81,7 +81,8 @@ void set_results(cf_dual_head_args& a, std::vector<Buffer>& results) {
     a.distance = reinterpret_cast<float*>(results[1].data());
 }
 
-Call<cf_group_norm_silu_args> group_norm_silu(int64_t n, int64_t c1, int64_t c2, int64_t spatial, int64_t groups, int64_t dtype) {
+Call<cf_group_norm_silu_args> group_norm_silu(int64_t n, int64_t c1, int64_t c2, int64_t spatial, int64_t groups,
+                                              int64_t dtype) {
     Call<cf_group_norm_silu_args> call;
     cf_group_norm_silu_args& a = call.args;
     const int64_t channels = c1 + c2;
@@ -111,7 +112,8 @@ Call<cf_bias_residual_args> bias_residual(int64_t n, int64_t c, int64_t spatial,
 Call<cf_coalesce_step_args> coalesce_step(int64_t n, int64_t size, int64_t dtype) {
     Call<cf_coalesce_step_args> call;
     cf_coalesce_step_args& a = call.args;
-    a.dtype = dtype, a.direction_dtype = draw(0, 2), a.n = n, a.size = size, a.unit = draw(0, 1), a.eta = 0.5, a.eps = 1e-6;
+    a.dtype = dtype, a.direction_dtype = draw(0, 2), a.n = n, a.size = size, a.unit = draw(0, 1), a.eta = 0.5,
+    a.eps = 1e-6;
     a.sample = call.tensor(n * size, dtype), a.direction = call.tensor(n * size, a.direction_dtype);
     a.distance = call.vector(n, false);
     call.results = {poisoned(n * size, dtype, for_cuda)};

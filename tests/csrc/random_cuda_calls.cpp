@@ -49,7 +49,9 @@ double number(const void* data, int64_t dtype, int64_t i) {
     if (exponent == most) magnitude = mantissa ? NAN : INFINITY;
     return bits >> 15 ? -magnitude : magnitude;
 }
-double number(const cf_vector& v, int64_t i, double otherwise = 0) { return v.data ? number(v.data, v.dtype, i) : otherwise; }
+double number(const cf_vector& v, int64_t i, double otherwise = 0) {
+    return v.data ? number(v.data, v.dtype, i) : otherwise;
+}
 
 using Numbers = std::vector<double>;
 Numbers all(const void* data, int64_t dtype, int64_t count) {
@@ -69,7 +71,8 @@ std::vector<Numbers> expected(const cf_group_norm_silu_args& a) {
             double mean = 0, square = 0;
             for (int64_t c = first, at = 0; c < first + width; ++c) {
                 for (int64_t i = 0; i < a.spatial; ++i, ++at) {
-                    z[at] = c < a.c1 ? number(a.x, a.dtype, place(n, c, i, a.c1)) : number(a.skip, a.dtype, place(n, c - a.c1, i, a.c2));
+                    z[at] = c < a.c1 ? number(a.x, a.dtype, place(n, c, i, a.c1))
+                                     : number(a.skip, a.dtype, place(n, c - a.c1, i, a.c2));
                     mean += z[at] += number(a.pre_bias, c);
                 }
             }
@@ -91,7 +94,8 @@ std::vector<Numbers> expected(const cf_group_norm_silu_args& a) {
 std::vector<Numbers> expected(const cf_bias_residual_args& a) {
     Numbers y = all(a.x, a.dtype, a.n * a.c * a.spatial);
     for (int64_t i = 0; i < a.n * a.c * a.spatial; ++i) {
-        y[i] += number(a.bias, (a.channels_last ? i : i / a.spatial) % a.c) + (a.residual ? number(a.residual, a.dtype, i) : 0);
+        y[i] += number(a.bias, (a.channels_last ? i : i / a.spatial) % a.c) +
+                (a.residual ? number(a.residual, a.dtype, i) : 0);
     }
     return {y};
 }
@@ -103,7 +107,8 @@ std::vector<Numbers> expected(const cf_coalesce_step_args& a) {
         double squares = 0;
         for (int64_t i = n * a.size; i < (n + 1) * a.size; ++i) squares += direction[i] * direction[i];
         const double rms = a.unit ? std::max(sqrt(squares / static_cast<double>(a.size)), a.eps) : 1;
-        for (int64_t i = n * a.size; i < (n + 1) * a.size; ++i) y[i] += a.eta * number(a.distance, n) / rms * direction[i];
+        for (int64_t i = n * a.size; i < (n + 1) * a.size; ++i)
+            y[i] += a.eta * number(a.distance, n) / rms * direction[i];
     }
     return {y};
 }
@@ -111,7 +116,8 @@ std::vector<Numbers> expected(const cf_coalesce_step_args& a) {
 std::vector<Numbers> expected(const cf_dual_head_args& a) {
     const int64_t size = a.cz * a.height * a.width;
     Numbers direction(static_cast<size_t>(a.n * size)), distance(static_cast<size_t>(a.n));
-    const Numbers h = all(a.h, a.dtype, a.n * a.height * a.width * a.c), weight = all(a.direction_weight.data, a.dtype, a.cz * 9 * a.c);
+    const Numbers h = all(a.h, a.dtype, a.n * a.height * a.width * a.c),
+                  weight = all(a.direction_weight.data, a.dtype, a.cz * 9 * a.c);
     const auto at = [](const cf_tensor4& t, int64_t n, int64_t o, int64_t y, int64_t x) {
         return n * t.strides[0] + o * t.strides[1] + y * t.strides[2] + x * t.strides[3];
     };
@@ -137,11 +143,13 @@ std::vector<Numbers> expected(const cf_dual_head_args& a) {
                 const double* tap_weight = &weight[(o * 9 + tap) * a.c];
                 for (int64_t c = 0; c < a.c; ++c) sum += pixel[c] * tap_weight[c];
             }
-            direction[at(a.direction, n, o, y, x)] = sum + (a.sample.data ? difference(o, y, x) / std::max(length, 1e-6) : 0);
+            direction[at(a.direction, n, o, y, x)] =
+                sum + (a.sample.data ? difference(o, y, x) / std::max(length, 1e-6) : 0);
         });
         const int64_t of_sample = a.height * a.width * a.c;
         for (int64_t i = 0; i < of_sample; ++i) pooled += h[n * of_sample + i] * number(a.distance_weight, i % a.c);
-        distance[n] = log1p(exp(pooled / static_cast<double>(a.height * a.width) + number(a.distance_bias, 0))) * length;
+        distance[n] =
+            log1p(exp(pooled / static_cast<double>(a.height * a.width) + number(a.distance_bias, 0))) * length;
     }
     return {direction, distance};
 }
@@ -154,25 +162,46 @@ std::string sizes_of(std::initializer_list<std::pair<const char*, int64_t>> valu
     return all;
 }
 std::string describe(const cf_group_norm_silu_args& a) {
-    return "group_norm_silu" + sizes_of({{"n", a.n}, {"c1", a.c1}, {"c2", a.c2}, {"spatial", a.spatial}, {"groups", a.groups},
-                                         {"dtype", a.dtype}, {"channels_last", a.channels_last}, {"pre_bias", a.pre_bias.data != nullptr},
-                                         {"scale", a.scale.data != nullptr}, {"shift", a.shift.data != nullptr}, {"silu", a.silu}});
+    return "group_norm_silu" + sizes_of({{"n", a.n},
+                                         {"c1", a.c1},
+                                         {"c2", a.c2},
+                                         {"spatial", a.spatial},
+                                         {"groups", a.groups},
+                                         {"dtype", a.dtype},
+                                         {"channels_last", a.channels_last},
+                                         {"pre_bias", a.pre_bias.data != nullptr},
+                                         {"scale", a.scale.data != nullptr},
+                                         {"shift", a.shift.data != nullptr},
+                                         {"silu", a.silu}});
 }
 std::string describe(const cf_bias_residual_args& a) {
-    return "bias_residual" + sizes_of({{"n", a.n}, {"c", a.c}, {"spatial", a.spatial}, {"dtype", a.dtype},
-                                       {"channels_last", a.channels_last}, {"bias", a.bias.data != nullptr},
+    return "bias_residual" + sizes_of({{"n", a.n},
+                                       {"c", a.c},
+                                       {"spatial", a.spatial},
+                                       {"dtype", a.dtype},
+                                       {"channels_last", a.channels_last},
+                                       {"bias", a.bias.data != nullptr},
                                        {"residual", a.residual != nullptr}});
 }
 std::string describe(const cf_coalesce_step_args& a) {
-    return "coalesce_step" + sizes_of({{"n", a.n}, {"size", a.size}, {"dtype", a.dtype}, {"direction_dtype", a.direction_dtype},
+    return "coalesce_step" + sizes_of({{"n", a.n},
+                                       {"size", a.size},
+                                       {"dtype", a.dtype},
+                                       {"direction_dtype", a.direction_dtype},
                                        {"unit", a.unit}});
 }
 std::string describe(const cf_dual_head_args& a) {
-    return "dual_head" + sizes_of({{"n", a.n}, {"c", a.c}, {"cz", a.cz}, {"height", a.height}, {"width", a.width}, {"dtype", a.dtype},
+    return "dual_head" + sizes_of({{"n", a.n},
+                                   {"c", a.c},
+                                   {"cz", a.cz},
+                                   {"height", a.height},
+                                   {"width", a.width},
+                                   {"dtype", a.dtype},
                                    {"anchored", a.sample.data != nullptr}});
 }
 std::string describe(const cf_cuda_device& d) {
-    return sizes_of({{"capability", d.capability}, {"multiprocessors", d.multiprocessors}, {"shared_memory", d.shared_memory}});
+    return sizes_of(
+        {{"capability", d.capability}, {"multiprocessors", d.multiprocessors}, {"shared_memory", d.shared_memory}});
 }
 
 // The ways that plans tell apart.
@@ -184,7 +213,8 @@ void count(const cf_group_norm_silu_args& a, const cf_cuda_plan& plan) {
     } else {
         ++counts[text("group_norm_silu: 2 launches, %s slots a group", of)];
     }
-    ++counts[text("group_norm_silu: %s, vectors of %d", a.channels_last ? "channels last" : "contiguous", int(plan.vector))];
+    ++counts[text("group_norm_silu: %s, vectors of %d", a.channels_last ? "channels last" : "contiguous",
+                  int(plan.vector))];
     if (a.channels_last && width % plan.vector) ++counts["group_norm_silu: groups that begin within a vector"];
     if (width > 256 * plan.vector) ++counts["group_norm_silu: groups wider than a tile"];
     for (const int of_group : {3, 10, 12, 30}) {
@@ -193,7 +223,8 @@ void count(const cf_group_norm_silu_args& a, const cf_cuda_plan& plan) {
 }
 void count(const cf_bias_residual_args& a, const cf_cuda_plan& plan) {
     const bool channels_last = a.channels_last || a.spatial == 1;
-    ++counts[text("bias_residual: %s, vectors of %d", channels_last ? "channels last" : "contiguous", int(plan.vector))];
+    ++counts[text("bias_residual: %s, vectors of %d", channels_last ? "channels last" : "contiguous",
+                  int(plan.vector))];
 }
 void count(const cf_coalesce_step_args& a, const cf_cuda_plan& plan) {
     const char* blocks = plan.blocks > a.n ? "many blocks" : "one block";
@@ -201,19 +232,23 @@ void count(const cf_coalesce_step_args& a, const cf_cuda_plan& plan) {
     ++counts[text("coalesce_step: vectors of %d", int(plan.vector))];
 }
 void count(const cf_dual_head_args& a, const cf_cuda_plan& plan) {
-    ++counts[text("dual_head: %s, %s", a.sample.data ? "anchored" : "not anchored", plan.blocks > a.n ? "many blocks" : "one block")];
+    ++counts[text("dual_head: %s, %s", a.sample.data ? "anchored" : "not anchored",
+                  plan.blocks > a.n ? "many blocks" : "one block")];
     ++counts[text("dual_head: vectors of %d", int(plan.vector))];
 }
 
 cf_cuda_device any_device() {
-    const int64_t capability = draw(0, 2) ? 90 : 80, kilobyte = int64_t{1} << draw(0, small ? 4 : 7);  // as often small as large
-    return {0, capability, draw(0, 1) ? draw(1, 132) : draw(1, 8), std::min<int64_t>(draw(kilobyte << 10, kilobyte << 11), 227 << 10)};
+    const int64_t capability = draw(0, 2) ? 90 : 80,
+                  kilobyte = int64_t{1} << draw(0, small ? 4 : 7);  // as often small as large
+    return {0, capability, draw(0, 1) ? draw(1, 132) : draw(1, 8),
+            std::min<int64_t>(draw(kilobyte << 10, kilobyte << 11), 227 << 10)};
 }
 
 void require_near(const Buffer& result, const Numbers& right) {
     const double tolerance[] = {1e-4, 1e-3, 4e-3};
     for (size_t i = 0; i < right.size(); ++i) {
-        const double x = number(result.bytes.data() + result.offset, result.dtype, static_cast<int64_t>(i)), y = right[i];
+        const double x = number(result.bytes.data() + result.offset, result.dtype, static_cast<int64_t>(i)),
+                     y = right[i];
         if (fabs(x - y) <= tolerance[result.dtype] * (1 + fabs(y))) continue;
         require(false, text("element %zu of %zu is %g and should be %g", i, right.size(), x, y));
     }
@@ -307,7 +342,8 @@ void run(const Function<Args>& function, const Any& any) {
         if (status == CF_INVALID_ARGUMENT && device.shared_memory < 48 << 10) continue;  // of no real device
         require(status == CF_OK, text("the plan is refused, %d", status));
         if (plan.launches * plan.blocks * plan.threads > (small ? 1100 : 16000)) continue;
-        require(plan.cluster == 1 || (device.capability == 90 && plan.cluster <= 8), "a cluster that the device does not have");
+        require(plan.cluster == 1 || (device.capability == 90 && plan.cluster <= 8),
+                "a cluster that the device does not have");
         require(plan.shared_memory <= device.shared_memory, "more shared memory than there is");
 
         if (plan.launches) count(call.args, plan);
@@ -319,14 +355,16 @@ void run(const Function<Args>& function, const Any& any) {
             emulation_seed(static_cast<uint64_t>(draw(0, 0x7fffffff)));
             set_results(call.args, *results);
             const int launched = function.launch(&call.args, &device, workspace.data(), nullptr);
-            require(launched == CF_OK, launched >= CF_CUDA_ERROR ? cf_cuda_error(launched) : text("refused, %d", launched));
+            require(launched == CF_OK,
+                    launched >= CF_CUDA_ERROR ? cf_cuda_error(launched) : text("refused, %d", launched));
         }
         const std::vector<Numbers> right = expected(call.args);
         for (size_t i = 0; i < right.size(); ++i) {
             require_near(call.results[i], right[i]);
             require(small || call.results[i].bytes == again[i].bytes, "other bits in another order");
         }
-        for (size_t i = 0; i < inputs.size(); ++i) require(inputs[i].bytes == call.inputs[i].bytes, text("input %zu was written", i));
+        for (size_t i = 0; i < inputs.size(); ++i)
+            require(inputs[i].bytes == call.inputs[i].bytes, text("input %zu was written", i));
 
         if (!plan.launches) return;
         again = poison;
@@ -335,13 +373,16 @@ void run(const Function<Args>& function, const Any& any) {
         const auto refused = [&](const char* why, const auto& change) {
             Args args = call.args;
             change(args);
-            require(function.launch(&args, &device, workspace.data(), nullptr) == CF_INVALID_ARGUMENT, text("is not refused: %s", why));
+            require(function.launch(&args, &device, workspace.data(), nullptr) == CF_INVALID_ARGUMENT,
+                    text("is not refused: %s", why));
         };
         spoil(call.args, refused);
         if (plan.workspace) {
-            require(function.launch(&call.args, &device, nullptr, nullptr) == CF_INVALID_ARGUMENT, "is not refused: no workspace");
+            require(function.launch(&call.args, &device, nullptr, nullptr) == CF_INVALID_ARGUMENT,
+                    "is not refused: no workspace");
         }
-        for (size_t i = 0; i < poison.size(); ++i) require(again[i].bytes == poison[i].bytes, "a refused call was launched");
+        for (size_t i = 0; i < poison.size(); ++i)
+            require(again[i].bytes == poison[i].bytes, "a refused call was launched");
         return;
     }
 }
@@ -364,7 +405,8 @@ Call<cf_group_norm_silu_args> any_group_norm_silu() {
     const int64_t many = small ? 4000 : 60000, n = any_n();
     int64_t groups = one_of(draw(1, 4), draw(1, 24), draw(1, 3) * 8), spatial = any_size(60, 2500);
     int64_t width = one_of(draw(1, 40), draw(1, 40), 3, 10, 12, 30, draw(257, 1200), draw(33, 150) * 8);
-    if (!small && draw(0, 3) == 0) groups = draw(1, 3), width = 8, spatial = draw(500, 5000);  // only long rows of blocks are split
+    if (!small && draw(0, 3) == 0)
+        groups = draw(1, 3), width = 8, spatial = draw(500, 5000);  // only long rows of blocks are split
     if (groups * width > 2 * many / 3) width = 1;
     if (n * groups * width * spatial > many) spatial = draw(1, std::max<int64_t>(1, many / n / groups / width));
     const int64_t channels = groups * width;
@@ -374,12 +416,15 @@ Call<cf_group_norm_silu_args> any_group_norm_silu() {
 
 void one_round() {
     run<cf_group_norm_silu_args>({cf_cuda_group_norm_silu_plan, cf_cuda_group_norm_silu}, any_group_norm_silu);
-    run<cf_bias_residual_args>({cf_cuda_bias_residual_plan, cf_cuda_bias_residual},
-                               [] { return bias_residual(any_n(), any_size(40, 1200), any_size(20, 1200), draw(0, 2)); });
-    run<cf_coalesce_step_args>({cf_cuda_coalesce_step_plan, cf_cuda_coalesce_step},
-                               [] { return coalesce_step(any_n(), any_size(1500, draw(0, 1) ? 9000 : 40000), draw(0, 2)); });
+    run<cf_bias_residual_args>({cf_cuda_bias_residual_plan, cf_cuda_bias_residual}, [] {
+        return bias_residual(any_n(), any_size(40, 1200), any_size(20, 1200), draw(0, 2));
+    });
+    run<cf_coalesce_step_args>({cf_cuda_coalesce_step_plan, cf_cuda_coalesce_step}, [] {
+        return coalesce_step(any_n(), any_size(1500, draw(0, 1) ? 9000 : 40000), draw(0, 2));
+    });
     run<cf_dual_head_args>({cf_cuda_dual_head_plan, cf_cuda_dual_head}, [] {
-        const int64_t cz = draw(1, draw(0, 1) ? 4 : 19), height = draw(1, small ? 4 : 9), width = draw(1, small ? 6 : 11);
+        const int64_t cz = draw(1, draw(0, 1) ? 4 : 19), height = draw(1, small ? 4 : 9),
+                      width = draw(1, small ? 6 : 11);
         return dual_head(any_n(), any_size(24, 200), cz, height, width, draw(0, 2));
     });
 }

@@ -21,7 +21,8 @@ double number_at(const char* p, int64_t dtype) {
     memcpy(&bits, p, static_cast<size_t>(bytes_of(dtype)));
     if (dtype == CF_BFLOAT16) bits <<= 16;
     const int exponent = static_cast<int>(bits >> 10 & 31);  // no subnormal numbers are drawn
-    if (dtype == CF_FLOAT16) return ldexp(static_cast<double>((bits & 0x3ff) + 0x400) * (bits & 0x8000 ? -1 : 1), exponent - 25);
+    if (dtype == CF_FLOAT16)
+        return ldexp(static_cast<double>((bits & 0x3ff) + 0x400) * (bits & 0x8000 ? -1 : 1), exponent - 25);
     float value;
     memcpy(&value, &bits, 4);
     return value;
@@ -57,8 +58,8 @@ struct Image {
     int64_t pixel() const { return channels * bytes_of(image.dtype); }
     // Rows and columns from -border on.
     char* at(int64_t i, int64_t y, int64_t x, int64_t c) const {
-        return static_cast<char*>(image.data) + i * image.sample + (y + image.border) * image.row + (x + image.border) * pixel() +
-               c * bytes_of(image.dtype);
+        return static_cast<char*>(image.data) + i * image.sample + (y + image.border) * image.row +
+               (x + image.border) * pixel() + c * bytes_of(image.dtype);
     }
     double number(int64_t i, int64_t y, int64_t x, int64_t c) const { return number_at(at(i, y, x, c), image.dtype); }
     bool dense() const { return !image.border && image.row == width * pixel() && image.sample == height * image.row; }
@@ -79,7 +80,8 @@ struct Image {
                 for (int64_t x = -b; x < width + b; ++x)
                     for (int64_t c = 0; c < channels; ++c) {
                         const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-                        for (int64_t k = 0; k < size; ++k) seen[static_cast<size_t>(at(i, y, x, c) + k - memory->bytes.data())] = true;
+                        for (int64_t k = 0; k < size; ++k)
+                            seen[static_cast<size_t>(at(i, y, x, c) + k - memory->bytes.data())] = true;
                         right = right && (inside || number(i, y, x, c) == (zero ? zero[c] : 0));
                     }
         for (size_t k = 0; k < seen.size(); ++k) right = right && (seen[k] || memory->bytes[k] == '\xff');
@@ -138,13 +140,16 @@ struct Program {
         }
         return made->bytes.data();
     }
-    const float* floats(int64_t count, double scale = 1) { return reinterpret_cast<const float*>(random(count, CF_FLOAT32, scale)); }
+    const float* floats(int64_t count, double scale = 1) {
+        return reinterpret_cast<const float*>(random(count, CF_FLOAT32, scale));
+    }
     cf_vector vector(int64_t count, bool maybe = true) {
         if (maybe && draw(0, 2) == 0) return {nullptr, 0};
         const int64_t dtype = draw(0, 2);
         return {random(count, dtype), dtype};
     }
-    Image image(int64_t n, int64_t height, int64_t width, int64_t channels, int64_t dtype, int64_t border, bool gaps, bool written) {
+    Image image(int64_t n, int64_t height, int64_t width, int64_t channels, int64_t dtype, int64_t border, bool gaps,
+                bool written) {
         Image made;
         made.n = n, made.height = height, made.width = width, made.channels = channels;
         const int64_t size = bytes_of(dtype), rows = height + 2 * border;
@@ -152,13 +157,15 @@ struct Program {
         made.image.row = (width + 2 * border) * channels * size + (gaps ? draw(0, 3) * size : 0);
         made.image.sample = rows * made.image.row + (gaps ? draw(0, 3) * size : 0);
         // up to its last element
-        const int64_t bytes = n ? (n - 1) * made.image.sample + (rows - 1) * made.image.row + (width + 2 * border) * channels * size : 0;
+        const int64_t bytes =
+            n ? (n - 1) * made.image.sample + (rows - 1) * made.image.row + (width + 2 * border) * channels * size : 0;
         made.memory = memory(bytes, written);
         made.image.data = made.memory->bytes.data();
         if (!written && n) {
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t y = -border; y < height + border; ++y)
-                    for (int64_t x = -border; x < width + border; ++x) memset(made.at(i, y, x, 0), 0, static_cast<size_t>(made.pixel()));
+                    for (int64_t x = -border; x < width + border; ++x)
+                        memset(made.at(i, y, x, 0), 0, static_cast<size_t>(made.pixel()));
             const char* values = random(n * height * width * channels, dtype);
             made.each([&](int64_t i, int64_t y, int64_t x, int64_t c) {
                 memcpy(made.at(i, y, x, c), values, static_cast<size_t>(size));
@@ -170,17 +177,21 @@ struct Program {
 };
 
 bool multiplies(int64_t dtype) {
-    return dtype == CF_FLOAT32 || (dtype == CF_BFLOAT16 && cf_cpu_products() & 1) || (dtype == CF_UINT8 && cf_cpu_products() & 2);
+    return dtype == CF_FLOAT32 || (dtype == CF_BFLOAT16 && cf_cpu_products() & 1) ||
+           (dtype == CF_UINT8 && cf_cpu_products() & 2);
 }
 
 Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
-    const int64_t stride = draw(1, 2), outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150), width = cf_cpu_vector_width();
+    const int64_t stride = draw(1, 2), outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150),
+                  width = cf_cpu_vector_width();
     const int64_t dtype = x.image.dtype, size = bytes_of(dtype), lanes = 4 / size, quads = x.channels / lanes, n = x.n;
     const int64_t y_dtype = dtype == CF_FLOAT32 ? CF_FLOAT32 : (draw(0, 2) ? CF_BFLOAT16 : CF_FLOAT32);
-    const Image y = p.image(n, (x.height - 1) / stride + 1, (x.width - 1) / stride + 1, outputs, y_dtype, border, draw(0, 1), true);
+    const Image y =
+        p.image(n, (x.height - 1) / stride + 1, (x.width - 1) / stride + 1, outputs, y_dtype, border, draw(0, 1), true);
     const bool integers = dtype == CF_UINT8;
     const double scale = 1 / sqrt(static_cast<double>(taps * x.channels));
-    const int64_t vectors = (outputs + width - 1) / width, most = width == 16 ? 4 : 3, blocks = (vectors + most - 1) / most;
+    const int64_t vectors = (outputs + width - 1) / width, most = width == 16 ? 4 : 3,
+                  blocks = (vectors + most - 1) / most;
     // (outputs, taps, channels), then packed
     const char* plain = p.random(outputs * taps * x.channels, dtype, scale);
     char* packed = p.memory(vectors * width * taps * x.channels * size, false)->bytes.data();
@@ -191,7 +202,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
             for (int64_t quad = 0; quad < quads; ++quad)
                 for (int64_t output = first * width; output < (first + count) * width; ++output, to += 4) {
                     memset(to, 0, 4);
-                    if (output < outputs) memcpy(to, plain + ((output * taps + tap) * x.channels + quad * lanes) * size, 4);
+                    if (output < outputs)
+                        memcpy(to, plain + ((output * taps + tap) * x.channels + quad * lanes) * size, 4);
                 }
         first += count;
     }
@@ -202,7 +214,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     Image residual;
     if (draw(0, 1)) residual = p.image(n, y.height, y.width, outputs, y_dtype, draw(0, 1), draw(0, 1), false);
     a.residual = residual.image;
-    a.n = n, a.height = y.height, a.width = y.width, a.channels = x.channels, a.outputs = outputs, a.taps = taps, a.stride = stride;
+    a.n = n, a.height = y.height, a.width = y.width, a.channels = x.channels, a.outputs = outputs, a.taps = taps,
+    a.stride = stride;
     a.relu = draw(0, 1);
     p.add(CF_CONVOLUTION, a);
     p.checks.push_back([=] {
@@ -221,12 +234,16 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
             const double more = residual.n ? residual.number(i, r, q, o) : 0;
             double exact = sum * factor + bias + more;
             // roundings of products and sums; the integers' sums are exact
-            const double error = (integers ? 2 : static_cast<double>(2 * taps * x.channels)) * 0x1p-24 * absolute * fabs(factor);
+            const double error =
+                (integers ? 2 : static_cast<double>(2 * taps * x.channels)) * 0x1p-24 * absolute * fabs(factor);
             if (a.relu && !(exact > 0)) exact = 0;
-            require_near("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(bias) + fabs(more)), y_dtype);
+            require_near("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(bias) + fabs(more)),
+                         y_dtype);
         });
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_convolution_args&)) { p.refuse(what, CF_CONVOLUTION, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_convolution_args&)) {
+        p.refuse(what, CF_CONVOLUTION, a, change);
+    };
     refuse("x's dtype", [](cf_convolution_args& w) { w.x.dtype = 4; });
     refuse("float16", [](cf_convolution_args& w) { w.x.dtype = w.y.dtype = CF_FLOAT16; });
     refuse("y's dtype", [](cf_convolution_args& w) { w.y.dtype = CF_UINT8; });
@@ -254,11 +271,13 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
     c2 += c2 ? (groups - (c1 + c2) % groups) % groups : 0;
     while ((c1 + c2) % groups) --groups;
     const int64_t channels = c1 + c2;
-    const Image y = p.image(n, x.height, x.width, channels, quantised ? static_cast<int64_t>(CF_UINT8) : dtype, border, draw(0, 1), true);
+    const Image y = p.image(n, x.height, x.width, channels, quantised ? static_cast<int64_t>(CF_UINT8) : dtype, border,
+                            draw(0, 1), true);
     cf_group_norm_image_args a{};
     cf_group_norm_silu_args& norm = a.norm;
     norm.x = x.image.data, norm.skip = c2 ? p.random(n * spatial * c2, dtype) : nullptr;
-    norm.dtype = dtype, norm.channels_last = 1, norm.n = n, norm.c1 = c1, norm.c2 = c2, norm.spatial = spatial, norm.groups = groups;
+    norm.dtype = dtype, norm.channels_last = 1, norm.n = n, norm.c1 = c1, norm.c2 = c2, norm.spatial = spatial,
+    norm.groups = groups;
     norm.silu = draw(0, 1), norm.eps = 1e-5;
     norm.weight = p.vector(channels), norm.bias = p.vector(channels), norm.pre_bias = p.vector(channels);
     for (cf_vector* v : {&norm.scale, &norm.shift}) {
@@ -276,8 +295,9 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
     p.checks.push_back([=] {
         const cf_group_norm_silu_args& k = a.norm;
         const auto input = [&](int64_t i, int64_t r, int64_t c) {
-            const char* from = c < c1 ? static_cast<const char*>(k.x) + ((i * spatial + r) * c1 + c) * bytes_of(dtype)
-                                      : static_cast<const char*>(k.skip) + ((i * spatial + r) * c2 + c - c1) * bytes_of(dtype);
+            const char* from =
+                c < c1 ? static_cast<const char*>(k.x) + ((i * spatial + r) * c1 + c) * bytes_of(dtype)
+                       : static_cast<const char*>(k.skip) + ((i * spatial + r) * c2 + c - c1) * bytes_of(dtype);
             return number_at(from, dtype) + number_of(k.pre_bias, c, 0);
         };
         y.check_rest("group_norm_silu", a.quantisation.zero);
@@ -294,7 +314,8 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
                 for (int64_t o = first; o < first + per_group; ++o)
                     for (int64_t r = 0; r < spatial; ++r) square += (input(i, r, o) - mean) * (input(i, r, o) - mean);
                 const double inverse = 1 / sqrt(square / static_cast<double>(per_group * spatial) + k.eps);
-                const double gain = 1 + number_of(k.scale, i * k.scale_stride + c, 0), factor = inverse * number_of(k.weight, c, 1) * gain;
+                const double gain = 1 + number_of(k.scale, i * k.scale_stride + c, 0),
+                             factor = inverse * number_of(k.weight, c, 1) * gain;
                 const double offset = number_of(k.bias, c, 0) * gain + number_of(k.shift, i * k.shift_stride + c, 0);
                 for (int64_t r = 0; r < spatial; ++r) {
                     double exact = (input(i, r, c) - mean) * factor + offset;
@@ -311,10 +332,13 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
                 }
             }
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_group_norm_image_args&)) { p.refuse(what, CF_GROUP_NORM_SILU, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_group_norm_image_args&)) {
+        p.refuse(what, CF_GROUP_NORM_SILU, a, change);
+    };
     refuse("dtype", [](cf_group_norm_image_args& w) { w.norm.dtype = CF_UINT8; });
     refuse("float16", [](cf_group_norm_image_args& w) { w.norm.dtype = w.y.dtype = CF_FLOAT16; });
-    refuse("y's dtype", [](cf_group_norm_image_args& w) { w.y.dtype = w.norm.dtype == CF_FLOAT32 ? CF_BFLOAT16 : CF_FLOAT32; });
+    refuse("y's dtype",
+           [](cf_group_norm_image_args& w) { w.y.dtype = w.norm.dtype == CF_FLOAT32 ? CF_BFLOAT16 : CF_FLOAT32; });
     refuse("n", [](cf_group_norm_image_args& w) { w.norm.n = -1; });
     refuse("c1", [](cf_group_norm_image_args& w) { w.norm.c1 = 0; });
     refuse("c2", [](cf_group_norm_image_args& w) { w.norm.c2 = -1; });
@@ -334,17 +358,22 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
 
 // Of x and, perhaps, another of any layout and dtype, or of an image alone in such a layout.
 Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t border) {
-    const int64_t factor = draw(0, 2) ? 1 : draw(2, 3), height = x ? x->height : draw(1, 6), width = x ? x->width : draw(1, 6);
+    const int64_t factor = draw(0, 2) ? 1 : draw(2, 3), height = x ? x->height : draw(1, 6),
+                  width = x ? x->width : draw(1, 6);
     cf_gather_args a{};
     for (int i = 0; i < 2; ++i) {
         if (i == 0 && x) {
             const int64_t size = bytes_of(x->image.dtype);
             a.channels[0] = x->channels;
-            a.parts[0] = {n ? x->at(0, 0, 0, 0) : nullptr, x->image.dtype, {x->image.sample / size, 1, x->image.row / size, x->channels}};
+            a.parts[0] = {n ? x->at(0, 0, 0, 0) : nullptr,
+                          x->image.dtype,
+                          {x->image.sample / size, 1, x->image.row / size, x->channels}};
         } else if (i == 0 || draw(0, 1)) {
             const int64_t c = a.channels[i] = draw(1, 40), part_dtype = draw(0, 2);
-            a.parts[i] = {p.random(n * c * height * width, part_dtype), part_dtype, {c * height * width, 1, c * width, c}};
-            if (draw(0, 1)) a.parts[i].strides[1] = height * width, a.parts[i].strides[2] = width, a.parts[i].strides[3] = 1;
+            a.parts[i] = {
+                p.random(n * c * height * width, part_dtype), part_dtype, {c * height * width, 1, c * width, c}};
+            if (draw(0, 1))
+                a.parts[i].strides[1] = height * width, a.parts[i].strides[2] = width, a.parts[i].strides[3] = 1;
         }
     }
     const int64_t lanes = 4 / bytes_of(dtype), channels = a.channels[0] + a.channels[1];
@@ -367,7 +396,9 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
             require_near("gather", y.number(i, r, q, c), exact, 0, dtype);
         });
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_gather_args&)) { p.refuse(what, CF_GATHER, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_gather_args&)) {
+        p.refuse(what, CF_GATHER, a, change);
+    };
     refuse("a part's dtype", [](cf_gather_args& w) { w.parts[0] = {&w, CF_UINT8, {}}; });
     refuse("y's dtype", [](cf_gather_args& w) { w.y.dtype = CF_UINT8; });
     refuse("n", [](cf_gather_args& w) { w.n = -1; });
@@ -395,9 +426,11 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
             continue;
         }
         const bool heads_first = draw(0, 1);
-        h->row = (heads_first ? 1 : a.heads) * a.width + draw(0, 3), h->head_stride = heads_first ? rows * h->row : a.width;
+        h->row = (heads_first ? 1 : a.heads) * a.width + draw(0, 3),
+        h->head_stride = heads_first ? rows * h->row : a.width;
         h->sample = (heads_first ? a.heads * h->head_stride : rows * h->row) + draw(0, 3);
-        h->data = p.random(n ? (n - 1) * h->sample + (a.heads - 1) * h->head_stride + (rows - 1) * h->row + a.width : 0, dtype, 2);
+        h->data = p.random(n ? (n - 1) * h->sample + (a.heads - 1) * h->head_stride + (rows - 1) * h->row + a.width : 0,
+                           dtype, 2);
     }
     if (draw(0, 1)) {
         char* mask = p.random(n * a.k_length, CF_UINT8);
@@ -422,7 +455,8 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
                     for (int64_t key = 0; key < a.k_length; ++key) {
                         double score = 0, size = 0;
                         for (int64_t d = 0; d < a.width; ++d) {
-                            const double product = element(a.q, i, head, row, d) * element(a.k, i, head, key, d) * a.scale;
+                            const double product =
+                                element(a.q, i, head, row, d) * element(a.k, i, head, key, d) * a.scale;
                             score += product, size += fabs(product);
                         }
                         weights[static_cast<size_t>(key)] = a.mask && !a.mask[i * a.k_length + key] ? -HUGE_VAL : score;
@@ -430,7 +464,8 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
                     }
                     for (double& weight : weights) total += weight = most == -HUGE_VAL ? 0 : exp(weight - most);
                     const double score_error = 0x1p-23 * static_cast<double>(a.width + 4) * absolute;
-                    const double rounding = 1e-6 + 0x1p-22 * static_cast<double>(a.k_length) + (dtype == CF_BFLOAT16 ? 0x1p-8 : 0);
+                    const double rounding =
+                        1e-6 + 0x1p-22 * static_cast<double>(a.k_length) + (dtype == CF_BFLOAT16 ? 0x1p-8 : 0);
                     const double relative = 4 * score_error + rounding;
                     for (int64_t d = 0; d < a.width; ++d) {
                         double exact = 0, size = 0;
@@ -439,11 +474,14 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
                             const double product = weight * element(a.v, i, head, key, d);
                             exact += product, size += fabs(product);
                         }
-                        require_near("attention", y.number(i, 0, row, head * a.width + d), exact, relative * size, dtype);
+                        require_near("attention", y.number(i, 0, row, head * a.width + d), exact, relative * size,
+                                     dtype);
                     }
                 }
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_attention_args&)) { p.refuse(what, CF_ATTENTION, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_attention_args&)) {
+        p.refuse(what, CF_ATTENTION, a, change);
+    };
     refuse("dtype", [](cf_attention_args& w) { w.dtype = CF_UINT8; });
     refuse("n", [](cf_attention_args& w) { w.n = -1; });
     refuse("heads", [](cf_attention_args& w) { w.heads = 0; });
@@ -459,21 +497,27 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
 Image layer_norm(Program& p, const Image& x) {
     const Image y = p.image(x.n, x.height, x.width, x.channels, x.image.dtype, 0, false, true);
     cf_layer_norm_args a{};
-    a.x = x.image.data, a.y = y.image.data, a.dtype = x.image.dtype, a.rows = x.n * x.height * x.width, a.channels = x.channels;
+    a.x = x.image.data, a.y = y.image.data, a.dtype = x.image.dtype, a.rows = x.n * x.height * x.width,
+    a.channels = x.channels;
     a.weight = p.floats(x.channels), a.bias = p.floats(x.channels), a.eps = 1e-5;
     p.add(CF_LAYER_NORM, a);
     p.checks.push_back([=] {
         const double channels = static_cast<double>(x.channels);
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             double mean = 0, square = 0, most = 0;
-            for (int64_t o = 0; o < x.channels; ++o) mean += x.number(i, r, q, o) / channels, most = fmax(most, fabs(x.number(i, r, q, o)));
-            for (int64_t o = 0; o < x.channels; ++o) square += (x.number(i, r, q, o) - mean) * (x.number(i, r, q, o) - mean) / channels;
-            const double inverse = 1 / sqrt(square + a.eps), exact = (x.number(i, r, q, c) - mean) * inverse * a.weight[c] + a.bias[c];
+            for (int64_t o = 0; o < x.channels; ++o)
+                mean += x.number(i, r, q, o) / channels, most = fmax(most, fabs(x.number(i, r, q, o)));
+            for (int64_t o = 0; o < x.channels; ++o)
+                square += (x.number(i, r, q, o) - mean) * (x.number(i, r, q, o) - mean) / channels;
+            const double inverse = 1 / sqrt(square + a.eps),
+                         exact = (x.number(i, r, q, c) - mean) * inverse * a.weight[c] + a.bias[c];
             const double error = (channels + 8) * 0x1p-23 * (2 * most * inverse * fabs(a.weight[c]) + fabs(a.bias[c]));
             require_near("layer_norm", y.number(i, r, q, c), exact, error, a.dtype);
         });
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_layer_norm_args&)) { p.refuse(what, CF_LAYER_NORM, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_layer_norm_args&)) {
+        p.refuse(what, CF_LAYER_NORM, a, change);
+    };
     refuse("dtype", [](cf_layer_norm_args& w) { w.dtype = CF_FLOAT16; });
     refuse("rows", [](cf_layer_norm_args& w) { w.rows = -1; });
     refuse("channels", [](cf_layer_norm_args& w) { w.channels = 0; });
@@ -487,13 +531,15 @@ Image gate(Program& p, const Image& x) {
     const int64_t half = x.channels / 2;
     const Image y = p.image(x.n, x.height, x.width, half, x.image.dtype, 0, false, true);
     cf_gate_args a{};
-    a.value = x.image.data, a.gate = x.n ? x.at(0, 0, 0, half) : x.image.data, a.y = y.image.data, a.dtype = x.image.dtype;
+    a.value = x.image.data, a.gate = x.n ? x.at(0, 0, 0, half) : x.image.data, a.y = y.image.data,
+    a.dtype = x.image.dtype;
     a.rows = x.n * x.height * x.width, a.channels = half, a.stride = x.channels;
     p.add(CF_GATE, a);
     p.checks.push_back([=] {
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             const double value = x.number(i, r, q, c), g = x.number(i, r, q, half + c);
-            require_near("gate", y.number(i, r, q, c), value * g * (1 + erf(g / sqrt(2))) / 2, 1e-6 * fabs(value * g), a.dtype);
+            require_near("gate", y.number(i, r, q, c), value * g * (1 + erf(g / sqrt(2))) / 2, 1e-6 * fabs(value * g),
+                         a.dtype);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_gate_args&)) { p.refuse(what, CF_GATE, a, change); };
@@ -522,10 +568,13 @@ Image pointwise(Program& p, const Image& x) {
             const double other = a.residual ? added.number(i, r, q, c) : 0, exact = f * a.y_scale + a.y_shift + other;
             // no function is steeper than 1.1
             const double error = 0x1p-22 * (1.1 * (fabs(product) + fabs(a.x_shift)) + fabs(f) + 0.1) * fabs(a.y_scale);
-            require_near("pointwise", y.number(i, r, q, c), exact, error + 0x1p-23 * (fabs(f * a.y_scale) + fabs(a.y_shift)), dtype);
+            require_near("pointwise", y.number(i, r, q, c), exact,
+                         error + 0x1p-23 * (fabs(f * a.y_scale) + fabs(a.y_shift)), dtype);
         });
     });
-    const auto refuse = [&](const char* what, void (*change)(cf_pointwise_args&)) { p.refuse(what, CF_POINTWISE, a, change); };
+    const auto refuse = [&](const char* what, void (*change)(cf_pointwise_args&)) {
+        p.refuse(what, CF_POINTWISE, a, change);
+    };
     refuse("dtype", [](cf_pointwise_args& w) { w.dtype = CF_FLOAT16; });
     refuse("count", [](cf_pointwise_args& w) { w.count = -1; });
     refuse("function", [](cf_pointwise_args& w) { w.function = CF_TANH + 1; });
@@ -538,7 +587,8 @@ Image pointwise(Program& p, const Image& x) {
 Image replace_zero_rows(Program& p, const Image& x) {
     const Image y = p.image(x.n, x.height, x.width, x.channels, CF_FLOAT32, 0, false, true);
     cf_replace_zero_rows_args a{};
-    a.x = reinterpret_cast<const float*>(x.image.data), a.y = reinterpret_cast<float*>(y.image.data), a.row = p.floats(x.channels);
+    a.x = reinterpret_cast<const float*>(x.image.data), a.y = reinterpret_cast<float*>(y.image.data),
+    a.row = p.floats(x.channels);
     a.rows = x.n * x.height * x.width, a.channels = x.channels;
     for (int64_t r = 0; r < a.rows; ++r)
         if (draw(0, 1)) memset(static_cast<char*>(x.image.data) + r * x.pixel(), 0, static_cast<size_t>(x.pixel()));
@@ -547,7 +597,8 @@ Image replace_zero_rows(Program& p, const Image& x) {
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             bool zero = true;
             for (int64_t o = 0; o < x.channels; ++o) zero = zero && x.number(i, r, q, o) == 0;
-            require_near("replace_zero_rows", y.number(i, r, q, c), zero ? a.row[c] : x.number(i, r, q, c), 0, CF_FLOAT32);
+            require_near("replace_zero_rows", y.number(i, r, q, c), zero ? a.row[c] : x.number(i, r, q, c), 0,
+                         CF_FLOAT32);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_replace_zero_rows_args&)) {
@@ -578,29 +629,34 @@ void fingerprints() {
     run(&before);
     for (auto& each : data)
         for (size_t k = 0; k < each.size(); ++k) {
-            const int64_t size = static_cast<int64_t>(each.size()), words = size / 8, word = static_cast<int64_t>(k) / 8;
+            const int64_t size = static_cast<int64_t>(each.size()), words = size / 8,
+                          word = static_cast<int64_t>(k) / 8;
             bool seen = size <= whole || words < samples || word >= words;
             for (int64_t i = 0; i < samples && !seen; ++i) seen = word == i * (words - 1) / (samples - 1);
             each[k] = static_cast<char>(each[k] ^ 0x40);
             run(&after);
             each[k] = static_cast<char>(each[k] ^ 0x40);
             if (seen == (before != after)) continue;
-            printf("fingerprint: byte %d of %d is %s\n", static_cast<int>(k), static_cast<int>(size), seen ? "not seen" : "seen");
+            printf("fingerprint: byte %d of %d is %s\n", static_cast<int>(k), static_cast<int>(size),
+                   seen ? "not seen" : "seen");
             exit(1);
         }
     const cf_span none{nullptr, 1};
-    for (const cf_fingerprint_args& wrong : {cf_fingerprint_args{&none, 1, 9, 2, &after}, cf_fingerprint_args{nullptr, 1, 9, 2, &after},
-                                             cf_fingerprint_args{nullptr, 0, 9, 1, &after}, cf_fingerprint_args{nullptr, 0, 9, 2, nullptr}})
+    for (const cf_fingerprint_args& wrong :
+         {cf_fingerprint_args{&none, 1, 9, 2, &after}, cf_fingerprint_args{nullptr, 1, 9, 2, &after},
+          cf_fingerprint_args{nullptr, 0, 9, 1, &after}, cf_fingerprint_args{nullptr, 0, 9, 2, nullptr}})
         if (cf_cpu_fingerprint(&wrong) != CF_INVALID_ARGUMENT) printf("fingerprint: taken\n"), exit(1);
 }
 
 // The op as a step has the op's results.
 void dual_head_step(Program& p, int64_t n, int64_t dtype) {
-    auto call = std::make_shared<Call<cf_dual_head_args>>(dual_head(n, draw(1, 40), draw(1, 9), draw(1, 9), draw(1, 11), dtype));
+    auto call = std::make_shared<Call<cf_dual_head_args>>(
+        dual_head(n, draw(1, 40), draw(1, 9), draw(1, 9), draw(1, 11), dtype));
     p.kept.push_back(call);
     cf_dual_head_args& a = p.add(CF_DUAL_HEAD, call->args);
     std::shared_ptr<Memory> results[2];
-    for (size_t i = 0; i < 2; ++i) results[i] = p.memory(call->results[i].count() * sizes[call->results[i].dtype], true);
+    for (size_t i = 0; i < 2; ++i)
+        results[i] = p.memory(call->results[i].count() * sizes[call->results[i].dtype], true);
     a.direction.data = results[0]->bytes.data(), a.distance = reinterpret_cast<float*>(results[1]->bytes.data());
     p.threads.push_back(&a.threads);
     p.checks.push_back([=] {
@@ -634,8 +690,10 @@ Image any_step(Program& p, const Image& x) {
         if (kind == 2 && three) return attention(p, &x, x.n, dtype);
         return group_norm_image(p, x, border, draw(0, 1));
     }
-    if (dtype != CF_UINT8 && x.height * x.width < 300) return gather(p, &x, x.n, draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16, border);
-    return convolution(p, p.image(x.n, draw(1, 9), draw(1, 9), 4 * draw(1, 12), CF_FLOAT32, 1, draw(0, 1), false), 9, border);
+    if (dtype != CF_UINT8 && x.height * x.width < 300)
+        return gather(p, &x, x.n, draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16, border);
+    return convolution(p, p.image(x.n, draw(1, 9), draw(1, 9), 4 * draw(1, 12), CF_FLOAT32, 1, draw(0, 1), false), 9,
+                       border);
 }
 
 }  // namespace

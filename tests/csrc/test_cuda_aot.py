@@ -21,7 +21,11 @@ def rows():
 
 @needs_nvcc
 def test_no_kernel_has_a_fault(rows):
-    found = [(row["kernel"], row["types"], row["vector"], row["layout"], row["target"], row["faults"]) for row in rows if row["faults"]]
+    found = [
+        (row["kernel"], row["types"], row["vector"], row["layout"], row["target"], row["faults"])
+        for row in rows
+        if row["faults"]
+    ]
     assert found == []
 
 
@@ -30,13 +34,20 @@ def test_every_kernel_is_there_for_every_target(rows):
     sources = "".join(path.read_text("utf-8") for path in (cuda_aot.ROOT / "csrc" / "cuda").glob("*.cu"))
     names = re.findall(r"__global__ void __launch_bounds__\([^)]*\) (\w+)\(", sources)
     assert len(names) == sources.count("__global__")
-    assert {(row["kernel"], row["target"]) for row in rows} == {(name, target) for name in names for target in cuda_aot.TARGETS}
+    assert {(row["kernel"], row["target"]) for row in rows} == {
+        (name, target) for name in names for target in cuda_aot.TARGETS
+    }
 
 
 @needs_nvcc
 def test_every_kernel_that_streams_has_vectors_of_every_type(rows):
     types = {(row["kernel"], row["target"], row["types"][0]) for row in rows if row["vector"] > 1}
-    assert types == {(name, target, dtype) for name in cuda_aot.STREAMS for target in cuda_aot.TARGETS for dtype in cuda_aot.TYPES.values()}
+    assert types == {
+        (name, target, dtype)
+        for name in cuda_aot.STREAMS
+        for target in cuda_aot.TARGETS
+        for dtype in cuda_aot.TYPES.values()
+    }
 
 
 @needs_nvcc
@@ -97,10 +108,14 @@ def test_planted_faults_are_found(tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED, "utf-8")
     rows = list(cuda_aot.report((90,), [source]))
-    good, narrow = sorted((row for row in rows if row["kernel"] == "bias_residual"), key=lambda row: row["types"], reverse=True)
+    good, narrow = sorted(
+        (row for row in rows if row["kernel"] == "bias_residual"), key=lambda row: row["types"], reverse=True
+    )
     assert (good["types"], good["vector"], good["threads"], good["faults"]) == (["float32"], 4, 256, [])
     assert narrow["faults"] == ["0 loads of 128 bits, not 8", "8 stores of 32 bits"]
-    local, spills, unbounded = (next(row for row in rows if row["kernel"] == name) for name in ("local", "spills", "unbounded"))
+    local, spills, unbounded = (
+        next(row for row in rows if row["kernel"] == name) for name in ("local", "spills", "unbounded")
+    )
     assert local["stack"] > 0
     assert local["local"] > 0
     assert "of stack" in local["faults"][0]
@@ -150,7 +165,9 @@ def test_faults_of_plans():
     row = {"target": 120, "shared_memory": 99 * 1024, "threads": 512, "cluster": 8}
     assert cuda_aot.plan_faults(row, 512) == []
     assert cuda_aot.plan_faults(row, 256) == ["threads is 512, at most 256 can be"]
-    assert cuda_aot.plan_faults(row | {"shared_memory": 99 * 1024 + 1}, 512) == ["shared_memory is 101377, at most 101376 can be"]
+    assert cuda_aot.plan_faults(row | {"shared_memory": 99 * 1024 + 1}, 512) == [
+        "shared_memory is 101377, at most 101376 can be"
+    ]
     assert cuda_aot.plan_faults(row | {"target": 80}, 512) == ["cluster is 8, at most 1 can be"]
 
 
@@ -162,7 +179,9 @@ def test_the_command_fails_for_a_fault(monkeypatch, tmp_path, capsys, stores, st
     monkeypatch.setattr(cuda_aot.library, "find", lambda *args: (None, "it is not built"))
     monkeypatch.setattr(sys, "argv", ["cuda_aot", "--json", str(tmp_path / "rows.json")])
     assert cuda_aot.main() == status
-    assert [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["kernels"]] == ["coalesce_step"]
+    assert [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["kernels"]] == [
+        "coalesce_step"
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("bfloat16 bfloat16 x8 " + (f"  ! 3 stores of {stores} bits" if status else ""))
     assert lines[2] == "no planned launches: the library of CUDA kernels is not built"
@@ -170,9 +189,18 @@ def test_the_command_fails_for_a_fault(monkeypatch, tmp_path, capsys, stores, st
 
 def test_names():
     space = "_ZN2cf4step39_GLOBAL__N__59e33f1a_7_step_cu_bf9ab12d"
-    assert cuda_aot.demangle(f"{space}13coalesce_stepI6__halfS3_Li8EEEvNS1_4CallE") == ("coalesce_step", ["__half", "__half", "8"])
-    assert cuda_aot.demangle(f"{space}13coalesce_stepIf13__nv_bfloat16Li1EEEvNS1_4CallE") == ("coalesce_step", ["f", "__nv_bfloat16", "1"])
-    assert cuda_aot.demangle(f"{space}13coalesce_stepIffLi1ELb1EEEvNS1_4CallE") == ("coalesce_step", ["f", "f", "1", "1"])
+    assert cuda_aot.demangle(f"{space}13coalesce_stepI6__halfS3_Li8EEEvNS1_4CallE") == (
+        "coalesce_step",
+        ["__half", "__half", "8"],
+    )
+    assert cuda_aot.demangle(f"{space}13coalesce_stepIf13__nv_bfloat16Li1EEEvNS1_4CallE") == (
+        "coalesce_step",
+        ["f", "__nv_bfloat16", "1"],
+    )
+    assert cuda_aot.demangle(f"{space}13coalesce_stepIffLi1ELb1EEEvNS1_4CallE") == (
+        "coalesce_step",
+        ["f", "f", "1", "1"],
+    )
     assert cuda_aot.demangle(f"{space}6finishENS1_4CallE") == ("finish", [])
     assert cuda_aot.demangle("_Z4heldPKf") == ("held", [])
     assert cuda_aot.demangle("plain") == ("plain", [])
@@ -193,11 +221,22 @@ ptxas info    : Used 56 registers, 592 bytes cmem[0]
 
 
 def test_what_the_compiler_says():
-    assert cuda_aot.compiler_says(LOG) == {"_Z4headf": {"spills": 68, "barriers": 1}, "_Z4stepf": {"spills": 0, "barriers": 0}}
+    assert cuda_aot.compiler_says(LOG) == {
+        "_Z4headf": {"spills": 68, "barriers": 1},
+        "_Z4stepf": {"spills": 0, "barriers": 0},
+    }
 
 
 def test_accesses_by_their_bits():
-    opcodes = ("LDG.E", "LDG.E.U16.CONSTANT", "LDG.E.LTC128B.128", "LDG.E.64", "LDG.E.64.STRONG.GPU", "LDGSTS.E.BYPASS.128", "STG.E.U8")
+    opcodes = (
+        "LDG.E",
+        "LDG.E.U16.CONSTANT",
+        "LDG.E.LTC128B.128",
+        "LDG.E.64",
+        "LDG.E.64.STRONG.GPU",
+        "LDGSTS.E.BYPASS.128",
+        "STG.E.U8",
+    )
     assert cuda_aot.access([(opcode, "") for opcode in opcodes], "LDG") == {32: 1, 16: 1, 128: 1, 64: 2}
     assert cuda_aot.access([(opcode, "") for opcode in opcodes], "LDGSTS") == {128: 1}
     assert cuda_aot.access([(opcode, "") for opcode in opcodes], "STG") == {8: 1}

@@ -90,9 +90,13 @@ def test_halves_round_as_torch_rounds(kernels):
     every_bfloat = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     finite = every_half[np.isfinite(every_half)]
     middles = (np.sort(finite)[1:] + np.sort(finite)[:-1]) / 2  # ties
-    edges = np.float32([65519.9, 65520, -65520, 65536, 3.4e38, 2**-25, 2**-25 * 1.0001, 2**-14, 2**-126, 1e-45, np.inf, np.nan])
+    edges = np.float32(
+        [65519.9, 65520, -65520, 65536, 3.4e38, 2**-25, 2**-25 * 1.0001, 2**-14, 2**-126, 1e-45, np.inf, np.nan]
+    )
     bits = np.concatenate([rng.integers(0, 2**32, 100_000), (np.arange(1 << 16) << 16) + 0x8000]).astype(np.uint32)
-    x = np.concatenate([every_half, every_bfloat, middles, np.nextafter(middles, np.float32(0)), edges, bits.view(np.float32)])
+    x = np.concatenate(
+        [every_half, every_bfloat, middles, np.nextafter(middles, np.float32(0)), edges, bits.view(np.float32)]
+    )
     x = np.concatenate([x, np.zeros(-len(x) % 256, np.float32)])
 
     half, bfloat = np.zeros(len(x), np.uint16), np.zeros(len(x), np.uint16)
@@ -103,7 +107,9 @@ def test_halves_round_as_torch_rounds(kernels):
         expected = torch.from_numpy(x).to(dtype)
         np.testing.assert_array_equal(got[~nan], expected.view(torch.int16).numpy().view(np.uint16)[~nan])
         np.testing.assert_array_equal(got[nan], 0x7FFF)
-        np.testing.assert_array_equal(back[~nan].view(np.uint32), expected.float().numpy()[~nan].view(np.uint32))  # the sign of zero too
+        np.testing.assert_array_equal(
+            back[~nan].view(np.uint32), expected.float().numpy()[~nan].view(np.uint32)
+        )  # the sign of zero too
         assert np.isnan(back[nan]).all()
 
 
@@ -144,7 +150,9 @@ def test_shared_memory_is_limited_and_starts_as_nan(kernels):
     kernels.emulation_device(80, 163 << 10)
     assert kernels.read_shared(pointer(out), 64, 227 << 10) == INVALID_VALUE
     assert kernels.raise_shared_limit(164 << 10) == INVALID_VALUE
-    assert kernels.positions(pointer(np.zeros(64, np.int32)), 2, 1, 1, 32, 2) == 801  # no clusters before compute capability 9.0
+    assert (
+        kernels.positions(pointer(np.zeros(64, np.int32)), 2, 1, 1, 32, 2) == 801
+    )  # no clusters before compute capability 9.0
     kernels.emulation_device(90, 227 << 10)
     assert kernels.last_error() != 0
 
@@ -163,7 +171,9 @@ class Faults:
             raise
 
     def run(self, name: str, kind: str, seed: int = 1) -> subprocess.CompletedProcess:
-        return subprocess.run([self.program, name, kind, str(seed)], capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(
+            [self.program, name, kind, str(seed)], capture_output=True, text=True, check=False, timeout=300
+        )
 
 
 @pytest.fixture(scope="module")

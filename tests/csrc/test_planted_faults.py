@@ -33,7 +33,11 @@ BARRIERS = [
 
 # file, what it has once, what it gets
 WRONG_RESULTS = [
-    ("group_norm.cu", "for (int row = lane; row < rows; row += p.lanes)", "for (int row = lane; row <= rows; row += p.lanes)"),
+    (
+        "group_norm.cu",
+        "for (int row = lane; row < rows; row += p.lanes)",
+        "for (int row = lane; row <= rows; row += p.lanes)",
+    ),
     ("group_norm.cu", "if (r >= rows) break;", "if (r > rows) break;"),
     ("group_norm.cu", "lane < p.lanes && column < width", "lane < p.lanes && column <= width"),
     ("group_norm.cu", "(rows - lane + p.lanes - 1) / p.lanes", "(rows - lane + p.lanes) / p.lanes"),
@@ -44,7 +48,11 @@ WRONG_RESULTS = [
     ("group_norm.cu", "merge(p.splits * p.tiles_per_group,", "merge(p.splits,"),
     ("group_norm.cu", "min(p.rows_per_split, p.rows - split * p.rows_per_split)", "p.rows_per_split"),
     ("group_norm.cu", "min(p.rows_per_split, p.rows - rank * p.rows_per_split)", "p.rows_per_split"),
-    ("group_norm.h", "p.splits = static_cast<int>(cdiv(p.rows, p.rows_per_split))", "p.splits = p.rows / p.rows_per_split"),
+    (
+        "group_norm.h",
+        "p.splits = static_cast<int>(cdiv(p.rows, p.rows_per_split))",
+        "p.splits = p.rows / p.rows_per_split",
+    ),
     ("group_norm.h", "(p.vector % p.per_group ? 2 : 0)", "(p.vector % p.per_group ? 1 : 0)"),
     ("head.cu", "column >= 0 && column < p.width", "column >= 0 && column <= p.width"),
     ("head.cu", "row < 0 || row >= p.height", "row < 0 || row > p.height"),
@@ -60,9 +68,19 @@ READ_OUTSIDE = [
 
 # Of the steps on a CPU: sanitizers, and as above.
 STEPS = [
-    (ADDRESS, "network.h", "fill(origin + (height + 1) * image.row, width + 2);", "fill(origin + (height + 1) * image.row, width + 3);"),
+    (
+        ADDRESS,
+        "network.h",
+        "fill(origin + (height + 1) * image.row, width + 2);",
+        "fill(origin + (height + 1) * image.row, width + 3);",
+    ),
     (ADDRESS, "network.h", "part = a.outputs - c < W ? a.outputs - c : W;", "part = W;"),
-    (ADDRESS, "runtime.cpp", "for (int64_t rank = 1; rank < mine.size; ++rank)", "for (int64_t rank = 2; rank < mine.size; ++rank)"),
+    (
+        ADDRESS,
+        "runtime.cpp",
+        "for (int64_t rank = 1; rank < mine.size; ++rank)",
+        "for (int64_t rank = 2; rank < mine.size; ++rank)",
+    ),
     (THREAD, "runtime.cpp", "(&mine.posted, posted, __ATOMIC_RELEASE);", "(&mine.posted, posted, __ATOMIC_RELAXED);"),
 ]
 
@@ -81,7 +99,9 @@ class Calls:
         link([*self.common, *objects], program, "-pie", *flags)
         small = ["small"] if flags == THREAD else []
         environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([program, str(rounds), *small], capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return subprocess.run(
+            [program, str(rounds), *small], capture_output=True, text=True, check=False, timeout=300, env=environment
+        )
 
     def find(self, name: str, text: str, flags: tuple[str, ...], folder: Path) -> bool:
         """Whether the calls fail once the file `name` has the `text`; sanitizers see the sources that have it only."""
@@ -136,7 +156,9 @@ def test_a_missing_barrier_is_found(calls, tmp_path, name, number):
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize(("name", "old", "new"), WRONG_RESULTS, ids=[f"{name}: {new}" for name, _, new in WRONG_RESULTS])
+@pytest.mark.parametrize(
+    ("name", "old", "new"), WRONG_RESULTS, ids=[f"{name}: {new}" for name, _, new in WRONG_RESULTS]
+)
 def test_a_wrong_index_or_count_is_found(calls, tmp_path, name, old, new):
     assert calls.find(name, replaced(name, old, new), PLAIN, tmp_path)
 
@@ -157,7 +179,16 @@ def run_cpu_calls(csrc: Path, flags: tuple[str, ...], folder: Path) -> subproces
     """random_calls of the portable CPU kernels under `csrc`."""
     program = folder / "calls"
     sources = HERE / "random_calls.cpp", csrc / "cpu" / "runtime.cpp", csrc / "cpu" / "portable.cpp"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-g", "-ffp-contract=off", "-w", "-DCF_PORTABLE_ONLY", *flags]
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-O0",
+        "-g",
+        "-ffp-contract=off",
+        "-w",
+        "-DCF_PORTABLE_ONLY",
+        *flags,
+    ]
     subprocess.run([*command, *sources, "-pthread", "-o", program], check=True)
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, "60"], capture_output=True, text=True, check=False, timeout=300, env=environment)
@@ -170,7 +201,9 @@ def test_steps_without_a_fault_pass(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "name", "old", "new"), STEPS, ids=[f"{name}: {new or old}" for _, name, old, new in STEPS])
+@pytest.mark.parametrize(
+    ("flags", "name", "old", "new"), STEPS, ids=[f"{name}: {new or old}" for _, name, old, new in STEPS]
+)
 def test_a_fault_of_a_step_is_found(tmp_path, flags, name, old, new):
     shutil.copytree(CSRC, tmp_path / "csrc")
     changed = tmp_path / "csrc" / "cpu" / name

@@ -28,13 +28,19 @@ WAYS = [
     *(f"coalesce_step: cluster of {blocks}" for blocks in (1, 2, 3, 8)),
     *(f"coalesce_step: raw, {blocks}" for blocks in ("one block", "many blocks")),
     *(f"coalesce_step: vectors of {v}" for v in (1, 8)),
-    *(f"dual_head: {kind}, {blocks}" for kind in ("anchored", "not anchored") for blocks in ("one block", "many blocks")),
+    *(
+        f"dual_head: {kind}, {blocks}"
+        for kind in ("anchored", "not anchored")
+        for blocks in ("one block", "many blocks")
+    ),
     *(f"dual_head: vectors of {v}" for v in (1, 4)),
 ]
 
 
 def run(script: str, rounds: int) -> str:
-    result = subprocess.run(["bash", Path(__file__).with_name(script), str(rounds)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["bash", Path(__file__).with_name(script), str(rounds)], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

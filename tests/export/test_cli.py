@@ -53,6 +53,10 @@ import coalescer_fast.acceleration, coalescer_fast.pipeline, coalescer_fast.cli
 print(sorted({"onnx", "onnxscript", "onnxruntime", "coalescer_fast.export"} & set(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(coalescer_fast.__file__).parents[1], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=Path(coalescer_fast.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "[]\n"

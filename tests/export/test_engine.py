@@ -96,14 +96,24 @@ def test_a_plan_says_what_it_is(run, source, fake):
         {"name": "conv", "type": "CaskConvolution", "inputs": ["Half"], "outputs": ["Float"], "of": ["conv", "add"]}
     ]
     flags = [call[:2] for call in fake.calls if call[0] in ("create_network", "set_flag", "clear_flag")]
-    assert flags == [("create_network", 1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), ("clear_flag", "TF32")]
+    assert flags == [
+        ("create_network", 1 << int(fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED)),
+        ("clear_flag", "TF32"),
+    ]
     assert ("set_shape", "sample", (1, 2, 3, 3), (4, 2, 3, 3), (8, 2, 3, 3)) in fake.calls
     words = found.mend.partition("coalescer-export ")[2].split()
     assert run(*words)[:2] == (0, "plan\n")
     assert artefact.read("plan").manifest == m
 
 
-EVERYTHING = ["--timingCacheFile", "t", "--hardwareCompatibilityLevel", "ampere+", "--versionCompatible", "--stripWeights"]
+EVERYTHING = [
+    "--timingCacheFile",
+    "t",
+    "--hardwareCompatibilityLevel",
+    "ampere+",
+    "--versionCompatible",
+    "--stripWeights",
+]
 
 
 def test_every_option(run, source, fake, capsys):
@@ -111,7 +121,11 @@ def test_every_option(run, source, fake, capsys):
     artefact.write(Path("onnx"), artefact.read("onnx").manifest)
     assert run("engine", "onnx", "-o", "plan", *EVERYTHING)[0] == 0
     found = artefact.read("plan")
-    assert found.manifest.flags == {"hardwareCompatibilityLevel": "ampere+", "versionCompatible": True, "stripWeights": "weights.onnx"}
+    assert found.manifest.flags == {
+        "hardwareCompatibilityLevel": "ampere+",
+        "versionCompatible": True,
+        "stripWeights": "weights.onnx",
+    }
     assert set(found.manifest.files) == {"model.plan", "layers.json", "weights.onnx", "model.onnx.data"}
     flags = [call[1] for call in fake.calls if call[0] == "set_flag"]
     assert flags == ["VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT"]
@@ -146,7 +160,13 @@ def test_a_renamed_name_fails(run, source, newest, monkeypatch, capsys):
 
     assert cli.main(["engine", "onnx", "-o", "plan", *EVERYTHING]) == 0
     used = {(cls, name) for cls, name in newest.used if name in recorded()[NEWEST][cls]}
-    assert {cls for cls, _ in used} >= {"Builder", "BuilderFlag", "IBuilderConfig", "OnnxParser", "NetworkDefinitionCreationFlag"}
+    assert {cls for cls, _ in used} >= {
+        "Builder",
+        "BuilderFlag",
+        "IBuilderConfig",
+        "OnnxParser",
+        "NetworkDefinitionCreationFlag",
+    }
     for cls, name in sorted(used):
         api = recorded()
         api[NEWEST][cls].remove(name)
@@ -164,12 +184,19 @@ def test_a_renamed_name_fails(run, source, newest, monkeypatch, capsys):
     [
         (
             {"target": "cpu", "opset": 18},
-            ["was written for cpu, not for TensorRT", "export it again with coalescer-export onnx", "--target tensorrt"],
+            [
+                "was written for cpu, not for TensorRT",
+                "export it again with coalescer-export onnx",
+                "--target tensorrt",
+            ],
         ),
         ({"opset": 18}, ["has opset 18 where TensorRT is given 21 or later for fp16", "export it again with"]),
         ({"opset": 20, "precision": "int8"}, ["has opset 20 where TensorRT is given 21 or later for int8"]),
         ({"opset": 17, "precision": "fp32"}, ["has opset 17 where TensorRT is given 18 or later for fp32"]),
-        ({"engine": "tensorrt", "tensorrt": PLAN, "command": ("engine", "where")}, ["is a plan already", "made of, from where"]),
+        (
+            {"engine": "tensorrt", "tensorrt": PLAN, "command": ("engine", "where")},
+            ["is a plan already", "made of, from where"],
+        ),
     ],
 )
 def test_an_artefact_that_is_not_for_it(run, tmp_path, newest, changes, words):
@@ -187,10 +214,16 @@ def test_an_artefact_that_is_not_for_it(run, tmp_path, newest, changes, words):
         (["--minShapes", "x:1x2"], ["--minShapes has 'x:1x2'; expected", "sample, description"]),
         (["--maxShapes", "sample:0x2x3x3"], ["--maxShapes has 'sample:0x2x3x3'"]),
         (["--maxShapes", "sample:8x2x3x3"], ["--maxShapes has 8, 16 pictures", "sample, description the same number"]),
-        (["--maxShapes", "sample:17x2x3x3,description:17x4"], ["1x2x3x3, 4x2x3x3, 17x2x3x3 where the graph takes [1 to 16]x2x3x3"]),
+        (
+            ["--maxShapes", "sample:17x2x3x3,description:17x4"],
+            ["1x2x3x3, 4x2x3x3, 17x2x3x3 where the graph takes [1 to 16]x2x3x3"],
+        ),
         (["--optShapes", "sample:4x2x6x6"], ["4x2x6x6"]),
         (["--minShapes", "sample:8x2x3x3,description:8x4"], ["8x2x3x3, 4x2x3x3, 16x2x3x3"]),
-        (["--computeCapabilities", "80"], ["--computeCapabilities is no option of TensorRT:", "--flavour tensorrt_rtx"]),
+        (
+            ["--computeCapabilities", "80"],
+            ["--computeCapabilities is no option of TensorRT:", "--flavour tensorrt_rtx"],
+        ),
         (["--flavour", "tensorrt_rtx", "--versionCompatible"], ["--versionCompatible is no option of TensorRT-RTX:"]),
         (["--computeCapabilities", "8.0"], ["8.0", "80,86"]),
         (["--timingCacheFile", "other"], ["other is no timing cache of this version and GPU"]),
@@ -242,10 +275,15 @@ def test_without_a_gpu(run, source, newest, monkeypatch):
     monkeypatch.setattr(tensorrt, "gpu", lambda: None)
     status, _, error = run("verify", "plan")
     assert status == 1
-    assert "plan is a plan for NVIDIA A10, compute capability 8.6, and there is no CUDA device: run it on such a GPU" in error
+    assert (
+        "plan is a plan for NVIDIA A10, compute capability 8.6, and there is no CUDA device: run it on such a GPU"
+        in error
+    )
     status, _, error = run("engine", "onnx", "-o", "other")
     assert status == 1
-    assert error.endswith("builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx")
+    assert error.endswith(
+        "builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
+    )
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     status, _, error = run("engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx")
     assert status == 1
@@ -265,7 +303,9 @@ def test_tensorrt_rtx_builds_for_gpus_that_are_not_here(run, source, monkeypatch
     m = artefact.read("plan").manifest
     assert (m.engine, m.tensorrt["version"], m.tensorrt["gpu"]) == ("tensorrt_rtx", "1.7.1.116", None)
     assert m.tensorrt["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
-    status, _, error = run("engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx", "--computeCapabilities", "86,90")
+    status, _, error = run(
+        "engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx", "--computeCapabilities", "86,90"
+    )
     assert status == 1
     assert error.endswith("TensorRT-RTX 1.7.1.116 has no compute capability 90: use some of 75, 80, 86, 89, 120, 121")
 
@@ -281,10 +321,19 @@ def test_layers_of_the_log():
         "Layer: c/2]\n"
         "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: \n"
     )
-    conv = {"name": "conv1_myl0_14", "type": "correlation", "inputs": ["Int8"], "constants": ["Int8", "Float"], "outputs": ["Half"]}
+    conv = {
+        "name": "conv1_myl0_14",
+        "type": "correlation",
+        "inputs": ["Int8"],
+        "constants": ["Int8", "Float"],
+        "outputs": ["Half"],
+    }
     nothing = {"name": "s", "type": "shape_call", "inputs": [], "constants": [], "outputs": [], "of": []}
     assert engine.layers_of_log(text) == [{**conv, "of": ["a.b:1", "c/2"]}, nothing]
-    assert engine.counts([conv, conv, nothing]) == [("correlation", "2: Int8 to Half 2"), ("shape_call", "1: nothing to nothing 1")]
+    assert engine.counts([conv, conv, nothing]) == [
+        ("correlation", "2: Int8 to Half 2"),
+        ("shape_call", "1: nothing to nothing 1"),
+    ]
 
 
 def test_interrupted(run, source, newest, monkeypatch):
@@ -404,8 +453,14 @@ def test_a_folder_of_several(run, source, newest, tmp_path):
     write(tmp_path / "many" / "decoder", kind="decoder", outputs=(Port("picture", "float32", ("batch", 3, 6, 6)),))
     assert run("engine", "many", "-o", "plans")[0] == 0
     found = artefact.find("plans")
-    assert {kind: each.manifest.command[1] for kind, each in found.items()} == {"unet": "many/unet", "decoder": "many/decoder"}
-    generator = {"weights": dict.fromkeys(("unet", "decoder"), "1" * 64), "schedule": Schedule((1.0,), ("unit",), 1e-6, (), 1.0)}
+    assert {kind: each.manifest.command[1] for kind, each in found.items()} == {
+        "unet": "many/unet",
+        "decoder": "many/decoder",
+    }
+    generator = {
+        "weights": dict.fromkeys(("unet", "decoder"), "1" * 64),
+        "schedule": Schedule((1.0,), ("unit",), 1e-6, (), 1.0),
+    }
     picture = (Port("picture", "float32", ("batch", 3, 6, 6)),)
     write(tmp_path / "many" / "generator", kind="generator", target="cpu", outputs=picture, **generator)
     assert run("engine", "many", "-o", "more")[0] == 1

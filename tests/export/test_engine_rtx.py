@@ -44,7 +44,16 @@ def residual_blocks(unet) -> list[str]:
 
 
 def build(source: Path, out: Path, capability: int) -> dict[str, list[dict]]:
-    argv = ["engine", str(source), "-o", str(out), "--flavour", "tensorrt_rtx", "--computeCapabilities", str(capability)]
+    argv = [
+        "engine",
+        str(source),
+        "-o",
+        str(out),
+        "--flavour",
+        "tensorrt_rtx",
+        "--computeCapabilities",
+        str(capability),
+    ]
     assert cli.main(argv) == 0
     found = artefact.find(out)
     for each in found.values():
@@ -79,7 +88,9 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
     plans = build(source, tmp_path / "plan", capability)
     assert set(plans) == set(artefact.KINDS)
     blocks = residual_blocks(unet)
-    attentions = [name for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm) and name.endswith(".norm")]
+    attentions = [
+        name for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm) and name.endswith(".norm")
+    ]
     assert len(blocks) > 5
     assert attentions
     for kind in ("unet", "generator"):
@@ -89,11 +100,20 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
                 (one,) = [each for each in kernels(layers, name) if "Gnor" in each["name"]]  # GroupNorm and SiLU
                 assert holds(one, "node_silu"), one
             for name in uses(nodes, f"unet.{block}.norm2"):
-                (one,) = [each for each in kernels(layers, name) if "Gnor" in each["name"]]  # scale, shift and SiLU are a second kernel
+                (one,) = [
+                    each for each in kernels(layers, name) if "Gnor" in each["name"]
+                ]  # scale, shift and SiLU are a second kernel
                 assert not holds(one, "node_silu"), one
             # one of the convolutions that end in a sum has bias and sum with it
-            ends = [name for part in ("conv2", "shortcut", "shortcut:2") for name in [f"unet.{block}.{part}"] if kernels(layers, name)]
-            assert any(holds(each, "node_add") for name in ends for each in kernels(layers, name) if each["type"] in FUSED), block
+            ends = [
+                name
+                for part in ("conv2", "shortcut", "shortcut:2")
+                for name in [f"unet.{block}.{part}"]
+                if kernels(layers, name)
+            ]
+            assert any(
+                holds(each, "node_add") for name in ends for each in kernels(layers, name) if each["type"] in FUSED
+            ), block
         for attention in attentions:
             for name in uses(nodes, f"unet.{attention}"):
                 assert len([each for each in kernels(layers, name) if "Gnor" in each["name"]]) == 1
@@ -122,7 +142,9 @@ def test_int8(embedded, unet, tmp_path, capability):
             assert one["constants"][0] == "Int8", one
         for block in residual_blocks(unet) if kind != "decoder" else []:
             for name in uses(nodes, f"unet.{block}.norm1"):
-                (one,) = [each for each in kernels(layers, name) if "Gnor" in each["name"]]  # GroupNorm, SiLU and rounding to 8 bits
+                (one,) = [
+                    each for each in kernels(layers, name) if "Gnor" in each["name"]
+                ]  # GroupNorm, SiLU and rounding to 8 bits
                 assert holds(one, "node_silu"), one
                 assert one["outputs"][0] == "Int8", one
         rest = [node.name.partition("/")[0] for node in nodes if node.op_type == "Conv" and node not in body]

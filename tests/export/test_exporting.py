@@ -47,7 +47,9 @@ def test_cross_attention_takes_token_rows(tmp_path):
 def as_views(pipe):
     """All weights as views of one vector, as `vector_to_parameters` leaves them."""
     for network in (pipe.unet, pipe.vae.decoder):
-        torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(network.parameters()).detach(), network.parameters())
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(network.parameters()).detach(), network.parameters()
+        )
 
 
 def permuted(pipe):
@@ -120,9 +122,12 @@ def test_beyond_float16_the_output_is_named(tmp_path):
         weight = pipe.vae.decoder.layers[0].weight
         weight.mul_(6e4 / weight.abs().max())
     with pytest.raises(
-        ValueError, match=r"^the decoder in float16 is not the model's: picture, largest absolute value is (inf|nan), which is not"
+        ValueError,
+        match=r"^the decoder in float16 is not the model's: picture, largest absolute value is (inf|nan), which is not",
     ):
-        exporting.export_onnx(pipe, "decoder", tmp_path, model="some", precision="fp16", target="tensorrt", batch=(1, 1, 2))
+        exporting.export_onnx(
+            pipe, "decoder", tmp_path, model="some", precision="fp16", target="tensorrt", batch=(1, 1, 2)
+        )
 
 
 def test_beyond_the_budget_nothing_is_written(small, tmp_path, monkeypatch):

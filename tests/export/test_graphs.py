@@ -87,7 +87,9 @@ def test_a_batch_that_cannot_vary_is_an_error_and_not_a_fixed_size(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("target", "precision", "expected"), [("cpu", "fp32", 18), ("tensorrt", "fp32", 21), ("cpu", "fp16", 21)])
+@pytest.mark.parametrize(
+    ("target", "precision", "expected"), [("cpu", "fp32", 18), ("tensorrt", "fp32", 21), ("cpu", "fp16", 21)]
+)
 def test_opsets(target, precision, expected):
     assert graphs.opset(target, precision) == expected
 

@@ -22,7 +22,9 @@ def test_they_are_the_reference(small, kind, precision):
             found = module(*given)
         assert [(str(y.dtype), y.shape[1:]) for y in found] == [(f"torch.{p.dtype}", p.shape[1:]) for p in outputs]
         for y, e in zip(found, expected):
-            torch.testing.assert_close(y, e, atol=1e-5 if precision == "fp32" else 2e-2, rtol=1e-5 if precision == "fp32" else 2e-2)
+            torch.testing.assert_close(
+                y, e, atol=1e-5 if precision == "fp32" else 2e-2, rtol=1e-5 if precision == "fp32" else 2e-2
+            )
             assert precision == "fp32" or not torch.equal(y, e)
     assert all(torch.equal(p, before[name]) for name, p in small.unet.state_dict().items())
 
@@ -30,7 +32,9 @@ def test_they_are_the_reference(small, kind, precision):
 def test_what_is_half(small):
     module = networks.network(small, "generator", "fp16")
     wide = {name for name, p in module.named_parameters() if p.dtype == torch.float32}
-    assert wide == {f"unet.{head}.{part}" for head in ("direction_head", "distance_head") for part in ("weight", "bias")}
+    assert wide == {
+        f"unet.{head}.{part}" for head in ("direction_head", "distance_head") for part in ("weight", "bias")
+    }
     assert module.empty.anchor.dtype == torch.float32
     assert module.empty.film[0][0].dtype == torch.float16
 
@@ -84,8 +88,14 @@ REFUSED = {
         lambda pipe: pipe.unet.mid[0].register_forward_hook(print),
         r"mid\.0 has a forward hook, which no graph would call; remove it$",
     ),
-    "pre-hook": (lambda pipe: pipe.unet.conv_in.register_forward_pre_hook(print), r"conv_in has a forward hook, which no"),
-    "forward": (lambda pipe: setattr(pipe.unet.mid[0], "forward", print), r"the forward of mid\.0 is patched, which no graph"),
+    "pre-hook": (
+        lambda pipe: pipe.unet.conv_in.register_forward_pre_hook(print),
+        r"conv_in has a forward hook, which no",
+    ),
+    "forward": (
+        lambda pipe: setattr(pipe.unet.mid[0], "forward", print),
+        r"the forward of mid\.0 is patched, which no graph",
+    ),
     "adapter": (lora, r"\S+\.film has an adapter, which no graph could switch off; merge it first$"),
 }
 
@@ -101,7 +111,9 @@ def test_what_no_graph_holds_is_refused(kind, what):
 
 
 def test_a_decoder_is_refused_likewise():
-    with pytest.raises(ValueError, match=r"^the decoder cannot be exported: layers\.0\.weight is in float16 on cpu; load"):
+    with pytest.raises(
+        ValueError, match=r"^the decoder cannot be exported: layers\.0\.weight is in float16 on cpu; load"
+    ):
         networks.network(changed(lambda pipe: pipe.vae.half()), "generator", "fp32")
 
 
@@ -112,7 +124,9 @@ def test_beyond_float16():
 
     pipe = changed(large)
     assert networks.network(pipe, "decoder", "fp32") is not None
-    words = r"^the decoder cannot be exported in fp16: layers\.0\.weight has 7e\+04, and float16 ends at 65504; take fp32$"
+    words = (
+        r"^the decoder cannot be exported in fp16: layers\.0\.weight has 7e\+04, and float16 ends at 65504; take fp32$"
+    )
     with pytest.raises(ValueError, match=words):
         networks.network(pipe, "decoder", "fp16")
 

@@ -47,7 +47,9 @@ def test_every_use_of_a_layer_is_one_of_its_own(exported):
     assert len({layer.weight for layer in uses}) == 1
     assert len(quantization.without(layers, ["unet.mid.0.conv1"])) == len(layers) - 3
     assert len(quantization.without(layers, ["unet.mid.0.conv1/2"])) == len(layers) - 1
-    assert not [each for each in quantization.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")]
+    assert not [
+        each for each in quantization.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")
+    ]
 
 
 def test_parts_of_a_concatenation_have_a_range_each(exported):
@@ -58,7 +60,9 @@ def test_parts_of_a_concatenation_have_a_range_each(exported):
 
 def test_an_unknown_layer(exported):
     layers = prepared(exported / "unet")[1]
-    with pytest.raises(ValueError, match=r"no layer to keep is called 'unet.conv_on': the graph quantises unet.down.0.0.conv1, "):
+    with pytest.raises(
+        ValueError, match=r"no layer to keep is called 'unet.conv_on': the graph quantises unet.down.0.0.conv1, "
+    ):
         quantization.without(layers, ["unet.conv_on"])
 
 
@@ -67,9 +71,13 @@ def test_preparing_changes_no_result(exported, kind):
     before = onnx.load(exported / kind / "model.onnx")
     model, layers = prepared(exported / kind)
     assert layers
-    shapes = [[3 if d.dim_param else d.dim_value for d in port.type.tensor_type.shape.dim] for port in model.graph.input]
+    shapes = [
+        [3 if d.dim_param else d.dim_value for d in port.type.tensor_type.shape.dim] for port in model.graph.input
+    ]
     generator = np.random.default_rng(0)
-    feed = {port.name: generator.standard_normal(shape).astype(np.float32) for port, shape in zip(model.graph.input, shapes)}
+    feed = {
+        port.name: generator.standard_normal(shape).astype(np.float32) for port, shape in zip(model.graph.input, shapes)
+    }
     results = [onnxruntime.InferenceSession(each.SerializeToString()).run(None, feed) for each in (before, model)]
     for a, b in zip(*results):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -84,7 +92,9 @@ def test_what_is_inserted_for_a_cpu(exported, kind, tmp_path):
     out = quantization.insert(model, quantised, dict.fromkeys((layer.name for layer in layers), RANGE), "cpu")
     tensors = {name for layer in quantised for name in layer.tensors("cpu").values()}
     weights = {layer.weight for layer in quantised}
-    biases = [node for node in model.graph.node if node.name in {layer.name for layer in quantised} and len(node.input) == 3]
+    biases = [
+        node for node in model.graph.node if node.name in {layer.name for layer in quantised} and len(node.input) == 3
+    ]
     count = counted(out)
     assert count["QuantizeLinear"] == len(tensors)
     assert count["DequantizeLinear"] == len(tensors) + len(weights) + len(biases)
@@ -147,9 +157,13 @@ def convolution(weight, bias, opset=21):
     dtype = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
     stored = {"conv.weight": weight, **({} if bias is None else {"conv.bias": bias})}
     node = onnx.helper.make_node("Conv", ["x", *stored], ["y"], "conv", pads=[1, 1, 1, 1])
-    ports = [onnx.helper.make_tensor_value_info(name, dtype, ["n", n, 4, 4]) for name, n in (("x", 2), ("z", len(weight)))]
+    ports = [
+        onnx.helper.make_tensor_value_info(name, dtype, ["n", n, 4, 4]) for name, n in (("x", 2), ("z", len(weight)))
+    ]
     nodes = [node, onnx.helper.make_node("Neg", ["y"], ["z"])]
-    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(a, n) for n, a in stored.items()])
+    graph = onnx.helper.make_graph(
+        nodes, "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(a, n) for n, a in stored.items()]
+    )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -192,7 +206,9 @@ def test_small_weights_count(dtype, tmp_path):
     size = np.array([1, 0.0077, 1e-3, 1e-4, 2e-5]).reshape(-1, 1, 1, 1)
     weight = (generator.uniform(-1, 1, (5, 2, 3, 3)) * size).astype(dtype)
     x = generator.uniform(-3, 3, (2, 2, 4, 4)).astype(dtype)
-    y, quantised = both(convolution(weight, None), {"input": (-3.0, 3.0), "output": (-20.0, 20.0)}, "tensorrt", x, tmp_path)
+    y, quantised = both(
+        convolution(weight, None), {"input": (-3.0, 3.0), "output": (-20.0, 20.0)}, "tensorrt", x, tmp_path
+    )
     error = np.abs(quantised.astype(np.float64) - y).max((0, 2, 3)) / np.abs(y.astype(np.float64)).max((0, 2, 3))
     assert (error < 0.03).all(), error
 
@@ -222,8 +238,14 @@ def test_a_weight_leaves_room_for_the_biases_of_all_its_uses():
     second.CopyFrom(model.graph.node[0])
     second.name, second.input[0], second.output[0] = "conv/2", "y", "w"
     model.graph.node.append(second)
-    layers = [quantization.Layer("conv", "x", "conv.weight", "y"), quantization.Layer("conv/2", "y", "conv.weight", "w")]
-    ranges = {"conv": {"input": (0.0, 1e-12), "output": (0.0, 1.0)}, "conv/2": {"input": (0.0, 1.0), "output": (0.0, 1.0)}}
+    layers = [
+        quantization.Layer("conv", "x", "conv.weight", "y"),
+        quantization.Layer("conv/2", "y", "conv.weight", "w"),
+    ]
+    ranges = {
+        "conv": {"input": (0.0, 1e-12), "output": (0.0, 1.0)},
+        "conv/2": {"input": (0.0, 1.0), "output": (0.0, 1.0)},
+    }
     out = quantization.insert(model, layers, ranges, "cpu")
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in out.graph.initializer}
     assert stored["conv.weight:scale"][0] == pytest.approx(1 / (2**30 * 1e-12 / 255), rel=5e-3)
@@ -233,7 +255,9 @@ def test_a_weight_leaves_room_for_the_biases_of_all_its_uses():
         np.testing.assert_allclose(kept, [1.0, 1e-3], atol=float(stored[f"{use}:bias:scale"].max()) / 2)
 
 
-@pytest.mark.parametrize(("target", "dtype", "least"), [("cpu", np.float32, 255 * 2.0**-100), ("tensorrt", np.float16, 127 * 2.0**-15)])
+@pytest.mark.parametrize(
+    ("target", "dtype", "least"), [("cpu", np.float32, 255 * 2.0**-100), ("tensorrt", np.float16, 127 * 2.0**-15)]
+)
 def test_what_no_scale_can_hold_stays_in_float_and_says_why(target, dtype, least):
     model = convolution(np.ones((2, 2, 3, 3), dtype), np.ones(2, dtype))
     layers = [quantization.Layer("conv", "x", "conv.weight", "y")]
@@ -252,5 +276,7 @@ def test_weights_that_are_not_finite_are_named(which):
     stored = {"weight": np.ones((2, 2, 3, 3), np.float32), "bias": np.ones(2, np.float32)}
     stored[which].flat[1] = np.nan
     layers = [quantization.Layer("conv", "x", "conv.weight", "y")]
-    with pytest.raises(ValueError, match=rf"^the graph cannot be quantised: its conv\.{which} holds numbers that are not finite$"):
+    with pytest.raises(
+        ValueError, match=rf"^the graph cannot be quantised: its conv\.{which} holds numbers that are not finite$"
+    ):
         quantization.fitting(convolution(**stored), layers, {"conv": RANGE}, "cpu")

@@ -36,13 +36,17 @@ def test_a_layer_that_no_scale_fits_stays_in_float_and_the_manifest_says_why(sma
     dead = {name: (0.0, 0.0) for name, tensor in first.tensors("cpu").items() if name == "input"}
     layers = {**known.layers, first.name: {**known.layers[first.name], **dead}}
     written = quantizing.quantise(small, found, tmp_path, known=replace(known, layers=layers), force=True)
-    assert written.manifest.flags["int8"]["unfit"] == {first.name: "its input spans 0, too little for a scale in float32"}
+    assert written.manifest.flags["int8"]["unfit"] == {
+        first.name: "its input spans 0, too little for a scale in float32"
+    }
     assert written.manifest.recipe.startswith(f"{len(others)} of ")
     assert quantization.float_layers(written.graph, source.layers) == [first.name]
     for path in tmp_path.iterdir():
         path.unlink()
     layers = {layer.name: {which: (0.0, 0.0) for which in known.layers[layer.name]} for layer in source.layers}
-    with pytest.raises(ValueError, match=rf"can be quantised, {re.escape(first.name)} for one, for its input spans 0, "):
+    with pytest.raises(
+        ValueError, match=rf"can be quantised, {re.escape(first.name)} for one, for its input spans 0, "
+    ):
         quantizing.quantise(small, found, tmp_path, known=replace(known, layers=layers), force=True)
     assert not list(tmp_path.iterdir())
 
@@ -52,7 +56,9 @@ def test_a_tensor_that_is_not_finite_is_named(small, exported, monkeypatch):
     weight = next(each for each in source.model.graph.initializer if each.name == source.layers[0].weight)
     array = quantizing.onnx.numpy_helper.to_array(weight)
     weight.CopyFrom(quantizing.onnx.numpy_helper.from_array(array * float("inf"), weight.name))
-    with pytest.raises(ValueError, match=r"^the graph cannot be calibrated: its tensor \S+ is not finite on a real prompt$"):
+    with pytest.raises(
+        ValueError, match=r"^the graph cannot be calibrated: its tensor \S+ is not finite on a real prompt$"
+    ):
         quantizing.calibrate(small, source, "max", 100, 4, 0, lambda text: None)
 
 

@@ -10,7 +10,9 @@ from coalescer_fast.export import ranges
 from coalescer_fast.export.ranges import Histogram, Ranges, held_out, read_ranges
 from coalescer_fast.parity import descriptions
 
-KNOWN = Ranges("0" * 64, "percentile 99.99", 3, ("octopus", "piñata"), {"conv": {"input": (-0.25, 3.5), "output": (-1.0, 1.0)}})
+KNOWN = Ranges(
+    "0" * 64, "percentile 99.99", 3, ("octopus", "piñata"), {"conv": {"input": (-0.25, 3.5), "output": (-1.0, 1.0)}}
+)
 
 
 def histogram(*parts):
@@ -110,7 +112,9 @@ def test_another_graph(exported, tmp_path):
 
     found = artefact.read(exported / "decoder")
     dataclasses.replace(KNOWN, graph=ranges.graph_sha256(found.manifest)).check_graph(found, "some.json")
-    with pytest.raises(ValueError, match=r"some.json holds the ranges of another graph \(000000000000\) than that of .*decoder"):
+    with pytest.raises(
+        ValueError, match=r"some.json holds the ranges of another graph \(000000000000\) than that of .*decoder"
+    ):
         KNOWN.check_graph(found, "some.json")
 
 

@@ -1,6 +1,6 @@
 """Batches of the embedded model, at random: every picture has the bits that it has alone, in a process of its own.
 
-    python -m tests.fuzzing.batches --count 300 --seed 1 --csv FILE
+python -m tests.fuzzing.batches --count 300 --seed 1 --csv FILE
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from .configurations import write
 
 DTYPES = ("float32", "bfloat16", "int8")
 PROMPTS = ("octopus", "owl, 3d style", "red heart", "", "fire truck", "xyzzy", "two people", "slug, garden, noto style")
-CALLS: tuple[dict[str, Any], ...] = ({}, {"guidance_scale": 1.0}, {"num_inference_steps": 3}, {"num_inference_steps": 1})
+CALLS: tuple[dict[str, Any], ...] = (
+    {},
+    {"guidance_scale": 1.0},
+    {"num_inference_steps": 3},
+    {"num_inference_steps": 1},
+)
 
 
 def able(dtype: str) -> bool:
@@ -39,7 +44,9 @@ def load(dtype: str, threads: int) -> cf.CoalescerPipeline:
 
 def draw(pipe: cf.CoalescerPipeline, pictures: list[int], call: int) -> list[str]:
     """SHA-256 of each of these pictures, drawn in one batch: a picture's number decides its prompt and its noise."""
-    noise = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float32) for n in pictures])
+    noise = torch.cat(
+        [torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float32) for n in pictures]
+    )
     prompts = [PROMPTS[n % len(PROMPTS)] for n in pictures]
     images = pipe(prompts, latents=noise, output_type="pt", **CALLS[call]).images
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
@@ -65,11 +72,25 @@ def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) 
         pipe = load(dtype, 2)
         for i in range(count):
             threads, call = 1 + i % 3, rng.choice(list(expected))[1]
-            batch = [rng.choice([n for n, c in expected if c == call]) for _ in range(rng.choice((1, 2, 3, 5, 8, 13, 16, 17)))]
+            batch = [
+                rng.choice([n for n, c in expected if c == call])
+                for _ in range(rng.choice((1, 2, 3, 5, 8, 13, 16, 17)))
+            ]
             torch.set_num_threads(threads)
             found = draw(pipe, batch, call)
-            assert found == [expected[n, call] for n in batch], f"seed {seed}, {dtype}, batch {i}: {batch} with {threads} threads"
-            rows.append({"dtype": dtype, "batch": i, "pictures": len(batch), "threads": threads, "call": str(CALLS[call]), "equal": True})
+            assert found == [expected[n, call] for n in batch], (
+                f"seed {seed}, {dtype}, batch {i}: {batch} with {threads} threads"
+            )
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "batch": i,
+                    "pictures": len(batch),
+                    "threads": threads,
+                    "call": str(CALLS[call]),
+                    "equal": True,
+                }
+            )
     return rows
 
 

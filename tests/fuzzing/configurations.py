@@ -1,6 +1,6 @@
 """Configurations of the UNet, at random, by the native runtime: the first and the second call against float64.
 
-    python -m tests.fuzzing.configurations --count 500 --seed 1 --csv FILE
+python -m tests.fuzzing.configurations --count 500 --seed 1 --csv FILE
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet, DescriptionEncoder
+from coalescer_fast import (
+    CoalescerAutoencoder,
+    CoalescerPipeline,
+    CoalescerScheduler,
+    CoalescerUNet,
+    DescriptionEncoder,
+)
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.cpu import CpuRuntime, no_programs
@@ -53,7 +59,9 @@ def build(configuration: dict[str, Any], seed: int) -> CoalescerPipeline:
     vocabulary = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cat", "dog", "tree"])
     table = torch.randint(-90, 90, (9, 128), generator=generator, dtype=torch.int8).numpy()
     encoder = DescriptionEncoder.from_table(
-        table, torch.ones(128, dtype=torch.float32).numpy(), torch.tensor(list(vocabulary.encode()), dtype=torch.uint8).numpy()
+        table,
+        torch.ones(128, dtype=torch.float32).numpy(),
+        torch.tensor(list(vocabulary.encode()), dtype=torch.uint8).numpy(),
     )
     vae = CoalescerAutoencoder(2, configuration["latent_channels"], 8, (1, 1), (1, 1)).eval()
     return CoalescerPipeline(unet, CoalescerScheduler(), encoder, vae)
@@ -100,7 +108,14 @@ def run(count: int, seed: int) -> list[dict[str, Any]]:
                 assert found["alone"], "other bits alone than in a batch"
             except Exception as error:
                 raise AssertionError(f"seed {seed}, configuration {i}, {dtype}, {configuration}: {error}") from error
-            rows.append({"configuration": i, "dtype": dtype, "instruction_set": library.isa(), **{k: f"{v:.3g}" for k, v in found.items()}})
+            rows.append(
+                {
+                    "configuration": i,
+                    "dtype": dtype,
+                    "instruction_set": library.isa(),
+                    **{k: f"{v:.3g}" for k, v in found.items()},
+                }
+            )
     return rows
 
 
@@ -121,7 +136,10 @@ if __name__ == "__main__":
     if args.csv:
         write(args.csv, made)
     for dtype in BUDGET:
-        errors = [max(float(row[f"{call} {name}"]) for call in ("first", "second") for name in ("direction", "distance"))
-                  for row in made if row["dtype"] == dtype]
+        errors = [
+            max(float(row[f"{call} {name}"]) for call in ("first", "second") for name in ("direction", "distance"))
+            for row in made
+            if row["dtype"] == dtype
+        ]
         if errors:
             print(f"{dtype}: {len(errors)} configurations, largest error {max(errors):.3g}, budget {BUDGET[dtype]:g}")

@@ -105,9 +105,13 @@ def test_latents_are_standardised_after_the_statistics_are_set():
     set_latent_statistics(model, data, batch_size=7)
     raw_variance = model.latent_norm.running_var.double()
     latents = encode(model, data, batch_size=5).double()
-    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-5)  # float32 means
+    torch.testing.assert_close(
+        latents.mean((0, 2, 3)), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-5
+    )  # float32 means
     # the norm divides by sqrt(var + 1e-5), so the variance is a little below 1
-    torch.testing.assert_close(latents.var((0, 2, 3), correction=0), raw_variance / (raw_variance + 1e-5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        latents.var((0, 2, 3), correction=0), raw_variance / (raw_variance + 1e-5), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_statistics_do_not_depend_on_the_batch_size():

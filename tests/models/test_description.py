@@ -88,7 +88,18 @@ SENSIBLE = (
     "🐙🔥",
     "100 percent",
 )
-NONSENSE = ("xyzzy", "осьминог", "asdf", "qwertyuiop", "blorp", "zzzzz", "gribble frotz", "kwyjibo", "q", "dkfj2 vlorgh")
+NONSENSE = (
+    "xyzzy",
+    "осьминог",
+    "asdf",
+    "qwertyuiop",
+    "blorp",
+    "zzzzz",
+    "gribble frotz",
+    "kwyjibo",
+    "q",
+    "dkfj2 vlorgh",
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +144,9 @@ def test_words_of_a_small_vocabulary():
     assert encoder().words(" ,; - ") == {}
 
 
-@pytest.mark.parametrize("spoil", [lambda v: v.fill_(0xFF), lambda v: v.fill_(ord("\n"))], ids=["no text", "other lines"])
+@pytest.mark.parametrize(
+    "spoil", [lambda v: v.fill_(0xFF), lambda v: v.fill_(ord("\n"))], ids=["no text", "other lines"]
+)
 def test_a_damaged_vocabulary_is_refused(spoil):
     model = encoder()
     spoil(model.vocab)
@@ -173,7 +186,9 @@ def test_batch_equals_single_descriptions():
 
 def test_very_long_descriptions():
     model = encoder()
-    torch.testing.assert_close(model(["cat " * 20_000]), model(["cat"]), rtol=1e-4, atol=1e-4)  # 20,000 float32 additions
+    torch.testing.assert_close(
+        model(["cat " * 20_000]), model(["cat"]), rtol=1e-4, atol=1e-4
+    )  # 20,000 float32 additions
     rows, mask = model.token_rows(["cat " * 20_000])
     assert rows.shape == (1, 77, DIM)
     assert mask.all()
@@ -286,7 +301,9 @@ def test_lower_precision_does_not_touch_the_table():
     assert half.table.dtype == torch.int8
     vectors = half(["red cat"])
     assert vectors.dtype == torch.float32
-    torch.testing.assert_close(vectors, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)  # only the 12 scales are rounded
+    torch.testing.assert_close(
+        vectors, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps
+    )  # only the 12 scales are rounded
 
 
 @pytest.mark.gpu

@@ -13,7 +13,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.layers import Convolution, is_plain
 
-SMALL = dict(block_out_channels=(16, 24), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2, latent_channels=4)
+SMALL = dict(
+    block_out_channels=(16, 24),
+    norm_num_groups=4,
+    embedding_dim=20,
+    description_dim=12,
+    num_attention_heads=2,
+    latent_channels=4,
+)
 MODELS = {
     "anchor": dict(anchor="mlp", anchor_hidden_dim=40, **SMALL),
     "cross-attention": dict(cross_attention_dim=12, attention_levels=(0, 1), **SMALL),
@@ -67,7 +74,19 @@ def test_what_is_plain():
 
 
 # on every kind of layer that a forward of ours could go around
-TARGETS = ["direction_head", "distance_head", "conv_in", "conv1", "conv2", "shortcut", "film", "linear_in", "to_out", "to_kv", r"up\.2\.0"]
+TARGETS = [
+    "direction_head",
+    "distance_head",
+    "conv_in",
+    "conv1",
+    "conv2",
+    "shortcut",
+    "film",
+    "linear_in",
+    "to_out",
+    "to_kv",
+    r"up\.2\.0",
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)

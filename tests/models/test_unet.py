@@ -14,9 +14,15 @@ from coalescer_fast.models.unet import CONFIGURATIONS, Conditioning
 
 SMALL = {"sample_size": 4, "latent_channels": 3, "norm_num_groups": 4, "description_dim": 6, "embedding_dim": 10}
 CONFIGS = {
-    "anchor": dict(SMALL, block_out_channels=(8, 12), attention_levels=(), mid_attention=False, anchor="mlp", anchor_hidden_dim=7),
-    "self-attention": dict(SMALL, block_out_channels=(8, 12, 16), layers_per_block=2, attention_levels=(1, 2), num_attention_heads=2),
-    "cross-attention": dict(SMALL, block_out_channels=(8, 16), attention_levels=(0, 1), num_attention_heads=4, cross_attention_dim=5),
+    "anchor": dict(
+        SMALL, block_out_channels=(8, 12), attention_levels=(), mid_attention=False, anchor="mlp", anchor_hidden_dim=7
+    ),
+    "self-attention": dict(
+        SMALL, block_out_channels=(8, 12, 16), layers_per_block=2, attention_levels=(1, 2), num_attention_heads=2
+    ),
+    "cross-attention": dict(
+        SMALL, block_out_channels=(8, 16), attention_levels=(0, 1), num_attention_heads=4, cross_attention_dim=5
+    ),
 }
 
 
@@ -66,12 +72,16 @@ class PlainUNet:
         return F.conv2d(x, weight, self.state[f"{name}.bias"], stride, padding=weight.shape[-1] // 2)
 
     def group_norm(self, name: str, x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-        return F.group_norm(x, self.config.norm_num_groups, self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps)
+        return F.group_norm(
+            x, self.config.norm_num_groups, self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps
+        )
 
     def layer_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """softmax(Q K^T / sqrt(d)) V, head by head; (N, L, C) each."""
         heads = []
         for q_, k_, v_ in zip(*(x.tensor_split(self.config.num_attention_heads, 2) for x in (q, k, v))):
@@ -100,7 +110,9 @@ class PlainUNet:
         n, c, h, w = x.shape
         if self.rows is None:
             tokens = self.group_norm(f"{name}.norm", x).permute(0, 2, 3, 1).reshape(n, h * w, c)
-            tokens = self.linear(f"{name}.to_out", self.attend(*self.linear(f"{name}.to_qkv", tokens).tensor_split(3, 2)))
+            tokens = self.linear(
+                f"{name}.to_out", self.attend(*self.linear(f"{name}.to_qkv", tokens).tensor_split(3, 2))
+            )
         else:
             tokens = self.group_norm(f"{name}.norm", x, 1e-6).permute(0, 2, 3, 1).reshape(n, h * w, c)
             tokens = self.linear(f"{name}.proj_in", tokens)
@@ -166,7 +178,9 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_equals_an_independent_network(name, dtype, tolerance):
@@ -264,7 +278,9 @@ def test_saved_and_loaded_bit_for_bit(name, tmp_path):
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     loaded = CoalescerUNet.from_pretrained(tmp_path)
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.config.items()}.items() >= CONFIGS[name].items()
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.config.items()}.items() >= CONFIGS[
+        name
+    ].items()
     state = model.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     for key, value in loaded.state_dict().items():
@@ -390,7 +406,9 @@ def test_an_ensemble_by_vmap(name, memory_format):
         return torch.func.functional_call(models[0], state, kwargs={**given, "return_dict": False})
 
     with torch.no_grad():
-        for results, *each in zip(torch.vmap(outputs)(parameters, buffers), *(m(**given, return_dict=False) for m in models)):
+        for results, *each in zip(
+            torch.vmap(outputs)(parameters, buffers), *(m(**given, return_dict=False) for m in models)
+        ):
             torch.testing.assert_close(results, torch.stack(each), rtol=1e-4, atol=1e-5)
 
 

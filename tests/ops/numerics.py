@@ -39,7 +39,13 @@ def error(result: torch.Tensor, truth: np.ndarray) -> float:
 
 
 def assert_accurate(
-    name: str, result: torch.Tensor, plain: torch.Tensor, truth: np.ndarray, dtype: torch.dtype, size: float = 1.0, condition: float = 0.0
+    name: str,
+    result: torch.Tensor,
+    plain: torch.Tensor,
+    truth: np.ndarray,
+    dtype: torch.dtype,
+    size: float = 1.0,
+    condition: float = 0.0,
 ) -> None:
     """The rule. dtype: of the computation; size: largest intermediate result, at least 1 (a sum rounds by its terms, not by itself);
     condition: what one relative rounding of the input in the dtype of the statistics can add to the output."""
@@ -48,7 +54,9 @@ def assert_accurate(
     eps = torch.finfo(dtype).eps
     largest = max(size, float(np.abs(truth).max(initial=1)))
     is_, plain_ = error(result, truth), error(plain, truth)
-    assert is_ <= 2 * plain_ + eps * largest, f"{name}: error {is_:.3g}, plain torch's is {plain_:.3g}, an ulp {eps * largest:.3g}"
+    assert is_ <= 2 * plain_ + eps * largest, (
+        f"{name}: error {is_:.3g}, plain torch's is {plain_:.3g}, an ulp {eps * largest:.3g}"
+    )
     limit = cap(dtype) * max(1.0, size) + CAP_ULPS * condition
     assert is_ <= limit, f"{name}: error {is_:.3g} is above the cap {limit:.3g}"
 

@@ -49,7 +49,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, layout: str = "chan
     return torch.empty(shape, dtype=dtype, memory_format=memory_format)
 
 
-def plan_of_norm(n: int, channels: int, skip: int, side: int, on: Device, dtype=torch.bfloat16, groups=32, layout="channels_last") -> Plan:
+def plan_of_norm(
+    n: int, channels: int, skip: int, side: int, on: Device, dtype=torch.bfloat16, groups=32, layout="channels_last"
+) -> Plan:
     x = tensor(n, channels, side, side, dtype=dtype, layout=layout)
     other = tensor(n, skip, side, side, dtype=dtype, layout=layout) if skip else None
     return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
@@ -140,7 +142,18 @@ def test_batch_one_fills_a_gpu_with_two_launches():
     assert plan.blocks >= 132
 
 
-GROUPINGS = [(20, 0, 2), (185, 0, 5), (60, 0, 2), (40, 80, 4), (120, 0, 10), (24, 0, 24), (7, 14, 3), (64, 0, 1), (9, 0, 9), (32, 0, 8)]
+GROUPINGS = [
+    (20, 0, 2),
+    (185, 0, 5),
+    (60, 0, 2),
+    (40, 80, 4),
+    (120, 0, 10),
+    (24, 0, 24),
+    (7, 14, 3),
+    (64, 0, 1),
+    (9, 0, 9),
+    (32, 0, 8),
+]
 PATHS = ("two launches", "two launches, few blocks", "one block", "clusters", "small clusters")
 
 
@@ -156,7 +169,9 @@ def test_every_path_normalises(limited, path, channels, skip, groups, dtype, lay
     def plan(on: Device) -> Plan:
         return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
 
-    on = cuda_library.device(x.device)._replace(multiprocessors=2 if path in ("two launches, few blocks", "small clusters") else 132)
+    on = cuda_library.device(x.device)._replace(
+        multiprocessors=2 if path in ("two launches, few blocks", "small clusters") else 132
+    )
     if path.startswith("two launches"):
         on = least_memory(plan, on._replace(capability=80))
         assert plan(on).launches == 2
@@ -169,7 +184,9 @@ def test_every_path_normalises(limited, path, channels, skip, groups, dtype, lay
         assert plan(on).cluster > 1 or path == "clusters"
     limited(**on._asdict())
     film = {"scale": randn(2, channels + skip, seed=3), "shift": randn(2, channels + skip, seed=4)}
-    test_group_norm.check("cuda", x, groups, randn(channels + skip, seed=5), randn(channels + skip, seed=6), skip=other, **film)
+    test_group_norm.check(
+        "cuda", x, groups, randn(channels + skip, seed=5), randn(channels + skip, seed=6), skip=other, **film
+    )
 
 
 def least_memory(plan, on: Device, cluster: int = 1) -> Device:
@@ -184,7 +201,9 @@ def least_memory(plan, on: Device, cluster: int = 1) -> Device:
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("shape", [(2, 2100, 2, 3), (1, 6, 2, 1100), (3, 2064, 1, 2), (1, 1, 1, 5000), (1, 4100, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 2100, 2, 3), (1, 6, 2, 1100), (3, 2064, 1, 2), (1, 1, 1, 5000), (1, 4100, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_rows_longer_than_a_block(limited, shape, groups, layout):
     """Groups cut into pieces, and many channels of one group."""
@@ -193,7 +212,9 @@ def test_rows_longer_than_a_block(limited, shape, groups, layout):
     for changes in ({}, {"capability": 80, "shared_memory": 40 * 1024}):
         limited(**changes)
         x = arrange(make("off_centre", *shape), layout)
-        test_group_norm.check("cuda", x, groups, randn(shape[1], seed=1), randn(shape[1], seed=2), pre_bias=randn(shape[1], seed=3))
+        test_group_norm.check(
+            "cuda", x, groups, randn(shape[1], seed=1), randn(shape[1], seed=2), pre_bias=randn(shape[1], seed=3)
+        )
 
 
 @pytest.mark.parametrize("place", [0, 36, 71])
@@ -213,17 +234,24 @@ def test_every_path_steps(limited, size, dtype, capability, mode):
     limited(capability=capability)
     sample, direction, distance = test_step.batch(shape=(size,), dtype=dtype)
     plan = planned("coalesce_step", cuda_library.device(sample.device), sample, direction, distance, 1.0, mode, 1e-6)
-    assert plan.cluster == (1 if mode == "raw" or capability == 80 or plan.blocks == len(sample) else plan.blocks // len(sample))
+    assert plan.cluster == (
+        1 if mode == "raw" or capability == 80 or plan.blocks == len(sample) else plan.blocks // len(sample)
+    )
     assert (plan.cluster > 1) == (mode == "unit" and capability == 90 and size > 512 * plan.vector)
     test_step.check("cuda", sample, direction, distance, mode=mode)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8, 132])
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
-@pytest.mark.parametrize(("channels", "latent", "size"), [(40, 16, (9, 4)), (33, 5, (3, 70)), (264, 17, (5, 6)), (1, 1, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "latent", "size"), [(40, 16, (9, 4)), (33, 5, (3, 70)), (264, 17, (5, 6)), (1, 1, (1, 1))], ids=str
+)
 def test_heads_with_any_number_of_lanes(limited, multiprocessors, channels, latent, size, dtype):
     limited(multiprocessors=multiprocessors)
-    points = [arrange(randn(2, latent, *size, seed=seed), layout) for seed, layout in ((1, "contiguous"), (2, "channels_last"))]
+    points = [
+        arrange(randn(2, latent, *size, seed=seed), layout)
+        for seed, layout in ((1, "contiguous"), (2, "channels_last"))
+    ]
     h = arrange(randn(2, channels, *size, dtype=dtype), "channels_last")
     test_head.check("cuda", h, test_head.parameters(channels, latent, dtype), *points)
 
@@ -285,7 +313,9 @@ def test_what_code_runs_where():
 def test_a_missing_library_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.setattr(cuda_library, "PATH", None)
-    (tmp_path / "build.json").write_text(json.dumps({"cpu": "", "cuda": "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"}))
+    (tmp_path / "build.json").write_text(
+        json.dumps({"cpu": "", "cuda": "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME"})
+    )
     assert cuda_library._load.__wrapped__()[1] == (
         "the library of CUDA kernels is not there: there is no nvcc: install the CUDA toolkit, or set CUDA_HOME; "
         "install coalescer_fast again to build it"

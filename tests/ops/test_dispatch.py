@@ -72,7 +72,9 @@ def test_backends_of_an_unknown_op():
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_backend(op):
-    with pytest.raises(ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton, cuda"):
+    with pytest.raises(
+        ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton, cuda"
+    ):
         getattr(ops, op)(*CALLS[op], backend="magic")
 
 
@@ -111,7 +113,9 @@ def test_a_fallback_warns_once_with_its_reason(caplog, no_library):
 
 def test_strict_mode_makes_a_fallback_an_error(monkeypatch, no_library):
     monkeypatch.setenv("COALESCER_FAST_STRICT", "1")
-    message = "COALESCER_FAST_STRICT=1 forbids group_norm_silu to fall back to reference; not on cpu: there is no compiler"
+    message = (
+        "COALESCER_FAST_STRICT=1 forbids group_norm_silu to fall back to reference; not on cpu: there is no compiler"
+    )
     with pytest.raises(ValueError, match=message):
         ops.group_norm_silu(X, 2)
     ops.group_norm_silu(X, 2, backend="reference")  # asked for, not fallen back to
@@ -131,7 +135,9 @@ def test_where_a_gradient_is_needed_auto_takes_the_reference_and_others_refuse()
     weight = torch.ones(4, requires_grad=True)
     ops.group_norm_silu(X, 2, weight).sum().backward()
     assert weight.grad is not None
-    with pytest.raises(ValueError, match=r"backend 'cpu' .* weight needs a gradient, which only reference has; expected .*no_grad"):
+    with pytest.raises(
+        ValueError, match=r"backend 'cpu' .* weight needs a gradient, which only reference has; expected .*no_grad"
+    ):
         ops.group_norm_silu(X, 2, weight, backend="cpu")
     with torch.no_grad():
         ops.group_norm_silu(X, 2, weight, backend="cpu")
@@ -206,7 +212,9 @@ AUTO = [
 ]
 
 
-@pytest.mark.parametrize(("gpu", "built", "triton", "dtype", "heads", "others"), [case[1:] for case in AUTO], ids=[c[0] for c in AUTO])
+@pytest.mark.parametrize(
+    ("gpu", "built", "triton", "dtype", "heads", "others"), [case[1:] for case in AUTO], ids=[c[0] for c in AUTO]
+)
 def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads, others):
     monkeypatch.setattr(cuda_library, "unavailable", lambda: "")
     monkeypatch.setattr(cuda_library, "architectures", lambda: built)
@@ -217,7 +225,10 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
     n, c, side = (1, 128, 32) if dtype == torch.float16 else (16, 320, 64)  # 5 and 755 million products
     with FakeTensorMode():
         x, narrow = (torch.empty(n, channels, side, side, dtype=dtype, device="cuda:0") for channels in (c, 4))
-        weight, flat = torch.empty(4, c, 3, 3, dtype=dtype, device="cuda:0"), torch.empty(n, dtype=dtype, device="cuda:0")
+        weight, flat = (
+            torch.empty(4, c, 3, 3, dtype=dtype, device="cuda:0"),
+            torch.empty(n, dtype=dtype, device="cuda:0"),
+        )
         assert dispatch._resolve("dual_head", "auto", (x, weight, flat, flat, flat, None, None)) == heads
         step = (narrow, narrow, flat, 1.0, "unit", 1e-6)
         for op, args in {"group_norm_silu": (x, 32), "bias_residual": (x,), "coalesce_step": step}.items():
@@ -245,7 +256,9 @@ def test_compiles_into_one_graph(op, memory_format, backend):
     with torch.no_grad():
         explanation = torch._dynamo.explain(lambda *a, **k: function(*a, **k, backend=backend))(*args, **kwargs)
         assert (explanation.graph_break_count, explanation.graph_count) == (0, 1)
-        compiled = torch.compile(lambda *a, **k: function(*a, **k, backend=backend), backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(
+            lambda *a, **k: function(*a, **k, backend=backend), backend="aot_eager", fullgraph=True
+        )
         results, expected = compiled(*args, **kwargs), function(*args, **kwargs, backend=backend)
     for result, truth in zip(_tuple(results), _tuple(expected)):
         torch.testing.assert_close(result, truth)
@@ -265,7 +278,9 @@ def test_compiles_with_inductor_and_dynamic_batch():
 def test_compiled_code_that_needs_a_gradient_has_one():
     torch._dynamo.reset()
     weight = torch.rand(4, requires_grad=True)
-    torch.compile(lambda w: ops.group_norm_silu(X + 1, 2, w).sum(), backend="aot_eager", fullgraph=True)(weight).backward()
+    torch.compile(lambda w: ops.group_norm_silu(X + 1, 2, w).sum(), backend="aot_eager", fullgraph=True)(
+        weight
+    ).backward()
     assert weight.grad is not None
 
 
@@ -285,7 +300,9 @@ def test_exports(op, strict):
     with torch.no_grad():
         program = torch.export.export(Everything(op, kwargs), args, strict=strict)
         assert [n for n in program.graph.nodes if n.target is getattr(torch.ops.coalescer_fast, op).default]
-        for result, truth in zip(_tuple(program.module()(*args)), _tuple(getattr(ops, op)(*args, **kwargs, backend="cpu"))):
+        for result, truth in zip(
+            _tuple(program.module()(*args)), _tuple(getattr(ops, op)(*args, **kwargs, backend="cpu"))
+        ):
             torch.testing.assert_close(result, truth, rtol=0, atol=0)
 
 

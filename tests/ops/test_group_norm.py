@@ -13,7 +13,9 @@ from .numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, assert_accurate, c
 OP = "group_norm_silu"
 
 
-def formula(x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, skip=None, pre_bias=None, activation="silu"):
+def formula(
+    x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, skip=None, pre_bias=None, activation="silu"
+):
     """The op in extended precision, the size of its largest intermediate result, and its condition: |z| in output units."""
 
     def per_channel(v, absent):
@@ -36,7 +38,9 @@ def formula(x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=N
     return y, float(size.max(initial=0)), float(condition.max(initial=0))
 
 
-def plain(x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, skip=None, pre_bias=None, activation="silu"):
+def plain(
+    x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, skip=None, pre_bias=None, activation="silu"
+):
     """The op in torch's own functions, in x's dtype."""
 
     def like(v):
@@ -53,13 +57,17 @@ def plain(x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=Non
     return F.silu(y) if activation == "silu" else y
 
 
-def check(backend: str, x: torch.Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, **kwargs) -> torch.Tensor:
+def check(
+    backend: str, x: torch.Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, **kwargs
+) -> torch.Tensor:
     result = call(OP, backend, x, num_groups, weight, bias, eps, **kwargs)
     judge(result, x, num_groups, weight, bias, eps, **kwargs)
     return result
 
 
-def judge(result: torch.Tensor, x: torch.Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, **kwargs) -> None:
+def judge(
+    result: torch.Tensor, x: torch.Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5, **kwargs
+) -> None:
     """Hold the result to the rule."""
     truth, size, condition = formula(x, num_groups, weight, bias, eps, **kwargs)
     # z is rounded to x's dtype where a bias is added before the statistics, which otherwise round in float32
@@ -89,7 +97,16 @@ def test_constant_input_gives_the_bias(backend, dtype):
 @pytest.mark.parametrize(
     ("channels", "num_groups"),
     [(6, 2), (9, 3), (20, 2), (30, 3), (7, 1), (8, 1), (8, 8), (7, 7)],
-    ids=["3 a group", "3 a group, odd", "10 a group", "10 a group, odd", "one odd group", "one group", "C groups", "C odd groups"],
+    ids=[
+        "3 a group",
+        "3 a group, odd",
+        "10 a group",
+        "10 a group, odd",
+        "one odd group",
+        "one group",
+        "C groups",
+        "C odd groups",
+    ],
 )
 def test_groups(backend, channels, num_groups, dtype):
     x = make("off_centre", 3, channels, 5, 3, dtype=dtype)
@@ -100,7 +117,9 @@ def test_groups(backend, channels, num_groups, dtype):
 @pytest.mark.parametrize("spatial", [(1,), (7,), (64,), (1, 1), (5, 3), (17, 1), (8, 8), (1, 1, 1), (3, 4, 5)], ids=str)
 def test_spatial_sizes(backend, spatial, num_groups):
     x = randn(2, 6, *spatial)
-    check(backend, x, num_groups, randn(6, seed=1), randn(6, seed=2), scale=randn(2, 6, seed=3), shift=randn(2, 6, seed=4))
+    check(
+        backend, x, num_groups, randn(6, seed=1), randn(6, seed=2), scale=randn(2, 6, seed=3), shift=randn(2, 6, seed=4)
+    )
 
 
 def test_group_of_one_element_gives_the_bias(backend):
@@ -113,9 +132,17 @@ def test_group_of_one_element_gives_the_bias(backend):
 @pytest.mark.parametrize("spatial", [(9,), (5, 6), (2, 3, 4)], ids=str)
 def test_layouts(backend, layout, spatial):
     x = randn(2, 12, *spatial)
-    contiguous = check(backend, x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(2, 12, seed=3), shift=randn(2, 12, seed=4))
+    contiguous = check(
+        backend, x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(2, 12, seed=3), shift=randn(2, 12, seed=4)
+    )
     arranged = check(
-        backend, arrange(x, layout), 3, randn(12, seed=1), randn(12, seed=2), scale=randn(2, 12, seed=3), shift=randn(2, 12, seed=4)
+        backend,
+        arrange(x, layout),
+        3,
+        randn(12, seed=1),
+        randn(12, seed=2),
+        scale=randn(2, 12, seed=3),
+        shift=randn(2, 12, seed=4),
     )
     # another order of the same sums: a few ulps of float32, on outputs of size 10
     torch.testing.assert_close(arranged, contiguous, rtol=1e-5, atol=1e-5)
@@ -123,7 +150,10 @@ def test_layouts(backend, layout, spatial):
 
 def test_channels_last_is_kept(backend):
     x, skip = (randn(2, 8, 6, 5, seed=seed).to(memory_format=torch.channels_last) for seed in (0, 1))
-    for result in (call(OP, backend, x, 4), call(OP, backend, x, 4, skip=skip, pre_bias=randn(16), scale=randn(2, 16), shift=randn(2, 16))):
+    for result in (
+        call(OP, backend, x, 4),
+        call(OP, backend, x, 4, skip=skip, pre_bias=randn(16), scale=randn(2, 16), shift=randn(2, 16)),
+    ):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -146,8 +176,13 @@ def test_the_reference_computes_in_the_wider_dtype():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_skip_with_a_group_across_the_seam(backend, layout, dtype):
-    x, skip = arrange(randn(2, 5, 4, 3, dtype=dtype), layout), arrange(3 + randn(2, 7, 4, 3, dtype=dtype, seed=1), layout)
-    check(backend, x, 3, randn(12, dtype=dtype, seed=2), randn(12, dtype=dtype, seed=3), skip=skip)  # channels 4 to 7 are one group
+    x, skip = (
+        arrange(randn(2, 5, 4, 3, dtype=dtype), layout),
+        arrange(3 + randn(2, 7, 4, 3, dtype=dtype, seed=1), layout),
+    )
+    check(
+        backend, x, 3, randn(12, dtype=dtype, seed=2), randn(12, dtype=dtype, seed=3), skip=skip
+    )  # channels 4 to 7 are one group
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +221,16 @@ def test_eps(backend, eps):
 @pytest.mark.parametrize("skip", [0, 2])
 def test_empty_batch(backend, skip):
     film = {"scale": randn(0, 6 + skip), "shift": randn(0, 6 + skip)}
-    result = call(OP, backend, randn(0, 6, 4, 4), 2, randn(6 + skip), randn(6 + skip), skip=randn(0, skip, 4, 4) if skip else None, **film)
+    result = call(
+        OP,
+        backend,
+        randn(0, 6, 4, 4),
+        2,
+        randn(6 + skip),
+        randn(6 + skip),
+        skip=randn(0, skip, 4, 4) if skip else None,
+        **film,
+    )
     assert result.shape == (0, 6 + skip, 4, 4)
     assert result.dtype == torch.float32
 
@@ -246,7 +290,11 @@ def test_any_call(data):
         return randn(*shape, dtype=dtype, seed=seed + len(shape)) if draw(st.booleans()) else None
 
     x = arrange(randn(batch, first, *spatial, dtype=dtype, seed=seed), layout)
-    skip = arrange(randn(batch, channels - first, *spatial, dtype=dtype, seed=seed + 1), layout) if first < channels else None
+    skip = (
+        arrange(randn(batch, channels - first, *spatial, dtype=dtype, seed=seed + 1), layout)
+        if first < channels
+        else None
+    )
     kwargs = {"scale": maybe(batch, channels), "shift": maybe(batch, channels), "pre_bias": maybe(channels)}
     kwargs |= {"skip": skip, "activation": draw(st.sampled_from(["silu", None]))}
     weight, bias = maybe(channels), maybe(channels)

@@ -38,7 +38,9 @@ def plain(h, direction_weight, direction_bias, distance_weight, distance_bias, s
     """The op in torch's own functions: the heads in h's dtype, the anchor in float32 at least."""
     wide = torch.promote_types(h.dtype, torch.float32)
     direction = F.conv2d(h, direction_weight.to(h.dtype), direction_bias.to(h.dtype), padding=1)
-    distance = F.softplus(F.linear(h.to(wide).mean((2, 3)), distance_weight.to(wide).view(1, -1), distance_bias.to(wide)))[:, 0]
+    distance = F.softplus(
+        F.linear(h.to(wide).mean((2, 3)), distance_weight.to(wide).view(1, -1), distance_bias.to(wide))
+    )[:, 0]
     if sample is not None:
         offset = anchor.to(wide) - sample.to(wide)
         length = offset.pow(2).mean((1, 2, 3)).sqrt()
@@ -58,13 +60,17 @@ def parameters(channels: int, latent: int, dtype: torch.dtype = torch.float32) -
     )
 
 
-def check(backend: str, h: torch.Tensor, heads: tuple[torch.Tensor, ...], sample=None, anchor=None) -> tuple[torch.Tensor, torch.Tensor]:
+def check(
+    backend: str, h: torch.Tensor, heads: tuple[torch.Tensor, ...], sample=None, anchor=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     result = call(OP, backend, h, *heads, sample=sample, anchor=anchor)
     judge(result, h, *heads, sample=sample, anchor=anchor)
     return result
 
 
-def judge(result: tuple[torch.Tensor, torch.Tensor], h: torch.Tensor, *heads: torch.Tensor, sample=None, anchor=None) -> None:
+def judge(
+    result: tuple[torch.Tensor, torch.Tensor], h: torch.Tensor, *heads: torch.Tensor, sample=None, anchor=None
+) -> None:
     """Hold the result to the rule."""
     direction, distance = result
     truth_direction, truth_distance, size = formula(h, *heads, sample, anchor)
@@ -73,7 +79,9 @@ def judge(result: tuple[torch.Tensor, torch.Tensor], h: torch.Tensor, *heads: to
     assert direction.dtype == (h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype))
     assert distance.dtype == wide
     # the sum of 9 C products rounds by its terms, not by its result, and 9 C times, at random: torch begins some with the bias
-    assert_accurate("direction", direction, plain_direction, truth_direction, h.dtype, size * max(1.0, (9 * h.shape[1]) ** 0.5 / 4))
+    assert_accurate(
+        "direction", direction, plain_direction, truth_direction, h.dtype, size * max(1.0, (9 * h.shape[1]) ** 0.5 / 4)
+    )
     terms = (exact(h).mean((2, 3)) * exact(heads[2]).reshape(-1)).astype(float)
     size = float(np.abs(terms).sum(1).max(initial=1)) * float(truth_distance.max(initial=1))
     condition = float(np.abs(exact(h)).max(initial=0)) * statistics_eps(wide)
@@ -104,12 +112,20 @@ def test_layouts(backend, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes_of_parameters_and_points(backend, dtype, other):
     h = randn(2, 12, 4, 5, dtype=dtype)
-    check(backend, h, parameters(12, 4, other), randn(2, 4, 4, 5, dtype=other, seed=1), randn(2, 4, 4, 5, dtype=other, seed=2))
+    check(
+        backend,
+        h,
+        parameters(12, 4, other),
+        randn(2, 4, 4, 5, dtype=other, seed=1),
+        randn(2, 4, 4, 5, dtype=other, seed=2),
+    )
 
 
 def test_distance_weight_of_one_row_or_flat(backend):
     h, (weight, bias, row, offset) = randn(2, 6, 4, 4), parameters(6, 3)
-    assert torch.equal(call(OP, backend, h, weight, bias, row, offset)[1], call(OP, backend, h, weight, bias, row[0], offset)[1])
+    assert torch.equal(
+        call(OP, backend, h, weight, bias, row, offset)[1], call(OP, backend, h, weight, bias, row[0], offset)[1]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,14 +143,18 @@ def test_a_breath_from_the_anchor(backend):
     direction, distance = check(backend, h, heads, point, point + 1e-8)
     assert (distance < 1e-7).all()
     # 1e-8 / 1e-6 is added to numbers of size 1, which round by half an ulp
-    torch.testing.assert_close(direction - call(OP, backend, h, *heads)[0], torch.full_like(direction, 1e-2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        direction - call(OP, backend, h, *heads)[0], torch.full_like(direction, 1e-2), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("logit", [-200.0, -30.0, 0.0, 30.0, 200.0])
 def test_softplus_far_out(backend, logit):
     weight, bias, row, _ = parameters(6, 3)
     _, distance = call(OP, backend, torch.zeros(1, 6, 2, 2), weight, bias, row, torch.tensor([logit]))
-    torch.testing.assert_close(distance, torch.tensor([np.log1p(np.exp(logit))], dtype=torch.float32), rtol=1e-6, atol=1e-38)
+    torch.testing.assert_close(
+        distance, torch.tensor([np.log1p(np.exp(logit))], dtype=torch.float32), rtol=1e-6, atol=1e-38
+    )
 
 
 @pytest.mark.parametrize("where", ["sample", "anchor"])
@@ -149,7 +169,9 @@ def test_nan_in_a_point_reaches_its_sample_alone(backend, where):
 
 
 def test_empty_batch(backend):
-    direction, distance = call(OP, backend, randn(0, 6, 4, 4), *parameters(6, 3), sample=randn(0, 3, 4, 4), anchor=randn(0, 3, 4, 4))
+    direction, distance = call(
+        OP, backend, randn(0, 6, 4, 4), *parameters(6, 3), sample=randn(0, 3, 4, 4), anchor=randn(0, 3, 4, 4)
+    )
     assert direction.shape == (0, 3, 4, 4)
     assert distance.shape == (0,)
 
@@ -172,9 +194,16 @@ def test_gradients_reach_every_input():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_call(batch, channels, latent, size, dtype, layout, anchored):
-    points = [arrange(randn(batch, latent, *size, dtype=dtype, seed=seed), layout) for seed in (1, 2)] if anchored else ()
+    points = (
+        [arrange(randn(batch, latent, *size, dtype=dtype, seed=seed), layout) for seed in (1, 2)] if anchored else ()
+    )
     for backend in able(OP, dtype):
-        check(backend, arrange(randn(batch, channels, *size, dtype=dtype), layout), parameters(channels, latent, dtype), *points)
+        check(
+            backend,
+            arrange(randn(batch, channels, *size, dtype=dtype), layout),
+            parameters(channels, latent, dtype),
+            *points,
+        )
 
 
 def arguments() -> dict[str, torch.Tensor]:

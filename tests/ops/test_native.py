@@ -71,9 +71,15 @@ def test_an_unknown_instruction_set():
 @pytest.mark.parametrize(("channels", "groups"), [(3, 3), (20, 2), (64, 8), (70, 7)])
 def test_every_instruction_set_normalises(isa, channels, groups, dtype, layout):
     """Vectors with and without a rest, more positions than a chunk, a seam inside a vector."""
-    x, skip = (arrange(randn(2, c, 9, 8, dtype=dtype, seed=seed), layout) for seed, c in enumerate((channels, 2 * groups)))
+    x, skip = (
+        arrange(randn(2, c, 9, 8, dtype=dtype, seed=seed), layout) for seed, c in enumerate((channels, 2 * groups))
+    )
     total = channels + 2 * groups
-    film = {"scale": randn(2, total, seed=3), "shift": randn(2, total, seed=4), "pre_bias": randn(total, dtype=dtype, seed=5)}
+    film = {
+        "scale": randn(2, total, seed=3),
+        "shift": randn(2, total, seed=4),
+        "pre_bias": randn(total, dtype=dtype, seed=5),
+    }
     test_group_norm.check("cpu", x, groups, randn(channels, seed=1), randn(channels, seed=2))
     test_group_norm.check("cpu", x, groups, randn(total, seed=1), randn(total, seed=2), skip=skip, **film)
     test_group_norm.check("cpu", arrange(1e3 + randn(2, channels, 9, 8), layout).to(dtype), groups, activation=None)
@@ -89,11 +95,19 @@ def test_every_instruction_set_adds(isa, shape, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
-@pytest.mark.parametrize(("channels", "latent", "size"), [(6, 3, (3, 5)), (40, 16, (9, 4)), (32, 5, (70, 3)), (1, 1, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "latent", "size"), [(6, 3, (3, 5)), (40, 16, (9, 4)), (32, 5, (70, 3)), (1, 1, (1, 1))], ids=str
+)
 def test_every_instruction_set_has_two_heads(isa, channels, latent, size, dtype):
-    points = [arrange(randn(2, latent, *size, seed=seed), layout) for seed, layout in ((1, "contiguous"), (2, "channels_last"))]
+    points = [
+        arrange(randn(2, latent, *size, seed=seed), layout)
+        for seed, layout in ((1, "contiguous"), (2, "channels_last"))
+    ]
     test_head.check(
-        "cpu", arrange(randn(2, channels, *size, dtype=dtype), "channels_last"), test_head.parameters(channels, latent), *points
+        "cpu",
+        arrange(randn(2, channels, *size, dtype=dtype), "channels_last"),
+        test_head.parameters(channels, latent),
+        *points,
     )
 
 
@@ -105,12 +119,16 @@ def test_every_instruction_set_steps(isa, shape, dtype, mode):
 
 
 def test_silu_far_out(isa):
-    x = torch.tensor([-torch.inf, -1e30, -200.0, -104.0, -80.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 80.0, 200.0, 1e30, torch.nan])
+    x = torch.tensor(
+        [-torch.inf, -1e30, -200.0, -104.0, -80.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 80.0, 200.0, 1e30, torch.nan]
+    )
     # one group a value, whose normalised value is 0: shift is what SiLU sees
     result = ops.group_norm_silu(torch.zeros(1, len(x), 1), len(x), shift=x[None], backend="cpu").view(-1)
     expected = x.double() * torch.sigmoid(x.double())
     assert result[-1].isnan()
-    torch.testing.assert_close(result[1:-1].double(), expected[1:-1], rtol=1e-6, atol=1e-30 if isa.startswith("avx512") else 1e-6)
+    torch.testing.assert_close(
+        result[1:-1].double(), expected[1:-1], rtol=1e-6, atol=1e-30 if isa.startswith("avx512") else 1e-6
+    )
 
 
 def python(code: str, folder: Path) -> str:
@@ -214,7 +232,9 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
 def test_a_library_of_another_interface_is_refused(monkeypatch):
     version = library.ABI_VERSION
     monkeypatch.setattr(library, "ABI_VERSION", 99)
-    assert f"has interface version {version}; expected 99: install coalescer_fast again" in library._load.__wrapped__()[1]
+    assert (
+        f"has interface version {version}; expected 99: install coalescer_fast again" in library._load.__wrapped__()[1]
+    )
 
 
 FORMATS = {
@@ -229,13 +249,20 @@ PROGRAMS |= {"cf_step": program.STEP, "cf_program_args": program.PROGRAM}
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_python_packs_what_the_header_declares(tmp_path):
-    lines = "".join(f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, *PROGRAMS, "cf_cuda_device", "cf_cuda_plan"))
-    (tmp_path / "sizes.c").write_text(f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n')
+    lines = "".join(
+        f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, *PROGRAMS, "cf_cuda_device", "cf_cuda_plan")
+    )
+    (tmp_path / "sizes.c").write_text(
+        f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n'
+    )
     subprocess.run(["c++", "-x", "c", "sizes.c", "-o", "sizes"], cwd=tmp_path, check=True)  # the header is C as well
     sizes = dict(
-        line.split() for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
+        line.split()
+        for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
     )
-    expected = {name: pack.__self__.size for name, pack in FORMATS.items()} | {name: packed.size for name, packed in PROGRAMS.items()}
+    expected = {name: pack.__self__.size for name, pack in FORMATS.items()} | {
+        name: packed.size for name, packed in PROGRAMS.items()
+    }
     expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
     assert {name: int(size) for name, size in sizes.items()} == expected
 

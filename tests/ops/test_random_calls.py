@@ -105,13 +105,23 @@ class Draw:
         first = self.random.randint(1, channels)
         space = [self.random.randint(1, 6) for _ in range(self.any([1, 2, 2, 2, 3]))]
         skip = self.tensor(n, channels - first, *space, dtype=self.dtype) if first < channels else None
-        args = (self.tensor(n, first, *space, dtype=self.dtype), groups, self.maybe(channels), self.maybe(channels), self.any([1e-5, 0.1]))
+        args = (
+            self.tensor(n, first, *space, dtype=self.dtype),
+            groups,
+            self.maybe(channels),
+            self.maybe(channels),
+            self.any([1e-5, 0.1]),
+        )
         film = {"scale": self.maybe(n, channels), "shift": self.maybe(n, channels)}
         return args, {**film, "skip": skip, "pre_bias": self.maybe(channels), "activation": self.any(["silu", None])}
 
     def bias_residual(self) -> tuple[tuple, dict]:
         shape = [self.random.randint(1, 6) for _ in range(self.any([2, 3, 4, 4, 5]))]
-        return (self.tensor(*shape, dtype=self.dtype), self.maybe(shape[1]), self.any([None, self.tensor(*shape, dtype=self.dtype)])), {}
+        return (
+            self.tensor(*shape, dtype=self.dtype),
+            self.maybe(shape[1]),
+            self.any([None, self.tensor(*shape, dtype=self.dtype)]),
+        ), {}
 
     def dual_head(self) -> tuple[tuple, dict]:
         n, channels, latent, height, width = (self.random.randint(1, 6) for _ in range(5))
@@ -153,7 +163,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def outcome(seed: int) -> str:
     """Make a call twice and judge it: "", or why a backend that was asked for refuses it."""
     draw = Draw(seed)
-    op, backend, mode, default = draw.any(JUDGES), draw.any(BACKENDS), draw.any(MODES), draw.any([torch.float32, *DTYPES])
+    op, backend, mode, default = (
+        draw.any(JUDGES),
+        draw.any(BACKENDS),
+        draw.any(MODES),
+        draw.any([torch.float32, *DTYPES]),
+    )
     args, kwargs = getattr(draw, op)()
     clean_args, clean_kwargs = tuple(map(ordinary, args)), {name: ordinary(a) for name, a in kwargs.items()}
     for _ in range(2):

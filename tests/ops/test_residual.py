@@ -11,13 +11,17 @@ from .numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, assert_accurate, c
 OP = "bias_residual"
 
 
-def check(backend: str, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+def check(
+    backend: str, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
     result = call(OP, backend, x, bias, residual)
     judge(result, x, bias, residual)
     return result
 
 
-def judge(result: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> None:
+def judge(
+    result: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> None:
     """Hold the result to the rule."""
     truth, plain, size = exact(x), x, x.double().abs()
     if bias is not None:
@@ -40,7 +44,9 @@ def test_inputs(backend, kind, dtype):
 @pytest.mark.parametrize("other", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(7,), (1, 1), (4, 5), (2, 3, 4)], ids=str)
 def test_layouts(backend, spatial, layout, other):
-    check(backend, arrange(randn(2, 6, *spatial), layout), randn(6, seed=1), arrange(randn(2, 6, *spatial, seed=2), other))
+    check(
+        backend, arrange(randn(2, 6, *spatial), layout), randn(6, seed=1), arrange(randn(2, 6, *spatial, seed=2), other)
+    )
 
 
 def test_channels_last_is_kept(backend):
@@ -52,7 +58,12 @@ def test_channels_last_is_kept(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parameter", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bias_of_another_dtype(backend, parameter, dtype):
-    check(backend, randn(2, 6, 4, 5, dtype=dtype), randn(6, dtype=parameter, seed=1), randn(2, 6, 4, 5, dtype=dtype, seed=2))
+    check(
+        backend,
+        randn(2, 6, 4, 5, dtype=dtype),
+        randn(6, dtype=parameter, seed=1),
+        randn(2, 6, 4, 5, dtype=dtype, seed=2),
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

@@ -37,21 +37,31 @@ def plain(sample, direction, distance, eta=1.0, mode="unit", eps=1e-6):
     return (sample.to(wide) + eta * distance.to(wide).view(column) * direction).to(sample.dtype)
 
 
-def check(backend: str, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs) -> torch.Tensor:
+def check(
+    backend: str, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs
+) -> torch.Tensor:
     result = call(OP, backend, sample, direction, distance, **kwargs)
     judge(result, sample, direction, distance, **kwargs)
     return result
 
 
-def judge(result: torch.Tensor, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs) -> None:
+def judge(
+    result: torch.Tensor, sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, **kwargs
+) -> None:
     """Hold the result to the rule."""
     truth, size = formula(sample, direction, distance, **kwargs)
     assert result.dtype == sample.dtype
     assert_accurate(OP, result, plain(sample, direction, distance, **kwargs), truth, sample.dtype, size)
 
 
-def batch(n: int = 3, *, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 6, 5)) -> tuple[torch.Tensor, ...]:
-    return randn(n, *shape, dtype=dtype), randn(n, *shape, dtype=dtype, seed=1), (0.1 + randn(n, seed=2).abs()).to(dtype)
+def batch(
+    n: int = 3, *, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 6, 5)
+) -> tuple[torch.Tensor, ...]:
+    return (
+        randn(n, *shape, dtype=dtype),
+        randn(n, *shape, dtype=dtype, seed=1),
+        (0.1 + randn(n, seed=2).abs()).to(dtype),
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -186,7 +196,10 @@ R = torch.zeros(2, 3, 4, 4)
         ({"direction": R.to("meta")}, ("direction", "meta")),
         ({"distance": torch.ones(2, device="meta")}, ("distance", "meta")),
         ({"sample": torch.zeros(2), "direction": torch.zeros(2)}, ("sample", "1 dimensions")),
-        ({"sample": torch.zeros(()), "direction": torch.zeros(()), "distance": torch.zeros(())}, ("sample", "0 dimensions")),
+        (
+            {"sample": torch.zeros(()), "direction": torch.zeros(()), "distance": torch.zeros(())},
+            ("sample", "0 dimensions"),
+        ),
         ({"mode": "long"}, ("mode", "'long'")),
         ({"eps": 0.0}, ("eps", "0.0")),
         ({"eps": -1e-6}, ("eps", "-1e-06")),

@@ -40,7 +40,9 @@ def mark(*values):
 def test_splits(monkeypatch, n, spatial, multiprocessors, memory):
     monkeypatch.setattr(group_norm, "multiprocessors", lambda device: multiprocessors)
     x = arrange(make("off_centre", n, 12, *spatial), memory)
-    test_group_norm.check("triton", x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(n, 12, seed=3), shift=randn(n, 12, seed=4))
+    test_group_norm.check(
+        "triton", x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(n, 12, seed=3), shift=randn(n, 12, seed=4)
+    )
 
 
 def test_parts_are_never_empty():
@@ -54,12 +56,25 @@ def test_parts_are_never_empty():
 @pytest.mark.parametrize("memory", mark("channels_last", "contiguous"))
 @pytest.mark.parametrize(
     ("channels", "skip", "num_groups"),
-    [(160, 0, 1), (160, 0, 2), (130, 0, 13), (130, 0, 130), (130, 0, 65), (40, 56, 8), (63, 66, 3), (1, 128, 43), (96, 160, 8)],
+    [
+        (160, 0, 1),
+        (160, 0, 2),
+        (130, 0, 13),
+        (130, 0, 130),
+        (130, 0, 65),
+        (40, 56, 8),
+        (63, 66, 3),
+        (1, 128, 43),
+        (96, 160, 8),
+    ],
     ids=lambda value: str(value),
 )
 def test_tiles_of_groups(memory, channels, skip, num_groups):
     """Groups larger than a tile, several to a tile and across its edge; a seam within a tile and within a group."""
-    x, other = arrange(randn(2, channels, 3, 5), memory), arrange(5 + randn(2, skip, 3, 5, seed=1), memory) if skip else None
+    x, other = (
+        arrange(randn(2, channels, 3, 5), memory),
+        arrange(5 + randn(2, skip, 3, 5, seed=1), memory) if skip else None,
+    )
     weight, bias, pre_bias = (randn(channels + skip, seed=seed) for seed in (2, 3, 4))
     test_group_norm.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
 
@@ -72,14 +87,19 @@ def test_heads_of_any_number_of_channels(latent):
 
 @pytest.mark.parametrize("size", mark((17, 19), (1, 300), (300, 1)))
 def test_head_of_many_tiles_with_an_expanded_anchor(size):
-    point, anchor = randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last), randn(1, 3, *size, seed=2).expand(2, -1, -1, -1)
+    point, anchor = (
+        randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last),
+        randn(1, 3, *size, seed=2).expand(2, -1, -1, -1),
+    )
     test_head.check("triton", randn(2, 5, *size), test_head.parameters(5, 3), point, anchor)
 
 
 @triton.jit
 def copy_tile(x, out, n, row, channel, spatial, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
     r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    z = group_norm.load_tile(x, None, tl.cast(n, tl.int64), row, r, channel + c, spatial, channels, 0, CHANNELS_LAST, False)
+    z = group_norm.load_tile(
+        x, None, tl.cast(n, tl.int64), row, r, channel + c, spatial, channels, 0, CHANNELS_LAST, False
+    )
     tl.store(out + r * BLOCK + c, z)
 
 
@@ -120,7 +140,9 @@ def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory
     from triton.runtime import interpreter
 
     n, shape = 2**31 // 1024 + 8, (16, 8, 8)
-    x, y = (sparse(n, 8, 8, 16).permute(0, 3, 1, 2) if memory == "channels_last" else sparse(n, *shape) for _ in range(2))
+    x, y = (
+        sparse(n, 8, 8, 16).permute(0, 3, 1, 2) if memory == "channels_last" else sparse(n, *shape) for _ in range(2)
+    )
     x[-1] = randn(*shape, dtype=torch.float16)
     last = x[-1:].clone(memory_format=torch.preserve_format)
     builder = interpreter.interpreter_builder
@@ -165,7 +187,10 @@ def test_table_has_every_class_and_no_other():
     reached = set()
     for dtype in (torch.bfloat16, torch.float32):
         for _, op, args in triton_aot.calls(dtype, all_flags=True):
-            reached |= {launch.key for launch in triton_aot.record(lambda op=op, args=args: triton_aot.implementation(op)(*args))}
+            reached |= {
+                launch.key
+                for launch in triton_aot.record(lambda op=op, args=args: triton_aot.implementation(op)(*args))
+            }
     assert reached == set(table)
 
 
@@ -186,7 +211,9 @@ def test_table_serves_every_shape_of_a_unet(name):
                 side = config["sample_size"] >> level
                 x = torch.empty(1, channels, side, side, dtype=dtype, device="meta").to(memory_format=memory_format)
                 for behind in {levels[max(level - 1, 0)], channels, levels[min(level + 1, len(levels) - 1)]}:
-                    skip = torch.empty(1, behind, side, side, dtype=dtype, device="meta").to(memory_format=memory_format)
+                    skip = torch.empty(1, behind, side, side, dtype=dtype, device="meta").to(
+                        memory_format=memory_format
+                    )
                     groups = config["norm_num_groups"]
                     assert launched("group_norm_silu", x, groups, None, None, 1e-5, None, None, skip, None, "silu") == 2
                 assert launched("bias_residual", x, None, x) == 1
@@ -206,13 +233,18 @@ def reason(**tensors: torch.Tensor) -> str:
 @interpreted
 def test_bfloat16_is_refused_in_the_interpreter_with_the_reason():
     assert not reason(x=torch.zeros(1))
-    assert "x has dtype torch.bfloat16, to which Triton's interpreter truncates" in reason(x=torch.zeros(1, dtype=torch.bfloat16))
+    assert "x has dtype torch.bfloat16, to which Triton's interpreter truncates" in reason(
+        x=torch.zeros(1, dtype=torch.bfloat16)
+    )
     with pytest.raises(ValueError, match=r"bias has dtype torch\.bfloat16"):
         ops.bias_residual(torch.zeros(1, 2, 3), torch.zeros(2).bfloat16(), backend="triton")
 
 
 def test_float64_is_refused():
-    assert "x has dtype torch.float64" in ops.backends("bias_residual", torch.zeros(1, 2, 3, dtype=torch.float64))["triton"][1]
+    assert (
+        "x has dtype torch.float64"
+        in ops.backends("bias_residual", torch.zeros(1, 2, 3, dtype=torch.float64))["triton"][1]
+    )
 
 
 def test_old_gpus_are_refused(monkeypatch):
@@ -225,7 +257,10 @@ def test_old_gpus_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(None, "triton cannot be imported"), (types.SimpleNamespace(__version__="3.4.0"), "triton is 3.4.0; expected 3.5 or newer")],
+    [
+        (None, "triton cannot be imported"),
+        (types.SimpleNamespace(__version__="3.4.0"), "triton is 3.4.0; expected 3.5 or newer"),
+    ],
     ids=["missing", "old"],
 )
 def test_why_triton_cannot_run(monkeypatch, module, words):

@@ -16,7 +16,9 @@ from benchmarks import triton_aot, tune_triton
 pytest.importorskip("triton")
 
 ROOT = Path(benchmarks.__file__).parents[1]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "PYTHONPATH": str(ROOT)
+}
 # float32 on the target with the least shared memory alone, for time; `python -m benchmarks.triton_aot` compiles it for all
 RUNS = (("bfloat16", "80,90,100,120"), ("float32", "120"))
 
@@ -26,7 +28,17 @@ def rows(tmp_path_factory):
     rows = []
     for dtype, targets in RUNS:
         path = tmp_path_factory.mktemp("aot") / "rows.json"
-        command = [sys.executable, "-m", "benchmarks.triton_aot", "--dtypes", dtype, "--targets", targets, "--json", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.triton_aot",
+            "--dtypes",
+            dtype,
+            "--targets",
+            targets,
+            "--json",
+            str(path),
+        ]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode in (0, 1), done.stderr
         rows += json.loads(path.read_text("utf-8"))
@@ -34,7 +46,9 @@ def rows(tmp_path_factory):
 
 
 def test_no_kernel_has_a_fault(rows):
-    assert [(row["kernel"], row["target"], row["dtype"], row["call"], row["faults"]) for row in rows if row["faults"]] == []
+    assert [
+        (row["kernel"], row["target"], row["dtype"], row["call"], row["faults"]) for row in rows if row["faults"]
+    ] == []
 
 
 def test_every_configuration_is_compiled_for_every_target(rows):
@@ -82,7 +96,9 @@ print(json.dumps({
 
 
 def test_planted_faults_are_found():
-    done = subprocess.run([sys.executable, "-c", PLANTED, "120"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLANTED, "120"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     faults = json.loads(done.stdout)
     assert "spills" in faults["spills"][0]
@@ -93,13 +109,25 @@ def test_planted_faults_are_found():
 
 
 def test_registers_of_a_program_are_limited():
-    row = {"kernel": "", "target": 90, "spills": 0, "stack": 0, "shared": 0, "registers": 129, "threads": 512, "loads": {}, "stores": {}}
+    row = {
+        "kernel": "",
+        "target": 90,
+        "spills": 0,
+        "stack": 0,
+        "shared": 0,
+        "registers": 129,
+        "threads": 512,
+        "loads": {},
+        "stores": {},
+    }
     assert triton_aot.faults(row) == ["129 registers in 512 threads"]
     assert triton_aot.faults(row | {"registers": 128}) == []
 
 
 def test_the_interpreter_is_no_compiler():
     command = [sys.executable, "-m", "benchmarks.triton_aot"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr == "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it\n"

@@ -21,7 +21,10 @@ from .test_dispatch import EMULATED, everything
 from .test_native import python
 
 OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
-BACKENDS = [pytest.param(name, marks=[pytest.mark.gpu] if name in ON_GPU else []) for name in ("reference", "cpu", "triton", *EMULATED)]
+BACKENDS = [
+    pytest.param(name, marks=[pytest.mark.gpu] if name in ON_GPU else [])
+    for name in ("reference", "cpu", "triton", *EMULATED)
+]
 FAST = BACKENDS[1:]
 
 
@@ -272,11 +275,15 @@ def test_tensors_of_inference_mode_in_any_order(op, backend, mode):
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS)
 def test_a_gradient_beside_tensors_of_inference_mode(op, name, backend):
     given = named(op)
-    expected = gradient(lambda a: torch.cat([y.flatten() for y in run(op, {**given, name: a}, backend)]).sin(), given[name])
+    expected = gradient(
+        lambda a: torch.cat([y.flatten() for y in run(op, {**given, name: a}, backend)]).sin(), given[name]
+    )
     with torch.inference_mode():
         inside = {name: a.clone() if isinstance(a, Tensor) else a for name, a in given.items()}
     for _ in range(2):
-        result = gradient(lambda a: torch.cat([y.flatten() for y in run(op, {**inside, name: a}, backend)]).sin(), given[name])
+        result = gradient(
+            lambda a: torch.cat([y.flatten() for y in run(op, {**inside, name: a}, backend)]).sin(), given[name]
+        )
         torch.testing.assert_close(result, expected)
 
 
@@ -287,7 +294,9 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor):
-        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device)
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
 
     def __init__(self, inner: Tensor):
         self.inner = inner
@@ -318,7 +327,10 @@ def no_tensors() -> list[object]:
         *([1.0, 2.0], np.ones((2, 3)), 3, "x"),
         *(x.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)),
         *(x.to_sparse(), x[0, 0].to_sparse_csr(), *([x.to_mkldnn()] if torch.backends.mkldnn.is_available() else [])),
-        *(torch.nested.nested_tensor([x[0, 0, 0], x[0, 0, 1]], layout=layout) for layout in (torch.strided, torch.jagged)),
+        *(
+            torch.nested.nested_tensor([x[0, 0, 0], x[0, 0, 1]], layout=layout)
+            for layout in (torch.strided, torch.jagged)
+        ),
         torch.quantize_per_tensor(x[0, 0, 0], 0.1, 0, torch.quint8),
     ]
 
@@ -338,7 +350,9 @@ def refused(call: Callable[[], object], *words: str) -> None:
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS)
 def test_what_is_no_dense_floating_tensor_is_refused(op, name, backend):
     given = named(op)
-    elsewhere = [] if name == dispatch._ops[op].names[0] else [given[name].to("meta")]  # where the first is, the others must be
+    elsewhere = (
+        [] if name == dispatch._ops[op].names[0] else [given[name].to("meta")]
+    )  # where the first is, the others must be
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             run(op, given, backend)  # the second call of a launcher
@@ -348,7 +362,11 @@ def test_what_is_no_dense_floating_tensor_is_refused(op, name, backend):
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [(op, name) for op, names in {"dual_head": 5, "coalesce_step": 3, "bias_residual": 1}.items() for name in tensors(op)[:names]],
+    [
+        (op, name)
+        for op, names in {"dual_head": 5, "coalesce_step": 3, "bias_residual": 1}.items()
+        for name in tensors(op)[:names]
+    ],
 )
 def test_none_in_the_place_of_a_tensor_is_refused(op, name):
     refused(lambda: run(op, {**named(op), name: None}, "auto"), name, "None")
@@ -363,8 +381,22 @@ NO_NUMBERS = {
     "nan": float("nan"),
     "inf": 1e999,
 }
-NO_INTEGERS = {"a float": 2.0, "a string": "2", "None": None, "a list": [2], "a tensor": torch.tensor(2), "a bool": True}
-NO_CHOICES = {"a number": 3, "a list": ["silu"], "an array": np.ones(2), "a tensor": torch.ones(2), "a bool": True, "another": "relu"}
+NO_INTEGERS = {
+    "a float": 2.0,
+    "a string": "2",
+    "None": None,
+    "a list": [2],
+    "a tensor": torch.tensor(2),
+    "a bool": True,
+}
+NO_CHOICES = {
+    "a number": 3,
+    "a list": ["silu"],
+    "an array": np.ones(2),
+    "a tensor": torch.ones(2),
+    "a bool": True,
+    "another": "relu",
+}
 SCALARS = [
     *(("group_norm_silu", "num_groups", value) for value in NO_INTEGERS.values()),
     *(
@@ -372,7 +404,11 @@ SCALARS = [
         for op, name in (("group_norm_silu", "eps"), ("coalesce_step", "eps"), ("coalesce_step", "eta"))
         for v in NO_NUMBERS.values()
     ),
-    *((op, name, v) for op, name in (("group_norm_silu", "activation"), ("coalesce_step", "mode")) for v in NO_CHOICES.values()),
+    *(
+        (op, name, v)
+        for op, name in (("group_norm_silu", "activation"), ("coalesce_step", "mode"))
+        for v in NO_CHOICES.values()
+    ),
     *((op, "backend", v) for op in OPS for v in (*NO_CHOICES.values(), None)),
 ]
 
@@ -382,9 +418,13 @@ def test_scalars_of_another_type_are_refused(op, name, value):
     given = named(op)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            run(op, given | ({"num_groups": 1} if op == "group_norm_silu" else {}), "cpu")  # 1 == True, the second call of a launcher
+            run(
+                op, given | ({"num_groups": 1} if op == "group_norm_silu" else {}), "cpu"
+            )  # 1 == True, the second call of a launcher
             if name == "backend":
-                with pytest.raises(ValueError, match=r"^backend .* is unknown to .*; use one of auto, reference, [^\n]*$"):
+                with pytest.raises(
+                    ValueError, match=r"^backend .* is unknown to .*; use one of auto, reference, [^\n]*$"
+                ):
                     run(op, given, value)
             else:
                 refused(lambda: run(op, {**given, name: value}, "cpu"), name)

@@ -38,7 +38,9 @@ def manifest(kind: str = "generator", **changes) -> Manifest:
         model="emoji-64",
         weights={name: "1" * 64 for name in NETWORKS[kind]},
         inputs=(Port("noise", "float32", ("batch", 4, 2, 2)), Port("description", "float32", ("batch", 8))),
-        outputs=tuple(Port(name, "float32", shape) for name, shape in OUTPUTS.get(kind, (("picture", ("batch", 3, 8, 8)),))),
+        outputs=tuple(
+            Port(name, "float32", shape) for name, shape in OUTPUTS.get(kind, (("picture", ("batch", 3, 8, 8)),))
+        ),
         batch=(2, 4, 16),
         opset=18,
         command=COMMAND,
@@ -121,14 +123,40 @@ PORT = {"name": "noise", "dtype": "float32", "shape": ["batch", 4]}
 FACTS = {"bytes": 1, "sha256": "1" * 64}
 WRONG = [
     *[(name, value) for name in ("kind", "engine", "target", "precision") for value in ("zz", None, 3, [])],
-    *[("graph", value) for value in ("../outside.onnx", "/etc/passwd", "a/b.onnx", "..", "", ".hidden", "manifest.json", "other.onnx", 3)],
+    *[
+        ("graph", value)
+        for value in (
+            "../outside.onnx",
+            "/etc/passwd",
+            "a/b.onnx",
+            "..",
+            "",
+            ".hidden",
+            "manifest.json",
+            "other.onnx",
+            3,
+        )
+    ],
     *[("recipe", value) for value in (None, {})],
     *[("model", value) for value in (None, 1, "\ud800")],
-    *[("weights", value) for value in ({}, {"unet": "1" * 64}, {"unet": "x", "decoder": "1" * 64}, [], {"unet": None, "decoder": None})],
-    *[(name, value) for name in ("inputs", "outputs") for value in ([], {}, [3], [{}], [{**PORT, "more": 1}], [PORT, PORT], None)],
+    *[
+        ("weights", value)
+        for value in ({}, {"unet": "1" * 64}, {"unet": "x", "decoder": "1" * 64}, [], {"unet": None, "decoder": None})
+    ],
+    *[
+        (name, value)
+        for name in ("inputs", "outputs")
+        for value in ([], {}, [3], [{}], [{**PORT, "more": 1}], [PORT, PORT], None)
+    ],
     *[("inputs__0__dtype", value) for value in ("zz", "complex64", "float16.__class__", 4)],
-    *[("inputs__0__shape", value) for value in ([], [4], ["batch", -1], ["batch", 2.5], ["batch", True], ["batch", "width"], "batch")],
-    *[("batch", value) for value in ([1], [4, 2, 1], [0, 1, 2], [1, 2, True], [1, 2, 3, 4], ["1", 2, 3], [1, 2, 2**31], None)],
+    *[
+        ("inputs__0__shape", value)
+        for value in ([], [4], ["batch", -1], ["batch", 2.5], ["batch", True], ["batch", "width"], "batch")
+    ],
+    *[
+        ("batch", value)
+        for value in ([1], [4, 2, 1], [0, 1, 2], [1, 2, True], [1, 2, 3, 4], ["1", 2, 3], [1, 2, 2**31], None)
+    ],
     *[("opset", value) for value in (None, "18", 0, 10**6, 18.5)],
     *[("command", value) for value in ("onnx", [1], {})],
     *[("schedule", value) for value in ({}, None, [], {"etas": [1.0]})],
@@ -142,8 +170,15 @@ WRONG = [
     *[(name, value) for name in ("flags", "measured", "packages", "files") for value in (None, [], "x", 3)],
     ("measured", {"a": json.loads("[" * 50 + "]" * 50)}),
     ("packages", {"torch": 2}),
-    *[("files", {}), ("files", {"model.onnx": FACTS, "../model.onnx": FACTS}), ("files", {"model.onnx": FACTS, "/etc/passwd": FACTS})],
-    *[("files__model.onnx", value) for value in ({}, None, 3, {**FACTS, "bytes": -1}, {**FACTS, "bytes": "1"}, {**FACTS, "sha256": "x"})],
+    *[
+        ("files", {}),
+        ("files", {"model.onnx": FACTS, "../model.onnx": FACTS}),
+        ("files", {"model.onnx": FACTS, "/etc/passwd": FACTS}),
+    ],
+    *[
+        ("files__model.onnx", value)
+        for value in ({}, None, 3, {**FACTS, "bytes": -1}, {**FACTS, "bytes": "1"}, {**FACTS, "sha256": "x"})
+    ],
     ("files__manifest.json", FACTS),
     *[("format", value) for value in (2, "1", None, [])],
 ]
@@ -157,7 +192,9 @@ def test_a_manifest_that_says_what_it_cannot(tmp_path, name, value):
     refused(folder, "manifest.json")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"format": 1, "kind": ' + "9" * 5000 + "}", "\x00", "nan"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '{"format": 1, "kind": ' + "9" * 5000 + "}", "\x00", "nan"]
+)
 def test_a_manifest_that_is_hard_to_read(tmp_path, text):
     folder = make(tmp_path / "a").folder
     (folder / "manifest.json").write_text(text)
@@ -188,7 +225,9 @@ def test_a_graph_that_reads_a_file_for_which_nobody_vouches(tmp_path):
     onnx = pytest.importorskip("onnx")
     folder = tmp_path / "a"
     folder.mkdir()
-    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2], data_location=onnx.TensorProto.EXTERNAL)
+    tensor = onnx.TensorProto(
+        name="w", data_type=onnx.TensorProto.FLOAT, dims=[2], data_location=onnx.TensorProto.EXTERNAL
+    )
     for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", "8")):
         tensor.external_data.add(key=key, value=value)
     graph = onnx.helper.make_graph([], "g", [], [], [tensor])
@@ -212,7 +251,10 @@ def test_engines_are_those_that_there_are():
 
 def test_no_artefact(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=r"is no exported artefact, it has no manifest.json: make one with coalescer-export onnx -o"):
+        with pytest.raises(
+            ValueError,
+            match=r"is no exported artefact, it has no manifest.json: make one with coalescer-export onnx -o",
+        ):
             artefact.find(folder)
 
 
@@ -235,7 +277,12 @@ def test_shapes_outside_the_range(tmp_path):
     found = make(tmp_path / "a")
     for n in (2, 16):
         found.check_inputs((torch.zeros(n, 4, 2, 2), torch.zeros(n, 8)))
-    for shape, word in (((1, 4, 2, 2), "(1, 4, 2, 2)"), ((17, 4, 2, 2), "(17,"), ((4, 4, 2, 3), "(4, 4, 2, 3)"), ((4, 4), "(4, 4)")):
+    for shape, word in (
+        ((1, 4, 2, 2), "(1, 4, 2, 2)"),
+        ((17, 4, 2, 2), "(17,"),
+        ((4, 4, 2, 3), "(4, 4, 2, 3)"),
+        ((4, 4), "(4, 4)"),
+    ):
         with pytest.raises(ValueError, match="noise has shape") as caught:
             found.check_inputs((torch.zeros(shape), torch.zeros(4, 8)))
         assert word in str(caught.value)
@@ -247,20 +294,27 @@ def test_other_weights(tmp_path):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
     found = make(tmp_path / "a", weights=artefact.weights(pipe, "generator"))
     assert sorted(found.manifest.weights) == ["decoder", "unet"]
-    assert artefact.weights(cf.CoalescerPipeline.from_pretrained("emoji-64"), "unet") == {"unet": found.manifest.weights["unet"]}
+    assert artefact.weights(cf.CoalescerPipeline.from_pretrained("emoji-64"), "unet") == {
+        "unet": found.manifest.weights["unet"]
+    }
     found.check_weights(pipe)
     with torch.no_grad():
         pipe.vae.encoder.layers[0].weight.mul_(2)
     found.check_weights(pipe)  # the encoder is in no graph
     with torch.no_grad():
         pipe.unet.up[0][0].conv1.weight.view(-1)[7] += 1e-6
-    with pytest.raises(ValueError, match=r"was exported from other weights of the unet .*than the pipeline's .*load that model, or build"):
+    with pytest.raises(
+        ValueError,
+        match=r"was exported from other weights of the unet .*than the pipeline's .*load that model, or build",
+    ):
         found.check_weights(pipe)
 
 
 def test_a_configuration_is_part_of_a_network():
     layer = torch.nn.Linear(2, 2)
-    assert artefact.network_sha256(layer, {"heads": 1, "_name": "a"}) == artefact.network_sha256(layer, {"heads": 1, "_name": "b"})
+    assert artefact.network_sha256(layer, {"heads": 1, "_name": "a"}) == artefact.network_sha256(
+        layer, {"heads": 1, "_name": "b"}
+    )
     assert artefact.network_sha256(layer, {"heads": 1}) != artefact.network_sha256(layer, {"heads": 2})
     half = artefact.network_sha256(layer.half(), {"heads": 1})
     assert half != artefact.network_sha256(layer.float(), {"heads": 1})
@@ -307,7 +361,9 @@ def test_the_structure_is_part_of_a_network():
 def test_a_saved_network_is_the_same_when_it_is_loaded(tmp_path):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
     pipe.save_pretrained(tmp_path)
-    assert artefact.weights(cf.CoalescerPipeline.from_pretrained(tmp_path), "generator") == artefact.weights(pipe, "generator")
+    assert artefact.weights(cf.CoalescerPipeline.from_pretrained(tmp_path), "generator") == artefact.weights(
+        pipe, "generator"
+    )
     fresh = type(pipe.unet)(**{name: value for name, value in pipe.unet.config.items() if not name.startswith("_")})
     assert artefact.structure_sha256(fresh) == artefact.structure_sha256(pipe.unet)
 
@@ -354,7 +410,10 @@ def test_nothing_is_left_of_a_failure(tmp_path, error):
 
 def test_one_that_is_there_is_replaced_by_force_alone(tmp_path):
     make(tmp_path / "a")
-    with pytest.raises(ValueError, match="exists: name another folder, or add --force"), artefact.creating(tmp_path / "a"):
+    with (
+        pytest.raises(ValueError, match="exists: name another folder, or add --force"),
+        artefact.creating(tmp_path / "a"),
+    ):
         pass
     with artefact.creating(tmp_path / "a", force=True) as new:
         (new / "file").write_text("1")
@@ -380,7 +439,9 @@ def test_what_comes_meanwhile_stays(tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "letter").write_text("dear")
 
-    with pytest.raises(ValueError, match=r"a changed while this ran .*stays as it is: what was made is in .*a-2") as caught:
+    with pytest.raises(
+        ValueError, match=r"a changed while this ran .*stays as it is: what was made is in .*a-2"
+    ) as caught:
         create(tmp_path / "a", meanwhile=come)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["a", "a-2"]
@@ -393,7 +454,9 @@ def test_force_takes_nothing_that_no_manifest_lists(tmp_path, several):
     folder = tmp_path / "a"
     inner = make(folder / "unet", "unet").folder if several else make(folder).folder
     (inner / "letter").write_text("dear")
-    with pytest.raises(ValueError, match=rf"{inner} holds letter, which coalescer-export did not write: move it elsewhere"):
+    with pytest.raises(
+        ValueError, match=rf"{inner} holds letter, which coalescer-export did not write: move it elsewhere"
+    ):
         create(folder, force=True)
     assert "letter" in names(inner)
     artefact.read(inner)
@@ -455,7 +518,12 @@ def test_of_two_at_once_one_wins_and_the_other_says_so(tmp_path, force, attempt)
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     dead, old = dead_process(), make(tmp_path / "a").folder
-    for name in (f".a.{dead}.partial", f".a.{dead}.0badcafe.partial", f".a.{os.getpid()}.0badcafe.partial", f".b.{dead}.partial"):
+    for name in (
+        f".a.{dead}.partial",
+        f".a.{dead}.0badcafe.partial",
+        f".a.{os.getpid()}.0badcafe.partial",
+        f".b.{dead}.partial",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("1")
     old.rename(tmp_path / f".a.{dead}.0badcafe.replaced")  # between the two steps of a replacement
@@ -469,7 +537,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_a_disk_that_is_full(tmp_path):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match=r"a cannot be written \(no space left on device\): free some space, or name a folder"):
+    with pytest.raises(
+        OSError, match=r"a cannot be written \(no space left on device\): free some space, or name a folder"
+    ):
         fail(tmp_path / "a", error)
     assert names(tmp_path) == []
 
@@ -494,7 +564,10 @@ def test_what_is_no_artefact_is_not_replaced(tmp_path):
     (tmp_path / "file").write_text("1")
     (tmp_path / "link").symlink_to(make(tmp_path / "a").folder)
     for name in ("home", "file", "link"):
-        with pytest.raises(ValueError, match="exists and is no exported artefact"), artefact.creating(tmp_path / name, force=True):
+        with (
+            pytest.raises(ValueError, match="exists and is no exported artefact"),
+            artefact.creating(tmp_path / name, force=True),
+        ):
             pass
     assert names(tmp_path) == ["a", "file", "home", "link"]
     assert (tmp_path / "home" / "letter").read_text() == "dear"

@@ -33,7 +33,9 @@ def runtimes():
     native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
     yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
-        missing = [package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None]
+        missing = [
+            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+        ]
         marks = [pytest.mark.skip(reason=f"{', '.join(missing)} is missing")] if missing else []
         yield pytest.param(engine(name), marks=marks, id=name)
 
@@ -95,8 +97,13 @@ def test_the_first_of_a_shape_decides_nothing(pipe):
     runtime, given = pipe.runtime, noise(2).half()
     conditioning = runtime.condition(["octopus", "pizza"], runtime.device)
     found = [*runtime.evaluate(given, conditioning), runtime.decode(given)]
-    reference = [*pipe.evaluate(given.float(), pipe.condition(["octopus", "pizza"], pipe.device)), pipe.decode(given.float())]
-    for y, again, e in zip(found, [*runtime.evaluate(given.float(), conditioning), runtime.decode(given.float())], reference):
+    reference = [
+        *pipe.evaluate(given.float(), pipe.condition(["octopus", "pizza"], pipe.device)),
+        pipe.decode(given.float()),
+    ]
+    for y, again, e in zip(
+        found, [*runtime.evaluate(given.float(), conditioning), runtime.decode(given.float())], reference
+    ):
         assert torch.equal(y, again)
         assert float((y - e).norm() / e.norm()) < 1e-4
 
@@ -114,7 +121,9 @@ def test_a_callback_may_return_another_dtype(pipe):
         return {"latents": given["latents"].half()}
 
     def call():
-        return pipe("octopus", generator=torch.Generator().manual_seed(0), output_type="pt", callback_on_step_end=halve).images
+        return pipe(
+            "octopus", generator=torch.Generator().manual_seed(0), output_type="pt", callback_on_step_end=halve
+        ).images
 
     found = call()
     runtime, pipe.runtime = pipe.runtime, None

@@ -1,5 +1,4 @@
-"""The native runtime under other uses than the straight one: each with the picture of the reference, or one sentence.
-"""
+"""The native runtime under other uses than the straight one: each with the picture of the reference, or one sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +30,11 @@ pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unav
 NAMES = ["octopus", "pizza", "rocket, 3d style", "owl", "ghost"]
 NOISE = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(5))
 PRODUCTS = library.products()
-DTYPES = ["float32", *(["bfloat16"] if torch.bfloat16 in PRODUCTS else []), *(["int8"] if torch.uint8 in PRODUCTS else [])]
+DTYPES = [
+    "float32",
+    *(["bfloat16"] if torch.bfloat16 in PRODUCTS else []),
+    *(["int8"] if torch.uint8 in PRODUCTS else []),
+]
 int8 = pytest.mark.skipif("int8" not in DTYPES, reason="the processor has no AVX-512 VNNI with bfloat16")
 
 
@@ -125,7 +128,9 @@ def test_a_packed_weight_keeps_its_address():
 @pytest.mark.parametrize("anchor", ["mlp", None])
 def test_a_network_that_does_not_read_its_token_rows(anchor, pipe):
     unet = seeded(
-        CoalescerUNet(attention_levels=(), mid_attention=False, cross_attention_dim=128, anchor=anchor, anchor_hidden_dim=64)
+        CoalescerUNet(
+            attention_levels=(), mid_attention=False, cross_attention_dim=128, anchor=anchor, anchor_hidden_dim=64
+        )
     )
     pipe = cf.CoalescerPipeline(unet, pipe.scheduler, pipe.description_encoder, pipe.vae)
     pipe.set_progress_bar_config(disable=True)
@@ -206,7 +211,9 @@ CHANGES = {
     "eps": lambda pipe: setattr(pipe.unet.norm_out, "eps", 0.3),
     "num_heads": lambda pipe: [setattr(m, "num_heads", 1) for m in pipe.unet.modules() if hasattr(m, "num_heads")],
     "an activation": lambda pipe: pipe.unet.embedding.__setitem__(1, nn.Tanh()),
-    "a layer": lambda pipe: setattr(pipe.unet, "conv_in", copy.deepcopy(pipe.unet.conv_in).requires_grad_(False).apply(doubled)),
+    "a layer": lambda pipe: setattr(
+        pipe.unet, "conv_in", copy.deepcopy(pipe.unet.conv_in).requires_grad_(False).apply(doubled)
+    ),
     "a patched forward": lambda pipe: setattr(pipe.unet.norm_out, "forward", lambda x: x.relu()),
     "another network": lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet).apply(doubled)),
     "another decoder": lambda pipe: setattr(pipe.vae, "decoder", copy.deepcopy(pipe.vae.decoder).apply(doubled)),
@@ -296,7 +303,9 @@ def test_hooks_of_all_modules(pipe, backend):
     handle = register_module_forward_hook(lambda module, args, y: 1.5 * y if isinstance(module, nn.Linear) else None)
     try:
         if backend == "compile":
-            with pytest.raises(ValueError, match="backend 'compile' cannot run the pipeline: there are hooks of all modules"):
+            with pytest.raises(
+                ValueError, match="backend 'compile' cannot run the pipeline: there are hooks of all modules"
+            ):
                 draw(pipe)
             return
         assert not torch.allclose(draw(pipe), before, atol=1e-3)

@@ -53,7 +53,9 @@ def free(recorder):
             torch.nn.init.normal_(parameter, std=0.1)
     encoder = cf.CoalescerPipeline.from_pretrained("emoji-64").description_encoder
     table = torch.randint(-127, 128, (encoder.config.vocab_size, 6), dtype=torch.int8)
-    encoder = DescriptionEncoder.from_table(table.numpy(), torch.full((6,), 1 / 64).numpy(), encoder.vocab.numpy()).eval()
+    encoder = DescriptionEncoder.from_table(
+        table.numpy(), torch.full((6,), 1 / 64).numpy(), encoder.vocab.numpy()
+    ).eval()
     vae = CoalescerAutoencoder(2, 12, 8, (1, 1), (1, 1)).eval()
     pipe = cf.CoalescerPipeline(unet, CoalescerScheduler(guidance_scale=1.5), encoder, vae)
     pipe.set_progress_bar_config(disable=True)
@@ -103,7 +105,9 @@ def test_sizes_and_tokens(free):
     for size in (64, 32, 48):
         for _ in range(2):
             assert torch.equal(draw(free, height=size, width=64), plainly(free, height=size, width=64))
-    assert [(key.size, key.tokens) for key, _ in free.runtime.graphs.sizes()] == [((h, 16), (77, 77)) for h in (16, 8, 12)]
+    assert [(key.size, key.tokens) for key, _ in free.runtime.graphs.sizes()] == [
+        ((h, 16), (77, 77)) for h in (16, 8, 12)
+    ]
     assert torch.equal(draw(free, "a very long description " * 20), plainly(free, "a very long description " * 20))
 
 
@@ -221,7 +225,14 @@ def test_threads_may_draw_at_once(fast):
 def test_many_shapes_leave_memory_flat(free):
     def loop(start: int, stop: int) -> int:
         for i in range(start, stop):
-            draw(free, "dog", num_inference_steps=1, height=8 * (1 + i % 15), width=8 * (1 + i // 15), output_type="latent")
+            draw(
+                free,
+                "dog",
+                num_inference_steps=1,
+                height=8 * (1 + i % 15),
+                width=8 * (1 + i // 15),
+                output_type="latent",
+            )
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -275,7 +286,9 @@ def test_bytes_for_graphs(monkeypatch):
     monkeypatch.setenv(cuda.VARIABLE, "12345")
     assert cuda.graph_bytes(torch.device("cuda:0")) == 12345
     monkeypatch.setenv(cuda.VARIABLE, "2 GB")
-    with pytest.raises(ValueError, match="COALESCER_FAST_GRAPH_BYTES is '2 GB'; expected a number of bytes, 0 for no CUDA graphs"):
+    with pytest.raises(
+        ValueError, match="COALESCER_FAST_GRAPH_BYTES is '2 GB'; expected a number of bytes, 0 for no CUDA graphs"
+    ):
         cuda.graph_bytes(torch.device("cuda:0"))
 
 

@@ -124,7 +124,9 @@ def test_with_all_of_them_every_call_has_its_run(accelerated):
 def test_a_generator_alone_refuses_another_schedule(accelerated):
     pipe = accelerated("generator")
     for call in ({"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"output_type": "latent"}):
-        with pytest.raises(ValueError, match=r"is a generator of pictures in 2 steps .*and the call asks for .*--what all"):
+        with pytest.raises(
+            ValueError, match=r"is a generator of pictures in 2 steps .*and the call asks for .*--what all"
+        ):
             draw(pipe, **call)
     assert runs == []
 
@@ -137,7 +139,9 @@ def test_a_generator_has_the_empty_description_inside(accelerated):
         (["owl", "red apple"], ["unet"] * 3 + ["decoder"]),
     ):
         runs.clear()
-        torch.testing.assert_close(draw(pipe, negative_prompt=negative), draw(plain, negative_prompt=negative), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            draw(pipe, negative_prompt=negative), draw(plain, negative_prompt=negative), atol=1e-4, rtol=1e-4
+        )
         assert runs == expected
     with pytest.raises(ValueError, match=r"the call asks for 2 steps .* with a negative prompt: .*--what all"):
         draw(accelerated("generator"), negative_prompt="owl")
@@ -217,12 +221,16 @@ def test_accelerate_says_what_takes_an_artefact(folder, monkeypatch):
 
 def test_a_graph_that_is_none(folder):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    with pytest.raises(ValueError, match=r"^ONNX Runtime cannot load .*unet.model.onnx .*build it again with") as caught:
+    with pytest.raises(
+        ValueError, match=r"^ONNX Runtime cannot load .*unet.model.onnx .*build it again with"
+    ) as caught:
         cf.accelerate(load(), "onnxruntime", artefact=folder / "unet")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("how", [torch.Tensor.half, torch.Tensor.double, torch._neg_view, lambda x: x.mT, lambda x: x.requires_grad_()])
+@pytest.mark.parametrize(
+    "how", [torch.Tensor.half, torch.Tensor.double, torch._neg_view, lambda x: x.mT, lambda x: x.requires_grad_()]
+)
 @pytest.mark.parametrize("kinds", [("unet", "decoder"), ("generator",)])
 def test_graphs_are_given_what_their_ports_say(accelerated, kinds, how):
     pipe = accelerated(*kinds)
@@ -294,7 +302,9 @@ FIXED = {
         "other weights of the unet or settings of its layers",
     ),
     "num_heads": (
-        set_attribute(lambda pipe: next(m for m in pipe.unet.modules() if hasattr(m, "num_heads")), "num_heads", lambda n: n // 2),
+        set_attribute(
+            lambda pipe: next(m for m in pipe.unet.modules() if hasattr(m, "num_heads")), "num_heads", lambda n: n // 2
+        ),
         "other weights of the unet or settings of its layers",
     ),
     "an adapter": (adapt, "other weights of the unet or settings of its layers"),

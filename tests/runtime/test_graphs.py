@@ -16,7 +16,12 @@ PLENTY = 10**9
 
 
 def conditioning(value: float) -> Conditioning:
-    return Conditioning([(torch.full((1, 2), value, dtype=torch.float32), torch.zeros(1, 2))], None, [], torch.ones(1, 3, dtype=torch.bool))
+    return Conditioning(
+        [(torch.full((1, 2), value, dtype=torch.float32), torch.zeros(1, 2))],
+        None,
+        [],
+        torch.ones(1, 3, dtype=torch.bool),
+    )
 
 
 def scaled(x: torch.Tensor, conditioning: Conditioning, nothing: None, scale: float | torch.Tensor) -> torch.Tensor:
@@ -168,7 +173,9 @@ class Log:
         self.name, self.log = name, log
 
     def __getattr__(self, method: str):
-        return lambda *args, **kwargs: self.log.append(f"{self.name}.{method}({', '.join(getattr(a, 'name', str(a)) for a in args)})")
+        return lambda *args, **kwargs: self.log.append(
+            f"{self.name}.{method}({', '.join(getattr(a, 'name', str(a)) for a in args)})"
+        )
 
 
 def test_order_of_streams_and_events(monkeypatch):

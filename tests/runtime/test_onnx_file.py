@@ -104,6 +104,10 @@ def test_whatever_a_run_raises_is_one_sentence(monkeypatch):
     monkeypatch.setattr(onnx_file, "session", lambda path: Session())
     port = types.SimpleNamespace(name="x")
     manifest = types.SimpleNamespace(engine="onnx", inputs=[port])
-    run = onnx_file.open_artefact(types.SimpleNamespace(manifest=manifest, graph="model.onnx", check_ports=lambda *ports: None))
-    with pytest.raises(RuntimeError, match=r"^ONNX Runtime failed: \[ONNXRuntimeError\] : 6 : RUNTIME_EXCEPTION out of memory$"):
+    run = onnx_file.open_artefact(
+        types.SimpleNamespace(manifest=manifest, graph="model.onnx", check_ports=lambda *ports: None)
+    )
+    with pytest.raises(
+        RuntimeError, match=r"^ONNX Runtime failed: \[ONNXRuntimeError\] : 6 : RUNTIME_EXCEPTION out of memory$"
+    ):
         run((torch.ones(1, dtype=torch.float32),))

@@ -45,7 +45,9 @@ def seeded(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def program(network: nn.Module, *inputs: torch.Tensor, dtype: torch.dtype, threads: int = 2, call=None, **kwargs) -> Program:
+def program(
+    network: nn.Module, *inputs: torch.Tensor, dtype: torch.dtype, threads: int = 2, call=None, **kwargs
+) -> Program:
     def run(twin, recorder: Recorder):
         given = [recorder.given(x, images=x.ndim == 4) for x in inputs]
         results = (call or (lambda network, *args: network(*args)))(twin, *given)
@@ -151,7 +153,8 @@ class Last(nn.Module):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("n", "length", "keys", "width", "heads"), [(2, 9, 9, 32, 2), (1, 1, 5, 8, 1), (3, 20, 33, 48, 4), (1, 64, 77, 40, 1)]
+    ("n", "length", "keys", "width", "heads"),
+    [(2, 9, 9, 32, 2), (1, 1, 5, 8, 1), (3, 20, 33, 48, 4), (1, 64, 77, 40, 1)],
 )
 def test_attention(able, n, length, keys, width, heads, masked):
     network = seeded(Last(Attention(width, heads), width))
@@ -184,7 +187,12 @@ def test_transformer(able):
         k, v = (t.contiguous() for t in network.block.keys_values(rows))
 
         def run(twin, recorder):
-            given = recorder.given(x, images=True), recorder.given(k, own=True), recorder.given(v, own=True), recorder.given(mask)
+            given = (
+                recorder.given(x, images=True),
+                recorder.given(k, own=True),
+                recorder.given(v, own=True),
+                recorder.given(mask),
+            )
             return (twin(*given),)
 
         recorder, outputs = record(Hollow(network), run)
@@ -217,7 +225,10 @@ def test_functions(able):
 
 def test_scales_and_shifts_are_part_of_a_function(able):
     network = Functions()
-    kinds = [step.kind for step in record(Hollow(network), lambda twin, r: [twin(r.given(randn(2, 6, 5, 7), images=True))])[0].steps]
+    kinds = [
+        step.kind
+        for step in record(Hollow(network), lambda twin, r: [twin(r.given(randn(2, 6, 5, 7), images=True))])[0].steps
+    ]
     assert kinds == [POINTWISE, POINTWISE, CONVOLUTION, POINTWISE, POINTWISE]
 
 
@@ -226,7 +237,9 @@ def test_scales_and_shifts_are_part_of_a_function(able):
 def test_conditioning(isa, anchor):
     """All of it in float32, a description alone as among others, an empty one among them."""
     network = seeded(
-        CoalescerUNet(sample_size=4, latent_channels=6, anchor=anchor, anchor_hidden_dim=16, **SMALL, cross_attention_dim=9)
+        CoalescerUNet(
+            sample_size=4, latent_channels=6, anchor=anchor, anchor_hidden_dim=16, **SMALL, cross_attention_dim=9
+        )
     )
     descriptions, rows = randn(3, 12, seed=3), randn(3, 7, 9, seed=4)
     descriptions[1] = 0
@@ -243,11 +256,15 @@ def test_conditioning(isa, anchor):
         library.set_isa(best)
     assert all(torch.equal(y[1:2], one) for y, one in zip(made, alone))
     with torch.no_grad():
-        for y, exact in zip(made, network.double().condition(descriptions.double(), rows.double()).tensors(), strict=True):
+        for y, exact in zip(
+            made, network.double().condition(descriptions.double(), rows.double()).tensors(), strict=True
+        ):
             assert_near(y, exact, 1e-5)
 
 
-SMALL = dict(block_out_channels=(24, 40), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2)
+SMALL = dict(
+    block_out_channels=(24, 40), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2
+)
 
 
 def evaluation(network: CoalescerUNet, n: int, side: int, **kwargs):
@@ -281,7 +298,9 @@ def test_unet(able, anchor, n, side):
 
 def test_the_first_shortcut_without_a_change_of_channels_copies_the_concatenation():
     """cat([x, skip]) as the residual itself."""
-    network = seeded(CoalescerUNet(sample_size=4, latent_channels=4, **{**SMALL, "block_out_channels": (16, 16)}, anchor=None))
+    network = seeded(
+        CoalescerUNet(sample_size=4, latent_channels=4, **{**SMALL, "block_out_channels": (16, 16)}, anchor=None)
+    )
     made, expected = evaluation(network, 2, 4, dtype=torch.float32)
     assert_near(made.outputs[0], expected[0].double(), 2e-5)
 
@@ -312,7 +331,9 @@ def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(dtype):
 
 
 def test_memory_is_used_again_and_not_poisoned():
-    network = seeded(nn.Sequential(*[layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]))
+    network = seeded(
+        nn.Sequential(*[layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())])
+    )
     x = randn(2, 16, 8, 8)
     made, kept = program(network, x, dtype=torch.float32), program(network, x, dtype=torch.float32, keep=True)
     assert made.memory.numel() < 0.7 * kept.memory.numel()
@@ -327,7 +348,9 @@ def test_memory_is_used_again_and_not_poisoned():
             network.float()
 
 
-needs_int8 = pytest.mark.skipif(torch.uint8 not in library.products(), reason="the processor has no AVX-512 VNNI with bfloat16")
+needs_int8 = pytest.mark.skipif(
+    torch.uint8 not in library.products(), reason="the processor has no AVX-512 VNNI with bfloat16"
+)
 
 
 class Normalised(nn.Module):

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.runtime.recorder import ATTENTION, CONVOLUTION, GROUP_NORM_SILU, POINTWISE, Hollow, Recorder, Unsupported, record
+from coalescer_fast.runtime.recorder import (
+    ATTENTION,
+    CONVOLUTION,
+    GROUP_NORM_SILU,
+    POINTWISE,
+    Hollow,
+    Recorder,
+    Unsupported,
+    record,
+)
 
 
 class Function(nn.Module):
@@ -22,7 +31,9 @@ class Function(nn.Module):
 
 
 def recorded(network: nn.Module) -> Recorder:
-    return record(Hollow(network), lambda twin, recorder: [twin(recorder.given(torch.ones(2, 4, 6, 6), images=True))])[0]
+    return record(Hollow(network), lambda twin, recorder: [twin(recorder.given(torch.ones(2, 4, 6, 6), images=True))])[
+        0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +49,24 @@ def recorded(network: nn.Module) -> Recorder:
         (lambda m, x: torch._foreach_mul_([h := m.conv(x)], 2.0) or h, {}, "there is no step for aten._foreach_mul_"),
         (lambda m, x: x.relu(), {}, "it has a ReLU of something other than a convolution's output"),
         (lambda m, x: [h := m.conv(x), m.conv(h)][0], {}, "it gives something that it also computes with"),
-        (lambda m, x: m.conv(torch.cat([x[:, :2], x], 1)), {}, "it computes with a part of a tensor of shape (2, 2, 6, 6)"),
+        (
+            lambda m, x: m.conv(torch.cat([x[:, :2], x], 1)),
+            {},
+            "it computes with a part of a tensor of shape (2, 2, 6, 6)",
+        ),
         (lambda m, x: m.conv(x + torch.ones(2, 4, 6, 6, device="meta")), {}, "there is no step for aten."),
         (lambda m, x: nn.functional.conv2d(x, m.conv.weight * 2), {}, "there is no step for a tensor from elsewhere"),
-        (lambda m, x: torch.where((x == 1).all(1, keepdim=True), x, m.conv(x)), {}, "it chooses by something other than rows of zeros"),
+        (
+            lambda m, x: torch.where((x == 1).all(1, keepdim=True), x, m.conv(x)),
+            {},
+            "it chooses by something other than rows of zeros",
+        ),
         (lambda m, x: m.conv(x) / x, {}, "it divides by a tensor"),
-        (lambda m, x: m.conv(torch.from_numpy(x.numpy())), {}, "it cannot be followed (can't convert meta device type tensor to numpy"),
+        (
+            lambda m, x: m.conv(torch.from_numpy(x.numpy())),
+            {},
+            "it cannot be followed (can't convert meta device type tensor to numpy",
+        ),
         (lambda m, x: m.conv(x), {"padding": 0}, "it has a convolution (3, 3) with stride [1, 1], padding [0, 0]"),
         (lambda m, x: m.conv(x), {"groups": 2}, "it has a convolution (3, 3)"),
         (lambda m, x: m.conv(x), {"dilation": 2, "padding": 2}, "it has a convolution (3, 3)"),
@@ -88,7 +111,9 @@ def test_a_value_added_to_itself_is_twice_it():
 
 
 def test_a_network_is_recorded_without_data_and_left_as_it_is():
-    network = CoalescerUNet(block_out_channels=(8, 8), norm_num_groups=2, embedding_dim=8, description_dim=8, num_attention_heads=2)
+    network = CoalescerUNet(
+        block_out_channels=(8, 8), norm_num_groups=2, embedding_dim=8, description_dim=8, num_attention_heads=2
+    )
     before = {name: (p.data_ptr(), p._version, p.requires_grad) for name, p in network.named_parameters()}
     film = network.condition(torch.ones(1, 8)).film
 
@@ -98,7 +123,9 @@ def test_a_network_is_recorded_without_data_and_left_as_it_is():
         given = [(recorder.given(a), recorder.given(b)) for a, b in film]
         from coalescer_fast.models.unet import Conditioning
 
-        return twin(recorder.given(torch.ones(1, 16, 8, 8), images=True), Conditioning(given, None, []), return_dict=False)
+        return twin(
+            recorder.given(torch.ones(1, 16, 8, 8), images=True), Conditioning(given, None, []), return_dict=False
+        )
 
     recorder, outputs = record(Hollow(network), run)
     kinds = [step.kind for step in recorder.steps]

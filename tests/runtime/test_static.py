@@ -71,7 +71,9 @@ def test_networks_of_the_last_sizes_are_kept_and_nothing_of_a_call(pipe, monkeyp
     monkeypatch.setattr(static, "LIMIT", 4)
     for n in range(1, 6):
         draw(pipe, num_images_per_prompt=n)
-    assert [key[:2] for key in pipe.runtime.networks] == [(part, (2 * n, 16, 8, 8)) for n in (4, 5) for part in ("UNet", "decoder")]
+    assert [key[:2] for key in pipe.runtime.networks] == [
+        (part, (2 * n, 16, 8, 8)) for n in (4, 5) for part in ("UNet", "decoder")
+    ]
     gc.collect()
     assert not pipe.runtime.bound
     before = base.count
@@ -83,7 +85,9 @@ def test_networks_of_the_last_sizes_are_kept_and_nothing_of_a_call(pipe, monkeyp
 
 def test_a_conditioning_serves_several_sizes_and_inference_mode():
     torch.manual_seed(0)
-    small = dict(block_out_channels=(8, 8), norm_num_groups=4, embedding_dim=8, attention_levels=(1,), num_attention_heads=2)
+    small = dict(
+        block_out_channels=(8, 8), norm_num_groups=4, embedding_dim=8, attention_levels=(1,), num_attention_heads=2
+    )
     whole = load()
     pipe = cf.CoalescerPipeline(CoalescerUNet(**small), whole.scheduler, whole.description_encoder, whole.vae)
     runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
@@ -167,7 +171,10 @@ def test_what_was_prepared_before_a_fork_is_refused_after_it(pipe):
         child = context.Process(target=_child, args=(pipe, queue))
         child.start()
     try:
-        assert queue.get(timeout=60) == "backend 'plain' was prepared before a fork, and its threads are not here: accelerate again"
+        assert (
+            queue.get(timeout=60)
+            == "backend 'plain' was prepared before a fork, and its threads are not here: accelerate again"
+        )
         assert queue.get(timeout=60) == (2, 3, 64, 64)
     finally:
         child.join(10)
@@ -185,7 +192,9 @@ def test_what_no_prepared_network_would_call_is_refused_and_may_go_again(pipe, h
         register = layer.register_forward_hook if how == "hook" else layer.register_forward_pre_hook
         handle = register(lambda *args: None)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^backend 'plain' cannot run .*decoder: .*layers\.0.*remove it, or .*restore.*$"):
+        with pytest.raises(
+            ValueError, match=r"^backend 'plain' cannot run .*decoder: .*layers\.0.*remove it, or .*restore.*$"
+        ):
             draw(pipe)
     if how == "forward":
         del layer.forward
@@ -231,7 +240,9 @@ def test_what_is_traced_has_weights_of_its_own():
     assert [name for name, _ in traced.named_parameters()] == [name for name, _ in network.named_parameters()]
     assert traced[3].weight is traced[4].weight
     places = set()
-    for mine, its in zip((*traced.parameters(), *traced.buffers()), (*network.parameters(), *network.buffers()), strict=True):
+    for mine, its in zip(
+        (*traced.parameters(), *traced.buffers()), (*network.parameters(), *network.buffers()), strict=True
+    ):
         assert torch.equal(mine.double(), its.double())
         assert mine.is_contiguous()
         assert not mine.is_neg()
@@ -246,9 +257,16 @@ def test_what_is_traced_has_weights_of_its_own():
 
 
 def engines():
-    for name, dtype in (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"), ("compile", "auto")):
+    for name, dtype in (
+        ("onnxruntime", "float32"),
+        ("openvino", "float32"),
+        ("openvino", "bfloat16"),
+        ("compile", "auto"),
+    ):
         marks = [pytest.mark.slow] if name == "compile" else []
-        missing = [package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None]
+        missing = [
+            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+        ]
         if missing or (dtype == "bfloat16" and not native_bfloat16()):
             marks.append(pytest.mark.skip(reason=f"{', '.join(missing) or 'bfloat16 of the CPU'} is missing"))
         yield pytest.param((name, dtype), marks=marks, id=f"{name}-{dtype}")
@@ -285,7 +303,10 @@ def test_results_are_not_written_to_by_a_later_call(engine):
         results = [*runtime.evaluate(sample[0], conditioning), runtime.decode(sample[0])]
         kept = [y.clone() for y in results]
         later = [*runtime.evaluate(sample[1], conditioning), runtime.decode(sample[1])]
-        expected = [*engine.evaluate(sample[0], engine.condition(["octopus"], runtime.device)), engine.decode(sample[0])]
+        expected = [
+            *engine.evaluate(sample[0], engine.condition(["octopus"], runtime.device)),
+            engine.decode(sample[0]),
+        ]
     for y, k, other, e in zip(results, kept, later, expected):
         assert y.dtype == torch.float32
         assert torch.equal(y, k)

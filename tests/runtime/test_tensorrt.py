@@ -45,7 +45,13 @@ def manifest(**changes) -> Manifest:
         (1, 2, 4),
         21,
         ("engine", "exported"),
-        tensorrt={"version": "10.8.0.43", "compute_capabilities": ["8.6"], "gpu": "NVIDIA A10", "profile": {}, "source": {}},
+        tensorrt={
+            "version": "10.8.0.43",
+            "compute_capabilities": ["8.6"],
+            "gpu": "NVIDIA A10",
+            "profile": {},
+            "source": {},
+        },
         flags={"hardwareCompatibilityLevel": "none", "versionCompatible": False, "stripWeights": ""},
     )
     return replace(made, **changes)
@@ -148,14 +154,17 @@ def test_weights_beside_the_plan_are_put_in(fake, folder, recorder):
     check(inputs, run(inputs))
     fake.does.refit = False
     with pytest.raises(
-        ValueError, match=r"^the weights of .*weights.onnx do not fit .*model.plan .*build it again with: coalescer-export engine"
+        ValueError,
+        match=r"^the weights of .*weights.onnx do not fit .*model.plan .*build it again with: coalescer-export engine",
     ):
         plan(fake, folder, recorder, flags={"stripWeights": "weights.onnx"})
 
 
 def test_a_plan_that_the_library_refuses(fake, folder, recorder):
     fake.does.load = "Serialization assertion failed\n"
-    with pytest.raises(ValueError, match=r"cannot load .*model.plan \(Serialization assertion failed\): build it again with") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot load .*model.plan \(Serialization assertion failed\): build it again with"
+    ) as caught:
         plan(fake, folder, recorder)
     assert "\n" not in str(caught.value)
     fake.does.load, fake.does.ports = None, (["x"], ["y"])
@@ -184,13 +193,31 @@ def test_a_version_compatible_plan_brings_its_runtime(fake, folder, recorder):
         ({"versionCompatible": True}, {}, "10.16.1.11", A10, ""),
         ({"versionCompatible": True}, {}, "11.4.0.106", A10, "is a plan of TensorRT 10, and 11.4.0.106 is installed"),
         ({}, {}, "10.8.0.43", None, "is a plan for NVIDIA A10, compute capability 8.6, and there is no CUDA device"),
-        ({}, {}, "10.8.0.43", ("RTX 3090", "8.6"), "is a plan for NVIDIA A10, compute capability 8.6, and this is RTX 3090, 8.6"),
+        (
+            {},
+            {},
+            "10.8.0.43",
+            ("RTX 3090", "8.6"),
+            "is a plan for NVIDIA A10, compute capability 8.6, and this is RTX 3090, 8.6",
+        ),
         ({"hardwareCompatibilityLevel": "sameComputeCapability"}, {}, "10.8.0.43", ("RTX 3090", "8.6"), ""),
-        ({"hardwareCompatibilityLevel": "sameComputeCapability"}, {}, "10.8.0.43", ("L4", "8.9"), "compute capability 8.6 and this is L4"),
+        (
+            {"hardwareCompatibilityLevel": "sameComputeCapability"},
+            {},
+            "10.8.0.43",
+            ("L4", "8.9"),
+            "compute capability 8.6 and this is L4",
+        ),
         ({"hardwareCompatibilityLevel": "ampere+"}, {}, "10.8.0.43", ("H100", "9.0"), ""),
         ({"hardwareCompatibilityLevel": "ampere+"}, {}, "10.8.0.43", ("T4", "7.5"), "8.0 or later and this is T4, 7.5"),
         ({}, {"gpu": None, "compute_capabilities": ["8.0", "8.9"]}, "10.8.0.43", ("L4", "8.9"), ""),
-        ({}, {"gpu": None, "compute_capabilities": ["8.0", "8.9"]}, "10.8.0.43", ("H100", "9.0"), "capability 8.0 or 8.9 and this is H100"),
+        (
+            {},
+            {"gpu": None, "compute_capabilities": ["8.0", "8.9"]},
+            "10.8.0.43",
+            ("H100", "9.0"),
+            "capability 8.0 or 8.9 and this is H100",
+        ),
     ],
 )
 def test_another_version_or_gpu(flags, made, version, here, words):
@@ -204,18 +231,24 @@ def test_loading_says_what_differs_and_the_mend(folder, monkeypatch):
     made = artefact.write(folder, manifest())
     monkeypatch.setattr(tensorrt, "gpu", lambda: None)
     with pytest.raises(
-        ValueError, match=r"plan is a plan for NVIDIA A10, .* no CUDA device: run it on such a GPU, or build it again with: "
+        ValueError,
+        match=r"plan is a plan for NVIDIA A10, .* no CUDA device: run it on such a GPU, or build it again with: ",
     ):
         tensorrt.open_artefact(made)
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
     monkeypatch.setitem(sys.modules, "tensorrt", Fake("tensorrt 11.4.0.106"))
     with pytest.raises(
-        ValueError, match=r"10.8.0.43, and 11.4.0.106 is installed: build it again with: coalescer-export engine exported -o"
+        ValueError,
+        match=r"10.8.0.43, and 11.4.0.106 is installed: build it again with: coalescer-export engine exported -o",
     ):
         tensorrt.open_artefact(made)
-    with pytest.raises(ValueError, match="is for onnx, not for TensorRT: make a plan of it with coalescer-export engine"):
+    with pytest.raises(
+        ValueError, match="is for onnx, not for TensorRT: make a plan of it with coalescer-export engine"
+    ):
         tensorrt.open_artefact(replace(made, manifest=manifest(engine="onnx")))
-    with pytest.raises(ValueError, match=r"takes \(1 to 4, 2, 3, 3\): build it again with --minShapes and --maxShapes around"):
+    with pytest.raises(
+        ValueError, match=r"takes \(1 to 4, 2, 3, 3\): build it again with --minShapes and --maxShapes around"
+    ):
         made.check_inputs(given(5))
 
 
@@ -228,7 +261,9 @@ def test_the_package(monkeypatch):
     assert tensorrt.load("tensorrt") is old
     for version in ("10.7.0", "8.6.1", "12.0.0.1"):
         old.__version__ = version
-        with pytest.raises(ValueError, match=f"^TensorRT {version} is installed, and 10.8 to 11 can be used: run pip install"):
+        with pytest.raises(
+            ValueError, match=f"^TensorRT {version} is installed, and 10.8 to 11 can be used: run pip install"
+        ):
             tensorrt.load("tensorrt")
 
 
@@ -237,11 +272,15 @@ def test_accelerate(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"^backend 'tensorrt' runs on cuda, and the pipeline is on cpu: move it"):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
     monkeypatch.setattr(type(pipe), "device", torch.device("cuda", 0))
-    with pytest.raises(ValueError, match=r"^backend 'tensorrt' runs artefacts alone: give artefact=DIR, of coalescer-export engine$"):
+    with pytest.raises(
+        ValueError, match=r"^backend 'tensorrt' runs artefacts alone: give artefact=DIR, of coalescer-export engine$"
+    ):
         cf.accelerate(pipe, "tensorrt")
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^backend 'tensorrt' cannot run: none of the packages tensorrt and tensorrt_rtx "):
+    with pytest.raises(
+        ValueError, match=r"^backend 'tensorrt' cannot run: none of the packages tensorrt and tensorrt_rtx "
+    ):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no exported artefact"):
@@ -266,7 +305,10 @@ def test_on_a_gpu(tmp_path, flavour):
     assert cli.main(["verify", str(tmp_path / "plan")]) == 0
     # int8 is what it is: how fast is in its manifest
     assert cli.main(["quantize", str(tmp_path / "onnx"), "-o", str(tmp_path / "int8")]) == 0
-    assert cli.main(["engine", str(tmp_path / "int8"), "-o", str(tmp_path / "plan-int8"), "--flavour", flavour, "--force"]) == 0
+    assert (
+        cli.main(["engine", str(tmp_path / "int8"), "-o", str(tmp_path / "plan-int8"), "--flavour", flavour, "--force"])
+        == 0
+    )
     assert cli.main(["verify", str(tmp_path / "plan-int8")]) == 0
     shutil.rmtree(tmp_path / "onnx")
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64").to("cuda")

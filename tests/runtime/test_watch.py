@@ -12,7 +12,9 @@ from coalescer_fast.ops import library
 from coalescer_fast.runtime import watch
 from coalescer_fast.runtime.watch import Watch, foreign
 
-SMALL = dict(block_out_channels=(16, 24), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2)
+SMALL = dict(
+    block_out_channels=(16, 24), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2
+)
 
 
 @pytest.fixture(params=["native", "plain"])
@@ -85,7 +87,9 @@ CHANGES = {
     "an attribute of a namespace": lambda unet: setattr(unet.mid[0].space, "gain", 2),
     "an attribute of a class": lambda unet: setattr(type(unet.mid[0].mine), "gain", 2),
     "a hook of all modules": lambda unet: unet.handles.append(register_module_forward_hook(lambda *args: None)),
-    "a parameter more": lambda unet: unet.null.__class__ and unet.register_parameter("more", nn.Parameter(torch.ones(3))),
+    "a parameter more": lambda unet: (
+        unet.null.__class__ and unet.register_parameter("more", nn.Parameter(torch.ones(3)))
+    ),
     "a parameter on a leaf without any": lambda unet: unet.embedding[1].register_buffer("more", torch.ones(3)),
 }
 
@@ -157,4 +161,3 @@ def test_foreign():
     assert foreign(unet) == "the forward of CoalescerUNet is patched"
     del unet.forward
     assert foreign(unet) == ""
-

@@ -15,7 +15,10 @@ from coalescer_fast.training.build_data import Emoji, IconSet, PictureSet, build
 from coalescer_fast.training.data import load_npz
 
 SIDE = 16
-GROUPS = {"groups": {"0": "smileys-emotion", "1": "animals-nature", "2": "component", "9": "flags"}, "subgroups": {"0": "face", "1": "bug"}}
+GROUPS = {
+    "groups": {"0": "smileys-emotion", "1": "animals-nature", "2": "component", "9": "flags"},
+    "subgroups": {"0": "face", "1": "bug"},
+}
 ENTRIES = [
     {"hexcode": "1F41C", "emoji": "🐜", "label": "ant", "tags": ["insect"], "group": 1, "subgroup": 1, "order": 2},
     {"hexcode": "2639-FE0F", "emoji": "☹️", "label": "frowning face", "group": 0, "subgroup": 0, "order": 1},
@@ -53,10 +56,20 @@ def emoji(name: str, hex: str = "1f41c", aliases: tuple[str, ...] = ()) -> Emoji
 @pytest.fixture
 def packages(monkeypatch, tmp_path):
     """A cache with packages of a few emoji, and no npm to fetch more."""
-    pictures = {"1f41c": webp((255, 0, 0)), "2639": webp((0, 0, 255)), "1f44d": webp((255, 0, 0)), "1f6a9": webp((255, 255, 255))}
+    pictures = {
+        "1f41c": webp((255, 0, 0)),
+        "2639": webp((0, 0, 255)),
+        "1f44d": webp((255, 0, 0)),
+        "1f6a9": webp((255, 255, 255)),
+    }
     contents = {
-        build_data.DESCRIPTIONS: {"en/data.json": json.dumps(ENTRIES).encode(), "meta/groups.json": json.dumps(GROUPS).encode()},
-        build_data.ALIASES: {"emoji.json": json.dumps([{"unified": "1F41C", "name": "ANT", "short_names": ["ant", "emmet"]}]).encode()},
+        build_data.DESCRIPTIONS: {
+            "en/data.json": json.dumps(ENTRIES).encode(),
+            "meta/groups.json": json.dumps(GROUPS).encode(),
+        },
+        build_data.ALIASES: {
+            "emoji.json": json.dumps([{"unified": "1F41C", "name": "ANT", "short_names": ["ant", "emmet"]}]).encode()
+        },
         build_data.STYLES["fluent3d"].package: {f"assets/{key}.webp": content for key, content in pictures.items()},
     }
     cache = tmp_path / "cache"
@@ -120,7 +133,10 @@ def test_emoji_come_in_order_without_components(packages):
 
 
 def test_skin_tones(packages):
-    assert [e.name for e in read_emoji(packages, "medium", flags=False)][2:] == ["thumbs up", "thumbs up, medium skin tone"]
+    assert [e.name for e in read_emoji(packages, "medium", flags=False)][2:] == [
+        "thumbs up",
+        "thumbs up, medium skin tone",
+    ]
     toned = read_emoji(packages, "all", flags=False)[3:]
     assert [(e.name, e.hex, e.tone) for e in toned] == [
         ("thumbs up, light skin tone", "1f44d-1f3fb", 1),
@@ -133,16 +149,24 @@ def test_held_out_is_a_share_and_a_function_of_the_emoji():
     held = [e.held_out(0.1) for e in many]
     assert 0.08 < np.mean(held) < 0.12
     assert not any(e.held_out(0.0) for e in many)
-    assert all(a <= b for a, b in zip(held, (e.held_out(0.2) for e in many)))  # a larger share adds emoji and removes none
+    assert all(
+        a <= b for a, b in zip(held, (e.held_out(0.2) for e in many))
+    )  # a larger share adds emoji and removes none
 
 
 def icon_set(chars: dict[str, str] | None = None) -> IconSet:
     icons = {
-        "icons": {"ant": {"body": "<a/>"}, "flag-for-flag-togo": {"body": "<b/>"}, "wide": {"body": "<c/>", "width": 32, "left": 4}},
+        "icons": {
+            "ant": {"body": "<a/>"},
+            "flag-for-flag-togo": {"body": "<b/>"},
+            "wide": {"body": "<c/>", "width": 32, "left": 4},
+        },
         "aliases": {"emmet": {"parent": "ant"}, "tna": {"parent": "ant", "hFlip": True}},
         "height": 16,
     }
-    return IconSet({"icons.json": json.dumps(icons).encode(), **({"chars.json": json.dumps(chars).encode()} if chars else {})})
+    return IconSet(
+        {"icons.json": json.dumps(icons).encode(), **({"chars.json": json.dumps(chars).encode()} if chars else {})}
+    )
 
 
 def test_icons_are_found_by_code_points_alone_where_there_is_an_index():
@@ -190,7 +214,13 @@ def test_build(packages, tmp_path):
     assert data.styles == ("3d",)
     assert load_npz(out / "emoji_8.npz").images.shape == (2, 8, 8, 3)
     with np.load(path) as file:
-        assert [file[key].dtype for key in ("emoji_id", "style_id", "group_id", "split", "meta_json")] == ["i4", "i1", "i1", "i1", "u1"]
+        assert [file[key].dtype for key in ("emoji_id", "style_id", "group_id", "split", "meta_json")] == [
+            "i4",
+            "i1",
+            "i1",
+            "i1",
+            "u1",
+        ]
         groups = json.loads(file["meta_json"].tobytes())["groups"]
         assert [groups[i] for i in file["group_id"]] == ["smileys-emotion", "animals-nature"]
     with (out / "pairs.tsv").open(encoding="utf-8") as file:
@@ -200,7 +230,9 @@ def test_build(packages, tmp_path):
         ("fluent3d", "ant", "insect"),
     ]
     assert [row["split"] == "held" for row in rows] == data.held_out.tolist()
-    assert "Fluent Emoji (3D), Microsoft Corporation; packed by LobeHub. Licence: MIT." in (out / "NOTICE.txt").read_text()
+    assert (
+        "Fluent Emoji (3D), Microsoft Corporation; packed by LobeHub. Licence: MIT." in (out / "NOTICE.txt").read_text()
+    )
     assert Image.open(out / "contact_16.png").size[0] > 3 * SIDE
     again = build(tmp_path / "again", packages, sizes=(8, SIDE), styles=["fluent3d"], held_out=0.5)
     assert again.read_bytes() == path.read_bytes()

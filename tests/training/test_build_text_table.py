@@ -23,7 +23,9 @@ def test_project_keeps_the_principal_axes_and_damps_frequent_tokens():
     rows = project(states, 2)
     frequency = 1 / (np.arange(1000) + 2.7)
     undamped = rows / (1e-4 / (1e-4 + frequency / frequency.sum()))[:, None]
-    assert np.allclose(undamped @ undamped.T, centred @ centred.T, rtol=0, atol=1e-3)  # the same geometry in two dimensions
+    assert np.allclose(
+        undamped @ undamped.T, centred @ centred.T, rtol=0, atol=1e-3
+    )  # the same geometry in two dimensions
     assert np.linalg.norm(undamped[:, 0]) > np.linalg.norm(undamped[:, 1])
     assert np.linalg.norm(rows[0]) < 0.01 * np.linalg.norm(undamped[0])
 

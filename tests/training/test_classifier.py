@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from coalescer_fast.training.classifier import PictureClassifier, accuracies, classes_of, labels_of, shifted, train_classifier
+from coalescer_fast.training.classifier import (
+    PictureClassifier,
+    accuracies,
+    classes_of,
+    labels_of,
+    shifted,
+    train_classifier,
+)
 from coalescer_fast.training.data import Concept, PictureDataset
 from coalescer_fast.training.pictures import to_tensor
 
@@ -21,7 +28,12 @@ def dataset(num: int = 160, styles: tuple[str, ...] = ("day", "night")) -> Pictu
         image[:, :8] += 90 if c % 2 else 0
         image[:, 8:] += 0 if c % 2 else 90
     return PictureDataset(
-        images.astype(np.uint8), concepts, concept, styles, style if styles else np.full(num, -1), held_out=np.arange(num) % 5 == 4
+        images.astype(np.uint8),
+        concepts,
+        concept,
+        styles,
+        style if styles else np.full(num, -1),
+        held_out=np.arange(num) % 5 == 4,
     )
 
 

@@ -15,7 +15,14 @@ import torch
 import coalescer_fast
 from coalescer_fast import CoalescerPipeline
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, psnr, train_autoencoder
-from coalescer_fast.training.coalescer import PAIRINGS, CoalescerConfig, PromptSampler, description_encoder, fill_queue, train_coalescer
+from coalescer_fast.training.coalescer import (
+    PAIRINGS,
+    CoalescerConfig,
+    PromptSampler,
+    description_encoder,
+    fill_queue,
+    train_coalescer,
+)
 from coalescer_fast.training.data import Concept, PictureDataset
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
 from coalescer_fast.training.loop import Schedule, generator
@@ -66,7 +73,15 @@ def autoencoder(tmp_path_factory):
 
 def configuration(folder: Path, **changes) -> CoalescerConfig:
     base = CoalescerConfig(
-        schedule=Schedule(steps=16, batch_size=8, learning_rate=2e-3, warmup_steps=1, ema_decay=0.9, checkpoint_every=8, sample_every=8),
+        schedule=Schedule(
+            steps=16,
+            batch_size=8,
+            learning_rate=2e-3,
+            warmup_steps=1,
+            ema_decay=0.9,
+            checkpoint_every=8,
+            sample_every=8,
+        ),
         autoencoder=str(folder / "autoencoder"),
         anchor=Schedule(steps=20, batch_size=16, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=10),
         overrides=OVERRIDES,
@@ -148,13 +163,19 @@ def test_queue(autoencoder):
 
 def test_it_learns_two_steps(autoencoder, tmp_path):
     """Two steps from noise land nearer to the described colour than to any other."""
-    schedule = Schedule(steps=240, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=240, sample_every=1000)
+    schedule = Schedule(
+        steps=240, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=240, sample_every=1000
+    )
     anchor = Schedule(steps=300, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=300)
-    config = configuration(autoencoder[0], schedule=schedule, anchor=anchor, prompts=PromptConfig(queue_size=128, min_group=4))
+    config = configuration(
+        autoencoder[0], schedule=schedule, anchor=anchor, prompts=PromptConfig(queue_size=128, min_group=4)
+    )
     data = squares()
     train_coalescer(config, data, tmp_path)
     pipe = CoalescerPipeline.from_pretrained(tmp_path / "pipeline")
-    pictures = pipe(list(COLOURS), num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), output_type="np").images
+    pictures = pipe(
+        list(COLOURS), num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
     middle = pictures[:, 7:9, 7:9].mean((1, 2)) * 255
     distance = np.linalg.norm(middle[:, None] - np.array(list(COLOURS.values()))[None], axis=2)
     assert (distance.argmin(1) == np.arange(4).repeat(8)).mean() >= 0.9  # .25 by chance
@@ -162,7 +183,9 @@ def test_it_learns_two_steps(autoencoder, tmp_path):
 
 def test_flow_matching_baseline(autoencoder, tmp_path):
     train_coalescer(configuration(autoencoder[0]), squares(), tmp_path / "coalescer")
-    config = configuration(autoencoder[0], objective="flow_matching", pairing="paired", anchor_from=str(tmp_path / "coalescer"))
+    config = configuration(
+        autoencoder[0], objective="flow_matching", pairing="paired", anchor_from=str(tmp_path / "coalescer")
+    )
     model = train_coalescer(config, squares(), tmp_path / "flow")
     anchor = torch.load(tmp_path / "coalescer" / "anchor.pt", weights_only=True)["ema"]
     assert all(torch.equal(model.anchor_mlp.state_dict()[key], anchor[key]) for key in anchor)
@@ -178,7 +201,9 @@ def test_euler_integrates_a_constant_velocity():
         def __call__(self, x, description, time):
             return torch.full_like(x, 3.0)
 
-    torch.testing.assert_close(euler(Constant(), torch.zeros(2, 1, 2, 2), torch.zeros(2, 1), 5), torch.full((2, 1, 2, 2), 3.0))
+    torch.testing.assert_close(
+        euler(Constant(), torch.zeros(2, 1, 2, 2), torch.zeros(2, 1), 5), torch.full((2, 1, 2, 2), 3.0)
+    )
 
 
 def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
@@ -187,7 +212,10 @@ def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
     for steps in (6, 16):
         config = replace(base, schedule=replace(base.schedule, steps=steps))
         if steps == 16:
-            with pytest.raises(ValueError, match=r"coalescer\.pt was trained with schedule\.steps 6, which is 16 now: .* --allow-changes"):
+            with pytest.raises(
+                ValueError,
+                match=r"coalescer\.pt was trained with schedule\.steps 6, which is 16 now: .* --allow-changes",
+            ):
                 train_coalescer(config, squares(), tmp_path)
         train_coalescer(config, squares(), tmp_path, allow_changes=steps == 16)
         assert torch.load(tmp_path / "coalescer.pt", weights_only=True)["step"] == steps
@@ -247,7 +275,9 @@ def test_launchers(autoencoder, tmp_path, launcher, processes):
     done = subprocess.run([*command, *map(str, arguments)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     subprocess.run(script(autoencoder[0], tmp_path / "alone"), env=environment(), check=True, capture_output=True)
-    launched, alone = (torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in ("launched", "alone"))
+    launched, alone = (
+        torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in ("launched", "alone")
+    )
     assert launched["step"] == 64
     assert torch.equal(launched["model"]["conv_in.weight"], alone["model"]["conv_in.weight"]) == (processes == 1)
     assert CoalescerPipeline.from_pretrained(tmp_path / "launched" / "pipeline")("red").images[0].size == (16, 16)

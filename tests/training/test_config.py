@@ -74,7 +74,14 @@ def test_mistakes_of_a_coalescer(tmp_path, text, words):
         (SCHEDULE.replace("batch_size = 4", "batch_size = 0"), ("batch_size", "0")),
         (SCHEDULE + "[anchor]\nsteps = 10\nbatch_size = 4096\nlearning_rate = 1e-3\n", ("anchor", "4096")),
     ],
-    ids=["schedule is no table", "prompts is no table", "direction loss", "model", "empty batch", "batch larger than the queue"],
+    ids=[
+        "schedule is no table",
+        "prompts is no table",
+        "direction loss",
+        "model",
+        "empty batch",
+        "batch larger than the queue",
+    ],
 )
 def test_values_that_no_training_can_use(tmp_path, text, words):
     """Found on reading, not after the minutes that the pictures' encoding and the anchor take."""

@@ -95,7 +95,10 @@ def test_a_listing_may_have_further_columns(tmp_path):
 
 
 def built(path, **changes) -> None:
-    meta = {"emoji": [{"name": "ant", "keywords": ["bug"], "group": "a", "subgroup": "b"}], "styles": [{"word": "flat"}]}
+    meta = {
+        "emoji": [{"name": "ant", "keywords": ["bug"], "group": "a", "subgroup": "b"}],
+        "styles": [{"word": "flat"}],
+    }
     arrays = {
         "images": np.zeros((2, 8, 8, 3), np.uint8),
         "emoji_id": np.zeros(2, np.int32),
@@ -141,7 +144,9 @@ def test_one_flipped_byte_of_a_data_set(tmp_path):
 )
 def test_a_data_set_that_contradicts_itself(tmp_path, changes):
     built(tmp_path / "a.npz", **changes)
-    with pytest.raises(ValueError, match=r"a\.npz is damaged.*build it again with 'coalescer-fast build-data'") as caught:
+    with pytest.raises(
+        ValueError, match=r"a\.npz is damaged.*build it again with 'coalescer-fast build-data'"
+    ) as caught:
         load_npz(tmp_path / "a.npz")
     assert "\n" not in str(caught.value)
 

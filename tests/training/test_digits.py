@@ -40,15 +40,23 @@ def test_digits_in_two_steps(tmp_path):
 
     held = data.held()
     truth = [data.concepts[c].name for c in held.concept]
-    assert np.mean([a == b for a, b in zip(recognised(to_tensor(held.images)), truth)]) > 0.95  # or it says nothing of samples
+    assert (
+        np.mean([a == b for a, b in zip(recognised(to_tensor(held.images)), truth)]) > 0.95
+    )  # or it says nothing of samples
 
     pipe = CoalescerPipeline.from_pretrained(tmp_path / "pipeline")
-    drawn = pipe(list(WORDS), num_images_per_prompt=20, generator=torch.Generator().manual_seed(0), output_type="pt").images * 2 - 1
+    drawn = (
+        pipe(list(WORDS), num_images_per_prompt=20, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        * 2
+        - 1
+    )
     accuracy = np.mean([a == b for a, b in zip(recognised(drawn), np.repeat(WORDS, 20))])
     with torch.no_grad():
         distance = frechet_distance(classifier.features(drawn), classifier.features(to_tensor(data.train().images)))
         spread = torch.stack([torch.pdist(classifier.features(part)).mean() for part in drawn.split(20)]).mean()
-    print(f"{trained:.0f} CPU s, accuracy {accuracy:.3f}, Fréchet distance {distance:.1f}, spread within a digit {spread:.2f}")
+    print(
+        f"{trained:.0f} CPU s, accuracy {accuracy:.3f}, Fréchet distance {distance:.1f}, spread within a digit {spread:.2f}"
+    )
     assert trained < 180
     assert accuracy > 0.85
     assert spread > 1  # twenty drawings of a digit differ

@@ -40,7 +40,9 @@ def tiny_data() -> PictureDataset:
     """Eight concepts of two groups in four styles, 16x16 noise; the last two concepts are held out."""
     words = ("cat", "dog", "pizza", "bread", "horse", "cake", "tiger", "rice")
     groups = ("animals", "animals", "food", "food", "animals", "food", "animals", "food")
-    concepts = tuple(Concept(word, tuple(f"{word} {part}" for part in "abc"), group) for word, group in zip(words, groups))
+    concepts = tuple(
+        Concept(word, tuple(f"{word} {part}" for part in "abc"), group) for word, group in zip(words, groups)
+    )
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype(np.uint8)
     concept, style = np.divmod(np.arange(32), 4)
     return PictureDataset(images, concepts, concept, STYLES, style, held_out=concept >= 6)
@@ -52,7 +54,9 @@ def tiny_pipeline(data: PictureDataset, guidance_scale: float = 1.5) -> Coalesce
     unet = CoalescerUNet(**UNET).eval()
     nn.init.normal_(unet.anchor_mlp.linear_out.weight)
     vae = CoalescerAutoencoder(2, 12, 8, (1, 1), (1, 1)).eval()
-    return CoalescerPipeline(unet, CoalescerScheduler(guidance_scale=guidance_scale), description_encoder(data.train()), vae)
+    return CoalescerPipeline(
+        unet, CoalescerScheduler(guidance_scale=guidance_scale), description_encoder(data.train()), vae
+    )
 
 
 class Lossless(nn.Module):
@@ -109,7 +113,9 @@ def test_frechet_distance_agrees_with_scipy():
     b = torch.randn(200, 8) @ torch.randn(8, 8) + 1
     mean = [x.double().mean(0).numpy() for x in (a, b)]
     cov = [np.cov(x.double().numpy().T) for x in (a, b)]
-    expected = np.square(mean[0] - mean[1]).sum() + np.trace(cov[0] + cov[1] - 2 * scipy.linalg.sqrtm(cov[0] @ cov[1]).real)
+    expected = np.square(mean[0] - mean[1]).sum() + np.trace(
+        cov[0] + cov[1] - 2 * scipy.linalg.sqrtm(cov[0] @ cov[1]).real
+    )
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
 
@@ -174,13 +180,23 @@ def test_an_oracle_scores_what_is_known(real):
     def first_step(prompts, noise):
         target = oracle(real)(prompts, noise)
         offset = (target - noise).square().mean((1, 2, 3)).sqrt()
-        return TraceStep(noise, offset, -noise.square().mean((1, 2, 3)))  # the longer the noise, the larger the oracle's error
+        return TraceStep(
+            noise, offset, -noise.square().mean((1, 2, 3))
+        )  # the longer the noise, the larger the oracle's error
 
     with tqdm(disable=True, total=real.num_samples) as bar:
         drawn = []
         sampler = oracle(real, error=1e-3)
         row = measure(lambda p, z: drawn.append(len(p)) or sampler(p, z), real, first_step=first_step, bar=bar)
-    retrieval = ("name_top1", "name_top10", "name_top1_pixels", "name_style_top1", "keyword_top1", "keyword_top10", "held_out_group")
+    retrieval = (
+        "name_top1",
+        "name_top10",
+        "name_top1_pixels",
+        "name_style_top1",
+        "keyword_top1",
+        "keyword_top10",
+        "held_out_group",
+    )
     assert {key: row[key] for key in retrieval} == dict.fromkeys(retrieval, 1.0)
     assert row["below_q5"] == 1
     assert row["held_out_group_chance"] == 0.5
@@ -198,7 +214,10 @@ def test_samples_at_a_time_and_what_decodes_them(real):
     drawn, decoded = [], []
     sampler = oracle(real, error=1e-3)
     row = measure(
-        lambda p, z: drawn.append(len(p)) or sampler(p, z), real, decode=lambda z: decoded.append(len(z)) or real.decode(-z), most=7
+        lambda p, z: drawn.append(len(p)) or sampler(p, z),
+        real,
+        decode=lambda z: decoded.append(len(z)) or real.decode(-z),
+        most=7,
     )
     assert max(drawn) == 7
     assert len(real.names) in decoded
@@ -233,7 +252,15 @@ def test_columns_without_anything_behind_them_are_left_out():
     real = RealPictures(data, Lossless(), classifier(), progress=False)
     row = measure(lambda prompts, noise: noise, real)
     assert set(row) == {
-        *("name_top1", "name_top10", "name_top1_pixels", "fd_name", "nearest_train_ratio", "below_q5", "seconds_per_picture")
+        *(
+            "name_top1",
+            "name_top10",
+            "name_top1_pixels",
+            "fd_name",
+            "nearest_train_ratio",
+            "below_q5",
+            "seconds_per_picture",
+        )
     }
     assert set(real.floors) == {"fd_floor_real", "fd_floor_autoencoder", "psnr_autoencoder_train"}
 
@@ -278,7 +305,9 @@ def test_the_first_step_is_the_pipelines():
     noise = torch.randn(2, 12, 4, 4, generator=torch.Generator().manual_seed(0))
     with evaluation.quiet(pipe):
         step = evaluation.first_step_of(pipe)(["cat, 3d style", "rice"], noise)
-        trace = pipe(["cat, 3d style", "rice"], latents=noise, num_inference_steps=3, return_trace=True, output_type="latent").trace
+        trace = pipe(
+            ["cat, 3d style", "rice"], latents=noise, num_inference_steps=3, return_trace=True, output_type="latent"
+        ).trace
     assert torch.equal(step.distance, trace[0].distance)
     assert torch.equal(step.direction_length, trace[0].direction_length)
 
@@ -286,7 +315,14 @@ def test_the_first_step_is_the_pipelines():
 def test_exclusions_are_those_that_leave_only_names_the_model_knows(caplog):
     data = tiny_data()
     flag = Concept("flag: Togo", (), "flags", "country-flag")
-    more = PictureDataset(data.images, (*data.concepts[:3], flag, *data.concepts[4:]), data.concept, data.styles, data.style, data.held_out)
+    more = PictureDataset(
+        data.images,
+        (*data.concepts[:3], flag, *data.concepts[4:]),
+        data.concept,
+        data.styles,
+        data.style,
+        data.held_out,
+    )
     knows_all = description_encoder(more.train())
     knows_no_flags = description_encoder(more.without(groups=("flags",)).train())
     assert exclusions(knows_all, more) == {}

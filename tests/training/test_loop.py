@@ -81,7 +81,9 @@ def test_streams_of_a_training_do_not_meet():
 
 
 def test_it_learns_and_reports(tmp_path):
-    run = trainer(tmp_path, Schedule(steps=300, batch_size=4, learning_rate=0.02, checkpoint_every=300, sample_every=100))
+    run = trainer(
+        tmp_path, Schedule(steps=300, batch_size=4, learning_rate=0.02, checkpoint_every=300, sample_every=100)
+    )
     seen = []
     run.run(loss_of(run), lambda model, step: seen.append(step))
     assert run.finished
@@ -175,7 +177,9 @@ def test_fewer_steps_than_were_taken(tmp_path):
 
 def rewritten(path, **changes) -> None:
     """The checkpoint with other fields (None: without them), and the right hash."""
-    fields = {field.name: getattr(checkpoint.read(path), field.name) for field in dataclasses.fields(checkpoint.Checkpoint)} | changes
+    fields = {
+        field.name: getattr(checkpoint.read(path), field.name) for field in dataclasses.fields(checkpoint.Checkpoint)
+    } | changes
     path.unlink()
     with path.open("w+b") as file:
         torch.save({key: value for key, value in fields.items() if value is not ...}, file)
@@ -187,7 +191,11 @@ def rewritten(path, **changes) -> None:
 WRONG = [
     *[("step", value) for value in (..., -1, True, 2.0, "4", None, 2**63, [4])],
     *[("ema_updates", value) for value in (..., -1, False, "4", None)],
-    *[(name, value) for name in ("model", "ema") for value in (..., None, [], {}, {"0.weight": 3}, {"0.weight": torch.zeros(3, 2)})],
+    *[
+        (name, value)
+        for name in ("model", "ema")
+        for value in (..., None, [], {}, {"0.weight": 3}, {"0.weight": torch.zeros(3, 2)})
+    ],
     *[("optimizer", value) for value in (..., None, [], {}, {"state": {}}, {"state": {}, "param_groups": []})],
     *[("settings", value) for value in (..., None, [], {"seed": 5})],
     *[("format", value) for value in (..., None, 2, "1")],
@@ -253,7 +261,9 @@ def test_a_checkpoint_without_a_checksum(tmp_path):
     run = trainer(tmp_path)
     run.run(loss_of(run))
     torch.save(torch.load(tmp_path / "net.pt", weights_only=True), tmp_path / "net.pt")
-    with pytest.raises(ValueError, match="is damaged, or of an older version, for it has no checksum at its end: remove it"):
+    with pytest.raises(
+        ValueError, match="is damaged, or of an older version, for it has no checksum at its end: remove it"
+    ):
         trainer(tmp_path)
 
 

@@ -65,7 +65,9 @@ def test_nearest_of_k():
     generator = torch.Generator().manual_seed(0)
     everyone = pairing.nearest_of_k(z, x, prior, 40, generator)[1]
     assert torch.equal(everyone, pairing.nearest(z, x, prior)[1])
-    assert len(pairing.nearest_of_k(z, x, prior, 1, generator)[1].unique()) > 15  # one random candidate: nobody wins all
+    assert (
+        len(pairing.nearest_of_k(z, x, prior, 1, generator)[1].unique()) > 15
+    )  # one random candidate: nobody wins all
     # where R is on the way to a picture, that picture is a candidate: right at it, it wins
     assert pairing.nearest_of_k(z, x, torch.zeros(40), 1, generator)[1].tolist() == list(range(40))
 

@@ -23,7 +23,11 @@ def data():
     """Octopus in both styles, whale in 3d alone, pizza in flat alone; two pictures of each."""
     rows = [(0, 0), (0, 1), (1, 0), (2, 1)] * 2
     return PictureDataset(
-        np.zeros((len(rows), 16, 16, 3), np.uint8), CONCEPTS, np.array([c for c, _ in rows]), STYLES, np.array([s for _, s in rows])
+        np.zeros((len(rows), 16, 16, 3), np.uint8),
+        CONCEPTS,
+        np.array([c for c, _ in rows]),
+        STYLES,
+        np.array([s for _, s in rows]),
     )
 
 
@@ -34,7 +38,9 @@ def encoder(data):
 
 def groups(data, encoder, **config):
     shares = dict.fromkeys(("name_style", "missing_style", "keyword", "style", "empty"), 0.0)
-    return PromptSampler(data, encoder, PromptConfig(**{**shares, "queue_size": 400, **config})).groups(random.Random(0))
+    return PromptSampler(data, encoder, PromptConfig(**{**shares, "queue_size": 400, **config})).groups(
+        random.Random(0)
+    )
 
 
 def test_shares(data, encoder):
@@ -42,7 +48,9 @@ def test_shares(data, encoder):
     drawn = PromptSampler(data, encoder, config).groups(random.Random(0))
     empty = sum(len(g.pictures) for g in drawn if not g.phrases)
     assert 0 < empty <= round(config.empty * 1000)
-    keyword = sum(len(g.pictures) for g in drawn if g.phrases and g.phrases[0] in ("sea", "animal", "animals nature", "marine"))
+    keyword = sum(
+        len(g.pictures) for g in drawn if g.phrases and g.phrases[0] in ("sea", "animal", "animals nature", "marine")
+    )
     assert keyword >= 0.9 * config.keyword * 1000
 
 

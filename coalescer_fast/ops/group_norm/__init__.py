@@ -94,7 +94,9 @@ def group_norm_silu(
     checks.tensor("scale", scale, per_sample, device)
     checks.tensor("shift", shift, per_sample, device)
     checks.choice("activation", activation, ("silu", None))
-    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation, key=key)
+    return run(
+        "group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation, key=key
+    )
 
 
 def _fake(x: torch.Tensor, *args: object, skip: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:

@@ -51,7 +51,9 @@ def prepare(
     c2 = 0 if skip is None else skip.shape[1]
     channels_last = layout.is_channels_last(x)
     shape = library.DTYPES[x.dtype], channels_last, n, c1, c2, math.prod(spatial), num_groups, activation == "silu"
-    weight_dtype, bias_dtype, pre_bias_dtype, scale_dtype, shift_dtype = map(library.dtype, (weight, bias, pre_bias, scale, shift))
+    weight_dtype, bias_dtype, pre_bias_dtype, scale_dtype, shift_dtype = map(
+        library.dtype, (weight, bias, pre_bias, scale, shift)
+    )
     scale_stride, shift_stride = (0 if v is None else v.stride(0) for v in (scale, shift))
 
     def launch(

@@ -45,7 +45,11 @@ def _needs_contiguous(z: torch.Tensor, weight: torch.Tensor | None, bias: torch.
     the backward pass where a parameter needs a gradient and z does not (seen with torch 2.13 on a CPU)."""
     if layout.transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and not z.requires_grad and any(p is not None and p.requires_grad for p in (weight, bias))
+    return (
+        torch.is_grad_enabled()
+        and not z.requires_grad
+        and any(p is not None and p.requires_grad for p in (weight, bias))
+    )
 
 
 def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -28,7 +28,9 @@ BLOCK_W = 64
 
 
 @triton.jit
-def load_tile(x, skip, n, row, r, c, spatial, channels1, channels2, CHANNELS_LAST: tl.constexpr, HAS_SKIP: tl.constexpr):
+def load_tile(
+    x, skip, n, row, r, c, spatial, channels1, channels2, CHANNELS_LAST: tl.constexpr, HAS_SKIP: tl.constexpr
+):
     """cat([x, skip], 1)[n, c, row + r] in float32, 0 outside; r is (R, 1) and c (1, C)."""
     inside = (row + r < spatial) & (c < channels1)
     if CHANNELS_LAST:
@@ -71,7 +73,9 @@ def statistics_kernel(
     first = split * blocks_per_split
     blocks = tl.minimum(blocks_per_split, tl.cdiv(spatial, BLOCK_R) - first)
 
-    few = load_tile(x, skip, n, 0, tl.arange(0, 8)[:, None], c[None, :], spatial, channels1, channels2, CHANNELS_LAST, HAS_SKIP)
+    few = load_tile(
+        x, skip, n, 0, tl.arange(0, 8)[:, None], c[None, :], spatial, channels1, channels2, CHANNELS_LAST, HAS_SKIP
+    )
     k = (tl.sum(few, 0) / tl.minimum(spatial, 8))[None, :]
     mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -151,7 +155,9 @@ def group_statistics(
     return mean, m2 / (channels_per_group * positions)
 
 
-@triton.jit(do_not_specialize=["channels_per_group", "splits", "rows_per_split", "chunks", "blocks_per_chunk", "channel_tiles"])
+@triton.jit(
+    do_not_specialize=["channels_per_group", "splits", "rows_per_split", "chunks", "blocks_per_chunk", "channel_tiles"]
+)
 def apply_kernel(
     x,
     skip,
@@ -202,7 +208,19 @@ def apply_kernel(
     groups = first_group + tl.arange(0, BLOCK_G)
     begin, end = first_group * channels_per_group, (last_group + 1) * channels_per_group
     group_mean, variance = group_statistics(
-        workspace, pre_bias, groups, begin, end, spatial, channels, channels_per_group, splits, rows_per_split, BLOCK_G, BLOCK_S, BLOCK_W
+        workspace,
+        pre_bias,
+        groups,
+        begin,
+        end,
+        spatial,
+        channels,
+        channels_per_group,
+        splits,
+        rows_per_split,
+        BLOCK_G,
+        BLOCK_S,
+        BLOCK_W,
     )
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))  # rsqrt is off by two ulps on a GPU
 
@@ -213,7 +231,9 @@ def apply_kernel(
     leader = group * channels_per_group
     high = tl.load(workspace + 2 * splits * channels + leader, mask=known, other=0)
     if pre_bias is not None:
-        low += tl.load(pre_bias + leader, mask=known, other=0).to(tl.float32) - tl.load(pre_bias + c, mask=known, other=0).to(tl.float32)
+        low += tl.load(pre_bias + leader, mask=known, other=0).to(tl.float32) - tl.load(
+            pre_bias + c, mask=known, other=0
+        ).to(tl.float32)
     # the same sum, high rounded and low what is lost by that (Knuth): relative to K of the group's first channel, low could be large
     rounded = high + low
     part = rounded - high
@@ -278,7 +298,8 @@ def group_norm_silu(
     spatial = y.numel() // (n * channels)
     channels_per_group = channels // num_groups
     weight, bias, pre_bias, scale, shift = (
-        None if v is None else v if v.stride(-1) == 1 else v.contiguous() for v in (weight, bias, pre_bias, scale, shift)
+        None if v is None else v if v.stride(-1) == 1 else v.contiguous()
+        for v in (weight, bias, pre_bias, scale, shift)
     )
     kind = ("channels_last" if channels_last else "contiguous", "small" if spatial <= 256 else "large")
     fill = 2 * multiprocessors(x.device)

@@ -67,14 +67,29 @@ def dual_head(
     checks.tensor("direction_weight", direction_weight, (latent, channels, 3, 3), device)
     checks.tensor("direction_bias", direction_bias, (latent,), device, optional=False)
     if distance_weight.shape not in ((channels,), (1, channels)):
-        raise ValueError(f"distance_weight has shape {tuple(distance_weight.shape)}; expected ({channels},) or (1, {channels})")
+        raise ValueError(
+            f"distance_weight has shape {tuple(distance_weight.shape)}; expected ({channels},) or (1, {channels})"
+        )
     checks.tensor("distance_weight", distance_weight, distance_weight.shape, device)
     checks.tensor("distance_bias", distance_bias, (1,), device, optional=False)
     if (sample is None) != (anchor is None):
-        raise ValueError(f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither")
+        raise ValueError(
+            f"{'sample' if sample is None else 'anchor'} is missing; give both sample and anchor, or neither"
+        )
     checks.tensor("sample", sample, (n, latent, height, width), device)
     checks.tensor("anchor", anchor, (n, latent, height, width), device)
-    return run("dual_head", backend, h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor, key=key)
+    return run(
+        "dual_head",
+        backend,
+        h,
+        direction_weight,
+        direction_bias,
+        distance_weight,
+        distance_bias,
+        sample,
+        anchor,
+        key=key,
+    )
 
 
 def direction_dtype(h: torch.Tensor, sample: torch.Tensor | None) -> torch.dtype:

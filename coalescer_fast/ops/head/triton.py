@@ -56,7 +56,11 @@ def heads_kernel(
         neighbour = (p + (down * width + right)) * channels
         a = tl.load(h + neighbour[:, None] + (start + k)[None, :], mask=inside[:, None] & known[None, :], other=0)
         filter = (o * 9 + tap) * channels
-        b = tl.load(direction_weight + filter[None, :] + (start + k)[:, None], mask=known[:, None] & (o < latent)[None, :], other=0)
+        b = tl.load(
+            direction_weight + filter[None, :] + (start + k)[:, None],
+            mask=known[:, None] & (o < latent)[None, :],
+            other=0,
+        )
         total = tl.dot(a, b, total, input_precision="ieee")
     total += tl.load(direction_bias + o, mask=o < latent, other=0).to(tl.float32)[None, :]
     exists = first + p < positions
@@ -68,7 +72,9 @@ def heads_kernel(
         pooled = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
         for start in range(0, channels, BLOCK_K):
             known = start + k < channels
-            a = tl.load(h + (p * channels)[:, None] + (start + k)[None, :], mask=exists[:, None] & known[None, :], other=0)
+            a = tl.load(
+                h + (p * channels)[:, None] + (start + k)[None, :], mask=exists[:, None] & known[None, :], other=0
+            )
             b = tl.load(distance_weight + start + k, mask=known, other=0)
             pooled += a.to(tl.float32) * b.to(tl.float32)[None, :]
         tl.store(partials + n * tiles + tile, tl.sum(pooled))
@@ -129,8 +135,12 @@ def finish_kernel(
         for c in range(0, latent, BLOCK_O):
             for start in range(0, positions, BLOCK_P):
                 inside = (start + p < positions) & (c + o < latent)
-                to = tl.load(anchor + (c + o) * anchor_channel + (start + p) * anchor_position, mask=inside, other=0).to(tl.float32)
-                at = tl.load(sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0).to(tl.float32)
+                to = tl.load(
+                    anchor + (c + o) * anchor_channel + (start + p) * anchor_position, mask=inside, other=0
+                ).to(tl.float32)
+                at = tl.load(
+                    sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
+                ).to(tl.float32)
                 squares += (to - at) * (to - at)
         length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), (positions * latent).to(tl.float32)))
         result *= length
@@ -138,8 +148,12 @@ def finish_kernel(
         for c in range(0, latent, BLOCK_O):
             for start in range(0, positions, BLOCK_P):
                 inside = (start + p < positions) & (c + o < latent)
-                to = tl.load(anchor + (c + o) * anchor_channel + (start + p) * anchor_position, mask=inside, other=0).to(tl.float32)
-                at = tl.load(sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0).to(tl.float32)
+                to = tl.load(
+                    anchor + (c + o) * anchor_channel + (start + p) * anchor_position, mask=inside, other=0
+                ).to(tl.float32)
+                at = tl.load(
+                    sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
+                ).to(tl.float32)
                 place = n * latent * positions + (c + o) * channel_stride + (start + p) * position_stride
                 way = tl.load(unanchored + place, mask=inside, other=0) + (to - at) / divisor
                 tl.store(direction + place, way.to(direction.dtype.element_ty), mask=inside)

@@ -47,4 +47,8 @@ def _fake(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return layout.empty(x, x.shape[1], x.dtype)
 
 
-register("bias_residual(Tensor x, Tensor? bias=None, Tensor? residual=None, *, str backend='auto') -> Tensor", bias_residual, _fake)
+register(
+    "bias_residual(Tensor x, Tensor? bias=None, Tensor? residual=None, *, str backend='auto') -> Tensor",
+    bias_residual,
+    _fake,
+)

@@ -18,7 +18,11 @@ _pack = struct.Struct("11q").pack  # cf_bias_residual_args
 
 def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(x)
-    return layout.arrange(x, channels_last), library.vector(bias), None if residual is None else layout.arrange(residual, channels_last)
+    return (
+        layout.arrange(x, channels_last),
+        library.vector(bias),
+        None if residual is None else layout.arrange(residual, channels_last),
+    )
 
 
 def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable[..., Tensor]:
@@ -30,7 +34,17 @@ def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor
         y = torch.empty_like(x)
         residual_data = 0 if residual is None else residual.data_ptr() or missing(residual)
         bias_data = 0 if bias is None else bias.data_ptr() or missing(bias)
-        call(_pack(x.data_ptr() or missing(x), residual_data, y.data_ptr(), *shape, bias_data, bias_dtype, torch.get_num_threads()))
+        call(
+            _pack(
+                x.data_ptr() or missing(x),
+                residual_data,
+                y.data_ptr(),
+                *shape,
+                bias_data,
+                bias_dtype,
+                torch.get_num_threads(),
+            )
+        )
         return y
 
     return launch

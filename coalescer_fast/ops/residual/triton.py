@@ -12,7 +12,17 @@ from ..triton_runtime import cdiv, configuration, launch
 
 @triton.jit(do_not_specialize=["rows", "channels", "column_tiles"])
 def bias_residual_kernel(
-    x, bias, residual, y, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    bias,
+    residual,
+    y,
+    rows,
+    columns,
+    channels,
+    column_tiles,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """y = x + bias + residual on (rows, columns): (n, position) and channels if CHANNELS_LAST, else (n, channel) and positions."""
     program = tl.program_id(0)
@@ -49,5 +59,19 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Te
     column_tiles = cdiv(columns, options["BLOCK_C"])
     programs = cdiv(rows, options["BLOCK_R"]) * column_tiles
     bias = None if bias is None else bias.contiguous()
-    launch(bias_residual_kernel, programs, x.device, x, bias, residual, y, rows, columns, channels, column_tiles, channels_last, **options)
+    launch(
+        bias_residual_kernel,
+        programs,
+        x.device,
+        x,
+        bias,
+        residual,
+        y,
+        rows,
+        columns,
+        channels,
+        column_tiles,
+        channels_last,
+        **options,
+    )
     return y

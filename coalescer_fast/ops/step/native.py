@@ -18,7 +18,14 @@ _pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
 
 def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(sample)
-    return layout.arrange(sample, channels_last), layout.arrange(direction, channels_last), distance.contiguous(), eta, mode, eps
+    return (
+        layout.arrange(sample, channels_last),
+        layout.arrange(direction, channels_last),
+        distance.contiguous(),
+        eta,
+        mode,
+        eps,
+    )
 
 
 def prepare(

@@ -7,7 +7,9 @@ import torch
 from .. import layout
 
 
-def coalesce_step(sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float) -> torch.Tensor:
+def coalesce_step(
+    sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float
+) -> torch.Tensor:
     wide = torch.promote_types(sample.dtype, torch.float32)
     length = eta * distance.to(wide)
     v = direction.to(wide)

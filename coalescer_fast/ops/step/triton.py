@@ -11,7 +11,9 @@ from ..triton_runtime import configuration, launch
 
 
 @triton.jit
-def coalesce_step_kernel(sample, direction, distance, moved, distance_stride, size, eta, eps, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def coalesce_step_kernel(
+    sample, direction, distance, moved, distance_stride, size, eta, eps, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
     """moved = R + eta * distance * direction (/ max(|direction|, eps) if UNIT), of one sample of ``size`` elements."""
     n = tl.program_id(0).to(tl.int64)
     sample += n * size
@@ -36,7 +38,9 @@ def coalesce_step_kernel(sample, direction, distance, moved, distance_stride, si
         tl.store(moved + start + offset, (r + length * v).to(moved.dtype.element_ty), mask=inside)
 
 
-def coalesce_step(sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float) -> torch.Tensor:
+def coalesce_step(
+    sample: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, eta: float, mode: str, eps: float
+) -> torch.Tensor:
     channels_last = layout.is_channels_last(sample)
     sample, direction = layout.arrange(sample, channels_last), layout.arrange(direction, channels_last)
     moved = layout.empty(sample, sample.shape[1], sample.dtype)

@@ -19,7 +19,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float(static_cast<unsigned>(b.bits) << 16); }
 
 inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {__bfloat162float(b.x), __bfloat162float(b.y)}; }
 inline float __low2float(__nv_bfloat162 b) { return __bfloat162float(b.x); }
 inline float __high2float(__nv_bfloat162 b) { return __bfloat162float(b.y); }

@@ -71,7 +71,8 @@ emulation_switch:
     ret
 .size emulation_switch, .-emulation_switch
 )");
-constexpr int SAVED = 8, RETURN = 6;  // words: the return address is popped off an address that is 8 below a multiple of 16
+constexpr int SAVED = 8,
+              RETURN = 6;  // words: the return address is popped off an address that is 8 below a multiple of 16
 #else
 asm(R"(
 .text
@@ -138,7 +139,8 @@ struct Thread {
 struct Barrier {
     unsigned arrived = 0, phase = 0;
     Site site;
-    uint64_t sync[2];  // addresses for ThreadSanitizer, by phase: a thread may reach the next phase before another has left this one
+    uint64_t sync
+        [2];  // addresses for ThreadSanitizer, by phase: a thread may reach the next phase before another has left this one
 };
 
 // Lanes of a warp that meet, or have met and are not all gone.
@@ -197,15 +199,20 @@ unsigned draw(unsigned below) {
     return static_cast<unsigned>(((z ^ z >> 31) >> 32) * below >> 32);
 }
 
-void tsan_acquire(void* p) { if (__tsan_acquire) __tsan_acquire(p); }
-void tsan_release(void* p) { if (__tsan_release) __tsan_release(p); }
+void tsan_acquire(void* p) {
+    if (__tsan_acquire) __tsan_acquire(p);
+}
+void tsan_release(void* p) {
+    if (__tsan_release) __tsan_release(p);
+}
 
 // ---- fibers
 
 void to_scheduler() {
     Thread& t = *current;
     if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(block->tsan, 1);
-    if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&t.fake_stack, block->system_stack, block->system_stack_size);
+    if (__sanitizer_start_switch_fiber)
+        __sanitizer_start_switch_fiber(&t.fake_stack, block->system_stack, block->system_stack_size);
     emulation_switch(&t.context, &block->context);
     if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(t.fake_stack, nullptr, nullptr);
 }
@@ -220,7 +227,8 @@ void to_fiber(Thread& t) {
 }
 
 void fiber() {
-    if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &block->system_stack, &block->system_stack_size);
+    if (__sanitizer_finish_switch_fiber)
+        __sanitizer_finish_switch_fiber(nullptr, &block->system_stack, &block->system_stack_size);
     for (;;) {  // once a block
         machine.job.run(machine.job.call);
         std::vector<Copy>().swap(current->copies);
@@ -234,8 +242,10 @@ void fiber() {
 
 void renew(Thread& t) {
     if (!t.stack) {
-        t.stack = static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        if (t.stack == MAP_FAILED || mprotect(t.stack, PAGE, PROT_NONE)) perror("emulation: stack of a thread"), abort();
+        t.stack = static_cast<char*>(
+            mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        if (t.stack == MAP_FAILED || mprotect(t.stack, PAGE, PROT_NONE))
+            perror("emulation: stack of a thread"), abort();
     }
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(t.stack, STACK);
     if (t.tsan) __tsan_destroy_fiber(t.tsan);
@@ -261,7 +271,8 @@ void fail(const std::string& message) {
 // Of the running thread, which never resumes: nothing on its stack is destroyed.
 template <class... A>
 [[noreturn]] void fail_here(const char* text, A... arguments) {
-    fail(format("block (%u,%u,%u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, current->number) + format(text, arguments...));
+    fail(format("block (%u,%u,%u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, current->number) +
+         format(text, arguments...));
     for (;;) to_scheduler();
 }
 
@@ -329,7 +340,8 @@ void begin() {
         for (auto& meeting : warp) meeting.arrived = meeting.leaving = 0;
     if (b.thread_local_begin) {
         memset(b.thread_local_begin, 0xff, static_cast<size_t>(cf_shared - b.thread_local_begin));
-        memset(cf_shared + sizeof cf_shared, 0xff, static_cast<size_t>(b.thread_local_end - cf_shared) - sizeof cf_shared);
+        memset(cf_shared + sizeof cf_shared, 0xff,
+               static_cast<size_t>(b.thread_local_end - cf_shared) - sizeof cf_shared);
         block = &b;
     }
     blockIdx = b.index, blockDim = job.block, gridDim = job.grid;
@@ -351,7 +363,8 @@ void begin() {
 void run_round() {
     Block& b = *block;
     const auto is_lazy = [&](unsigned i) { return b.lazy >> i / 32 & 1; };
-    const auto first_lazy = std::partition(b.runnable.begin(), b.runnable.end(), [&](unsigned i) { return !is_lazy(i); });
+    const auto first_lazy =
+        std::partition(b.runnable.begin(), b.runnable.end(), [&](unsigned i) { return !is_lazy(i); });
     const auto end = first_lazy == b.runnable.begin() ? b.runnable.end() : first_lazy;
     std::vector<unsigned> now(b.runnable.begin(), end);
     b.runnable.erase(b.runnable.begin(), end);
@@ -366,8 +379,8 @@ void end() {
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(cf_shared, sizeof cf_shared);
     for (unsigned char* p = cf_shared + size; p < cf_shared + std::min(size + GUARD, sizeof cf_shared); ++p)
         if (*p != 0xff) {
-            fail(format("block (%u,%u,%u): a write at byte %zu of shared memory, which has %zu", blockIdx.x, blockIdx.y, blockIdx.z,
-                        static_cast<size_t>(p - cf_shared), size));
+            fail(format("block (%u,%u,%u): a write at byte %zu of shared memory, which has %zu", blockIdx.x, blockIdx.y,
+                        blockIdx.z, static_cast<size_t>(p - cf_shared), size));
             break;
         }
     // Another block that still reads here finds NaN, or a sanitizer finds it: this write follows the block's own threads only.
@@ -394,7 +407,9 @@ void run_block() {
     begin();
     while (block->left && machine.failure.empty()) {
         if (!block->runnable.empty()) run_round();
-        if (block->left && machine.failure.empty() && (block->runnable.empty() || (machine.job.blocks > 1 && draw(8) == 0))) yield_turn();
+        if (block->left && machine.failure.empty() &&
+            (block->runnable.empty() || (machine.job.blocks > 1 && draw(8) == 0)))
+            yield_turn();
     }
     end();
 }
@@ -412,7 +427,8 @@ void work(unsigned rank) {
     block = machine.blocks[rank].get();
     block->rank = rank;
     block->shared = cf_shared;
-    if (!__tsan_create_fiber && !__asan_poison_memory_region) dl_iterate_phdr(find_thread_local, nullptr);  // else theirs are among them
+    if (!__tsan_create_fiber && !__asan_poison_memory_region)
+        dl_iterate_phdr(find_thread_local, nullptr);  // else theirs are among them
     hand_turn(HOST);
     do {
         await_turn(rank);
@@ -435,7 +451,8 @@ void run_cluster(const uint3& at) {
         b.begun = b.ended = false;
         b.cluster_barrier.arrived = 0;
         b.runnable.clear();
-        b.index = {at.x + r % job.cluster.x, at.y + r / job.cluster.x % job.cluster.y, at.z + r / job.cluster.x / job.cluster.y};
+        b.index = {at.x + r % job.cluster.x, at.y + r / job.cluster.x % job.cluster.y,
+                   at.z + r / job.cluster.x / job.cluster.y};
     }
     for (;;) {
         unsigned next = any_ready();
@@ -474,7 +491,8 @@ void arrive(Barrier& barrier, unsigned expected, const Site& site, const Blocks&
     Thread& t = *current;
     if (barrier.arrived == 0) barrier.site = site;
     if (site.line != barrier.site.line || strcmp(site.file, barrier.site.file))
-        fail_here("%s at %s:%d while others are at %s:%d", site.name, site.file, site.line, barrier.site.file, barrier.site.line);
+        fail_here("%s at %s:%d while others are at %s:%d", site.name, site.file, site.line, barrier.site.file,
+                  barrier.site.line);
     void* sync = &barrier.sync[barrier.phase & 1];
     tsan_release(sync);
     t.site = site, t.mask = 0;
@@ -555,7 +573,8 @@ uint64_t meet(unsigned mask, uint64_t value, int source, Site site) {
 
 // A variable of the same program lies equally far from cf_shared in every system thread.
 void* map_shared(const void* pointer, unsigned rank) {
-    if (rank >= machine.job.blocks) fail_here("map_shared_rank of block %u of a cluster of %u", rank, machine.job.blocks);
+    if (rank >= machine.job.blocks)
+        fail_here("map_shared_rank of block %u of a cluster of %u", rank, machine.job.blocks);
     const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - cf_shared;
     return machine.blocks[rank]->shared + offset;
 }
@@ -563,8 +582,8 @@ void* map_shared(const void* pointer, unsigned rank) {
 void copy_async(void* to, const void* from, size_t size, size_t zeros, Site site) {
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
     if ((size != 4 && size != 8 && size != 16) || zeros > size || addresses % size)
-        fail_here("%s of %zu bytes, %zu of them zero, from %p to %p: wrong size or alignment (%s:%d)", site.name, size, zeros, from, to,
-                         site.file, site.line);
+        fail_here("%s of %zu bytes, %zu of them zero, from %p to %p: wrong size or alignment (%s:%d)", site.name, size,
+                  zeros, from, to, site.file, site.line);
     current->copies.push_back({to, from, size, zeros, current->commits});
 }
 
@@ -595,10 +614,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
             return record(cudaErrorInvalidConfiguration);
     const uint64_t threads = uint64_t{job.block.x} * job.block.y * job.block.z;
     const uint64_t blocks = uint64_t{job.cluster.x} * job.cluster.y * job.cluster.z;
-    const bool whole = job.grid.x % job.cluster.x == 0 && job.grid.y % job.cluster.y == 0 && job.grid.z % job.cluster.z == 0;
-    if (threads > THREADS || job.block.z > 64 || blocks > CLUSTER || !whole) return record(cudaErrorInvalidConfiguration);
+    const bool whole =
+        job.grid.x % job.cluster.x == 0 && job.grid.y % job.cluster.y == 0 && job.grid.z % job.cluster.z == 0;
+    if (threads > THREADS || job.block.z > 64 || blocks > CLUSTER || !whole)
+        return record(cudaErrorInvalidConfiguration);
     const auto limit = machine.shared_limit.find(kernel);
-    if (job.shared > (limit == machine.shared_limit.end() ? 48 << 10 : limit->second)) return record(cudaErrorInvalidValue);
+    if (job.shared > (limit == machine.shared_limit.end() ? 48 << 10 : limit->second))
+        return record(cudaErrorInvalidValue);
     job.threads = static_cast<unsigned>(threads), job.blocks = static_cast<unsigned>(blocks);
 
     machine.job = job;
@@ -626,12 +648,18 @@ cudaError_t cudaSetDevice(int device) { return record(device == 0 ? cudaSuccess 
 
 const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
-        case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-        case cudaErrorInvalidDevice: return "invalid device ordinal";
-        case cudaErrorLaunchFailure: return machine.failure.empty() ? "unspecified launch failure" : machine.failure.c_str();
-        case cudaErrorNotSupported: return "operation not supported";
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorInvalidValue:
+            return "invalid argument";
+        case cudaErrorInvalidConfiguration:
+            return "invalid configuration argument";
+        case cudaErrorInvalidDevice:
+            return "invalid device ordinal";
+        case cudaErrorLaunchFailure:
+            return machine.failure.empty() ? "unspecified launch failure" : machine.failure.c_str();
+        case cudaErrorNotSupported:
+            return "operation not supported";
     }
     return "unrecognized error code";
 }
@@ -639,14 +667,22 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device != 0) return record(cudaErrorInvalidDevice);
     switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: return *value = THREADS, cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlock: return *value = 48 << 10, cudaSuccess;
-        case cudaDevAttrWarpSize: return *value = 32, cudaSuccess;
-        case cudaDevAttrMultiProcessorCount: return *value = 132, cudaSuccess;
-        case cudaDevAttrComputeCapabilityMajor: return *value = machine.capability / 10, cudaSuccess;
-        case cudaDevAttrComputeCapabilityMinor: return *value = machine.capability % 10, cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = static_cast<int>(machine.shared_memory), cudaSuccess;
-        case cudaDevAttrClusterLaunch: return *value = machine.capability >= 90, cudaSuccess;
+        case cudaDevAttrMaxThreadsPerBlock:
+            return *value = THREADS, cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlock:
+            return *value = 48 << 10, cudaSuccess;
+        case cudaDevAttrWarpSize:
+            return *value = 32, cudaSuccess;
+        case cudaDevAttrMultiProcessorCount:
+            return *value = 132, cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor:
+            return *value = machine.capability / 10, cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor:
+            return *value = machine.capability % 10, cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            return *value = static_cast<int>(machine.shared_memory), cudaSuccess;
+        case cudaDevAttrClusterLaunch:
+            return *value = machine.capability >= 90, cudaSuccess;
     }
     return record(cudaErrorInvalidValue);
 }

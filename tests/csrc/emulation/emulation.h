@@ -36,12 +36,12 @@
 #define __builtin_assume(condition) static_cast<void>(0)
 #endif
 
-#define EMULATION_VECTOR(T, name, alignment2, alignment4)                                                              \
-    struct alignas(alignment2) name##2 { T x, y; };                                                                    \
-    struct name##3 { T x, y, z; };                                                                                     \
-    struct alignas(alignment4) name##4 { T x, y, z, w; };                                                              \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                                         \
-    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                                                 \
+#define EMULATION_VECTOR(T, name, alignment2, alignment4)              \
+    struct alignas(alignment2) name##2 { T x, y; };                    \
+    struct name##3 { T x, y, z; };                                     \
+    struct alignas(alignment4) name##4 { T x, y, z, w; };              \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMULATION_VECTOR(int, int, 8, 16)
 EMULATION_VECTOR(unsigned, uint, 8, 16)
@@ -69,7 +69,10 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719,
     cudaErrorNotSupported = 801,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 enum cudaDeviceAttr {
     cudaDevAttrMaxThreadsPerBlock = 1,
     cudaDevAttrMaxSharedMemoryPerBlock = 8,
@@ -83,7 +86,9 @@ enum cudaDeviceAttr {
 typedef struct CUstream_st* cudaStream_t;
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0, cudaLaunchAttributeClusterDimension = 4 };
 union cudaLaunchAttributeValue {
-    struct { unsigned x, y, z; } clusterDim;
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
     char pad[64];
 };
 struct cudaLaunchAttribute {
@@ -155,12 +160,15 @@ To cast(From from) {
 }  // namespace emulation
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
     struct Call {
         void (*kernel)(Parameters...);
         std::tuple<Parameters...> arguments;
     } call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
-    const auto run = [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->arguments); };
+    const auto run = [](void* call) {
+        std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->arguments);
+    };
     return emulation::launch(*config, reinterpret_cast<const void*>(kernel), run, &call);
 }
 
@@ -174,7 +182,9 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 #define EMULATION_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(EMULATION_HERE) { emulation::sync_block({"__syncthreads", file, line}); }
-inline void __syncwarp(unsigned mask = ~0u, EMULATION_HERE) { emulation::meet(mask, 0, -1, {"__syncwarp", file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, EMULATION_HERE) {
+    emulation::meet(mask, 0, -1, {"__syncwarp", file, line});
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_HERE) {
     return static_cast<unsigned>(emulation::meet(mask, predicate != 0, -1, {"__ballot_sync", file, line}));
 }
@@ -189,24 +199,26 @@ inline int __all_sync(unsigned mask, int predicate, EMULATION_HERE) {
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATION_HERE) {
     const int first = static_cast<int>(emulation::lane()) & -width;
-    return emulation::cast<T>(emulation::shuffle(mask, value, first + (source & (width - 1)), {"__shfl_sync", file, line}));
+    return emulation::cast<T>(
+        emulation::shuffle(mask, value, first + (source & (width - 1)), {"__shfl_sync", file, line}));
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATION_HERE) {
     const int lane = static_cast<int>(emulation::lane()), source = lane - static_cast<int>(delta);
-    return emulation::cast<T>(emulation::shuffle(mask, value, source < (lane & -width) ? lane : source, {"__shfl_up_sync", file, line}));
+    return emulation::cast<T>(
+        emulation::shuffle(mask, value, source < (lane & -width) ? lane : source, {"__shfl_up_sync", file, line}));
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATION_HERE) {
     const int lane = static_cast<int>(emulation::lane()), source = lane + static_cast<int>(delta);
-    return emulation::cast<T>(
-        emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, {"__shfl_down_sync", file, line}));
+    return emulation::cast<T>(emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source,
+                                                 {"__shfl_down_sync", file, line}));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, EMULATION_HERE) {
     const int lane = static_cast<int>(emulation::lane()), source = lane ^ bits;
-    return emulation::cast<T>(
-        emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, {"__shfl_xor_sync", file, line}));
+    return emulation::cast<T>(emulation::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source,
+                                                 {"__shfl_xor_sync", file, line}));
 }
 
 inline void __threadfence() {}

@@ -24,7 +24,9 @@ def quick(monkeypatch):
     monkeypatch.setitem(figures.BUDGETS, "int8", LOOSE)
     monkeypatch.setattr(quantizing, "HELD_OUT", 8)
     # a network of eight channels is no faster
-    monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions})
+    monkeypatch.setattr(
+        figures, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions}
+    )
 
 
 @pytest.fixture
@@ -101,7 +103,9 @@ def test_ranges_of_another_graph_or_tampered(run, exported, tmp_path, unet):
     (tmp_path / "mine.json").write_text(text.replace('"seed": 0', '"seed": 1'), "utf-8")
     status, _, error = run("quantize", exported / "unet", "-o", "other", "--ranges", "mine.json")
     assert status == 1
-    assert error == "coalescer-export: mine.json was changed after it was written: leave --ranges away to calibrate anew"
+    assert (
+        error == "coalescer-export: mine.json was changed after it was written: leave --ranges away to calibrate anew"
+    )
     shutil.copytree("int8", "broken")
     (tmp_path / "broken" / "ranges.json").write_text(text[:100], "utf-8")
     status, _, error = run("verify", "broken")

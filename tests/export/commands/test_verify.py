@@ -41,7 +41,10 @@ def test_tampered(run, exported, tmp_path, command, name):
     shutil.copytree(exported / "decoder", tmp_path / "a")
     path = tmp_path / "a" / name
     content = bytearray(path.read_bytes())
-    for changed in (content[: len(content) // 2], content[:-9] + (b"6" if content[-9] == ord("5") else b"5") + content[-8:]):
+    for changed in (
+        content[: len(content) // 2],
+        content[:-9] + (b"6" if content[-9] == ord("5") else b"5") + content[-8:],
+    ):
         path.write_bytes(changed)
         status, out, error = run(command, "a")
         assert (status, out) == (1, "")
