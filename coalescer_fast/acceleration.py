@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .ops import library
+from .ops import native_library
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
@@ -42,7 +42,7 @@ class Backend:
 
 
 BACKENDS = {
-    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: library.unavailable()),
+    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: native_library.unavailable()),
     "cuda": Backend(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
         {"cuda": (*BOTH, "float16")},

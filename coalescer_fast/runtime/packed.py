@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import library
+from ..ops import native_library
 from .recorder import BYTES
 
 BALANCE = 0.5  # see Range.quantised
@@ -75,7 +75,7 @@ class Weights:
 
 def arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A convolution's weights (Cout, Cin, k, k) as cf_convolution_args wants them."""
-    lanes, width = 4 // BYTES[dtype], library.vector_width()
+    lanes, width = 4 // BYTES[dtype], native_library.vector_width()
     outputs, channels, *kernel = weight.shape
     taps, vectors, quads = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
     rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)

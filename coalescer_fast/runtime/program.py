@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..ops import library
+from ..ops import native_library
 from .packed import Range, Weights
 from .recorder import (
     ATTENTION,
@@ -87,7 +87,7 @@ class Program:
         )
         table = b"".join(STEP.pack(step.kind, self._keep(packers[step.kind](step))) for step in steps)
         self.arguments = PROGRAM.pack(self._keep(table), len(steps), threads)
-        self.call = library.function("cf_cpu_run")
+        self.call = native_library.function("cf_cpu_run")
         self.bound: object = None  # what was last written to all inputs but the first
         for value in {v for step in (*recorder.steps, *steps) for v in step.all}:
             value.step, value.readers = None, []  # no cycle keeps the weights
@@ -238,8 +238,8 @@ class Program:
     def _vector(self, v: Tensor | None) -> tuple[int, int]:
         if v is None:
             return 0, 0
-        v = v if v.dtype in library.DTYPES else v.float()
-        return self._keep(v.contiguous()), library.DTYPES[v.dtype]
+        v = v if v.dtype in native_library.DTYPES else v.float()
+        return self._keep(v.contiguous()), native_library.DTYPES[v.dtype]
 
     @staticmethod
     def _image(value: Value | None) -> tuple[int, ...]:
