@@ -71,6 +71,15 @@ class Struct(ctypes.Structure):
         return _packer_of(cls, tuple(values))(*values.values())
 
     @classmethod
+    @functools.cache
+    def packing(cls) -> struct.Struct:
+        """The structure as `struct` has it, its numbers in the order of `leaves`."""
+        result = struct.Struct("".join(code for _, code in cls.leaves()))
+        if result.size != ctypes.sizeof(cls):
+            raise TypeError(f"{cls.__name__} has padding: all its numbers have to have 64 bits")
+        return result
+
+    @classmethod
     def leaves(cls) -> list[tuple[str, str]]:
         """The joined name of every number in the structure, and its format in `struct`."""
         found: list[tuple[str, str]] = []
@@ -98,12 +107,9 @@ def _packer_of(cls: type[Struct], constants: tuple[str, ...]) -> Callable[..., C
     if unknown := sorted(set(constants) - set(names)):
         raise TypeError(f"{cls.__name__} has no such fields: {', '.join(unknown)}")
     given = [name for name in names if name not in constants]
-    packing = struct.Struct("".join(code for _, code in cls.leaves()))
-    if packing.size != ctypes.sizeof(cls):
-        raise TypeError(f"{cls.__name__} has padding: its doubles belong behind the rest")
     keywords = f"*, {', '.join(given)}" if given else ""
     code = f"lambda {', '.join(constants)}: lambda {keywords}: pack({', '.join(names)})"
-    make: Callable[..., Callable[..., bytes]] = eval(code, {"pack": packing.pack})
+    make: Callable[..., Callable[..., bytes]] = eval(code, {"pack": cls.packing().pack})
     return make
 
 

@@ -238,8 +238,8 @@ class Program:
     def _vector(self, v: Tensor | None) -> tuple[int, int]:
         if v is None:
             return 0, 0
-        v = v if v.dtype in native_library.DTYPES else v.float()
-        return self._keep(v.contiguous()), native_library.DTYPES[v.dtype]
+        v = v if v.dtype in native_library.DTYPE_CODES else v.float()
+        return self._keep(v.contiguous()), native_library.DTYPE_CODES[v.dtype]
 
     @staticmethod
     def _image(value: Value | None) -> tuple[int, ...]:
