@@ -14,7 +14,7 @@ from .ops import library
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
-from .runtime.cpu import CpuRuntime, native_bfloat16
+from .runtime.native.runtime import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
 from .runtime.exported import ExportedRuntime
 from .runtime.static import StaticRuntime

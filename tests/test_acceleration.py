@@ -12,7 +12,8 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import base, cpu
+from coalescer_fast.runtime import base
+from coalescer_fast.runtime.native import runtime
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -34,7 +35,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def dtypes() -> list[str]:
-    return ["float32", "bfloat16"] if cpu.native_bfloat16() else ["float32"]
+    return ["float32", "bfloat16"] if runtime.native_bfloat16() else ["float32"]
 
 
 @pytest.mark.parametrize("dtype", [*dtypes(), *(["int8"] if torch.uint8 in library.products() else [])])

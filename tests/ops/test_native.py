@@ -19,7 +19,7 @@ from coalescer_fast.ops.group_norm import native as group_norm
 from coalescer_fast.ops.head import native as head
 from coalescer_fast.ops.residual import native as residual
 from coalescer_fast.ops.step import native as step
-from coalescer_fast.runtime import program
+from coalescer_fast.runtime.native import program
 
 from . import test_group_norm, test_head, test_residual, test_step
 from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn

@@ -11,8 +11,8 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.base import entered, quiet_torch
-from coalescer_fast.runtime.cpu import CpuRuntime
 from coalescer_fast.runtime.cuda import CudaRuntime
+from coalescer_fast.runtime.native.runtime import CpuRuntime
 from coalescer_fast.runtime.static import StaticRuntime
 
 from .conftest import CpuRecorder

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import library
-from .recorder import BYTES
+from ...ops import library
+from .record import BYTES
 
 BALANCE = 0.5  # see Range.quantised
 

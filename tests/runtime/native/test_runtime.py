@@ -21,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_hook
 import coalescer_fast as cf
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import base, cpu
+from coalescer_fast.runtime import base
+from coalescer_fast.runtime.native import runtime
 
-from ..models.test_layers import seeded
+from ...models.test_layers import seeded
 
 pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable() or "the library is there")
 
@@ -114,7 +115,7 @@ def test_tied_weights(pipe):
 
 
 def test_a_packed_weight_keeps_its_address():
-    from coalescer_fast.runtime.packed import Weights
+    from coalescer_fast.runtime.native.pack import Weights
 
     weights = Weights(torch.float32)
     for value in range(20):  # temporaries, which may lie where the one before lay
@@ -263,7 +264,7 @@ class Gained(nn.Module):
 def test_layers_of_users_own_classes_are_run_as_they_are(pipe):
     pipe.unet.conv_in = Gained(pipe.unet.conv_in)
     cf.accelerate(pipe, dtype="float32")
-    assert "conv_in is a tests.runtime.test_cpu.Gained" in cf.explain(pipe)
+    assert "conv_in is a tests.runtime.native.test_runtime.Gained" in cf.explain(pipe)
     before = draw(pipe)
     calls = pipe.unet.conv_in.state["gains"][1][0]
     assert torch.equal(draw(pipe), before)
@@ -349,7 +350,7 @@ def test_an_interrupted_refresh_is_done_again(pipe, interrupted, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(base if interrupted == "Watch" else cpu, interrupted, interrupt)
+        patch.setattr(base if interrupted == "Watch" else runtime, interrupted, interrupt)
         with pytest.raises(KeyboardInterrupt):
             draw(pipe)
     assert_as_the_reference(pipe)
@@ -612,5 +613,5 @@ def test_int8_of_a_network_without_a_program(pipe):
 
 def test_explain_says_what_runs_on_the_reference(pipe, monkeypatch):
     monkeypatch.setattr(library, "unavailable", lambda: "not here")
-    rows = cpu.CpuRuntime(pipe, torch.float32).explain()
+    rows = runtime.CpuRuntime(pipe, torch.float32).explain()
     assert {row["part"]: row["runs on"] for row in rows}["conditioning"] == "reference"

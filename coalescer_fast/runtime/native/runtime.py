@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, sampling
-from ..models.unet import Conditioning
-from ..ops import library
-from .base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
-from .packed import Range, Weights
+from ... import ops, sampling
+from ...models.unet import Conditioning
+from ...ops import library
+from ..base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
+from ..watch import foreign
+from .pack import Range, Weights
 from .program import Program
-from .recorder import Hollow, Recorder, Unsupported, record
-from .watch import foreign
+from .record import Hollow, Recorder, Unsupported, record
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
 
 CALIBRATION = 32  # prompts that 8-bit ranges are found with
 VOCABULARY = (

@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..ops import library
-from .packed import Range, Weights
-from .recorder import (
+from ...ops import library
+from .pack import Range, Weights
+from .record import (
     ATTENTION,
     BYTES,
     CONVOLUTION,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.runtime.recorder import (
+from coalescer_fast.runtime.native.record import (
     ATTENTION,
     CONVOLUTION,
     GROUP_NORM_SILU,

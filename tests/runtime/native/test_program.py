@@ -10,11 +10,11 @@ from coalescer_fast import ops
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import library
-from coalescer_fast.runtime.packed import Range, Weights
-from coalescer_fast.runtime.program import Program
-from coalescer_fast.runtime.recorder import CONVOLUTION, POINTWISE, Hollow, Recorder, record
+from coalescer_fast.runtime.native.pack import Range, Weights
+from coalescer_fast.runtime.native.program import Program
+from coalescer_fast.runtime.native.record import CONVOLUTION, POINTWISE, Hollow, Recorder, record
 
-from ..ops.test_native import available
+from ...ops.test_native import available
 
 pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable() or "the library is there")
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import ops  # noqa: F401 (registers the ops)
+from ... import ops  # noqa: F401 (registers the ops)
 
 aten = torch.ops.aten
 CONVOLUTION, GROUP_NORM_SILU, GATHER, ATTENTION, DUAL_HEAD, LAYER_NORM, GATE, POINTWISE, REPLACE_ZERO_ROWS = range(
