@@ -1,4 +1,4 @@
-#include "runtime.h"
+#include "threads.h"
 
 #include <math.h>
 #include <sched.h>
