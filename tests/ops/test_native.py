@@ -19,7 +19,6 @@ from coalescer_fast.ops.group_norm import native as group_norm
 from coalescer_fast.ops.head import native as head
 from coalescer_fast.ops.residual import native as residual
 from coalescer_fast.ops.step import native as step
-from coalescer_fast.runtime.native import program
 
 from . import test_group_norm, test_head, test_residual, test_step
 from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
@@ -243,14 +242,12 @@ FORMATS = {
     "cf_dual_head_args": head._pack,
     "cf_coalesce_step_args": step._pack,
 }
-PROGRAMS = {f"cf_{name}_args": packed for name, packed in program.ARGUMENTS.items() if name != "dual_head"}
-PROGRAMS |= {"cf_step": program.STEP, "cf_program_args": program.PROGRAM}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_python_packs_what_the_header_declares(tmp_path):
     lines = "".join(
-        f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, *PROGRAMS, "cf_cuda_device", "cf_cuda_plan")
+        f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, "cf_cuda_device", "cf_cuda_plan")
     )
     (tmp_path / "sizes.c").write_text(
         f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n'
@@ -260,9 +257,7 @@ def test_python_packs_what_the_header_declares(tmp_path):
         line.split()
         for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
     )
-    expected = {name: pack.__self__.size for name, pack in FORMATS.items()} | {
-        name: packed.size for name, packed in PROGRAMS.items()
-    }
+    expected = {name: pack.__self__.size for name, pack in FORMATS.items()}
     expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
     assert {name: int(size) for name, size in sizes.items()} == expected
 

@@ -1,363 +1,261 @@
-"""A recorded network on the CPU as native steps over one piece of memory, run in a single call (csrc/cpu/network.h).
+"""Programs: the steps of a module with memory laid out, run by the CPU library in a single call (csrc/cpu).
 
-It is arranged for one batch and size: a value that 3x3 convolutions read gets a border of zeros where it is written, and memory is used
-again as soon as nobody reads it any more.
+    program = compile_module(module, [x], torch.bfloat16)
+    (y,) = program(x)
+
+A program is made for one batch size, one size of images and one number of threads. Making it takes four passes over the
+recorded steps, all of them cheap beside packing the weights, which the programs of a module share (`Weights`).
+
+**Dtypes** (`Layout.choose_dtypes`). A program has one dtype, float32 or bfloat16. Inputs and outputs are float32 all the
+same: outputs by going backwards from each of them to the first step that can write float32 from inputs of the program's
+dtype. In an int8 program, some results of normalisations are uint8, and the convolutions that read them multiply
+integers.
+
+**Borders** (`Step.arrange`). A 3x3 convolution at the edge of an image reads positions beyond it, which are zeros. To
+test for the edge in the inner loop would cost as much as the multiplications. So an image that 3x3 convolutions read lies
+in memory with a border of zeros, which the step that writes the image writes, too. Where that is impossible (an input; an
+image that a step reads which cannot skip a border) a `Gather` copies the image. Padding is the same for channels: the
+kernels multiply groups of 4 bytes, so 3 channels of bfloat16 become 4.
+
+**Memory** (`place`). All values lie in one piece of memory. A value's place is free for others after the last step that
+reads it, so that the memory stays small enough for the caches. Inputs and outputs have places of their own: what a caller
+wrote for one run is still there in the next. Parameters such as biases stay where the module has them if their dtype and
+strides allow, weights of convolutions are packed, and the arguments of the steps hold addresses of all of these: a run
+neither allocates nor looks anything up.
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Hashable, Sequence
+from typing import overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...ops import library
-from .pack import Range, Weights
-from .record import (
-    ATTENTION,
-    BYTES,
-    CONVOLUTION,
-    DUAL_HEAD,
-    GATE,
-    GATHER,
-    GROUP_NORM_SILU,
-    LAYER_NORM,
-    POINTWISE,
-    REPLACE_ZERO_ROWS,
-    Recorder,
-    Step,
-    Unsupported,
-    Value,
-)
+from ...ops.abi import cf_program_args, cf_step
+from .pack import Packer, Weights
+from .record import MetaCopy, Recorder, Recording, record_module
+from .steps import Gather, Step
+from .value import Range, Value
 
-ALIGNMENT = 64
-CODES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
-# The arguments of the kinds of steps, in their order, as csrc/abi.h has them.
-ARGUMENTS = {
-    "convolution": struct.Struct("26q"),
-    "group_norm_image": struct.Struct("24qd8q"),
-    "gather": struct.Struct("24q"),
-    "attention": struct.Struct("20qd"),
-    "dual_head": struct.Struct("35q"),
-    "layer_norm": struct.Struct("7qd"),
-    "gate": struct.Struct("7q"),
-    "pointwise": struct.Struct("6q4d"),
-    "replace_zero_rows": struct.Struct("5q"),
-}
-STEP, PROGRAM = struct.Struct("2q"), struct.Struct("3q")
+ALIGNMENT = 64  # bytes, a cache line
+
+
+def compile_module(
+    module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32, weights: Weights | None = None
+) -> Program:
+    """Make a program of what a module computes, for inputs of these shapes.
+
+    The module is left as it is. The program reads the module's parameters when it is made and knows nothing of later
+    changes.
+
+    Args:
+        module: any module whose forward takes these tensors and does what there are steps for.
+        inputs: examples: images (N, C, H, W), rows (N, ..., C), or bool masks. What they hold does not matter.
+        dtype: of weights and activations, one that `library.products` has. Inputs and outputs are float32.
+        weights: those of the module's other programs of this dtype, to share packed weights with them.
+
+    Raises:
+        Unsupported: no step does something that the module does.
+        RuntimeError: there is no CPU library.
+    """
+
+    def run(copied: nn.Module, recorder: Recorder) -> list[Tensor]:
+        given = [recorder.input(x, image=x.ndim == 4) for x in inputs]
+        return tree_leaves(copied(*given))
+
+    recording = record_module(MetaCopy(module), run)
+    return Program(recording, weights or Weights(dtype), torch.get_num_threads())
 
 
 class Program:
-    """A recorded network, arranged: call `run` after writing to ``inputs``, then read ``outputs``, all of them tensors in its memory.
+    """A recorded module, ready to run.
 
-    ranges: of normalisations' results, by their number among these, that are to have 8 bits, for convolutions that multiply these.
-    keep: every value stays in memory until the next run, to be looked at by `observe`.
+    Attributes:
+        inputs: tensors in the program's memory: write to them, call `run`.
+        outputs: likewise, to be read after `run`; the next run writes to them.
+        memory: of all values.
+        normalised: the results of normalisations that can be uint8, by their number among all such results.
+        bound: whatever a caller notes of what he last wrote to the inputs.
     """
 
     def __init__(
         self,
-        recorder: Recorder,
-        outputs: Sequence[tuple[Value, Tensor]],
+        recording: Recording,
         weights: Weights,
         threads: int,
         ranges: dict[int, Range] | None = None,
         keep: bool = False,
     ):
-        self.dtype, self.weights, self.threads = weights.dtype, weights, threads
-        self.kept: list[Any] = []
-        self.normalised = self._normalised(recorder.steps)
-        self.ranges = {id(self.normalised[n]): each for n, each in (ranges or {}).items()}
-        given = [value for value, _ in outputs]
-        steps = self._arranged(recorder.steps, given)
-        for value in recorder.inputs:
-            value.dtype = value.dtype or self.dtype  # of one that no step reads
+        """Choose dtypes, lay out memory, and pack weights and arguments.
+
+        Args:
+            recording: what the module does; no other program can be made of it.
+            weights: the module's packed weights, of the program's dtype.
+            threads: how many may be used.
+            ranges: of the values of ``normalised`` that are to be uint8, by their number.
+            keep: let every value stay in memory until the next run, for `observe`.
+        """
+        self.normalised = _normalised(recording.steps)
+        for number, each in (ranges or {}).items():
+            self.normalised[number].range = each
+        layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
-            self.memory = torch.empty(self._place(steps, recorder.inputs, given, keep) + ALIGNMENT, dtype=torch.uint8)
+            size = place(layout.steps, recording.inputs, layout.outputs, keep)
+            self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        values = {value for step in layout.steps for value in step.values} | {*recording.inputs}
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
-        for value in {v for step in steps for v in step.all} | {*recorder.inputs}:
+        for value in values:
             value.address += base
-        self.inputs = [self._tensor(value, cast(Tensor, value.tensor)) for value in recorder.inputs]
-        self.outputs = [self._tensor(value, tensor) for value, (_, tensor) in zip(given, outputs)]
-        packers = (
-            *(self._convolution, self._group_norm_silu, self._gather, self._attention, self._dual_head),
-            *(self._layer_norm, self._gate, self._pointwise, self._replace_zero_rows),
-        )
-        table = b"".join(STEP.pack(step.kind, self._keep(packers[step.kind](step))) for step in steps)
-        self.arguments = PROGRAM.pack(self._keep(table), len(steps), threads)
-        self.call = library.function("cf_cpu_run")
-        self.bound: object = None  # what was last written to all inputs but the first
-        for value in {v for step in (*recorder.steps, *steps) for v in step.all}:
-            value.step, value.readers = None, []  # no cycle keeps the weights
+        self.inputs = [self._tensor(value, value.tensor) for value in recording.inputs]
+        self.outputs = [self._tensor(value, like) for value, (_, like) in zip(layout.outputs, recording.outputs)]
+        packer = Packer(weights, threads)
+        addresses = [(step.number, packer.keep(bytes(step.arguments(packer)))) for step in layout.steps]
+        table = b"".join(cf_step.pack(kind=number, args=address) for number, address in addresses)
+        self._arguments = cf_program_args.pack(steps=packer.keep(table), count=len(layout.steps), threads=threads)
+        self._kept = packer.kept
+        self._call = library.function("cf_cpu_run")
+        self.bound: object = None
+        # steps hold weights, and know each other by values: without these cycles all is freed with the program
+        for value in {value for step in (*recording.steps, *layout.steps) for value in step.values}:
+            value.step, value.readers = None, []
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for these inputs, float32, in memory of their own."""
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
+        self.run()
+        return tuple(y.clone() for y in self.outputs)
 
     def run(self) -> None:
-        self.call(self.arguments)
-
-    def _keep(self, data: bytes | Tensor) -> int:
-        """Its address, for as long as the program lives."""
-        if isinstance(data, Tensor):
-            self.kept.append(data)
-            return data.data_ptr()
-        self.kept.append(ctypes.create_string_buffer(data, len(data)))
-        return ctypes.addressof(self.kept[-1])
+        """Compute ``outputs`` from ``inputs``."""
+        self._call(self._arguments)
 
     def observe(self, ranges: dict[int, Range]) -> None:
-        """Extend the ranges by what the last run has left, of a program that keeps it."""
-        for n, value in self.normalised.items():
-            at, b = value.address - self.memory.data_ptr(), value.border
-            image = (
-                self.memory[at : at + value.bytes]
-                .view(value.dtype)
-                .view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
-            )
-            rows = image[:, b : b + value.height, b : b + value.width]
-            ranges.setdefault(n, Range.of_nothing(value.channels)).extend(rows)
+        """Extend the ranges by what the last run has left, of a program that keeps it.
 
-    @staticmethod
-    def _normalised(steps: list[Step]) -> dict[int, Value]:
-        """What 3x3 convolutions alone read, and may have in 8 bits, of the results of normalisations, by their number among these."""
-        norms = [step.y for step in steps if step.kind == GROUP_NORM_SILU]
-        return {
-            n: y
-            for n, y in enumerate(norms)
-            if y.channels % 4 == 0
-            and y.readers
-            and all(r.kind == CONVOLUTION and r.attributes["weight"].shape[2] == 3 for r in y.readers)
-        }
+        Args:
+            ranges: of the values of ``normalised``, by their number; those that are missing are added.
+        """
+        for number, value in self.normalised.items():
+            begin, b = value.address - self.memory.data_ptr(), value.border
+            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
+            image = flat.view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            inner = image[:, b : b + value.height, b : b + value.width]
+            ranges.setdefault(number, Range.empty(value.channels)).extend(inner)
 
-    def _arranged(self, steps: list[Step], outputs: list[Value]) -> list[Step]:
-        """The steps with dtypes and borders chosen, and one more where a value has to be copied to have those that a step needs."""
-        for value in outputs:
-            while value.step is not None and value.step.kind in (CONVOLUTION, DUAL_HEAD, POINTWISE, REPLACE_ZERO_ROWS):
-                value.dtype = torch.float32
-                if value.step.kind in (CONVOLUTION, DUAL_HEAD):
-                    break
-                value = value.step.read[0]
-        for step in steps:
-            for value in step.read:
-                value.dtype = value.dtype or self.dtype
-            # a function of what is float32 is so, too
-            wide = step.kind == POINTWISE and step.read[0].dtype == torch.float32
-            for value in step.all:
-                value.dtype = value.dtype or (
-                    torch.uint8 if id(value) in self.ranges else torch.float32 if wide else self.dtype
-                )
-        done: list[Step] = []
-        copies: dict[Any, Value] = {}
-
-        def copied(value: Value, dtype: torch.dtype, border: int = 0, padded: int = 0) -> Value:
-            key = id(value), dtype, border, padded
-            if key not in copies:
-                copy = Value(
-                    value.n,
-                    value.height,
-                    value.width,
-                    value.channels,
-                    dtype,
-                    border=border,
-                    padded=padded or value.channels,
-                )
-                copy.step = Step(GATHER, copy, [value], {"factor": 1})
-                copies[key] = copy
-                done.append(copy.step)
-            return copies[key]
-
-        for step in steps:
-            if step.kind == CONVOLUTION:
-                step.reads[0] = self._multiplied(step, outputs, copied)
-            if step.kind in (POINTWISE, REPLACE_ZERO_ROWS):
-                wanted = torch.float32 if step.kind == REPLACE_ZERO_ROWS else step.y.dtype
-                if step.y.dtype != wanted:
-                    raise Unsupported(f"it replaces rows of zeros in {self.dtype}")
-                if step.read[0].dtype != wanted:
-                    step.reads[0] = copied(step.read[0], wanted)
-            if (
-                step.kind in (CONVOLUTION, POINTWISE)
-                and (residual := step.reads[1]) is not None
-                and residual.dtype != step.y.dtype
-            ):
-                step.reads[1] = copied(residual, step.y.dtype)
-            # what of the others' has to be of the program's dtype
-            for n in range({GROUP_NORM_SILU: 2, LAYER_NORM: 1, GATE: 1, ATTENTION: 3}.get(step.kind, 0)):
-                if (read := step.reads[n]) is not None and read.dtype != self.dtype:
-                    if step.kind == ATTENTION:
-                        raise Unsupported(f"it attends to what is given as {read.dtype}")
-                    step.reads[n] = copied(read, self.dtype)
-            done.append(step)
-        for n, value in enumerate(outputs):
-            if value.dtype != torch.float32:
-                outputs[n] = copied(value, torch.float32)
-        return done
-
-    def _multiplied(self, step: Step, outputs: list[Value], copied: Callable[..., Value]) -> Value:
-        """What a convolution reads: its input as it is, if it can have the border and the channels that are needed, or a copy."""
-        source, wide, lanes = step.read[0], step.attributes["weight"].shape[2] == 3, 4 // BYTES[self.dtype]
-        padded = -(-source.channels // lanes) * lanes
-        writer = None if source.step is None else source.step.kind
-        if wide and writer in (CONVOLUTION, GROUP_NORM_SILU, GATHER) and source not in outputs:
-            source.border = int(all(reader.kind in (CONVOLUTION, GATHER) for reader in source.readers))
-        if writer == GATHER and len(source.readers) == 1 and source not in outputs:
-            source.padded = padded
-        if source.dtype in (self.dtype, torch.uint8) and source.padded % lanes == 0 and (source.border or not wide):
-            return source
-        return copied(source, self.dtype, int(wide), padded)
-
-    def _place(self, steps: list[Step], inputs: list[Value], outputs: list[Value], keep: bool) -> int:
-        """Give every value an address, from 0 on, where no other value lies that is still read; returns how many bytes they need."""
-        first: dict[Value, int] = dict.fromkeys(inputs, -1)
-        last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
-        for n, step in enumerate(steps):
-            for value in step.all:
-                first.setdefault(value, n)
-                last[value] = max(last.get(value, n), len(steps) if keep else n)
-        total = 0
-        live: list[tuple[int, int, int]] = []  # address, end, last
-        for value in sorted(first, key=lambda value: first[value]):
-            live = sorted(entry for entry in live if entry[2] >= first[value])
-            size, at = -(-value.bytes // ALIGNMENT) * ALIGNMENT, 0
-            for begin, end, _ in live:
-                if at + size <= begin:
-                    break
-                at = max(at, end)
-            value.address = at
-            live.append((at, at + size, last[value]))
-            total = max(total, at + size)
-        return total
-
-    def _tensor(self, value: Value, like: Tensor) -> Tensor:
+    def _tensor(self, value: Value, like: Tensor | None) -> Tensor:
         """An input's or output's memory, or the part of it that was recorded."""
-        at = value.address - self.memory.data_ptr()
+        assert like is not None
+        begin = value.address - self.memory.data_ptr()
         with torch.inference_mode(False):
-            flat = self.memory[at : at + value.bytes].view(value.dtype)
+            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
             return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
 
-    # The arguments of the steps, as csrc/abi.h has them.
 
-    def _vector(self, v: Tensor | None) -> tuple[int, int]:
-        if v is None:
-            return 0, 0
-        v = v if v.dtype in library.DTYPES else v.float()
-        return self._keep(v.contiguous()), library.DTYPES[v.dtype]
+def _normalised(steps: list[Step]) -> dict[int, Value]:
+    """The results of normalisations that can be uint8, as all their readers can read it, by their number among all."""
+    results = [step.y for step in steps if step.writes_uint8]
+    return {
+        number: y
+        for number, y in enumerate(results)
+        if y.channels % 4 == 0 and y.readers and all(reader.reads_uint8(y) for reader in y.readers)
+    }
 
-    @staticmethod
-    def _image(value: Value | None) -> tuple[int, ...]:
-        if value is None:
-            return (0,) * 5
-        return value.address, CODES[value.dtype], value.row, value.n and value.bytes // value.n, value.border
 
-    @staticmethod
-    def _tensor4(value: Value | None) -> tuple[int, ...]:
-        """A value without its border, as (n, c, y, x)."""
-        if value is None:
-            return (0,) * 6
-        size = BYTES[value.dtype]
-        strides = value.bytes // value.n // size, 1, value.row // size, value.padded
-        if value.tensor is not None and value.tensor.ndim == 4:
-            strides = tuple(value.tensor.stride())  # type: ignore[assignment]
-        return value.address + value.border * (value.row + value.pixel), CODES[value.dtype], *strides
+class Layout:
+    """The steps of a recording with dtypes and borders chosen, and with copies where a step cannot read a value as it is.
 
-    def _convolution(self, step: Step) -> bytes:
-        x, residual = step.reads
-        assert x is not None
-        weight, bias, y = step.attributes["weight"], step.attributes["bias"], step.y
-        scale = None
-        if x.dtype == torch.uint8:
-            packed, scale, added = self.weights.quantise(weight, self.ranges[id(x)])
-            bias = added if bias is None else bias.float() + added
-        else:
-            packed = self.weights.pack(weight)
-        addresses = (
-            0 if v is None else self._keep(v.contiguous())
-            for v in (packed, None if bias is None else bias.float(), scale)
-        )
-        sizes = (
-            y.n,
-            y.height,
-            y.width,
-            x.padded,
-            y.channels,
-            weight.shape[2] ** 2,
-            step.attributes["stride"],
-            step.attributes["relu"],
-        )
-        return ARGUMENTS["convolution"].pack(
-            *self._image(x), *self._image(residual), *self._image(y), *addresses, *sizes
-        )
+    Attributes:
+        dtype: the program's.
+        steps: the recorded steps, and the copies.
+        outputs: the program's, in float32.
+    """
 
-    def _group_norm_silu(self, step: Step) -> bytes:
-        (x, skip, scale, shift), a, y = step.reads, step.attributes, step.y
-        assert x is not None
-        c2 = 0 if skip is None else skip.channels
-        head = x.address, 0 if skip is None else skip.address, 0, CODES[x.dtype], 1
-        sizes = x.n, x.channels, c2, x.height * x.width, a["num_groups"], a["activation"] == "silu"
-        vectors = (field for name in ("weight", "bias", "pre_bias") for field in self._vector(a[name]))
-        film = (field for v in (scale, shift) for field in ((0, 0, 0) if v is None else (v.address, 0, v.channels)))
-        inverse = zero = 0
-        if y.dtype == torch.uint8:
-            step_size, offset = self.ranges[id(y)].quantised()
-            inverse, zero = self._keep(1 / step_size), self._keep(offset.to(torch.uint8))
-        return ARGUMENTS["group_norm_image"].pack(
-            *head, *sizes, *vectors, *film, self.threads, a["eps"], *self._image(y), y.width, inverse, zero
-        )
+    def __init__(self, recording: Recording, dtype: torch.dtype):
+        self.dtype = dtype
+        self.steps: list[Step] = []
+        self.outputs = [value for value, _ in recording.outputs]
+        self._copies: dict[Hashable, Value] = {}
+        self._choose_dtypes(recording)
+        for step in recording.steps:
+            step.arrange(self)
+            self.steps.append(step)
+        self.outputs = [self.in_dtype(value, torch.float32) for value in self.outputs]
 
-    def _gather(self, step: Step) -> bytes:
-        parts = [*step.reads, None][:2]
-        channels = [0 if part is None else part.channels for part in parts]
-        y = step.y
-        fields = *self._tensor4(parts[0]), *self._tensor4(parts[1]), *channels, *self._image(y)
-        return ARGUMENTS["gather"].pack(*fields, y.n, y.height, y.width, y.padded, step.attributes["factor"])
+    def _choose_dtypes(self, recording: Recording) -> None:
+        for value in self.outputs:
+            # A chain of element-wise steps is float32 from the step on that can write it.
+            writer = value.step
+            while writer is not None and (writer.widens or writer.elementwise):
+                value.dtype = torch.float32
+                if writer.widens:
+                    break
+                value = writer.inputs[0]
+                writer = value.step
+        for step in recording.steps:
+            for value in step.inputs:
+                value.dtype = value.dtype or self.dtype
+            wide = step.elementwise and step.inputs[0].dtype == torch.float32
+            chosen = torch.float32 if wide else self.dtype
+            for value in step.outputs:
+                value.dtype = value.dtype or (chosen if value.range is None else torch.uint8)
+        for value in recording.inputs:  # that no step reads
+            value.dtype = value.dtype or self.dtype
 
-    def _attention(self, step: Step) -> bytes:
-        a, size = step.attributes, BYTES[self.dtype]
-        if a["width"] * size % 4:
-            raise Unsupported(f"its attention has heads of width {a['width']}")
-        heads: list[int] = []
-        for name, value in zip("qkv", step.read):
-            offset, *strides = a[name]
-            heads += [value.address + offset * size, *strides]
-        mask, sizes = step.reads[3], (step.y.n, a["heads"], a["length"], a["k_length"], a["width"])
-        addresses = 0 if mask is None else mask.address, step.y.address
-        return ARGUMENTS["attention"].pack(*heads, *addresses, CODES[self.dtype], *sizes, a["width"] ** -0.5)
+    @overload
+    def in_dtype(self, value: Value, dtype: torch.dtype | None) -> Value: ...
 
-    def _layer_norm(self, step: Step) -> bytes:
-        (x,), a = step.read, step.attributes
-        vectors = (self._keep(a[name].float().contiguous()) for name in ("weight", "bias"))
-        return ARGUMENTS["layer_norm"].pack(
-            x.address, step.y.address, CODES[self.dtype], x.count // x.channels, x.channels, *vectors, a["eps"]
-        )
+    @overload
+    def in_dtype(self, value: Value | None, dtype: torch.dtype | None) -> Value | None: ...
 
-    def _gate(self, step: Step) -> bytes:
-        (x,), size = step.read, BYTES[self.dtype]
-        value, gate = (x.address + step.attributes[name] * size for name in ("value", "gate"))
-        return ARGUMENTS["gate"].pack(
-            value, gate, step.y.address, CODES[self.dtype], x.count // x.channels, step.y.channels, x.channels
-        )
+    def in_dtype(self, value: Value | None, dtype: torch.dtype | None) -> Value | None:
+        """The value if it has this dtype, else a copy that has it."""
+        return value if value is None or value.dtype == dtype else self.copy(value, dtype)
 
-    def _pointwise(self, step: Step) -> bytes:
-        (x, residual), a, y = step.reads, step.attributes, step.y
-        assert x is not None
-        addresses = x.address, 0 if residual is None else residual.address, y.address
-        scales = (a[name] for name in ("x_scale", "x_shift", "y_scale", "y_shift"))
-        return ARGUMENTS["pointwise"].pack(*addresses, CODES[y.dtype], y.count, a["function"], *scales)
+    def copy(self, value: Value, dtype: torch.dtype | None, border: int = 0, padded: int = 0) -> Value:
+        """A copy in this dtype, with a border, and with channels of zeros up to ``padded``. It is made once."""
+        key = id(value), dtype, border, padded
+        if key not in self._copies:
+            copied = value.like()
+            copied.dtype, copied.border, copied.padded = dtype, border, padded or value.channels
+            self.steps.append(Gather(value, copied))
+            self._copies[key] = copied
+        return self._copies[key]
 
-    def _replace_zero_rows(self, step: Step) -> bytes:
-        (x,) = step.read
-        row = self._keep(step.attributes["row"].float().contiguous())
-        return ARGUMENTS["replace_zero_rows"].pack(x.address, row, step.y.address, x.count // x.channels, x.channels)
 
-    def _dual_head(self, step: Step) -> bytes:
-        h, sample, anchor = step.reads
-        assert h is not None
-        assert step.also is not None
-        a = step.attributes
-        weight = a["direction_weight"].to(self.dtype).permute(0, 2, 3, 1).contiguous()
-        vectors = (
-            field
-            for v in (weight, a["direction_bias"], a["distance_weight"].flatten(), a["distance_bias"])
-            for field in self._vector(v)
-        )
-        head = h.address, CODES[h.dtype], h.n, h.channels, step.y.channels, h.height, h.width
-        tensors = *self._tensor4(sample), *self._tensor4(anchor), *self._tensor4(step.y)
-        return ARGUMENTS["dual_head"].pack(*head, *vectors, *tensors, step.also.address, self.threads)
+def place(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], keep: bool) -> int:
+    """Give every value an address, from 0 on, where no other value lies that is still to be read.
+
+    Args:
+        steps: in the order in which they run.
+        inputs: whose memory no other value has.
+        outputs: which nothing overwrites.
+        keep: let nothing be overwritten.
+
+    Returns:
+        How many bytes they need.
+    """
+    first: dict[Value, int] = dict.fromkeys(inputs, -1)
+    last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
+    for n, step in enumerate(steps):
+        for value in step.values:
+            first.setdefault(value, n)
+            last[value] = max(last.get(value, n), len(steps) if keep else n)
+    total = 0
+    live: list[tuple[int, int, int]] = []  # address, end, last step that reads it
+    # First fit, in the order in which values are written. This is not optimal, but it is fast, and networks with
+    # skips are so regular that a value's place mostly fits one of the next.
+    for value in sorted(first, key=lambda value: first[value]):
+        live = sorted(entry for entry in live if entry[2] >= first[value])
+        size, at = -(-value.bytes // ALIGNMENT) * ALIGNMENT, 0
+        for begin, end, _ in live:
+            if at + size <= begin:
+                break
+            at = max(at, end)
+        value.address = at
+        live.append((at, at + size, last[value]))
+        total = max(total, at + size)
+    return total
