@@ -37,9 +37,9 @@ from unittest import mock
 import torch
 
 from benchmarks import shapes
-from benchmarks.triton_aot import FOLDERS, SHARED, TARGETS
+from benchmarks.triton_aot import SHARED, TARGETS
 from coalescer_fast import ops
-from coalescer_fast.ops import cuda_library, library
+from coalescer_fast.ops import cuda_library, native_library
 
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the package compiles them
@@ -232,7 +232,7 @@ def packed(call: shapes.Call, batch: int, dtype: torch.dtype) -> bytes:
     with mock.patch.object(shapes, "Draw", Sizes), mock.patch.object(torch.Tensor, "data_ptr", return_value=16):
         bound = inspect.signature(getattr(ops, call.op)).bind(**call.inputs(batch, dtype, torch.device("meta")))
         bound.apply_defaults()
-        native = importlib.import_module(f"coalescer_fast.ops.{FOLDERS[call.op]}.native")
+        native = importlib.import_module(f"coalescer_fast.ops.kernels.{call.op}.native")
         arguments = native.arrange(**{name: value for name, value in bound.arguments.items() if name != "backend"})
         native.prepare(taken.append, *arguments)(*arguments)
     return taken[0]
@@ -288,7 +288,7 @@ def main() -> int:
         cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} {row['spills']:6} {row['local']:5}"
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
-    launches = [] if library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
+    launches = [] if native_library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
     print(
         f"{len(launches)} planned launches"
         if launches

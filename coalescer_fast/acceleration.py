@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .ops import library
+from .ops import native_library
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
-from .runtime.native.runtime import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
 from .runtime.exported import ExportedRuntime
+from .runtime.native.runtime import CpuRuntime, native_bfloat16
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Backend:
 
 
 BACKENDS = {
-    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: library.unavailable()),
+    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: native_library.unavailable()),
     "cuda": Backend(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
         {"cuda": (*BOTH, "float16")},

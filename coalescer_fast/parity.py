@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .acceleration import check_pipeline
 from .models.unet import Conditioning
-from .ops import library
+from .ops import native_library
 from .ops.dispatch import BACKENDS
 from .prompts import check_count, check_texts
 from .runtime.artefact import Schedule, network_sha256
@@ -237,7 +237,7 @@ def receipt(
         "schedule": str(Schedule.of(scheduler, scale)),
         "runtime": "reference" if runtime is None else str(runtime.name),
         "dtype": str(pipe.unet.dtype).removeprefix("torch.") if runtime is None else precision(runtime),
-        "instruction_set": None if runtime is None or library.unavailable() else library.isa(),
+        "instruction_set": None if runtime is None or native_library.unavailable() else native_library.isa(),
         "pixels": hashlib.sha256(b"".join(pictures)).hexdigest(),
         "pictures": [hashlib.sha256(each).hexdigest() for each in pictures],
     }

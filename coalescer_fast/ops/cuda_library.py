@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import library
+from . import native_library
 
 # The tests put here the library built for the CPU, and set INTERPRETED: its kernels then run on CPU tensors.
 PATH: Path | None = None
@@ -51,7 +51,7 @@ MODEL = Device(0, 90, 132, 227 * 1024)
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    loaded, reason = library.find("cuda", PATH)
+    loaded, reason = native_library.find("cuda", PATH)
     if loaded is not None:
         loaded.cf_cuda_architectures.restype = loaded.cf_cuda_error.restype = ctypes.c_char_p
     return loaded, reason
@@ -126,11 +126,11 @@ def _function(name: str, arguments: int) -> Callable[..., int]:
 
 def _check(op: str, status: int) -> None:
     if status:
-        error = _load()[0].cf_cuda_error(status).decode() if status >= CUDA_ERROR else library.STATUS[status]  # type: ignore[union-attr]
+        error = _load()[0].cf_cuda_error(status).decode() if status >= CUDA_ERROR else native_library.STATUS[status]  # type: ignore[union-attr]
         raise RuntimeError(f"{op} on cuda reports {error}")
 
 
-def bound(op: str, place: torch.device) -> library.Call:
+def bound(op: str, place: torch.device) -> native_library.Call:
     """The library's function for calls of one signature on one device, to be called with its packed arguments."""
     launch, on = _function(f"cf_cuda_{op}", 4), device(place)
     packed = struct.pack("4q", *on)
@@ -157,14 +157,14 @@ def implementation(
     prepare: Callable[..., Callable[..., Any]],
     aligned: tuple[int, ...],
 ) -> Callable[..., Any]:
-    """As `library.implementation`; ``aligned``: which arguments the kernels need at a multiple of 16 bytes. Others are copied there."""
+    """As `native_library.implementation`; ``aligned``: which arguments the kernels need at a multiple of 16 bytes. Others are copied there."""
 
     def align(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
             a.clone() if i in aligned and a is not None and a.data_ptr() % 16 else a for i, a in enumerate(args)
         )
 
-    run = library.implementation(lambda x: bound(op, x.device), lambda *args: align(arrange(*args)), prepare)
+    run = native_library.implementation(lambda x: bound(op, x.device), lambda *args: align(arrange(*args)), prepare)
     prepared = run.prepare  # type: ignore[attr-defined]
 
     def prepare_aligned(*args: Any) -> Callable[..., Any] | None:

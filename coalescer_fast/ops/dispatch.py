@@ -65,8 +65,8 @@ class Backend:
 
 BACKENDS = {
     "reference": Backend("reference"),
-    "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "library"),
-    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime", UNTRIED),
+    "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "native_library"),
+    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_launch", UNTRIED),
     "cuda": Backend("cuda", "cuda", FLOAT_AT_MOST_32, "cuda_library", UNTRIED),
 }
 # what "auto" tries, fastest first; a backend whose function has ``yields(*args)``, and gives a reason there, comes after the next that is

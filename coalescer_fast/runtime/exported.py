@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import sampling
 from ..models.unet import Conditioning
-from ..ops import library
+from ..ops import native_library
 from ..scheduler import CoalescerScheduler
 from . import artefact
 from .artefact import Artefact, Schedule
@@ -51,7 +51,7 @@ class ExportedRuntime(OfPipeline):
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
         super().__init__(pipe)
         self.name, self.device = name, pipe.device
-        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if native_library.unavailable() else "cpu"
         self.artefacts = artefacts
         self.most_pictures = min(each.manifest.batch[2] for each in artefacts.values())
         self.refresh()
@@ -138,5 +138,5 @@ class ExportedRuntime(OfPipeline):
                 rows.append({"part": part, "runs on": "reference", "because": f"{alone}it is not among the artefacts"})
         return [
             *rows,
-            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
+            {"part": "coalesce_step", "runs on": self.backend, "because": native_library.unavailable() or "it can run"},
         ]

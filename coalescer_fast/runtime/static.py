@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.unet import CoalescerUNet, Conditioning
-from ..ops import library
+from ..ops import native_library
 from .base import OfPipeline, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class StaticRuntime(OfPipeline):
         super().__init__(pipe)
         self.name, self.prepare, self.dtype, self.takes = name, prepare, dtype, takes or dtype
         self.device = pipe.device
-        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if native_library.unavailable() else "cpu"
         self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         # (id of a conditioning, shape of R): the call; what is taken of a conditioning is taken once
         self.bound: dict[tuple[int, torch.Size], Call] = {}
@@ -169,5 +169,5 @@ class StaticRuntime(OfPipeline):
             rows.append({"part": part, "runs on": f"{self.name}, {self.dtype}", "because": ready})
         return [
             *rows,
-            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
+            {"part": "coalesce_step", "runs on": self.backend, "because": native_library.unavailable() or "it can run"},
         ]

@@ -21,7 +21,7 @@ from coalescer_fast import (
     DescriptionEncoder,
 )
 from coalescer_fast.models.unet import Conditioning
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.runtime import CpuRuntime, no_programs
 
 # |y - y64| / |y64|, of a direction and of distances: what rounding every layer's input and weights may come to in these small networks
@@ -112,7 +112,7 @@ def run(count: int, seed: int) -> list[dict[str, Any]]:
                 {
                     "configuration": i,
                     "dtype": dtype,
-                    "instruction_set": library.isa(),
+                    "instruction_set": native_library.isa(),
                     **{k: f"{v:.3g}" for k, v in found.items()},
                 }
             )

@@ -9,7 +9,7 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cuda import CudaRuntime
 from coalescer_fast.runtime.native.runtime import CpuRuntime
@@ -30,7 +30,7 @@ def engine(name: str):
 def runtimes():
     yield pytest.param(lambda pipe: StaticRuntime(pipe, "plain", plain, torch.float32), id="plain")
     yield pytest.param(lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, recorder=CpuRecorder()), id="cuda")
-    native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
+    native = [pytest.mark.skip(reason=reason)] if (reason := native_library.unavailable()) else []
     yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import library
+from ...ops import native_library
 from ...ops.abi import cf_image, cf_tensor4, cf_vector
 from .value import BYTES, Range, Value
 
@@ -63,7 +63,7 @@ def kernel_order(weight: Tensor, dtype: torch.dtype) -> Tensor:
         weight: any dtype and strides.
         dtype: of the convolution's input; for uint8 the weights become int8, and must be whole numbers.
     """
-    lanes, width = 4 // BYTES[dtype], library.vector_width()
+    lanes, width = 4 // BYTES[dtype], native_library.vector_width()
     outputs, channels, *kernel = weight.shape
     taps, vectors, quads = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
     rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
@@ -110,8 +110,8 @@ class Packer:
         """A one-dimensional parameter; float64 becomes float32."""
         if parameter is None:
             return None
-        v = parameter if parameter.dtype in library.DTYPES else parameter.float()
-        return cf_vector(data=self.keep(v), dtype=library.DTYPES[v.dtype])
+        v = parameter if parameter.dtype in native_library.DTYPES else parameter.float()
+        return cf_vector(data=self.keep(v), dtype=native_library.DTYPES[v.dtype])
 
 
 def address(value: Value | None) -> int:

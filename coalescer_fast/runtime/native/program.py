@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ...ops import library
+from ...ops import native_library
 from ...ops.abi import cf_program_args, cf_step
 from .pack import Packer, Weights
 from .record import MetaCopy, Recorder, Recording, record_module
@@ -54,7 +54,7 @@ def compile_module(
     Args:
         module: any module whose forward takes these tensors and does what there are steps for.
         inputs: examples: images (N, C, H, W), rows (N, ..., C), or bool masks. What they hold does not matter.
-        dtype: of weights and activations, one that `library.products` has. Inputs and outputs are float32.
+        dtype: of weights and activations, one that `native_library.products` has. Inputs and outputs are float32.
         weights: those of the module's other programs of this dtype, to share packed weights with them.
 
     Raises:
@@ -116,7 +116,7 @@ class Program:
         table = b"".join(cf_step.pack(kind=number, args=address) for number, address in addresses)
         self._arguments = cf_program_args.pack(steps=packer.keep(table), count=len(layout.steps), threads=threads)
         self._kept = packer.kept
-        self._call = library.function("cf_cpu_run")
+        self._call = native_library.function("cf_cpu_run")
         self.bound: object = None
         # steps hold weights, and know each other by values: without these cycles all is freed with the program
         for value in {value for step in (*recording.steps, *layout.steps) for value in step.values}:

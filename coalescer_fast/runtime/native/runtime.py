@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import ops, sampling
 from ...models.unet import Conditioning
-from ...ops import library
+from ...ops import native_library
 from ..base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
 from ..watch import foreign
 from .pack import Weights
@@ -44,17 +44,17 @@ KNOWN = ("coalescer_fast.", "torch.nn.modules.", "diffusers.models.", "peft.tune
 
 def native_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; without, it is emulated, and slower than float32."""
-    return torch.bfloat16 in library.products()
+    return torch.bfloat16 in native_library.products()
 
 
 def no_programs(dtype: torch.dtype) -> str:
     """Why no network can run as a program of this dtype here, or ""."""
-    if reason := library.unavailable():
+    if reason := native_library.unavailable():
         return reason
-    if dtype not in library.products():
+    if dtype not in native_library.products():
         return f"the processor does not multiply {str(dtype).removeprefix('torch.')} itself"
     # vectors of four floats are no match for torch's own convolutions
-    return "the processor has neither AVX2 nor AVX-512" if library.isa() == "portable" else ""
+    return "the processor has neither AVX2 nor AVX-512" if native_library.isa() == "portable" else ""
 
 
 class CpuRuntime(OfPipeline):
@@ -78,7 +78,7 @@ class CpuRuntime(OfPipeline):
         self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
             raise ValueError(f"dtype 'int8' cannot run: {reason}")
-        self.backend = "reference" if library.unavailable() else "cpu"
+        self.backend = "reference" if native_library.unavailable() else "cpu"
         self.observing = False
         self.refresh()
 
@@ -98,7 +98,7 @@ class CpuRuntime(OfPipeline):
             if what := self.code.get(name) or foreign(network) or others(network):
                 self.refused[name] = what
                 self.own.add(name)
-            elif reason := library.unavailable() if name == "conditioning" else no_programs(self.dtype):
+            elif reason := native_library.unavailable() if name == "conditioning" else no_programs(self.dtype):
                 self.refused[name] = reason
         if self.quantised:
             size = self.pipe.unet.config.sample_size
@@ -278,7 +278,7 @@ class CpuRuntime(OfPipeline):
                 {
                     "part": name,
                     "runs on": way,
-                    "because": f"it can run on {library.isa()}" if native else self.refused[name],
+                    "because": f"it can run on {native_library.isa()}" if native else self.refused[name],
                 }
             )
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):

@@ -9,7 +9,7 @@ from torch import nn
 from coalescer_fast import ops
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import SelfAttention, TransformerBlock
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.pack import Weights
 from coalescer_fast.runtime.native.program import Program
 from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_module
@@ -18,7 +18,9 @@ from coalescer_fast.runtime.native.value import Range
 
 from ...ops.test_native import available
 
-pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable() or "the library is there")
+pytestmark = pytest.mark.skipif(
+    bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
+)
 
 DTYPES = {"portable": ["float32"], "avx2": ["float32"], "avx512": ["float32"], "avx512_bf16": ["float32", "bfloat16"]}
 ABLE = [(isa, dtype) for isa in available() for dtype in DTYPES[isa]]
@@ -29,10 +31,10 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6}
 
 @pytest.fixture(params=ABLE, ids="-".join)
 def able(request):
-    best = library.isa()
-    library.set_isa(request.param[0])
+    best = native_library.isa()
+    native_library.set_isa(request.param[0])
     yield getattr(torch, request.param[1])
-    library.set_isa(best)
+    native_library.set_isa(best)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -246,13 +248,13 @@ def test_conditioning(isa, anchor):
     def call(twin, *given):
         return tuple(twin.condition(*given).tensors())
 
-    best = library.isa()
-    library.set_isa(isa)
+    best = native_library.isa()
+    native_library.set_isa(isa)
     try:
         made = results(network, descriptions, rows, dtype=torch.float32, call=call)
         alone = results(network, descriptions[1:2], rows[1:2], dtype=torch.float32, call=call, threads=1)
     finally:
-        library.set_isa(best)
+        native_library.set_isa(best)
     assert all(torch.equal(y[1:2], one) for y, one in zip(made, alone))
     with torch.no_grad():
         for y, exact in zip(
@@ -348,7 +350,7 @@ def test_memory_is_used_again_and_not_poisoned():
 
 
 needs_int8 = pytest.mark.skipif(
-    torch.uint8 not in library.products(), reason="the processor has no AVX-512 VNNI with bfloat16"
+    torch.uint8 not in native_library.products(), reason="the processor has no AVX-512 VNNI with bfloat16"
 )
 
 

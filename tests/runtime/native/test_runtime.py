@@ -20,17 +20,19 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import coalescer_fast as cf
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.native import runtime
 
 from ...models.test_layers import seeded
 
-pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable() or "the library is there")
+pytestmark = pytest.mark.skipif(
+    bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
+)
 
 NAMES = ["octopus", "pizza", "rocket, 3d style", "owl", "ghost"]
 NOISE = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(5))
-PRODUCTS = library.products()
+PRODUCTS = native_library.products()
 DTYPES = [
     "float32",
     *(["bfloat16"] if torch.bfloat16 in PRODUCTS else []),
@@ -612,6 +614,6 @@ def test_int8_of_a_network_without_a_program(pipe):
 
 
 def test_explain_says_what_runs_on_the_reference(pipe, monkeypatch):
-    monkeypatch.setattr(library, "unavailable", lambda: "not here")
+    monkeypatch.setattr(native_library, "unavailable", lambda: "not here")
     rows = runtime.CpuRuntime(pipe, torch.float32).explain()
     assert {row["part"]: row["runs on"] for row in rows}["conditioning"] == "reference"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import layout
+from ... import layout
 
 
 def dual_head(

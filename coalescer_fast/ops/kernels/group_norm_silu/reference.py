@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 
-from .. import layout
+from ... import layout
 
 
 def group_norm_silu(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, library
-from ..library import missing
+from ... import layout, native_library
+from ...native_library import missing
 
 _pack = struct.Struct("11q").pack  # cf_bias_residual_args
 
@@ -20,15 +20,17 @@ def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[An
     channels_last = layout.is_channels_last(x)
     return (
         layout.arrange(x, channels_last),
-        library.vector(bias),
+        native_library.vector(bias),
         None if residual is None else layout.arrange(residual, channels_last),
     )
 
 
-def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Callable[..., Tensor]:
+def prepare(
+    call: native_library.Call, x: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Callable[..., Tensor]:
     n, c, *spatial = x.shape
-    shape = library.DTYPES[x.dtype], layout.is_channels_last(x), n, c, math.prod(spatial)
-    bias_dtype = library.dtype(bias)
+    shape = native_library.DTYPES[x.dtype], layout.is_channels_last(x), n, c, math.prod(spatial)
+    bias_dtype = native_library.dtype(bias)
 
     def launch(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = torch.empty_like(x)
@@ -50,4 +52,4 @@ def prepare(call: library.Call, x: Tensor, bias: Tensor | None, residual: Tensor
     return launch
 
 
-bias_residual = library.implementation(library.on_cpu("cf_cpu_bias_residual"), arrange, prepare)
+bias_residual = native_library.implementation(native_library.on_cpu("cf_cpu_bias_residual"), arrange, prepare)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, library
-from ..library import missing
+from ... import layout, native_library
+from ...native_library import missing
 
 _pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
 
@@ -29,9 +29,9 @@ def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mod
 
 
 def prepare(
-    call: library.Call, sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float
+    call: native_library.Call, sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float
 ) -> Callable[..., Tensor]:
-    sample_dtype, direction_dtype, distance_dtype = (library.dtype(x) for x in (sample, direction, distance))
+    sample_dtype, direction_dtype, distance_dtype = (native_library.dtype(x) for x in (sample, direction, distance))
     n, *shape = sample.shape
     size, unit = math.prod(shape), mode == "unit"
 
@@ -59,4 +59,4 @@ def prepare(
     return launch
 
 
-coalesce_step = library.implementation(library.on_cpu("cf_cpu_coalesce_step"), arrange, prepare)
+coalesce_step = native_library.implementation(native_library.on_cpu("cf_cpu_coalesce_step"), arrange, prepare)

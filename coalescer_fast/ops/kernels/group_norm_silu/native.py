@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, library
-from ..library import missing
+from ... import layout, native_library
+from ...native_library import missing
 
 _pack = struct.Struct("24qd").pack  # cf_group_norm_silu_args
 
@@ -30,12 +30,23 @@ def arrange(
 ) -> tuple[Any, ...]:
     channels_last = layout.is_channels_last(x)
     x, skip = layout.arrange(x, channels_last), None if skip is None else layout.arrange(skip, channels_last)
-    weight, bias, pre_bias = (library.vector(v) for v in (weight, bias, pre_bias))
-    return x, num_groups, weight, bias, eps, library.rows(scale), library.rows(shift), skip, pre_bias, activation
+    weight, bias, pre_bias = (native_library.vector(v) for v in (weight, bias, pre_bias))
+    return (
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        native_library.rows(scale),
+        native_library.rows(shift),
+        skip,
+        pre_bias,
+        activation,
+    )
 
 
 def prepare(
-    call: library.Call,
+    call: native_library.Call,
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -50,9 +61,18 @@ def prepare(
     n, c1, *spatial = x.shape
     c2 = 0 if skip is None else skip.shape[1]
     channels_last = layout.is_channels_last(x)
-    shape = library.DTYPES[x.dtype], channels_last, n, c1, c2, math.prod(spatial), num_groups, activation == "silu"
+    shape = (
+        native_library.DTYPES[x.dtype],
+        channels_last,
+        n,
+        c1,
+        c2,
+        math.prod(spatial),
+        num_groups,
+        activation == "silu",
+    )
     weight_dtype, bias_dtype, pre_bias_dtype, scale_dtype, shift_dtype = map(
-        library.dtype, (weight, bias, pre_bias, scale, shift)
+        native_library.dtype, (weight, bias, pre_bias, scale, shift)
     )
     scale_stride, shift_stride = (0 if v is None else v.stride(0) for v in (scale, shift))
 
@@ -96,4 +116,4 @@ def prepare(
     return launch
 
 
-group_norm_silu = library.implementation(library.on_cpu("cf_cpu_group_norm_silu"), arrange, prepare)
+group_norm_silu = native_library.implementation(native_library.on_cpu("cf_cpu_group_norm_silu"), arrange, prepare)

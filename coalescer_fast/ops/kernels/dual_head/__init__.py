@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks, layout
-from ..dispatch import launchers, register, run, signing
+from ... import checks, layout
+from ...dispatch import launchers, register, run, signing
 
 
 def dual_head(

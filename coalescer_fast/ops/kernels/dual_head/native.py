@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, library
-from ..library import missing
+from ... import layout, native_library
+from ...native_library import missing
 from . import direction_dtype
 
 _pack = struct.Struct("35q").pack  # cf_dual_head_args
@@ -35,7 +35,7 @@ def _channels_innermost(x: Tensor) -> Tensor:
 
 
 def prepare(
-    call: library.Call,
+    call: native_library.Call,
     h: Tensor,
     direction_weight: Tensor,
     direction_bias: Tensor,
@@ -46,8 +46,8 @@ def prepare(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     n, channels, height, width = h.shape
     latent = direction_weight.shape[0]
-    shape = library.dtype(h), n, channels, latent, height, width
-    dtypes = [library.dtype(v) for v in (direction_weight, direction_bias, distance_weight, distance_bias)]
+    shape = native_library.dtype(h), n, channels, latent, height, width
+    dtypes = [native_library.dtype(v) for v in (direction_weight, direction_bias, distance_weight, distance_bias)]
     sample_layout, anchor_layout = _layout(sample), _layout(anchor)
     model = layout.empty(h, latent, direction_dtype(h, sample))
     direction_layout = _layout(model)
@@ -93,7 +93,7 @@ def prepare(
 
 def _layout(x: Tensor | None) -> tuple[int, ...]:
     """cf_tensor4 without the address."""
-    return (0,) * 5 if x is None else (library.DTYPES[x.dtype], *x.stride())
+    return (0,) * 5 if x is None else (native_library.DTYPES[x.dtype], *x.stride())
 
 
 def in_layout_of_h(head: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,4 +107,4 @@ def in_layout_of_h(head: Callable[..., Any]) -> Callable[..., Any]:
     return dual_head
 
 
-dual_head = in_layout_of_h(library.implementation(library.on_cpu("cf_cpu_dual_head"), arrange, prepare))
+dual_head = in_layout_of_h(native_library.implementation(native_library.on_cpu("cf_cpu_dual_head"), arrange, prepare))

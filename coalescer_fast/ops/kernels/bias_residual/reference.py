@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import layout
+from ... import layout
 
 
 def bias_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:

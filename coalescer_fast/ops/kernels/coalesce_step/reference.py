@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import layout
+from ... import layout
 
 
 def coalesce_step(

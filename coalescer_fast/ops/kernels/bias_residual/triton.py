@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import layout
-from ..triton_runtime import cdiv, configuration, launch
+from ... import layout
+from ...triton_launch import cdiv, configuration, launch
 
 
 @triton.jit(do_not_specialize=["rows", "channels", "column_tiles"])

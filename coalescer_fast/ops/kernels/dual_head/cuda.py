@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import cuda_library
+from ... import cuda_library
 from . import native
 
 # Products of half precision beyond which tensor cores are faster, as counted: at 17 tera-products a second, half an H100's rate without

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import layout
-from ..triton_runtime import cdiv, configuration, launch, multiprocessors
+from ... import layout
+from ...triton_launch import cdiv, configuration, launch, multiprocessors
 
 # more would make the second kernel's merge as long as its work
 MOST_SPLITS = 64
