@@ -252,7 +252,7 @@ def test_a_profiler_sees_the_graph(fast, monkeypatch):
     seen.clear()
     draw(fast)
     monkeypatch.setattr(type(fast.runtime.graphs.recorder), "turn", None)  # nobody asks for a graph
-    assert [name for name in seen if not name.startswith("evaluate")] == ["encode", "condition", "graph", "decode"]
+    assert [name for name in seen if not name.startswith("evaluate")] == ["encode", "condition", "graph"]
     draw(fast, callback_on_step_end=lambda *_: {})
     assert seen[-4:] == ["evaluate[0]", "evaluate[1]", "evaluate_empty[1]", "decode"]
 
@@ -274,12 +274,12 @@ def test_explain_names_ops_and_graphs(fast, free):
 
 def test_explain_says_why_an_op_runs_where_it_does(pipe, recorder):
     pipe.runtime = CudaRuntime(pipe, "auto", torch.float32, PLENTY, recorder=recorder)
-    rows = {row["part"]: row for row in pipe.runtime.explain()}
+    rows = {part.name: part for part in pipe.runtime.explain()}
     if library.unavailable():
-        assert rows["dual_head"]["runs on"] == "reference"
-        assert f"not on cpu: {library.unavailable()}" in rows["dual_head"]["because"]
+        assert rows["dual_head"].backend == "reference"
+        assert f"not on cpu: {library.unavailable()}" in rows["dual_head"].because
     else:
-        assert rows["dual_head"] == {"part": "dual_head", "runs on": "cpu", "because": "it can run"}
+        assert rows["dual_head"] == base.Part("dual_head", "cpu", "it can run", backend="cpu")
 
 
 def test_bytes_for_graphs(monkeypatch):

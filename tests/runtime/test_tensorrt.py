@@ -285,7 +285,7 @@ def test_accelerate(folder, monkeypatch):
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no exported artefact"):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
-    assert pipe.runtime is None
+    assert pipe.runtime.name == "reference"
     assert acceleration.unavailable("tensorrt") == ""
 
 
