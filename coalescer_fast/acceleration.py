@@ -16,7 +16,7 @@ from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
 from .runtime.cpu import CpuRuntime, native_bfloat16
-from .runtime.cuda import CudaRuntime
+from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.exported import ExportedRuntime
 from .runtime.static import StaticRuntime

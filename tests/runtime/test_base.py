@@ -12,11 +12,11 @@ from coalescer_fast import acceleration
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cpu import CpuRuntime
-from coalescer_fast.runtime.cuda import CudaRuntime
+from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.static import StaticRuntime
 
-from .conftest import CpuRecorder
+from .conftest import CpuGraphCapture
 
 
 def plain(module, args, dtype, folder):
@@ -30,7 +30,9 @@ def engine(name: str):
 
 def runtimes():
     yield pytest.param(lambda pipe: StaticRuntime(pipe, "plain", plain, torch.float32), id="plain")
-    yield pytest.param(lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, recorder=CpuRecorder()), id="cuda")
+    yield pytest.param(
+        lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
+    )
     native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
     yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, sampling
-from ..finite import nan_where_not_finite
-from ..models.unet import Conditioning
-from ..nvtx_ranges import span
-from ..ops.dispatch import BACKENDS, PREFERENCE
-from ..scheduler import CoalescerScheduler
-from .base import Part, PipelineRuntime, channels_last_copy, entered, quiet_torch
-from .graphs import CudaRecorder, Graphs, Recorder
+from ... import ops, sampling
+from ...finite import nan_where_not_finite
+from ...models.unet import Conditioning
+from ...nvtx_ranges import span
+from ...ops.dispatch import BACKENDS, PREFERENCE
+from ...scheduler import CoalescerScheduler
+from ..base import Part, PipelineRuntime, channels_last_copy, entered, quiet_torch
+from .graphs import CudaGraphCapture, GraphCapture, Graphs
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
-    from ..sampling import Call, OnStep
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
+    from ...sampling import Call, OnStep
 
 MOST_GRAPHS = 16
 SHARE = 4  # of the device's memory, one part in so many is for graphs
@@ -63,7 +63,7 @@ class CudaRuntime(PipelineRuntime):
         dtype: of weights and activations.
         most_bytes: of memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no graphs.
         most_graphs: the least recently used goes.
-        recorder: what captures; CUDA if None.
+        capture: what captures; CUDA if None.
     """
 
     name = "cuda"
@@ -75,12 +75,12 @@ class CudaRuntime(PipelineRuntime):
         dtype: torch.dtype,
         most_bytes: int | None = None,
         most_graphs: int = MOST_GRAPHS,
-        recorder: Recorder | None = None,
+        capture: GraphCapture | None = None,
     ):
         super().__init__(pipe)
         if most_bytes is None:
             most_bytes = graph_bytes(pipe.device)
-        self.graphs = Graphs(CudaRecorder(pipe.device) if recorder is None else recorder, most_graphs, most_bytes)
+        self.graphs = Graphs(CudaGraphCapture(pipe.device) if capture is None else capture, most_graphs, most_bytes)
         self.backend, self.dtype, self.device = backend, dtype, pipe.device
         self.refresh()
 
