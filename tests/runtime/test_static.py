@@ -367,6 +367,7 @@ def test_a_new_size_and_new_weights_just_work(engine):
         engine.unet.conv_in.weight.mul_(1.2)
     after = draw(engine, "octopus")
     assert "inputs 1x16x8x8\n" in cf.explain(engine) + "\n"
-    runtime, engine.runtime = engine.runtime, None
+    runtime = engine.runtime
+    cf.restore(engine)
     assert psnr(after, draw(engine, "octopus")).min() > 35
     engine.runtime = runtime
