@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import native_library
+from .pipeline import CoalescerPipeline
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
-from .runtime.cpu import CpuRuntime, native_bfloat16
-from .runtime.cuda import CudaRuntime
+from .runtime.cuda.runtime import CudaRuntime
+from .runtime.eager import EagerRuntime
 from .runtime.exported import ExportedRuntime
+from .runtime.native.runtime import CpuRuntime, native_bfloat16
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
-    from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -195,7 +196,7 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
 def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
     """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
     check_pipeline(pipe)
-    pipe.runtime = pipe.recipe = None
+    pipe.runtime, pipe.recipe = EagerRuntime(pipe), None
     return pipe
 
 
@@ -231,16 +232,15 @@ def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: A
 def explain(pipe: CoalescerPipeline) -> str:
     """A table of what runs each part of a pipeline, and why."""
     check_pipeline(pipe)
-    plain = [{"part": "all", "runs on": "reference", "because": "the pipeline is not accelerated"}]
-    rows = plain if pipe.runtime is None else pipe.runtime.explain()
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    rows = [(part.name, part.runs_on, part.because) for part in pipe.runtime.explain()]
+    cells = [("part", "runs on", "because"), *rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def check_pipeline(pipe: object) -> None:
     """Raise TypeError for anything but a pipeline."""
-    if not hasattr(type(pipe), "runtime"):
+    if not isinstance(pipe, CoalescerPipeline):
         raise TypeError(
             f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"
         )
@@ -248,6 +248,6 @@ def check_pipeline(pipe: object) -> None:
 
 def accelerated(pipe: CoalescerPipeline) -> Runtime:
     check_pipeline(pipe)
-    if pipe.runtime is None:
+    if isinstance(pipe.runtime, EagerRuntime):
         raise ValueError("the pipeline is not accelerated: call coalescer_fast.accelerate(pipe) first")
     return pipe.runtime

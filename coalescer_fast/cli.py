@@ -321,7 +321,6 @@ def warmup(args: argparse.Namespace) -> None:
     import torch
 
     from .acceleration import warmup as prepare
-    from .runtime.base import precision
 
     pipe = load(args)
     pipe.set_progress_bar_config(disable=True)
@@ -338,7 +337,7 @@ def warmup(args: argparse.Namespace) -> None:
     for n in args.batch_sizes:
         row = {"pictures": n, "warm-up, s": seconds(prepare, pipe, (n,))}
         rows.append({**row, "call, s": statistics.median(seconds(call, n) for _ in range(5))})
-    print(f"{pipe.runtime.name}, {precision(pipe.runtime)}, {torch.get_num_threads()} threads")
+    print(f"{pipe.runtime.name}, {pipe.runtime.precision}, {torch.get_num_threads()} threads")
     print(aligned(rows))
 
 

@@ -1,5 +1,7 @@
 """The structures and enums of csrc/abi.h, declared by field name and under the names that they have there.
 
+Those of the steps of programs are in runtime/native/steps.py.
+
 What a field means is said in csrc/abi.h. Both files must be changed together: tests/ops/test_abi.py compiles the header
 and compares every field's type, offset and size, and every enum's value, with the declarations here.
 
@@ -133,18 +135,6 @@ class cf_function(IntEnum):
     CF_TANH = 2
 
 
-class cf_step_kind(IntEnum):
-    CF_CONVOLUTION = 0
-    CF_GROUP_NORM_SILU = 1
-    CF_GATHER = 2
-    CF_ATTENTION = 3
-    CF_DUAL_HEAD = 4
-    CF_LAYER_NORM = 5
-    CF_GATE = 6
-    CF_POINTWISE = 7
-    CF_REPLACE_ZERO_ROWS = 8
-
-
 class cf_vector(Struct):
     _fields_: ClassVar = [
         ("data", c_void_p),
@@ -267,115 +257,7 @@ class cf_coalesce_step_args(Struct):
     ]
 
 
-# The steps of a program, beside cf_dual_head_args.
-
-
-class cf_group_norm_image_args(Struct):
-    _fields_: ClassVar = [
-        ("norm", cf_group_norm_silu_args),
-        ("y", cf_image),
-        ("width", c_int64),
-        ("quantisation", cf_quantisation),
-    ]
-
-
-class cf_convolution_args(Struct):
-    _fields_: ClassVar = [
-        ("x", cf_image),
-        ("residual", cf_image),
-        ("y", cf_image),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("scale", c_void_p),
-        ("n", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("channels", c_int64),
-        ("outputs", c_int64),
-        ("taps", c_int64),
-        ("stride", c_int64),
-        ("relu", c_int64),
-    ]
-
-
-class cf_gather_args(Struct):
-    _fields_: ClassVar = [
-        ("parts", cf_tensor4 * 2),
-        ("channels", c_int64 * 2),
-        ("y", cf_image),
-        ("n", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("y_channels", c_int64),
-        ("factor", c_int64),
-    ]
-
-
-class cf_attention_args(Struct):
-    _fields_: ClassVar = [
-        ("q", cf_heads),
-        ("k", cf_heads),
-        ("v", cf_heads),
-        ("mask", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("n", c_int64),
-        ("heads", c_int64),
-        ("length", c_int64),
-        ("k_length", c_int64),
-        ("width", c_int64),
-        ("scale", c_double),
-    ]
-
-
-class cf_layer_norm_args(Struct):
-    _fields_: ClassVar = [
-        ("x", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("rows", c_int64),
-        ("channels", c_int64),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("eps", c_double),
-    ]
-
-
-class cf_gate_args(Struct):
-    _fields_: ClassVar = [
-        ("value", c_void_p),
-        ("gate", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("rows", c_int64),
-        ("channels", c_int64),
-        ("stride", c_int64),
-    ]
-
-
-class cf_pointwise_args(Struct):
-    _fields_: ClassVar = [
-        ("x", c_void_p),
-        ("residual", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("count", c_int64),
-        ("function", c_int64),
-        ("x_scale", c_double),
-        ("x_shift", c_double),
-        ("y_scale", c_double),
-        ("y_shift", c_double),
-    ]
-
-
-class cf_replace_zero_rows_args(Struct):
-    _fields_: ClassVar = [
-        ("x", c_void_p),
-        ("row", c_void_p),
-        ("y", c_void_p),
-        ("rows", c_int64),
-        ("channels", c_int64),
-    ]
+# Programs; the arguments of their steps are declared in runtime/native/steps.py.
 
 
 class cf_step(Struct):

@@ -155,7 +155,7 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
 }
 
 template <class T>
-int dual_head_typed(const cf_dual_head_args& a) {
+int dual_head_typed(const cf_dual_head_args& a, int64_t most_threads) {
     typedef typename Ring<T>::type R;
     const int64_t padded = round_up(a.c, LANES<R>), padded_width = round_up(a.width, PIXELS),
                   outs = round_up(a.cz, OUT);
@@ -191,7 +191,7 @@ int dual_head_typed(const cf_dual_head_args& a) {
     int status = CF_OK;
     const int64_t row_values = a.cz * a.width;
     if (anchored)
-        parallel_for(a.n, a.n * row_values * a.height < 64 << 10 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
+        parallel_for(a.n, a.n * row_values * a.height < 64 << 10 ? 1 : most_threads, [&](int64_t begin, int64_t end) {
             float* offset = static_cast<float*>(scratch(1, 2 * static_cast<size_t>(row_values) * sizeof(float)));
             if (!offset) {
                 __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
@@ -209,7 +209,8 @@ int dual_head_typed(const cf_dual_head_args& a) {
     if (status != CF_OK) return status;
 
     const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
-    const int64_t threads = a.n * a.height * a.width * taps < 512 << 10 ? 1 : a.threads;  // a second one costs as much
+    const int64_t threads =
+        a.n * a.height * a.width * taps < 512 << 10 ? 1 : most_threads;  // a second one costs as much
     parallel_for(a.n * items, threads, [&](int64_t begin, int64_t end) {
         R* ring = static_cast<R*>(scratch(
             1, 3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float)));
@@ -269,8 +270,8 @@ int dual_head_typed(const cf_dual_head_args& a) {
     return CF_OK;
 }
 
-inline int dual_head(const cf_dual_head_args& a) {
-    return with_type(a.dtype, [&](auto type) { return dual_head_typed<decltype(type)>(a); });
+inline int dual_head(const cf_dual_head_args& a, int64_t threads) {
+    return with_type(a.dtype, [&](auto type) { return dual_head_typed<decltype(type)>(a, threads); });
 }
 
 }  // namespace

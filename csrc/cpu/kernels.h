@@ -1,7 +1,7 @@
 // The kernels, compiled with the including file's instruction set.
 #include "group_norm.h"
 #include "head.h"
-#include "network.h"
+#include "convolution.h"
 #include "residual.h"
 #include "step.h"
 

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "runtime.h"
+#include "threads.h"
 
 #if defined(__AVX512F__)
 #define CF_WIDTH 16

@@ -8,16 +8,16 @@ cxx=${CXX:-c++} rounds=${1:-300}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-declare -A flags=([runtime]= [portable]= [avx2]="-mavx2 -mfma -mf16c")
+declare -A flags=([threads]= [portable]= [avx2]="-mavx2 -mfma -mf16c")
 flags[avx512]="${flags[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 flags[avx512_bf16]="${flags[avx512]} -mavx512bf16 -mavx512vnni"
-files=(runtime portable avx2 avx512 avx512_bf16)
-[[ $(uname -m) == x86_64 ]] || files=(runtime portable)
+files=(threads portable avx2 avx512 avx512_bf16)
+[[ $(uname -m) == x86_64 ]] || files=(threads portable)
 
 for sanitizers in address,undefined thread; do
     common=(-std=c++17 -O0 -g -ffp-contract=off -fno-math-errno -w "-fsanitize=$sanitizers" -fno-sanitize-recover=all -fno-omit-frame-pointer)
     # a race is one whatever the instruction set
-    [[ $sanitizers == thread ]] && files=(runtime portable) && common+=(-DCF_PORTABLE_ONLY)
+    [[ $sanitizers == thread ]] && files=(threads portable) && common+=(-DCF_PORTABLE_ONLY)
     for file in "${files[@]}"; do
         "$cxx" "${common[@]}" ${flags[$file]} -c "csrc/cpu/$file.cpp" -o "$scratch/$file.o" &
     done

@@ -70,18 +70,18 @@ READ_OUTSIDE = [
 STEPS = [
     (
         ADDRESS,
-        "network.h",
+        "convolution.h",
         "fill(origin + (height + 1) * image.row, width + 2);",
         "fill(origin + (height + 1) * image.row, width + 3);",
     ),
-    (ADDRESS, "network.h", "part = a.outputs - c < W ? a.outputs - c : W;", "part = W;"),
+    (ADDRESS, "convolution.h", "part = a.outputs - c < W ? a.outputs - c : W;", "part = W;"),
     (
         ADDRESS,
-        "runtime.cpp",
+        "threads.cpp",
         "for (int64_t rank = 1; rank < mine.size; ++rank)",
         "for (int64_t rank = 2; rank < mine.size; ++rank)",
     ),
-    (THREAD, "runtime.cpp", "(&mine.posted, posted, __ATOMIC_RELEASE);", "(&mine.posted, posted, __ATOMIC_RELAXED);"),
+    (THREAD, "threads.cpp", "(&mine.posted, posted, __ATOMIC_RELEASE);", "(&mine.posted, posted, __ATOMIC_RELAXED);"),
 ]
 
 
@@ -178,7 +178,7 @@ def test_a_missing_barrier_is_a_race(calls, tmp_path):
 def run_cpu_calls(csrc: Path, flags: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess:
     """random_calls of the portable CPU kernels under `csrc`."""
     program = folder / "calls"
-    sources = HERE / "random_calls.cpp", csrc / "cpu" / "runtime.cpp", csrc / "cpu" / "portable.cpp"
+    sources = HERE / "random_calls.cpp", csrc / "cpu" / "threads.cpp", csrc / "cpu" / "portable.cpp"
     command = [
         os.environ.get("CXX", "c++"),
         "-std=c++17",

@@ -22,7 +22,7 @@ from coalescer_fast import (
 )
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.ops import native_library
-from coalescer_fast.runtime.cpu import CpuRuntime, no_programs
+from coalescer_fast.runtime.native.runtime import CpuRuntime, no_programs
 
 # |y - y64| / |y64|, of a direction and of distances: what rounding every layer's input and weights may come to in these small networks
 BUDGET = {"float32": 3e-6, "bfloat16": 0.03, "int8": 0.04}

@@ -17,7 +17,7 @@ from coalescer_fast import acceleration
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base, static
-from coalescer_fast.runtime.cpu import native_bfloat16
+from coalescer_fast.runtime.native.runtime import native_bfloat16
 from coalescer_fast.runtime.static import Evaluation, StaticRuntime, traceable
 
 PROMPTS = ["octopus", "pizza"]
@@ -367,6 +367,7 @@ def test_a_new_size_and_new_weights_just_work(engine):
         engine.unet.conv_in.weight.mul_(1.2)
     after = draw(engine, "octopus")
     assert "inputs 1x16x8x8\n" in cf.explain(engine) + "\n"
-    runtime, engine.runtime = engine.runtime, None
+    runtime = engine.runtime
+    cf.restore(engine)
     assert psnr(after, draw(engine, "octopus")).min() > 35
     engine.runtime = runtime

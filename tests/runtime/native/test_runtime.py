@@ -21,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_hook
 import coalescer_fast as cf
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.ops import native_library
-from coalescer_fast.runtime import base, cpu
+from coalescer_fast.runtime import base
+from coalescer_fast.runtime.native import runtime
 
-from ..models.test_layers import seeded
+from ...models.test_layers import seeded
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
@@ -116,7 +117,7 @@ def test_tied_weights(pipe):
 
 
 def test_a_packed_weight_keeps_its_address():
-    from coalescer_fast.runtime.packed import Weights
+    from coalescer_fast.runtime.native.pack import Weights
 
     weights = Weights(torch.float32)
     for value in range(20):  # temporaries, which may lie where the one before lay
@@ -265,7 +266,7 @@ class Gained(nn.Module):
 def test_layers_of_users_own_classes_are_run_as_they_are(pipe):
     pipe.unet.conv_in = Gained(pipe.unet.conv_in)
     cf.accelerate(pipe, dtype="float32")
-    assert "conv_in is a tests.runtime.test_cpu.Gained" in cf.explain(pipe)
+    assert "conv_in is a tests.runtime.native.test_runtime.Gained" in cf.explain(pipe)
     before = draw(pipe)
     calls = pipe.unet.conv_in.state["gains"][1][0]
     assert torch.equal(draw(pipe), before)
@@ -351,7 +352,7 @@ def test_an_interrupted_refresh_is_done_again(pipe, interrupted, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(base if interrupted == "Watch" else cpu, interrupted, interrupt)
+        patch.setattr(base if interrupted == "Watch" else runtime, interrupted, interrupt)
         with pytest.raises(KeyboardInterrupt):
             draw(pipe)
     assert_as_the_reference(pipe)
@@ -459,7 +460,7 @@ def test_a_copy_is_accelerated_in_the_same_way(pipe, how, dtype):
         pipe.unet.conv_in.weight.mul_(2)
     assert torch.equal(draw(other), expected)
     assert not torch.equal(draw(pipe), expected)
-    assert copy.deepcopy(cf.restore(pipe)).runtime is None
+    assert copy.deepcopy(cf.restore(pipe)).runtime.name == "reference"
 
 
 def test_a_copy_that_cannot_be_accelerated_draws_by_the_reference(pipe, monkeypatch, caplog):
@@ -614,5 +615,5 @@ def test_int8_of_a_network_without_a_program(pipe):
 
 def test_explain_says_what_runs_on_the_reference(pipe, monkeypatch):
     monkeypatch.setattr(native_library, "unavailable", lambda: "not here")
-    rows = cpu.CpuRuntime(pipe, torch.float32).explain()
-    assert {row["part"]: row["runs on"] for row in rows}["conditioning"] == "reference"
+    rows = runtime.CpuRuntime(pipe, torch.float32).explain()
+    assert {part.name: part.runs_on for part in rows}["conditioning"] == "reference"

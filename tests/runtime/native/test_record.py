@@ -5,16 +5,9 @@ import torch
 from torch import nn
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.runtime.recorder import (
-    ATTENTION,
-    CONVOLUTION,
-    GROUP_NORM_SILU,
-    POINTWISE,
-    Hollow,
-    Recorder,
-    Unsupported,
-    record,
-)
+from coalescer_fast.runtime.native.record import MetaCopy, Recording, record_module
+from coalescer_fast.runtime.native.steps import Attention, Convolution, GroupNormSiLU, Pointwise
+from coalescer_fast.runtime.native.value import Unsupported
 
 
 class Function(nn.Module):
@@ -30,10 +23,9 @@ class Function(nn.Module):
         return self.function(self, x)
 
 
-def recorded(network: nn.Module) -> Recorder:
-    return record(Hollow(network), lambda twin, recorder: [twin(recorder.given(torch.ones(2, 4, 6, 6), images=True))])[
-        0
-    ]
+def recorded(network: nn.Module) -> Recording:
+    x = torch.ones(2, 4, 6, 6)
+    return record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.input(x, image=True))])
 
 
 @pytest.mark.parametrize(
@@ -97,17 +89,20 @@ def test_joins():
         return (module.conv(module.conv(x).relu()) + x).relu()
 
     first, second = recorded(Function(function)).steps
-    assert (first.kind, second.kind) == (CONVOLUTION, CONVOLUTION)
-    assert first.attributes["relu"] == second.attributes["relu"] == 1
-    assert first.reads[1] is None
-    assert second.reads == [first.y, first.reads[0]]
+    assert isinstance(first, Convolution)
+    assert isinstance(second, Convolution)
+    assert first.relu
+    assert second.relu
+    assert first.residual is None
+    assert (second.x, second.residual) == (first.y, first.x)
 
 
 def test_a_value_added_to_itself_is_twice_it():
-    steps = recorded(Function(lambda m, x: (h := m.conv(x)) + h)).steps
-    assert [step.kind for step in steps] == [CONVOLUTION, POINTWISE]
-    assert steps[1].attributes["x_scale"] == 2
-    assert steps[0].reads == [steps[0].reads[0], None]
+    first, second = recorded(Function(lambda m, x: (h := m.conv(x)) + h)).steps
+    assert isinstance(first, Convolution)
+    assert isinstance(second, Pointwise)
+    assert second.x_scale == 2
+    assert first.residual is second.residual is None
 
 
 def test_a_network_is_recorded_without_data_and_left_as_it_is():
@@ -120,17 +115,17 @@ def test_a_network_is_recorded_without_data_and_left_as_it_is():
     def run(twin, recorder):
         assert all(p.is_meta for p in twin.parameters())
         twin.set_backend("auto")
-        given = [(recorder.given(a), recorder.given(b)) for a, b in film]
+        given = [(recorder.input(a), recorder.input(b)) for a, b in film]
         from coalescer_fast.models.unet import Conditioning
 
         return twin(
-            recorder.given(torch.ones(1, 16, 8, 8), images=True), Conditioning(given, None, []), return_dict=False
+            recorder.input(torch.ones(1, 16, 8, 8), image=True), Conditioning(given, None, []), return_dict=False
         )
 
-    recorder, outputs = record(Hollow(network), run)
-    kinds = [step.kind for step in recorder.steps]
-    assert kinds.count(GROUP_NORM_SILU) == sum(isinstance(m, nn.GroupNorm) for m in network.modules())
-    assert kinds.count(ATTENTION) == sum(type(m).__name__ == "SelfAttention" for m in network.modules())
-    assert [tuple(value.tensor.shape) for value, _ in outputs] == [(1, 16, 8, 8), (1,)]
+    recording = record_module(MetaCopy(network), run)
+    kinds = [type(step) for step in recording.steps]
+    assert kinds.count(GroupNormSiLU) == sum(isinstance(m, nn.GroupNorm) for m in network.modules())
+    assert kinds.count(Attention) == sum(type(m).__name__ == "SelfAttention" for m in network.modules())
+    assert [tuple(value.tensor.shape) for value, _ in recording.outputs] == [(1, 16, 8, 8), (1,)]
     assert before == {name: (p.data_ptr(), p._version, p.requires_grad) for name, p in network.named_parameters()}
     assert network.backend == "reference"

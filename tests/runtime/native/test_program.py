@@ -10,11 +10,13 @@ from coalescer_fast import ops
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import native_library
-from coalescer_fast.runtime.packed import Range, Weights
-from coalescer_fast.runtime.program import Program
-from coalescer_fast.runtime.recorder import CONVOLUTION, POINTWISE, Hollow, Recorder, record
+from coalescer_fast.runtime.native.pack import Weights
+from coalescer_fast.runtime.native.program import Program
+from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_module
+from coalescer_fast.runtime.native.steps import Convolution, Pointwise
+from coalescer_fast.runtime.native.value import Range
 
-from ..ops.test_native import available
+from ...ops.test_native import available
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
@@ -51,12 +53,11 @@ def program(
     network: nn.Module, *inputs: torch.Tensor, dtype: torch.dtype, threads: int = 2, call=None, **kwargs
 ) -> Program:
     def run(twin, recorder: Recorder):
-        given = [recorder.given(x, images=x.ndim == 4) for x in inputs]
+        given = [recorder.input(x, image=x.ndim == 4) for x in inputs]
         results = (call or (lambda network, *args: network(*args)))(twin, *given)
         return results if isinstance(results, tuple) else (results,)
 
-    recorder, outputs = record(Hollow(network), run)
-    made = Program(recorder, outputs, Weights(dtype), threads, **kwargs)
+    made = Program(record_module(MetaCopy(network), run), Weights(dtype), threads, **kwargs)
     for mine, x in zip(made.inputs, inputs):
         mine.copy_(x)
     return made
@@ -177,8 +178,9 @@ class Transformer(nn.Module):
         self.conv_out = nn.Conv2d(24, 4, 3, padding=1)
 
     def forward(self, x, k, v, mask):
-        for module in (self.attention, self.block):
-            module.backend = "auto"
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = "auto"
         return self.conv_out(self.block(self.attention(self.conv_in(x)), (k, v), mask))
 
 
@@ -190,15 +192,14 @@ def test_transformer(able):
 
         def run(twin, recorder):
             given = (
-                recorder.given(x, images=True),
-                recorder.given(k, own=True),
-                recorder.given(v, own=True),
-                recorder.given(mask),
+                recorder.input(x, image=True),
+                recorder.input(k, rounded=True),
+                recorder.input(v, rounded=True),
+                recorder.input(mask),
             )
             return (twin(*given),)
 
-        recorder, outputs = record(Hollow(network), run)
-        made = Program(recorder, outputs, Weights(able), 2)
+        made = Program(record_module(MetaCopy(network), run), Weights(able), 2)
         for mine, t in zip(made.inputs, (x, k, v, mask)):
             mine.copy_(t)
         made.run()
@@ -226,12 +227,10 @@ def test_functions(able):
 
 
 def test_scales_and_shifts_are_part_of_a_function(able):
-    network = Functions()
-    kinds = [
-        step.kind
-        for step in record(Hollow(network), lambda twin, r: [twin(r.given(randn(2, 6, 5, 7), images=True))])[0].steps
-    ]
-    assert kinds == [POINTWISE, POINTWISE, CONVOLUTION, POINTWISE, POINTWISE]
+    x = randn(2, 6, 5, 7)
+    recording = record_module(MetaCopy(Functions()), lambda twin, recorder: [twin(recorder.input(x, image=True))])
+    kinds = [type(step) for step in recording.steps]
+    assert kinds == [Pointwise, Pointwise, Convolution, Pointwise, Pointwise]
 
 
 @pytest.mark.parametrize("anchor", ["mlp", None])
@@ -377,7 +376,7 @@ def test_eight_bits(channels, outputs, height, width):
     torch.testing.assert_close(ranges[0].low, h.amin((0, 2, 3)).clamp_max(0), rtol=0.01, atol=0.01)
     (y,) = results(network, x, dtype=torch.bfloat16, ranges=ranges)
     # the same with the roundings made in float64
-    step, zero = (t.double()[:, None, None] for t in ranges[0].quantised())
+    step, zero = (t.double()[:, None, None] for t in ranges[0].quantisation())
     q = ((h.double() / step).round() + zero).clamp(0, 255)
     weight = network.conv.weight.double() * step
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
@@ -393,7 +392,7 @@ def test_range_covers_what_it_has_seen():
     seen.extend(rows[:25])
     seen.extend(rows[25:])
     assert torch.equal(seen.high, rows.amax(0).clamp_min(0))
-    step, zero = seen.quantised()
+    step, zero = seen.quantisation()
     q = (rows / step).round() + zero
     assert q.min() >= 0
     assert q.max() <= 255

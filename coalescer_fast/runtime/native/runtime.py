@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, sampling
-from ..models.unet import Conditioning
-from ..ops import native_library
-from .base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
-from .packed import Range, Weights
+from ... import ops, sampling
+from ...models.unet import Conditioning
+from ...ops import native_library
+from ..base import Part, PipelineRuntime, channels_last_copy, counted, entered, quiet_torch
+from ..watch import foreign
+from .pack import Weights
 from .program import Program
-from .recorder import Hollow, Recorder, Unsupported, record
-from .watch import foreign
+from .record import MetaCopy, Recorder, record_module
+from .value import Range, Unsupported
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
 
 CALIBRATION = 32  # prompts that 8-bit ranges are found with
 VOCABULARY = (
@@ -56,7 +57,7 @@ def no_programs(dtype: torch.dtype) -> str:
     return "the processor has neither AVX2 nor AVX-512" if native_library.isa() == "portable" else ""
 
 
-class CpuRuntime(OfPipeline):
+class CpuRuntime(PipelineRuntime):
     """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and
     pictures are float32.
 
@@ -81,6 +82,10 @@ class CpuRuntime(OfPipeline):
         self.observing = False
         self.refresh()
 
+    @property
+    def precision(self) -> str:
+        return "int8" if self.quantised else super().precision
+
     def take_over(self) -> None:
         """Forget what was prepared; with 8 bits, find the ranges anew."""
         self.weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
@@ -88,7 +93,7 @@ class CpuRuntime(OfPipeline):
         # why a network cannot run as a program; those whose own code has to run
         self.refused: dict[str, str] = {}
         self.own: set[str] = set()
-        self.hollow: dict[str, Hollow] = {}
+        self.copies: dict[str, MetaCopy] = {}
         self.plain: dict[str, Any] = {}
         self.ranges: dict[tuple[int, int], dict[int, Range]] = {}  # by the size of R
         self.given: OrderedDict[int, Given] = OrderedDict()  # of the last two conditionings
@@ -125,7 +130,7 @@ class CpuRuntime(OfPipeline):
         vectors, *rest = described
 
         def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-            return unet.condition(*map(recorder.given, (vectors, *rest[:1]))).tensors()
+            return unet.condition(*map(recorder.input, (vectors, *rest[:1]))).tensors()
 
         results = self._run("conditioning", vectors, tuple(rest[:1]), described, run, torch.float32)
         if results is None:
@@ -151,7 +156,7 @@ class CpuRuntime(OfPipeline):
             record_given = given.record
 
             def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-                return unet(recorder.given(sample, images=True), record_given(recorder), return_dict=False)
+                return unet(recorder.input(sample, image=True), record_given(recorder), return_dict=False)
 
             results = self._run("unet", sample, given.tensors, given, run, self.dtype)
         if results is not None:
@@ -167,7 +172,7 @@ class CpuRuntime(OfPipeline):
         latents = entered(latents, self.device)
 
         def run(decoder: Any, recorder: Recorder) -> Iterable[Tensor]:
-            return [decoder(recorder.given(latents, images=True))]
+            return [decoder(recorder.input(latents, image=True))]
 
         results = self._run("decoder", latents, (), None, run, self.dtype)
         if results is None:
@@ -196,11 +201,9 @@ class CpuRuntime(OfPipeline):
                 return None
             if (found := self.programs.get(key)) is None:
                 try:
-                    if name not in self.hollow:
-                        self.hollow[name] = Hollow(self._networks()[name])
-                    recorder, outputs = record(self.hollow[name], run)
+                    recording = record_module(self._copy(name), run)
                     ranges = self.ranges.get(tuple(x.shape[2:])) if name == "unet" and not self.observing else None  # type: ignore[arg-type]
-                    found = counted(Program(recorder, outputs, self.weights[dtype], threads, ranges, self.observing))
+                    found = counted(Program(recording, self.weights[dtype], threads, ranges, self.observing))
                 except Unsupported as reason:
                     self.refused[name] = str(reason)
                     return None
@@ -219,6 +222,15 @@ class CpuRuntime(OfPipeline):
             if self.observing and name == "unet":
                 found.observe(self.ranges.setdefault(tuple(x.shape[2:]), {}))  # type: ignore[arg-type]
             return [y.clone() for y in found.outputs]
+
+    def _copy(self, name: str) -> MetaCopy:
+        """What is recorded of the network: a copy that calls the ops as torch ops, which a recorder sees."""
+        if name not in self.copies:
+            copied = MetaCopy(self._networks()[name])
+            if name != "decoder":
+                copied.module.set_backend("auto")
+            self.copies[name] = copied
+        return self.copies[name]
 
     @quiet_torch()
     def _calibrate(self, size: tuple[int, int]) -> None:
@@ -256,7 +268,7 @@ class CpuRuntime(OfPipeline):
                     self.plain[name].set_backend(self.backend)
             return self.plain[name]
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> list[Part]:
         """What runs each part, and why not something faster."""
         rows = []
         for name in self._networks():
@@ -266,22 +278,14 @@ class CpuRuntime(OfPipeline):
                 way = "reference"
             if native and name == "unet" and self.quantised:
                 way += f", {max(map(len, self.ranges.values()))} convolutions in int8"
-            rows.append(
-                {
-                    "part": name,
-                    "runs on": way,
-                    "because": f"it can run on {native_library.isa()}" if native else self.refused[name],
-                }
-            )
+            rows.append(Part(name, way, f"it can run on {native_library.isa()}" if native else self.refused[name]))
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and "unet" not in self.refused:
-                rows.append(
-                    {"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"}
-                )
+                rows.append(Part(op, "native program", "a convolution adds bias and residual itself"))
                 continue
             backend = "reference" if "unet" in self.own and op != "coalesce_step" else self.backend
             able, reason = ops.backends(op)[backend]
-            rows.append({"part": op, "runs on": backend, "because": "it can run" if able else reason})
+            rows.append(Part.of_op(op, backend, "it can run" if able else reason))
         return rows
 
 
@@ -304,7 +308,7 @@ class Given:
     def record(self, recorder: Recorder) -> Conditioning:
         """The conditioning with the recorder's inputs in the place of its tensors."""
         c = self.conditioning
-        film = [(recorder.given(scale), recorder.given(shift)) for scale, shift in c.film]
-        keys_values = [(recorder.given(k, own=True), recorder.given(v, own=True)) for k, v in c.keys_values]
-        anchor = None if c.anchor is None else recorder.given(c.anchor, images=True)
-        return Conditioning(film, anchor, keys_values, None if c.mask is None else recorder.given(c.mask))
+        film = [(recorder.input(scale), recorder.input(shift)) for scale, shift in c.film]
+        keys_values = [(recorder.input(k, rounded=True), recorder.input(v, rounded=True)) for k, v in c.keys_values]
+        anchor = None if c.anchor is None else recorder.input(c.anchor, image=True)
+        return Conditioning(film, anchor, keys_values, None if c.mask is None else recorder.input(c.mask))

@@ -615,24 +615,11 @@ inline int attention(const cf_attention_args& a, int64_t threads) {
 
 inline int run_step(const cf_step& step, int64_t threads) {
     switch (step.kind) {
-        case CF_CONVOLUTION:
-            return convolution(*static_cast<const cf_convolution_args*>(step.args), threads);
-        case CF_GROUP_NORM_SILU:
-            return group_norm_image(*static_cast<const cf_group_norm_image_args*>(step.args), threads);
-        case CF_GATHER:
-            return gather(*static_cast<const cf_gather_args*>(step.args), threads);
-        case CF_ATTENTION:
-            return attention(*static_cast<const cf_attention_args*>(step.args), threads);
-        case CF_LAYER_NORM:
-            return layer_norm(*static_cast<const cf_layer_norm_args*>(step.args), threads);
-        case CF_GATE:
-            return gate(*static_cast<const cf_gate_args*>(step.args), threads);
-        case CF_DUAL_HEAD:
-            return dual_head(*static_cast<const cf_dual_head_args*>(step.args));
-        case CF_POINTWISE:
-            return pointwise(*static_cast<const cf_pointwise_args*>(step.args), threads);
-        case CF_REPLACE_ZERO_ROWS:
-            return replace_zero_rows(*static_cast<const cf_replace_zero_rows_args*>(step.args), threads);
+#define CF_RUN(name, number, type, function) \
+    case CF_##name:                          \
+        return function(*static_cast<const type*>(step.args), threads);
+        CF_STEPS(CF_RUN)
+#undef CF_RUN
         default:
             return CF_INVALID_ARGUMENT;
     }

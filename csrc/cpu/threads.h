@@ -16,7 +16,7 @@ struct Kernels {
     const char* isa;
     int (*group_norm_silu)(const cf_group_norm_silu_args&);
     int (*bias_residual)(const cf_bias_residual_args&);
-    int (*dual_head)(const cf_dual_head_args&);
+    int (*dual_head)(const cf_dual_head_args&, int64_t threads);
     int (*coalesce_step)(const cf_coalesce_step_args&);
     int (*run_step)(const cf_step&, int64_t threads);
     int width;     // floats in a vector

@@ -1,4 +1,4 @@
-#include "runtime.h"
+#include "threads.h"
 
 #include <math.h>
 #include <sched.h>
@@ -187,32 +187,14 @@ bool valid(const cf_replace_zero_rows_args& a) {
     return a.rows >= 0 && a.channels >= 1 && a.row && ((a.x && a.y) || a.rows == 0);
 }
 
-template <class Args>
-bool valid_args(const cf_step& step) {
-    return valid(*static_cast<const Args*>(step.args));
-}
-
 bool valid(const cf_step& step) {
     if (!step.args) return false;
     switch (step.kind) {
-        case CF_CONVOLUTION:
-            return valid_args<cf_convolution_args>(step);
-        case CF_GROUP_NORM_SILU:
-            return valid_args<cf_group_norm_image_args>(step);
-        case CF_GATHER:
-            return valid_args<cf_gather_args>(step);
-        case CF_ATTENTION:
-            return valid_args<cf_attention_args>(step);
-        case CF_DUAL_HEAD:
-            return valid_args<cf_dual_head_args>(step);
-        case CF_LAYER_NORM:
-            return valid_args<cf_layer_norm_args>(step);
-        case CF_GATE:
-            return valid_args<cf_gate_args>(step);
-        case CF_POINTWISE:
-            return valid_args<cf_pointwise_args>(step);
-        case CF_REPLACE_ZERO_ROWS:
-            return valid_args<cf_replace_zero_rows_args>(step);
+#define CF_VALID(name, number, type, function) \
+    case CF_##name:                            \
+        return valid(*static_cast<const type*>(step.args));
+        CF_STEPS(CF_VALID)
+#undef CF_VALID
         default:
             return false;
     }
@@ -334,7 +316,7 @@ int cf_cpu_bias_residual(const cf_bias_residual_args* a) {
 
 int cf_cpu_dual_head(const cf_dual_head_args* a) {
     if (!valid(*a)) return CF_INVALID_ARGUMENT;
-    return a->n > 0 ? current->dual_head(*a) : CF_OK;
+    return a->n > 0 ? current->dual_head(*a, a->threads) : CF_OK;
 }
 
 int cf_cpu_coalesce_step(const cf_coalesce_step_args* a) {
