@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from ctypes import c_int64, c_void_p
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ... import layout, native_library
-from ...abi import cf_bias_residual_args
+from ...abi import Struct, cf_vector
 from ...binding import Binding, NativeKernel, contiguous, dense
+
+
+class cf_bias_residual_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("channels_last", c_int64),
+        ("n", c_int64),
+        ("c", c_int64),
+        ("spatial", c_int64),
+        ("bias", cf_vector),
+        ("threads", c_int64),
+    ]
 
 
 def fields(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> dict[str, Any]:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ... import native_library
-from ...abi import cf_coalesce_step_args
+from ...abi import Struct, cf_vector
 from ...binding import Binding, NativeKernel, contiguous, dense
+
+
+class cf_coalesce_step_args(Struct):
+    _fields_: ClassVar = [
+        ("sample", c_void_p),
+        ("dtype", c_int64),
+        ("direction", c_void_p),
+        ("direction_dtype", c_int64),
+        ("distance", cf_vector),
+        ("y", c_void_p),
+        ("n", c_int64),
+        ("size", c_int64),
+        ("unit", c_int64),
+        ("threads", c_int64),
+        ("eta", c_double),
+        ("eps", c_double),
+    ]
 
 
 def fields(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> dict[str, Any]:

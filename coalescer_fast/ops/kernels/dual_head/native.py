@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from ctypes import c_int64, c_void_p
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ... import layout, native_library
-from ...abi import cf_dual_head_args
+from ...abi import Struct, cf_tensor4, cf_vector
 from ...binding import Binding, NativeKernel, channels_innermost, contiguous, like
 from . import direction_dtype
+
+
+class cf_dual_head_args(Struct):
+    _fields_: ClassVar = [
+        ("h", c_void_p),
+        ("dtype", c_int64),
+        ("n", c_int64),
+        ("c", c_int64),
+        ("cz", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("direction_weight", cf_vector),
+        ("direction_bias", cf_vector),
+        ("distance_weight", cf_vector),
+        ("distance_bias", cf_vector),
+        ("sample", cf_tensor4),
+        ("anchor", cf_tensor4),
+        ("direction", cf_tensor4),
+        ("distance", c_void_p),
+        ("threads", c_int64),
+    ]
 
 
 def fields(

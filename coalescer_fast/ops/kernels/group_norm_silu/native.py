@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ... import layout, native_library
-from ...abi import cf_group_norm_silu_args
+from ...abi import Struct, cf_vector
 from ...binding import Binding, NativeKernel, contiguous, contiguous_rows, dense, like
+
+
+class cf_group_norm_silu_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("skip", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("channels_last", c_int64),
+        ("n", c_int64),
+        ("c1", c_int64),
+        ("c2", c_int64),
+        ("spatial", c_int64),
+        ("groups", c_int64),
+        ("silu", c_int64),
+        ("weight", cf_vector),
+        ("bias", cf_vector),
+        ("pre_bias", cf_vector),
+        ("scale", cf_vector),
+        ("scale_stride", c_int64),
+        ("shift", cf_vector),
+        ("shift_stride", c_int64),
+        ("threads", c_int64),
+        ("eps", c_double),
+    ]
 
 
 def fields(
