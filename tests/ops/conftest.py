@@ -11,7 +11,7 @@ import torch
 
 from coalescer_fast import ops
 
-from .numerics import ON_GPU, takes
+from ..helpers.numerics import ON_GPU, takes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

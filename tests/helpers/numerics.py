@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from coalescer_fast import ops
+from coalescer_fast.ops import cuda_library
 from coalescer_fast.ops.dispatch import FLOAT_AT_MOST_32
 from coalescer_fast.ops.triton_launch import INTERPRETED
 
 # backends whose tests run on CUDA tensors
 ON_GPU = () if INTERPRETED else ("triton", "cuda")
+# the CUDA kernels on CPU tensors, where the tests' emulation runs them
+EMULATED = ["cuda"] if cuda_library.INTERPRETED else []
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
