@@ -25,7 +25,7 @@ def plain(module, args, dtype, folder):
 
 
 def engine(name: str):
-    return lambda pipe: acceleration.BACKENDS[name].make(pipe, torch.float32)
+    return lambda pipe: acceleration.RUNTIMES[name].make(pipe, torch.float32)
 
 
 def runtimes():
@@ -37,7 +37,7 @@ def runtimes():
     yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [
-            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+            package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None
         ]
         marks = [pytest.mark.skip(reason=f"{', '.join(missing)} is missing")] if missing else []
         yield pytest.param(engine(name), marks=marks, id=name)
