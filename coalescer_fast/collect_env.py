@@ -1,7 +1,7 @@
 """``python -m coalescer_fast.collect_env [--json]``: what is installed, what loads, and what cannot run and why.
 
 Made for installations that do not work: it imports the standard library alone, and it tries torch, diffusers and the
-native libraries each in a process of its own, so that an import that raises, crashes or hangs is one line of the report.
+native libraries each in a process of its own. An import that raises, crashes or hangs is then one line of the report.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def try_torch() -> Facts:
 
 
 def try_pipeline() -> Facts:
-    """Import all that sampling needs, and list the OpenMP runtimes then in the process: two would fight for the cores."""
+    """Import all that sampling needs, and list the OpenMP runtimes that are then there: two fight for the cores."""
     import_module(f"{__package__}.pipeline")
     return {"imports": True, "openmp": guarded(openmp)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...models.unet import Conditioning
 from ..base import counted
 
-# What a function is given. Nobody writes to conditioning, so that the same one is copied once; tensors are copied always.
+# What a function is given. Tensors are copied always; conditioning, which nobody writes to, only when it is another one.
 Input = Tensor | Conditioning | float | None
 Output = Tensor | tuple[Tensor, ...]
 T = TypeVar("T", bound=Output)
