@@ -16,7 +16,7 @@ from torch import Tensor
 from ...models.unet import Conditioning
 from ..base import counted
 
-# What a function is given. Tensors are copied always; conditioning, which nobody writes to, only when it is another one.
+# What a function is given. Tensors are copied always, and conditioning, which nobody writes to, when it is another.
 Input = Tensor | Conditioning | float | None
 Output = Tensor | tuple[Tensor, ...]
 T = TypeVar("T", bound=Output)
