@@ -18,7 +18,7 @@ from .runtime.artefact import Artefact
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.exported import ExportedRuntime
-from .runtime.native.runtime import CpuRuntime, native_bfloat16
+from .runtime.native.runtime import NativeRuntime, native_bfloat16
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Backend:
 
 
 BACKENDS = {
-    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: native_library.unavailable()),
+    "cpu": Backend(NativeRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: native_library.unavailable()),
     "cuda": Backend(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
         {"cuda": (*BOTH, "float16")},

@@ -13,7 +13,7 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
-from coalescer_fast.runtime.native.runtime import CpuRuntime
+from coalescer_fast.runtime.native.runtime import NativeRuntime
 from coalescer_fast.runtime.static import StaticRuntime
 
 from .conftest import CpuGraphCapture
@@ -34,7 +34,7 @@ def runtimes():
         lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
     )
     native = [pytest.mark.skip(reason=reason)] if (reason := native_library.unavailable()) else []
-    yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
+    yield pytest.param(lambda pipe: NativeRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [
             package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None

@@ -496,9 +496,10 @@ class Heads:
 
 @dataclass(eq=False)
 class Attention(Step):
-    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask (n, k_length) allows.
+    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask allows.
 
-    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. y is (n, length, heads * width).
+    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. The mask is (n, k_length), bool, and
+    y (n, length, heads * width).
     """
 
     name = "ATTENTION"
@@ -664,7 +665,10 @@ class cf_layer_norm_args(Struct):
 
 @dataclass(eq=False)
 class LayerNorm(Step):
-    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels. Weight and bias (C,) are the module's own."""
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels.
+
+    Weight and bias (C,) are the module's own.
+    """
 
     name = "LAYER_NORM"
     number = 5
