@@ -6,20 +6,20 @@
 A program is made for one batch size, one size of images and one number of threads. Making it takes little time beside
 packing the weights, which all programs of a module share (`Weights`). What has to be decided is where the values lie:
 
-**Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which its values have where nothing else is said.
+**Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which values have where nothing else is said.
 Inputs are float32, and so are outputs: from each output we go back to the first step that can write float32 whatever it
-reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the convolutions
-that read them multiply integers.
+reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the
+convolutions that read them multiply integers.
 
-**Borders** (`Step.arrange`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge would
-stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the step that
-writes the image writes, too. Where this cannot be, as with an input, or an image that is also read by a step that does
-not skip borders, a `Gather` makes a copy that has one. Padding does the same for channels: kernels read groups of 4 bytes,
-so 3 channels of bfloat16 become 4.
+**Borders** (`Step.arrange`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
+would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
+step that writes the image writes, too. Where this cannot be, as with an input, or with an image that is also read by a
+step that does not skip borders, a `Gather` makes a copy that has one. Padding does the same for channels: kernels read
+groups of 4 bytes, so 3 channels of bfloat16 become 4.
 
-**Memory** (`place`). All values lie in one piece of memory. After the last step that reads a value, its place is free for
-others, which keeps the memory small, and much of it in the caches. Inputs and outputs share their places with nobody:
-what a caller writes to an input stays there until he writes again.
+**Memory** (`place`). All values lie in one piece of memory. After the last step that reads a value, its place is free
+for others, which keeps the memory small, and much of it in the caches. Inputs and outputs share their places with
+nobody: what a caller writes to an input stays there until he writes again.
 
 The arguments of the steps hold addresses: of values, of packed weights, and of other parameters, which stay where the
 module has them if their dtype and strides allow. A run allocates nothing and looks nothing up.
@@ -144,18 +144,22 @@ class Program:
             ranges: of the values of ``normalised``, by their number; those that are missing are added.
         """
         for number, value in self.normalised.items():
-            begin, b = value.address - self.memory.data_ptr(), value.border
-            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
-            image = flat.view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            b = value.border
+            image = self._flat(value).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
             inner = image[:, b : b + value.height, b : b + value.width]
             ranges.setdefault(number, Range.empty(value.channels)).extend(inner)
+
+    def _flat(self, value: Value) -> Tensor:
+        """All that a value has in memory, in one dimension."""
+        assert value.dtype is not None
+        begin = value.address - self.memory.data_ptr()
+        return self.memory[begin : begin + value.bytes].view(value.dtype)
 
     def _tensor(self, value: Value, like: Tensor | None) -> Tensor:
         """An input's or output's memory, or the part of it that was recorded."""
         assert like is not None
-        begin = value.address - self.memory.data_ptr()
         with torch.inference_mode(False):
-            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
+            flat = self._flat(value)
             return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
 
 

@@ -1,4 +1,7 @@
-"""`NativeRuntime`: a pipeline's networks as native programs. The only file here that knows our pipeline and its networks."""
+"""`NativeRuntime`: a pipeline's networks as native programs.
+
+This is the only file here that knows our pipeline and its networks.
+"""
 
 from __future__ import annotations
 
@@ -144,13 +147,17 @@ class NativeRuntime(PipelineRuntime):
         vectors, *rest = described
 
         def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-            return unet.condition(*map(recorder.input, (vectors, *rest[:1]))).tensors()
+            found: Conditioning = unet.condition(*map(recorder.input, (vectors, *rest[:1])))
+            return found.tensors()
 
         results = self._run("conditioning", run, vectors, tuple(rest[:1]), described)
+        conditioning: Conditioning
         if results is None:
             with quiet_torch():
-                return self.pipe.unet.condition(*described)
-        return self.pipe.unet.as_conditioning(results, rest[1] if len(rest) > 1 else None)
+                conditioning = self.pipe.unet.condition(*described)
+        else:
+            conditioning = self.pipe.unet.as_conditioning(results, rest[1] if len(rest) > 1 else None)
+        return conditioning
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         sample = entered(sample, self.device)
@@ -163,7 +170,9 @@ class NativeRuntime(PipelineRuntime):
             inputs = self._inputs_of(conditioning)
 
             def run(unet: Any, recorder: Recorder) -> Iterable[Tensor]:
-                return unet(recorder.input(sample, image=True), inputs.record(recorder), return_dict=False)
+                x, given = recorder.input(sample, image=True), inputs.record(recorder)
+                results: tuple[Tensor, Tensor] = unet(x, given, return_dict=False)
+                return results
 
             results = self._run("unet", run, sample, inputs.tensors, inputs)
         if results is not None:
@@ -175,7 +184,8 @@ class NativeRuntime(PipelineRuntime):
             with self.lock:
                 unet = network.in_torch
             x = sample.contiguous(memory_format=torch.channels_last)
-            return unet(x, conditioning.rounded(self.dtype), return_dict=False)
+            direction, distance = unet(x, conditioning.rounded(self.dtype), return_dict=False)
+            return direction, distance
 
     def decode(self, latents: Tensor) -> Tensor:
         latents = entered(latents, self.device)
