@@ -1,6 +1,6 @@
 """The structures and enums of csrc/abi.h, declared by field name and under the names that they have there.
 
-Those of the steps of programs are in runtime/native/steps.py.
+Those of an op's arguments are in the op's folder, those of a step's in runtime/native/steps.py.
 
 What a field means is said in csrc/abi.h. Both files must be changed together: tests/ops/test_abi.py compiles the header
 and compares every field's type, offset and size, and every enum's value, with the declarations here.
@@ -73,6 +73,15 @@ class Struct(ctypes.Structure):
         return _packer_of(cls, tuple(values))(*values.values())
 
     @classmethod
+    @functools.cache
+    def packing(cls) -> struct.Struct:
+        """The structure as `struct` has it, its numbers in the order of `leaves`."""
+        result = struct.Struct("".join(code for _, code in cls.leaves()))
+        if result.size != ctypes.sizeof(cls):
+            raise TypeError(f"{cls.__name__} has padding: all its numbers have to have 64 bits")
+        return result
+
+    @classmethod
     def leaves(cls) -> list[tuple[str, str]]:
         """The joined name of every number in the structure, and its format in `struct`."""
         found: list[tuple[str, str]] = []
@@ -100,12 +109,9 @@ def _packer_of(cls: type[Struct], constants: tuple[str, ...]) -> Callable[..., C
     if unknown := sorted(set(constants) - set(names)):
         raise TypeError(f"{cls.__name__} has no such fields: {', '.join(unknown)}")
     given = [name for name in names if name not in constants]
-    packing = struct.Struct("".join(code for _, code in cls.leaves()))
-    if packing.size != ctypes.sizeof(cls):
-        raise TypeError(f"{cls.__name__} has padding: its doubles belong behind the rest")
     keywords = f"*, {', '.join(given)}" if given else ""
     code = f"lambda {', '.join(constants)}: lambda {keywords}: pack({', '.join(names)})"
-    make: Callable[..., Callable[..., bytes]] = eval(code, {"pack": packing.pack})
+    make: Callable[..., Callable[..., bytes]] = eval(code, {"pack": cls.packing().pack})
     return make
 
 
@@ -167,87 +173,6 @@ class cf_heads(Struct):
         ("sample", c_int64),
         ("head_stride", c_int64),
         ("row", c_int64),
-    ]
-
-
-# The ops.
-
-
-class cf_group_norm_silu_args(Struct):
-    _fields_: ClassVar = [
-        ("x", c_void_p),
-        ("skip", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("channels_last", c_int64),
-        ("n", c_int64),
-        ("c1", c_int64),
-        ("c2", c_int64),
-        ("spatial", c_int64),
-        ("groups", c_int64),
-        ("silu", c_int64),
-        ("weight", cf_vector),
-        ("bias", cf_vector),
-        ("pre_bias", cf_vector),
-        ("scale", cf_vector),
-        ("scale_stride", c_int64),
-        ("shift", cf_vector),
-        ("shift_stride", c_int64),
-        ("threads", c_int64),
-        ("eps", c_double),
-    ]
-
-
-class cf_bias_residual_args(Struct):
-    _fields_: ClassVar = [
-        ("x", c_void_p),
-        ("residual", c_void_p),
-        ("y", c_void_p),
-        ("dtype", c_int64),
-        ("channels_last", c_int64),
-        ("n", c_int64),
-        ("c", c_int64),
-        ("spatial", c_int64),
-        ("bias", cf_vector),
-        ("threads", c_int64),
-    ]
-
-
-class cf_dual_head_args(Struct):
-    _fields_: ClassVar = [
-        ("h", c_void_p),
-        ("dtype", c_int64),
-        ("n", c_int64),
-        ("c", c_int64),
-        ("cz", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("direction_weight", cf_vector),
-        ("direction_bias", cf_vector),
-        ("distance_weight", cf_vector),
-        ("distance_bias", cf_vector),
-        ("sample", cf_tensor4),
-        ("anchor", cf_tensor4),
-        ("direction", cf_tensor4),
-        ("distance", c_void_p),
-        ("threads", c_int64),
-    ]
-
-
-class cf_coalesce_step_args(Struct):
-    _fields_: ClassVar = [
-        ("sample", c_void_p),
-        ("dtype", c_int64),
-        ("direction", c_void_p),
-        ("direction_dtype", c_int64),
-        ("distance", cf_vector),
-        ("y", c_void_p),
-        ("n", c_int64),
-        ("size", c_int64),
-        ("unit", c_int64),
-        ("threads", c_int64),
-        ("eta", c_double),
-        ("eps", c_double),
     ]
 
 

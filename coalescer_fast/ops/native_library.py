@@ -1,4 +1,4 @@
-"""Loads the native libraries of csrc (see csrc/abi.h), runs the one for CPUs, and what the bindings of both share."""
+"""Finds the native libraries, compiled from csrc, and runs the one for CPUs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from typing import Any
 
 import torch
 
+from .abi import ABI_VERSION, cf_dtype, cf_status
+
 FOLDER = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 3
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-STATUS = {1: "an argument that it does not take", 2: "out of memory"}
+# what calls that fail report, by status
+STATUS = {
+    cf_status.CF_INVALID_ARGUMENT: "an argument that it does not take",
+    cf_status.CF_OUT_OF_MEMORY: "out of memory",
+}
+# The dtypes of tensors that kernels of ops take, by their numbers in csrc/abi.h.
+DTYPE_CODES = {
+    torch.float32: cf_dtype.CF_FLOAT32.value,
+    torch.float16: cf_dtype.CF_FLOAT16.value,
+    torch.bfloat16: cf_dtype.CF_BFLOAT16.value,
+}
+# A function of a native library, given its packed arguments; it raises RuntimeError if it reports a failure.
 Call = Callable[[bytes], None]
+# CPU kernels run on CPU tensors alone: see `dispatch.Support`.
+INTERPRETED = False
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -61,20 +74,28 @@ def unavailable() -> str:
     return _load()[1]
 
 
-def isa() -> str:
-    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable"."""
+def refusal(tensor: torch.Tensor) -> str:
+    """Why they cannot take this tensor, though its dtype and device are right, or ""."""
+    return ""
+
+
+def _library() -> Any:
+    """The library of CPU kernels; Any, for ctypes knows no types of its functions."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
-    return library.cf_cpu_isa().decode()
+    return library
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable"."""
+    name: bytes = _library().cf_cpu_isa()
+    return name.decode()
 
 
 def vector_width() -> int:
     """Floats in a vector of the instruction set in use."""
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return library.cf_cpu_vector_width()
+    return int(_library().cf_cpu_vector_width())
 
 
 def products() -> tuple[torch.dtype, ...]:
@@ -85,11 +106,12 @@ def products() -> tuple[torch.dtype, ...]:
 
 
 def set_isa(name: str) -> None:
-    """Use another instruction set from now on, to test or measure it. Raises ValueError if there is none such here."""
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    if library.cf_cpu_set_isa(name.encode()):
+    """Use another instruction set from now on, to test or measure it.
+
+    Raises:
+        ValueError: the processor or the library does not have it.
+    """
+    if _library().cf_cpu_set_isa(name.encode()):
         raise ValueError(
             f"isa is {name!r}; expected one that this processor has, of avx512_bf16, avx512, avx2, portable"
         )
@@ -125,11 +147,8 @@ def _openmp() -> list[Any]:
 
 @functools.cache
 def function(name: str) -> Call:
-    """The library's function ``name``, to be called with its packed arguments; raises RuntimeError if it reports a failure."""
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    native = library[name]
+    """The library's function of this name, for calls with its packed arguments."""
+    native = _library()[name]
     native.argtypes = [ctypes.c_char_p]
     native.restype = ctypes.c_int
 
@@ -138,55 +157,3 @@ def function(name: str) -> Call:
             raise RuntimeError(f"{name} reports {STATUS.get(status, f'status {status}')}")
 
     return call
-
-
-def implementation(
-    bind: Callable[[torch.Tensor], Call],
-    arrange: Callable[..., tuple[Any, ...]],
-    prepare: Callable[..., Callable[..., Any]],
-) -> Callable[..., Any]:
-    """An op's function made of three: ``bind`` gives a native function for calls on the device of a tensor; ``arrange`` gives the arguments
-    with the memory layout that it takes, tensors that have it being themselves; ``prepare`` gives, after the native function, a launcher
-    for such arguments and all others with their `dispatch.signature` and scalars."""
-
-    def run(*args: Any) -> Any:
-        arranged = arrange(*args)
-        return prepare(bind(args[0]), *arranged)(*arranged)
-
-    def prepare_if_arranged(*args: Any) -> Callable[..., Any] | None:
-        arranged = arrange(*args)
-        return prepare(bind(args[0]), *args) if all(one is other for one, other in zip(args, arranged)) else None
-
-    run.prepare = prepare_if_arranged  # type: ignore[attr-defined]
-    return run
-
-
-def on_cpu(name: str) -> Callable[[torch.Tensor], Call]:
-    """``bind`` of `implementation`: the CPU library's function ``name``, loaded at the first call."""
-    return lambda x: function(name)
-
-
-class NoMemory(TypeError):
-    """An argument has no memory of its own, and the call must go the long way through `dispatch.run`."""
-
-
-def missing(x: torch.Tensor) -> int:
-    """The address of a tensor whose ``data_ptr()`` is 0: a tensor without elements has none. Raises `NoMemory` for any other."""
-    if x.numel():
-        raise NoMemory(f"a tensor of shape {tuple(x.shape)} has no memory")
-    return 0
-
-
-def dtype(x: torch.Tensor | None) -> int:
-    """The code of the tensor's dtype in the interface."""
-    return 0 if x is None else DTYPES[x.dtype]
-
-
-def vector(v: torch.Tensor | None) -> torch.Tensor | None:
-    """A one-dimensional parameter as the library takes it."""
-    return None if v is None else v.contiguous()
-
-
-def rows(v: torch.Tensor | None) -> torch.Tensor | None:
-    """A matrix as the library takes it: whatever is between its rows, each is contiguous."""
-    return v if v is None or v.stride(1) == 1 else v.contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .native_library import missing
+from .op import missing
 
 # Triton's own switch, read when a kernel is decorated: the kernels then run in its interpreter, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,50 +1,53 @@
-// What the kernels of every instruction set share: threads, scratch memory, the table of kernels.
+// How a kernel shares its work between threads.
 //
-// The files of an instruction set are compiled with its flags. What is inlined into them must not be shared with other files, or the linker
-// may keep the copy with instructions that the processor lacks: they include no C++ library header and define nothing with external
-// linkage but their table.
+// The library starts no threads of its own and links to no OpenMP: cf_cpu_set_openmp hands it the functions of the
+// OpenMP runtime that torch has already loaded, so that there is one pool of threads in the process.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include "../abi.h"
+#include "memory.h"
 
 namespace cf {
 
-struct Kernels {
-    const char* isa;
-    int (*group_norm_silu)(const cf_group_norm_silu_args&);
-    int (*bias_residual)(const cf_bias_residual_args&);
-    int (*dual_head)(const cf_dual_head_args&, int64_t threads);
-    int (*coalesce_step)(const cf_coalesce_step_args&);
-    int (*run_step)(const cf_step&, int64_t threads);
-    int width;     // floats in a vector
-    int products;  // see cf_cpu_products
-};
+// See cf_cpu_set_openmp.
+void set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void),
+                int (*num_threads)(void));
 
-extern const Kernels portable_kernels;
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
-extern const Kernels avx512_bf16_kernels;
-
-// Memory of the calling thread, at least `bytes`, aligned to 64 bytes, until its next call; null if there is none.
-// `slot` 0 is for the thread that runs an op, `slot` 1 for the workers' parts of it.
-void* scratch(int slot, size_t bytes);
-
-// Bytes of the last-level cache.
-int64_t last_level_cache();
-
-// To be called before an output of so many bytes is written. Large ones are new memory, whose pages the system provides when they are first
-// touched, in 4 KiB steps that cost more than the op: ask for huge pages.
-void prepare_output(void* data, int64_t bytes);
-
-// Run body(context) with a team of so many threads around it, which `parallel_ranges` in body then uses: they wait for work by looking for
-// it instead of sleeping. Returns what body returns.
+// Calls body(context) with a team of `threads` threads around it, which parallel_ranges uses inside body. Threads of a
+// team wait for work by polling instead of sleeping. Returns what body returns.
 int with_team(int64_t threads, int (*body)(void*), void* context);
 
-// Run task(context, begin, end) over a partition of [0, items) into one range a thread. The partition depends on the number of threads:
-// what an item computes must not.
+// Calls task(context, begin, end) for a partition of [0, items) into one range a thread. Where the ranges end depends
+// on the number of threads, so the result of an item must not depend on its range.
 void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context);
 
+namespace {
+
+// Calls body(begin, end) for a partition of [0, items).
+template <class F>
+inline void parallel_for(int64_t items, int64_t threads, const F& body) {
+    parallel_ranges(
+        items, threads,
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+        const_cast<F*>(&body));
+}
+
+// The same with body(memory, begin, end), memory being `bytes` of the thread's scratch memory. Returns CF_OUT_OF_MEMORY
+// if any thread could not have it.
+template <class F>
+inline int parallel_for_with_scratch(int64_t items, int64_t threads, size_t bytes, const F& body) {
+    int status = CF_OK;
+    parallel_for(items, threads, [&](int64_t begin, int64_t end) {
+        if (void* memory = scratch(WORKER_SCRATCH, bytes))
+            body(memory, begin, end);
+        else
+            __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);  // several threads may fail at once
+    });
+    return status;
+}
+
+}  // namespace
 }  // namespace cf

@@ -15,15 +15,14 @@ from pathlib import Path
 import pytest
 
 from coalescer_fast.ops import abi
+from coalescer_fast.ops.kernels.bias_residual.native import cf_bias_residual_args
+from coalescer_fast.ops.op import OPS
 from coalescer_fast.runtime.native import steps
 
 HEADER = Path(__file__).parents[2] / "csrc" / "abi.h"
-STRUCTS = {
-    name: each
-    for module in (abi, steps)
-    for name, each in inspect.getmembers(module, inspect.isclass)
-    if issubclass(each, abi.Struct) and each is not abi.Struct
-}
+for op in OPS.values():
+    op.implementation("cpu")  # imports the module that declares the structure
+STRUCTS = {struct.__name__: struct for struct in abi.Struct.__subclasses__()}
 ENUMS = {
     name: each
     for name, each in inspect.getmembers(abi, inspect.isclass)
@@ -141,13 +140,11 @@ def test_a_packer_puts_every_field_where_the_structure_has_it(struct):
 def test_rare_and_frequent_calls_pack_alike():
     bias = abi.cf_vector(data=4, dtype=abi.cf_dtype.CF_BFLOAT16)
     sizes = {"dtype": 0, "channels_last": True, "n": 5, "c": 6, "spatial": 7}
-    rare = abi.cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=bias, threads=8)
-    pack = abi.cf_bias_residual_args.packer(**sizes, bias_dtype=2, threads=8)
+    rare = cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=bias, threads=8)
+    pack = cf_bias_residual_args.packer(**sizes, bias_dtype=2, threads=8)
     assert rare == pack(x=1, residual=0, y=3, bias_data=4)
-    without = abi.cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=None, threads=8)
-    assert without == abi.cf_bias_residual_args.packer(**sizes, bias_dtype=0, threads=8, bias_data=0, residual=0)(
-        x=1, y=3
-    )
+    without = cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=None, threads=8)
+    assert without == cf_bias_residual_args.packer(**sizes, bias_dtype=0, threads=8, bias_data=0, residual=0)(x=1, y=3)
     strides = abi.cf_tensor4.packer(dtype=1, strides=(2, 3, 4, 5))
     assert strides(data=9) == abi.cf_tensor4.pack(data=9, dtype=1, strides=(2, 3, 4, 5))
 
@@ -156,6 +153,6 @@ def test_wrong_names_are_refused():
     with pytest.raises(TypeError, match=r"cf_vector lacks these fields, or has none so called: dtpye, dtype"):
         abi.cf_vector(data=0, dtpye=1)
     with pytest.raises(TypeError, match=r"cf_bias_residual_args has no such fields: weight_dtype"):
-        abi.cf_bias_residual_args.packer(weight_dtype=0)
+        cf_bias_residual_args.packer(weight_dtype=0)
     with pytest.raises(TypeError, match="missing"):
         abi.cf_vector.packer(dtype=0)()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import struct
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,14 @@ import torch
 
 from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, dispatch, native_library
-from coalescer_fast.ops.cuda_library import Device, Plan
-from coalescer_fast.ops.kernels.bias_residual import native as residual
-from coalescer_fast.ops.kernels.coalesce_step import native as step
-from coalescer_fast.ops.kernels.dual_head import native as head
-from coalescer_fast.ops.kernels.group_norm_silu import native as group_norm
+from coalescer_fast.ops.cuda_library import Device, LaunchPlan
+from coalescer_fast.ops.op import OPS
 
 from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
 from .numerics import FLOAT_AT_MOST_32, INTERPRETED, LAYOUTS, ON_GPU, arrange, make, randn
 
 ABLE, REASON = ops.backends("bias_residual")["cuda"]
 pytestmark = [pytest.mark.gpu] if "cuda" in ON_GPU else [pytest.mark.skipif(not ABLE, reason=REASON)]
-NATIVE = {"group_norm_silu": group_norm, "bias_residual": residual, "dual_head": head, "coalesce_step": step}
 
 A100, H100, B200, RTX5090 = (
     Device(0, capability, multiprocessors, kilobytes * 1024)
@@ -36,12 +31,9 @@ A100, H100, B200, RTX5090 = (
 SMALL = 24 * 1024  # bytes of shared memory in which few slabs fit
 
 
-def planned(op: str, on: Device, *args) -> Plan:
+def planned(op: str, on: Device, *args) -> LaunchPlan:
     """The plan of a call that is not made."""
-    plans = []
-    arranged = NATIVE[op].arrange(*args)
-    NATIVE[op].prepare(lambda arguments: plans.append(cuda_library.plan(op, arguments, on)), *arranged)(*arranged)
-    return plans[0]
+    return cuda_library.plan(op, OPS[op].implementation("cpu").packed(*args), on)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, layout: str = "channels_last") -> torch.Tensor:
@@ -51,7 +43,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, layout: str = "chan
 
 def plan_of_norm(
     n: int, channels: int, skip: int, side: int, on: Device, dtype=torch.bfloat16, groups=32, layout="channels_last"
-) -> Plan:
+) -> LaunchPlan:
     x = tensor(n, channels, side, side, dtype=dtype, layout=layout)
     other = tensor(n, skip, side, side, dtype=dtype, layout=layout) if skip else None
     return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
@@ -123,7 +115,7 @@ def test_plans_stay_within_the_device(on, dtype, layout):
                 assert plan.blocks <= n * channels * side * side
 
 
-def name_of(plan: Plan) -> str:
+def name_of(plan: LaunchPlan) -> str:
     return "two launches" if plan.launches == 2 else "one block" if plan.cluster == 1 else f"cluster of {plan.cluster}"
 
 
@@ -166,7 +158,7 @@ def test_every_path_normalises(limited, path, channels, skip, groups, dtype, lay
     x = arrange(make("off_centre", 2, channels, 9, 8, dtype=dtype), layout)
     other = arrange(1e3 + randn(2, skip, 9, 8, seed=1), layout).to(dtype) if skip else None
 
-    def plan(on: Device) -> Plan:
+    def plan(on: Device) -> LaunchPlan:
         return planned("group_norm_silu", on, x, groups, None, None, 1e-5, None, None, other, None, "silu")
 
     on = cuda_library.device(x.device)._replace(
@@ -287,7 +279,7 @@ def test_a_prepared_call_is_used_again():
     with torch.no_grad():
         for _ in range(3):
             ops.bias_residual(x, backend="cuda")
-    assert len(dispatch.launchers) == 1
+    assert len(OPS["bias_residual"].launchers) == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the emulation")
@@ -322,13 +314,13 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.parametrize("op", NATIVE)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if "cuda" in op.implementations])
 def test_the_interface_refuses_a_dtype_that_does_not_exist(op):
-    arguments = struct.pack(f"{NATIVE[op]._pack.__self__.size // 8}q", *[9] * (NATIVE[op]._pack.__self__.size // 8))
+    arguments = (9).to_bytes(8, "little") * len(OPS[op].implementation("cpu").binding.struct.leaves())
     with pytest.raises(RuntimeError, match=f"{op} on cuda reports an argument that it does not take"):
         cuda_library.plan(op, arguments, H100)
     with pytest.raises(RuntimeError, match=f"{op} on cuda reports an argument that it does not take"):
-        cuda_library.bound(op, torch.device("cpu"))(arguments)
+        cuda_library.function(op, torch.device("cpu"))(arguments)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="would be a launch that a GPU refuses")

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, dispatch, native_library, triton_launch
+from coalescer_fast.ops.op import OPS as DECLARED
 
 from .numerics import FLOAT_AT_MOST_32, takes
 
@@ -229,10 +230,10 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
             torch.empty(4, c, 3, 3, dtype=dtype, device="cuda:0"),
             torch.empty(n, dtype=dtype, device="cuda:0"),
         )
-        assert dispatch._resolve("dual_head", "auto", (x, weight, flat, flat, flat, None, None)) == heads
+        assert dispatch._resolve(DECLARED["dual_head"], "auto", (x, weight, flat, flat, flat, None, None)) == heads
         step = (narrow, narrow, flat, 1.0, "unit", 1e-6)
         for op, args in {"group_norm_silu": (x, 32), "bias_residual": (x,), "coalesce_step": step}.items():
-            assert dispatch._resolve(op, "auto", args) == others
+            assert dispatch._resolve(DECLARED[op], "auto", args) == others
 
 
 def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypatch):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +11,11 @@ import pytest
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.ops import cuda_library, native_library
-from coalescer_fast.ops.kernels.bias_residual import native as residual
-from coalescer_fast.ops.kernels.coalesce_step import native as step
-from coalescer_fast.ops.kernels.dual_head import native as head
-from coalescer_fast.ops.kernels.group_norm_silu import native as group_norm
+from coalescer_fast.ops import native_library
+from coalescer_fast.ops.op import OPS
 
 from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
 from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
-
-ROOT = Path(__file__).parents[2]
 
 
 def available() -> list[str]:
@@ -239,44 +231,8 @@ def test_a_library_of_another_interface_is_refused(monkeypatch):
     )
 
 
-FORMATS = {
-    "cf_group_norm_silu_args": group_norm._pack,
-    "cf_bias_residual_args": residual._pack,
-    "cf_dual_head_args": head._pack,
-    "cf_coalesce_step_args": step._pack,
-}
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_python_packs_what_the_header_declares(tmp_path):
-    lines = "".join(
-        f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, "cf_cuda_device", "cf_cuda_plan")
-    )
-    (tmp_path / "sizes.c").write_text(
-        f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n'
-    )
-    subprocess.run(["c++", "-x", "c", "sizes.c", "-o", "sizes"], cwd=tmp_path, check=True)  # the header is C as well
-    sizes = dict(
-        line.split()
-        for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
-    )
-    expected = {name: pack.__self__.size for name, pack in FORMATS.items()}
-    expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
-    assert {name: int(size) for name, size in sizes.items()} == expected
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_interface_refuses_a_dtype_that_does_not_exist(name):
-    size = FORMATS[name].__self__.size
-    function = native_library.function(name.replace("cf_", "cf_cpu_").removesuffix("_args"))
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if "cpu" in op.implementations])
+def test_the_interface_refuses_a_dtype_that_does_not_exist(op):
+    struct = OPS[op].implementation("cpu").binding.struct
     with pytest.raises(RuntimeError, match="reports an argument that it does not take"):
-        function(struct.pack(f"{size // 8}q", *[9] * (size // 8)))
-
-
-def test_statuses_are_those_of_the_header():
-    text = (ROOT / "csrc" / "abi.h").read_text()
-    assert f"#define CF_ABI_VERSION {native_library.ABI_VERSION}\n" in text
-    for status, name in ((1, "CF_INVALID_ARGUMENT"), (2, "CF_OUT_OF_MEMORY")):
-        assert f"{name} = {status}" in text
-        assert status in native_library.STATUS
-    assert ctypes.sizeof(ctypes.c_void_p) == 8
+        native_library.function(f"cf_cpu_{op}")((9).to_bytes(8, "little") * len(struct.leaves()))

@@ -19,7 +19,7 @@ from coalescer_fast.ops.kernels.bias_residual import triton as residual  # noqa:
 from coalescer_fast.ops.kernels.coalesce_step import triton as step  # noqa: E402
 from coalescer_fast.ops.kernels.group_norm_silu import triton as group_norm  # noqa: E402
 
-from . import test_group_norm_silu  # noqa: E402
+from . import test_dual_head, test_group_norm_silu  # noqa: E402
 from .numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
 
 on_gpu = pytest.mark.gpu if "triton" in ON_GPU else ()

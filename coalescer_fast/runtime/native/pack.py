@@ -110,8 +110,8 @@ class Packer:
         """A one-dimensional parameter; float64 becomes float32."""
         if parameter is None:
             return None
-        v = parameter if parameter.dtype in native_library.DTYPES else parameter.float()
-        return cf_vector(data=self.keep(v), dtype=native_library.DTYPES[v.dtype])
+        v = parameter if parameter.dtype in native_library.DTYPE_CODES else parameter.float()
+        return cf_vector(data=self.keep(v), dtype=native_library.DTYPE_CODES[v.dtype])
 
 
 def address(value: Value | None) -> int:

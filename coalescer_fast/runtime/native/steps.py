@@ -23,15 +23,15 @@ from torch import Tensor
 from ... import ops  # noqa: F401 (registers the ops)
 from ...ops.abi import (
     Struct,
-    cf_dual_head_args,
     cf_function,
-    cf_group_norm_silu_args,
     cf_heads,
     cf_image,
     cf_quantisation,
     cf_tensor4,
     cf_vector,
 )
+from ...ops.kernels.dual_head.native import cf_dual_head_args
+from ...ops.kernels.group_norm_silu.native import cf_group_norm_silu_args
 from .pack import Packer, address, image, tensor4
 from .value import BYTES, Unsupported, Value
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from ... import checks, layout
-from ...dispatch import launchers, register, run, signing
+from ... import checks, layout, op
+from ...dispatch import run
 
 
+def _fake(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return layout.empty(x, x.shape[1], x.dtype)
+
+
+def _example(tensor: Callable[..., Tensor]) -> dict[str, Any]:
+    return {"x": tensor(2, 6, 4, 5), "bias": tensor(6), "residual": tensor(2, 6, 4, 5)}
+
+
+@op.declare(fake=_fake, example=_example, reference=".reference", cpu=".native", triton=".triton", cuda=".cuda")
 def bias_residual(
     x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None, *, backend: str = "auto"
 ) -> torch.Tensor:
@@ -19,19 +32,13 @@ def bias_residual(
         residual: of x's shape and dtype, 0 if None.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous; never x itself.
+    Returns:
+        (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous; never x itself.
 
-    Raises: ValueError for other shapes, dtypes or devices, and for a backend that cannot run the call; TypeError for what is no tensor.
+    Raises:
+        ValueError: other shapes, dtypes or devices than these, or a backend that cannot run the call.
+        TypeError: an argument is no tensor.
     """
-    key = None
-    if (signature := signing(x)) is not None:
-        key = ("bias_residual", backend, signature(x), signature(bias), signature(residual))
-        try:
-            return launchers[key](x, bias, residual)
-        except KeyError:  # the first call of its kind
-            pass
-        except TypeError:  # no hash, which the checks refuse, or no memory
-            key = None
     checks.floating("x", x)
     shape = x.shape
     if len(shape) < 2:
@@ -40,15 +47,4 @@ def bias_residual(
     checks.tensor("residual", residual, shape, x.device)
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual has dtype {residual.dtype}; expected x's, {x.dtype}")
-    return run("bias_residual", backend, x, bias, residual, key=key)
-
-
-def _fake(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return layout.empty(x, x.shape[1], x.dtype)
-
-
-register(
-    "bias_residual(Tensor x, Tensor? bias=None, Tensor? residual=None, *, str backend='auto') -> Tensor",
-    bias_residual,
-    _fake,
-)
+    return run("bias_residual", backend, x, bias, residual)

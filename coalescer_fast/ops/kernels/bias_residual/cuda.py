@@ -1,6 +1,9 @@
 """bias_residual in CUDA: see csrc/cuda/residual.h."""
 
 from ... import cuda_library
-from .native import arrange, prepare
+from ...binding import NativeKernel
+from .native import BINDING
 
-bias_residual = cuda_library.implementation("bias_residual", arrange, prepare, aligned=(0, 2))
+bias_residual = NativeKernel(
+    BINDING, lambda x: cuda_library.function("bias_residual", x.device), aligned=("x", "residual")
+)

@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
-from typing import Any
+from ctypes import c_int64, c_void_p
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ... import layout, native_library
-from ...native_library import missing
-
-_pack = struct.Struct("11q").pack  # cf_bias_residual_args
-
-
-def arrange(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Any, ...]:
-    channels_last = layout.is_channels_last(x)
-    return (
-        layout.arrange(x, channels_last),
-        native_library.vector(bias),
-        None if residual is None else layout.arrange(residual, channels_last),
-    )
+from ...abi import Struct, cf_vector
+from ...binding import Binding, NativeKernel, contiguous, dense
 
 
-def prepare(
-    call: native_library.Call, x: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Callable[..., Tensor]:
+class cf_bias_residual_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("channels_last", c_int64),
+        ("n", c_int64),
+        ("c", c_int64),
+        ("spatial", c_int64),
+        ("bias", cf_vector),
+        ("threads", c_int64),
+    ]
+
+
+def fields(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> dict[str, Any]:
     n, c, *spatial = x.shape
-    shape = native_library.DTYPES[x.dtype], layout.is_channels_last(x), n, c, math.prod(spatial)
-    bias_dtype = native_library.dtype(bias)
-
-    def launch(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        y = torch.empty_like(x)
-        residual_data = 0 if residual is None else residual.data_ptr() or missing(residual)
-        bias_data = 0 if bias is None else bias.data_ptr() or missing(bias)
-        call(
-            _pack(
-                x.data_ptr() or missing(x),
-                residual_data,
-                y.data_ptr(),
-                *shape,
-                bias_data,
-                bias_dtype,
-                torch.get_num_threads(),
-            )
-        )
-        return y
-
-    return launch
+    return {
+        "y": x,
+        "dtype": native_library.DTYPE_CODES[x.dtype],
+        "channels_last": layout.is_channels_last(x),
+        "n": n,
+        "c": c,
+        "spatial": math.prod(spatial),
+    }
 
 
-bias_residual = native_library.implementation(native_library.on_cpu("cf_cpu_bias_residual"), arrange, prepare)
+BINDING = Binding(cf_bias_residual_args, fields, {"x": dense, "bias": contiguous, "residual": dense})
+bias_residual = NativeKernel(BINDING, lambda x: native_library.function("cf_cpu_bias_residual"))

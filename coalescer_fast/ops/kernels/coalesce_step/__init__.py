@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from ... import checks, layout
-from ...dispatch import launchers, register, run, signing
+from ... import checks, layout, op
+from ...dispatch import run
 
 
+def _fake(sample: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return layout.empty(sample, sample.shape[1], sample.dtype)
+
+
+def _example(tensor: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "sample": tensor(2, 3, 4, 5),
+        "direction": tensor(2, 3, 4, 5),
+        "distance": tensor(2).abs(),
+        "eta": 0.5,
+        "mode": "unit",
+    }
+
+
+@op.declare(fake=_fake, example=_example, reference=".reference", cpu=".native", triton=".triton", cuda=".cuda")
 def coalesce_step(
     sample: torch.Tensor,
     direction: torch.Tensor,
@@ -34,20 +53,13 @@ def coalesce_step(
         eps: smallest length to divide by; above 0.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: the new R, of sample's shape and dtype, channels innermost in memory if sample's are, else contiguous.
+    Returns:
+        The new R, of sample's shape and dtype, channels innermost in memory if sample's are, else contiguous.
 
-    Raises: ValueError for other shapes, dtypes, devices or values, and for a backend that cannot run the call; TypeError for arguments of
-    other types.
+    Raises:
+        ValueError: other shapes, dtypes, devices or values than these, or a backend that cannot run the call.
+        TypeError: an argument of another type.
     """
-    key = None
-    if (signature := signing(sample)) is not None:
-        key = ("coalesce_step", backend, signature(sample), signature(direction), signature(distance), eta, mode, eps)
-        try:
-            return launchers[key](sample, direction, distance, eta, mode, eps)
-        except KeyError:  # the first call of its kind
-            pass
-        except TypeError:  # no hash, which the checks refuse, or no memory
-            key = None
     checks.floating("sample", sample)
     if sample.ndim < 2:
         raise ValueError(f"sample has {sample.ndim} dimensions; expected (N, ...) with at least one more")
@@ -57,16 +69,4 @@ def coalesce_step(
     eta, eps = checks.number("eta", eta), checks.number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")
-    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps, key=key)
-
-
-def _fake(sample: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return layout.empty(sample, sample.shape[1], sample.dtype)
-
-
-register(
-    "coalesce_step(Tensor sample, Tensor direction, Tensor distance, *, float eta=1.0, str mode='unit', float eps=1e-06, "
-    "str backend='auto') -> Tensor",
-    coalesce_step,
-    _fake,
-)
+    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps)

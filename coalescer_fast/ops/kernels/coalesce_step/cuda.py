@@ -1,6 +1,9 @@
 """coalesce_step in CUDA: see csrc/cuda/step.h."""
 
 from ... import cuda_library
-from .native import arrange, prepare
+from ...binding import NativeKernel
+from .native import BINDING
 
-coalesce_step = cuda_library.implementation("coalesce_step", arrange, prepare, aligned=(0, 1))
+coalesce_step = NativeKernel(
+    BINDING, lambda sample: cuda_library.function("coalesce_step", sample.device), aligned=("sample", "direction")
+)

@@ -3,60 +3,44 @@
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
-from typing import Any
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from ... import layout, native_library
-from ...native_library import missing
-
-_pack = struct.Struct("11q2d").pack  # cf_coalesce_step_args
-
-
-def arrange(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> tuple[Any, ...]:
-    channels_last = layout.is_channels_last(sample)
-    return (
-        layout.arrange(sample, channels_last),
-        layout.arrange(direction, channels_last),
-        distance.contiguous(),
-        eta,
-        mode,
-        eps,
-    )
+from ... import native_library
+from ...abi import Struct, cf_vector
+from ...binding import Binding, NativeKernel, contiguous, dense
 
 
-def prepare(
-    call: native_library.Call, sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float
-) -> Callable[..., Tensor]:
-    sample_dtype, direction_dtype, distance_dtype = (native_library.dtype(x) for x in (sample, direction, distance))
+class cf_coalesce_step_args(Struct):
+    _fields_: ClassVar = [
+        ("sample", c_void_p),
+        ("dtype", c_int64),
+        ("direction", c_void_p),
+        ("direction_dtype", c_int64),
+        ("distance", cf_vector),
+        ("y", c_void_p),
+        ("n", c_int64),
+        ("size", c_int64),
+        ("unit", c_int64),
+        ("threads", c_int64),
+        ("eta", c_double),
+        ("eps", c_double),
+    ]
+
+
+def fields(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> dict[str, Any]:
     n, *shape = sample.shape
-    size, unit = math.prod(shape), mode == "unit"
-
-    def launch(sample: Tensor, direction: Tensor, distance: Tensor, eta: float, mode: str, eps: float) -> Tensor:
-        y = torch.empty_like(sample)
-        call(
-            _pack(
-                sample.data_ptr() or missing(sample),
-                sample_dtype,
-                direction.data_ptr() or missing(direction),
-                direction_dtype,
-                distance.data_ptr() or missing(distance),
-                distance_dtype,
-                y.data_ptr(),
-                n,
-                size,
-                unit,
-                torch.get_num_threads(),
-                eta,
-                eps,
-            )
-        )
-        return y
-
-    return launch
+    return {
+        "y": sample,
+        "dtype": native_library.DTYPE_CODES[sample.dtype],
+        "direction_dtype": native_library.DTYPE_CODES[direction.dtype],
+        "n": n,
+        "size": math.prod(shape),
+        "unit": mode == "unit",
+    }
 
 
-coalesce_step = native_library.implementation(native_library.on_cpu("cf_cpu_coalesce_step"), arrange, prepare)
+BINDING = Binding(cf_coalesce_step_args, fields, {"sample": dense, "direction": dense, "distance": contiguous})
+coalesce_step = NativeKernel(BINDING, lambda sample: native_library.function("cf_cpu_coalesce_step"))

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from ... import checks, layout
-from ...dispatch import launchers, register, run, signing
+from ... import checks, layout, op
+from ...dispatch import run
 
 
+def direction_dtype(h: Tensor, sample: Tensor | None) -> torch.dtype:
+    """The wider of h's and sample's."""
+    return h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype)
+
+
+def _fake(
+    h: Tensor, direction_weight: Tensor, *args: object, sample: Tensor | None = None, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    direction = layout.empty(h, direction_weight.shape[0], direction_dtype(h, sample))
+    return direction, h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def _example(tensor: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "h": tensor(2, 6, 4, 5),
+        "direction_weight": tensor(3, 6, 3, 3),
+        "direction_bias": tensor(3),
+        "distance_weight": tensor(1, 6),
+        "distance_bias": tensor(1),
+        "sample": tensor(2, 3, 4, 5),
+        "anchor": tensor(2, 3, 4, 5),
+    }
+
+
+@op.declare(fake=_fake, example=_example, reference=".reference", cpu=".native", triton=".triton", cuda=".cuda")
 def dual_head(
     h: torch.Tensor,
     direction_weight: torch.Tensor,
@@ -27,36 +56,24 @@ def dual_head(
 
     Args:
         h: (N, C, H, W) features, float64, float32, float16 or bfloat16.
-        direction_weight, direction_bias: (Cz, C, 3, 3) and (Cz,).
-        distance_weight, distance_bias: (C,) or (1, C), and (1,).
-        sample, anchor: (N, Cz, H, W), both or neither.
+        direction_weight: (Cz, C, 3, 3).
+        direction_bias: (Cz,).
+        distance_weight: (C,) or (1, C).
+        distance_bias: (1,).
+        sample: R, (N, Cz, H, W); with anchor, or not at all.
+        anchor: p, of sample's shape.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: direction (N, Cz, H, W) of h's dtype, or the wider of it and sample's, channels innermost in memory if h's are, else
-    contiguous; distance (N,), float32 (float64 for float64 h).
+    Returns:
+        direction: (N, Cz, H, W) of h's dtype, or the wider of it and sample's, channels innermost in memory if h's are,
+            else contiguous.
+        distance: (N,), float32 (float64 for float64 h).
 
-    Raises: ValueError for other shapes, dtypes or devices, one of sample and anchor alone, and a backend that cannot run the call;
-    TypeError for what is no tensor.
+    Raises:
+        ValueError: other shapes, dtypes or devices than these, one of sample and anchor alone, or a backend that cannot
+            run the call.
+        TypeError: an argument is no tensor.
     """
-    key = None
-    if (signature := signing(h)) is not None:
-        key = (
-            "dual_head",
-            backend,
-            signature(h),
-            signature(direction_weight),
-            signature(direction_bias),
-            signature(distance_weight),
-            signature(distance_bias),
-            signature(sample),
-            signature(anchor),
-        )
-        try:
-            return launchers[key](h, direction_weight, direction_bias, distance_weight, distance_bias, sample, anchor)
-        except KeyError:  # the first call of its kind
-            pass
-        except TypeError:  # no hash, which the checks refuse, or no memory
-            key = None
     checks.floating("h", h)
     checks.floating("direction_weight", direction_weight)
     checks.floating("distance_weight", distance_weight)
@@ -78,34 +95,5 @@ def dual_head(
         )
     checks.tensor("sample", sample, (n, latent, height, width), device)
     checks.tensor("anchor", anchor, (n, latent, height, width), device)
-    return run(
-        "dual_head",
-        backend,
-        h,
-        direction_weight,
-        direction_bias,
-        distance_weight,
-        distance_bias,
-        sample,
-        anchor,
-        key=key,
-    )
-
-
-def direction_dtype(h: torch.Tensor, sample: torch.Tensor | None) -> torch.dtype:
-    return h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype)
-
-
-def _fake(
-    h: torch.Tensor, direction_weight: torch.Tensor, *args: object, sample: torch.Tensor | None = None, **kwargs: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    direction = layout.empty(h, direction_weight.shape[0], direction_dtype(h, sample))
-    return direction, h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
-
-
-register(
-    "dual_head(Tensor h, Tensor direction_weight, Tensor direction_bias, Tensor distance_weight, Tensor distance_bias, *, "
-    "Tensor? sample=None, Tensor? anchor=None, str backend='auto') -> (Tensor, Tensor)",
-    dual_head,
-    _fake,
-)
+    heads = direction_weight, direction_bias, distance_weight, distance_bias
+    return run("dual_head", backend, h, *heads, sample, anchor)

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from typing import Any
+from ctypes import c_int64, c_void_p
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ... import layout, native_library
-from ...native_library import missing
+from ...abi import Struct, cf_tensor4, cf_vector
+from ...binding import Binding, NativeKernel, channels_innermost, contiguous, like
 from . import direction_dtype
 
-_pack = struct.Struct("35q").pack  # cf_dual_head_args
+
+class cf_dual_head_args(Struct):
+    _fields_: ClassVar = [
+        ("h", c_void_p),
+        ("dtype", c_int64),
+        ("n", c_int64),
+        ("c", c_int64),
+        ("cz", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("direction_weight", cf_vector),
+        ("direction_bias", cf_vector),
+        ("distance_weight", cf_vector),
+        ("distance_bias", cf_vector),
+        ("sample", cf_tensor4),
+        ("anchor", cf_tensor4),
+        ("direction", cf_tensor4),
+        ("distance", c_void_p),
+        ("threads", c_int64),
+    ]
 
 
-def arrange(
+def fields(
     h: Tensor,
     direction_weight: Tensor,
     direction_bias: Tensor,
@@ -24,87 +43,37 @@ def arrange(
     distance_bias: Tensor,
     sample: Tensor | None,
     anchor: Tensor | None,
-) -> tuple[Any, ...]:
-    """Features and taps with channels innermost; sample and anchor may have any strides."""
-    vectors = direction_bias.contiguous(), distance_weight.contiguous(), distance_bias.contiguous()
-    return _channels_innermost(h), _channels_innermost(direction_weight), *vectors, sample, anchor
-
-
-def _channels_innermost(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def prepare(
-    call: native_library.Call,
-    h: Tensor,
-    direction_weight: Tensor,
-    direction_bias: Tensor,
-    distance_weight: Tensor,
-    distance_bias: Tensor,
-    sample: Tensor | None,
-    anchor: Tensor | None,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> dict[str, Any]:
     n, channels, height, width = h.shape
     latent = direction_weight.shape[0]
-    shape = native_library.dtype(h), n, channels, latent, height, width
-    dtypes = [native_library.dtype(v) for v in (direction_weight, direction_bias, distance_weight, distance_bias)]
-    sample_layout, anchor_layout = _layout(sample), _layout(anchor)
-    model = layout.empty(h, latent, direction_dtype(h, sample))
-    direction_layout = _layout(model)
-    size, strides, dtype, device = tuple(model.shape), model.stride(), model.dtype, model.device
-
-    def launch(
-        h: Tensor,
-        direction_weight: Tensor,
-        direction_bias: Tensor,
-        distance_weight: Tensor,
-        distance_bias: Tensor,
-        sample: Tensor | None,
-        anchor: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        direction = torch.empty_strided(size, strides, dtype=dtype, device=device)
-        distance = torch.empty(n, dtype=torch.float32, device=device)
-        call(
-            _pack(
-                h.data_ptr() or missing(h),
-                *shape,
-                direction_weight.data_ptr() or missing(direction_weight),
-                dtypes[0],
-                direction_bias.data_ptr() or missing(direction_bias),
-                dtypes[1],
-                distance_weight.data_ptr() or missing(distance_weight),
-                dtypes[2],
-                distance_bias.data_ptr() or missing(distance_bias),
-                dtypes[3],
-                0 if sample is None else sample.data_ptr() or missing(sample),
-                *sample_layout,
-                0 if anchor is None else anchor.data_ptr() or missing(anchor),
-                *anchor_layout,
-                direction.data_ptr(),
-                *direction_layout,
-                distance.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
-        return direction, distance
-
-    return launch
+    return {
+        "direction": like(layout.empty(h, latent, direction_dtype(h, sample))),
+        "distance": like(torch.empty(n, dtype=torch.float32, device=h.device)),
+        "dtype": native_library.DTYPE_CODES[h.dtype],
+        "n": n,
+        "c": channels,
+        "cz": latent,
+        "height": height,
+        "width": width,
+    }
 
 
-def _layout(x: Tensor | None) -> tuple[int, ...]:
-    """cf_tensor4 without the address."""
-    return (0,) * 5 if x is None else (native_library.DTYPES[x.dtype], *x.stride())
+def restore(results: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction in h's layout: kernels write channels innermost."""
+    direction, distance = results
+    return layout.arrange(direction, layout.is_channels_last(h)), distance
 
 
-def in_layout_of_h(head: Callable[..., Any]) -> Callable[..., Any]:
-    """``head``, whose direction has its channels innermost, with the direction in h's layout."""
-
-    def dual_head(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        direction, distance = head(h, *others)
-        return layout.arrange(direction, layout.is_channels_last(h)), distance
-
-    dual_head.prepare = head.prepare  # type: ignore[attr-defined]
-    return dual_head
-
-
-dual_head = in_layout_of_h(native_library.implementation(native_library.on_cpu("cf_cpu_dual_head"), arrange, prepare))
+BINDING = Binding(
+    cf_dual_head_args,
+    fields,
+    {
+        "h": channels_innermost,
+        "direction_weight": channels_innermost,
+        "direction_bias": contiguous,
+        "distance_weight": contiguous,
+        "distance_bias": contiguous,
+    },
+    restore,
+)
+dual_head = NativeKernel(BINDING, lambda h: native_library.function("cf_cpu_dual_head"))

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from ... import checks, layout
-from ...dispatch import launchers, register, run, signing
+from ... import checks, layout, op
+from ...dispatch import run
 
 
+def _fake(x: Tensor, *args: object, skip: Tensor | None = None, **kwargs: object) -> Tensor:
+    return layout.empty(x, x.shape[1] + (0 if skip is None else skip.shape[1]), x.dtype)
+
+
+def _example(tensor: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "x": tensor(2, 6, 4, 5),
+        "num_groups": 3,
+        "weight": tensor(12),
+        "bias": tensor(12),
+        "scale": tensor(2, 12),
+        "shift": tensor(2, 12),
+        "skip": tensor(2, 6, 4, 5),
+        "pre_bias": tensor(12),
+    }
+
+
+@op.declare(fake=_fake, example=_example, reference=".reference", cpu=".native", triton=".triton", cuda=".cuda")
 def group_norm_silu(
     x: torch.Tensor,
     num_groups: int,
@@ -31,43 +53,27 @@ def group_norm_silu(
     Args:
         x: (N, C1, *spatial), float64, float32, float16 or bfloat16, one to three spatial dimensions.
         num_groups: number of groups; divides C = C1 + C2.
-        weight, bias: (C,) affine parameters, 1 and 0 if None; they and those below may have another of these dtypes, but skip.
+        weight: (C,), 1 if None; it and the parameters below may have another of these dtypes than x.
+        bias: (C,), 0 if None.
         eps: added to the variance; not negative.
-        scale, shift: (N, C) conditioning (FiLM), 0 if None.
-        skip: (N, C2, *spatial), concatenated behind x on the channel axis.
+        scale: (N, C) conditioning (FiLM), 0 if None.
+        shift: (N, C) conditioning, 0 if None.
+        skip: (N, C2, *spatial) of x's dtype, concatenated behind x on the channel axis.
         pre_bias: (C,), added to z before the statistics: the bias of the convolution that made x.
         activation: "silu", ``v * sigmoid(v)``, or None for the identity.
         backend: "auto" or a name of `ops.backends`.
 
-    Returns: (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are float32 at least.
+    Returns:
+        (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are float32 at
+        least.
 
-    Raises: ValueError for shapes, dtypes, devices or values other than these, and for a backend that cannot run the call; TypeError for
-    arguments of other types.
+    Raises:
+        ValueError: other shapes, dtypes, devices or values than these, or a backend that cannot run the call.
+        TypeError: an argument of another type.
 
-    Source: Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
+    Source:
+        Wu and He, Group Normalization (arXiv 1803.08494); conditioning as in Dhariwal and Nichol (arXiv 2105.05233).
     """
-    key = None
-    if (signature := signing(x)) is not None and type(num_groups) is int:
-        key = (
-            "group_norm_silu",
-            backend,
-            num_groups,
-            eps,
-            activation,
-            signature(x),
-            None if weight is None else signature(weight),
-            None if bias is None else signature(bias),
-            None if scale is None else signature(scale),
-            None if shift is None else signature(shift),
-            None if skip is None else signature(skip),
-            None if pre_bias is None else signature(pre_bias),
-        )
-        try:
-            return launchers[key](x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
-        except KeyError:  # the first call of its kind
-            pass
-        except TypeError:  # no hash, which the checks refuse, or no memory
-            key = None
     checks.floating("x", x)
     n, channels, *spatial = x.shape
     if not 1 <= len(spatial) <= 3:
@@ -77,7 +83,8 @@ def group_norm_silu(
         checks.floating("skip", skip)
         if skip.dtype != x.dtype or skip.ndim != x.ndim or skip.shape[0] != n or list(skip.shape[2:]) != spatial:
             raise ValueError(
-                f"skip is {skip.dtype} {tuple(skip.shape)}; expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
+                f"skip is {skip.dtype} {tuple(skip.shape)}; "
+                f"expected x's dtype and, but for the channels, shape: {x.dtype} {tuple(x.shape)}"
             )
         checks.tensor("skip", skip, skip.shape, device)
         channels += skip.shape[1]
@@ -94,18 +101,4 @@ def group_norm_silu(
     checks.tensor("scale", scale, per_sample, device)
     checks.tensor("shift", shift, per_sample, device)
     checks.choice("activation", activation, ("silu", None))
-    return run(
-        "group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation, key=key
-    )
-
-
-def _fake(x: torch.Tensor, *args: object, skip: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
-    return layout.empty(x, x.shape[1] + (0 if skip is None else skip.shape[1]), x.dtype)
-
-
-register(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, Tensor? scale=None, "
-    "Tensor? shift=None, Tensor? skip=None, Tensor? pre_bias=None, str? activation='silu', str backend='auto') -> Tensor",
-    group_norm_silu,
-    _fake,
-)
+    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)

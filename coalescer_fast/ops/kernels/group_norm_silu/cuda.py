@@ -1,6 +1,9 @@
 """group_norm_silu in CUDA: see csrc/cuda/group_norm.h."""
 
 from ... import cuda_library
-from .native import arrange, prepare
+from ...binding import NativeKernel
+from .native import BINDING
 
-group_norm_silu = cuda_library.implementation("group_norm_silu", arrange, prepare, aligned=(0, 7))
+group_norm_silu = NativeKernel(
+    BINDING, lambda x: cuda_library.function("group_norm_silu", x.device), aligned=("x", "skip")
+)
