@@ -277,6 +277,7 @@ struct DualHead {
         float* values = result + outs * padded_width;                   // (width, cz)
         float* other = values + row_values;
         const int64_t n = item / items, first = item % items * rows, last = min(first + rows, a.height);
+        // row y lies in place (y + 3) % 3 of the ring, which also holds for row -1, above the image
         const auto fill = [&](int64_t y) {
             return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
         };

@@ -146,8 +146,7 @@ void require_refused(const cf_program_args& args) {
 
 void refuse_programs() {
     const cf_layer_norm_args nothing{};
-    for (const cf_step& step :
-         {cf_step{1000, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}})
+    for (const cf_step& step : {cf_step{1000, &nothing}, cf_step{-1, &nothing}, cf_step{CF_GATE, nullptr}})
         require_refused({&step, 1, 2});
     require_refused({nullptr, 0, 0});
     require_refused({nullptr, -1, 1});
