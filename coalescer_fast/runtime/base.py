@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
-# How many things this process has prepared that later calls use as they are: packed weights, programs, compiled networks, CUDA graphs.
-# A call after a warm-up adds none.
+# How many things this process has prepared that later calls use as they are: packed weights, programs, compiled
+# networks, CUDA graphs. A call after a warm-up adds none.
 count = 0
 
 
@@ -286,7 +286,8 @@ def channels_last_copy(network: M, dtype: torch.dtype) -> M:
     fast = copy.deepcopy(network).eval().requires_grad_(False)
     for parameter in fast.parameters():
         parameter.data = parameter.data.to(dtype)
-    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fast
 
 
 @contextmanager

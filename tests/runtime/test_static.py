@@ -265,7 +265,7 @@ def engines():
     ):
         marks = [pytest.mark.slow] if name == "compile" else []
         missing = [
-            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+            package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None
         ]
         if missing or (dtype == "bfloat16" and not native_bfloat16()):
             marks.append(pytest.mark.skip(reason=f"{', '.join(missing) or 'bfloat16 of the CPU'} is missing"))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops, sampling
+from ...dtypes import dtype_name
 from ...models.unet import CoalescerUNet, Conditioning
 from ...ops import native_library
 from ..base import Part, PipelineRuntime, channels_last_copy, counted, entered, quiet_torch
@@ -56,7 +57,7 @@ def no_programs(dtype: torch.dtype) -> str:
     if reason := native_library.unavailable():
         return reason
     if dtype not in native_library.products():
-        return f"the processor does not multiply {str(dtype).removeprefix('torch.')} itself"
+        return f"the processor does not multiply {dtype_name(dtype)} itself"
     # vectors of four floats are no match for torch's own convolutions
     return "the processor has neither AVX2 nor AVX-512" if native_library.isa() == "portable" else ""
 
