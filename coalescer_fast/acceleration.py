@@ -12,15 +12,15 @@ import torch
 
 from .console import table
 from .dtypes import DTYPES, dtype_name
-from .ops import library
+from .ops import native_library
 from .pipeline import CoalescerPipeline
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
-from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.exported import ExportedRuntime
+from .runtime.native.runtime import NativeRuntime, native_bfloat16
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RuntimeKind:
 
 
 RUNTIMES = {
-    "cpu": RuntimeKind(CpuRuntime, {"cpu": (*FLOATS, "int8")}, unavailable=lambda: library.unavailable()),
+    "cpu": RuntimeKind(NativeRuntime, {"cpu": (*FLOATS, "int8")}, unavailable=lambda: native_library.unavailable()),
     "cuda": RuntimeKind(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
         {"cuda": (*FLOATS, "float16")},

@@ -12,7 +12,7 @@ import pytest
 
 import coalescer_fast
 from coalescer_fast import __version__, collect_env
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 
 PACKAGE = Path(coalescer_fast.__file__).parent
 
@@ -76,8 +76,12 @@ def test_an_installation_that_works(tmp_path):
     if sys.platform == "linux":
         assert facts["python"]["glibc"]
         assert all("omp" in Path(path).name for path in facts["torch"]["openmp"])
-    if not library.unavailable():
-        assert facts["native"]["cpu"] == {"loads": True, "interface": library.ABI_VERSION, "isa": library.isa()}
+    if not native_library.unavailable():
+        assert facts["native"]["cpu"] == {
+            "loads": True,
+            "interface": native_library.ABI_VERSION,
+            "isa": native_library.isa(),
+        }
         assert facts["backends"]["dual_head"]["cpu"]["able"] is True
 
 
@@ -110,7 +114,7 @@ def test_torch_and_diffusers_that_are_missing(tmp_path):
     for name in ("torch", "backends", "pipeline"):
         assert facts[name]["error"].startswith("ModuleNotFoundError: No module named '")
     assert facts["python"]["version"]
-    if not library.unavailable():
+    if not native_library.unavailable():
         assert facts["native"]["cpu"]["loads"] is True  # without torch
 
 

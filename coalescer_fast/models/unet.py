@@ -15,7 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .. import ops
-from ..ops.head.reference import combine
+from ..ops.kernels.dual_head.reference import combine
 from .layers import Convolution, GroupNormSiLU, is_plain
 
 # softplus of it is 1, so that an untrained network with an anchor moves exactly onto the anchor

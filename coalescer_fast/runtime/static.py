@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.unet import CoalescerUNet, Conditioning
-from ..ops import library
+from ..ops import native_library
 from .base import Part, PipelineRuntime, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class StaticRuntime(PipelineRuntime):
         super().__init__(pipe)
         self.name, self.prepare, self.dtype, self.takes = name, prepare, dtype, takes or dtype
         self.device = pipe.device
-        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if native_library.unavailable() else "cpu"
         self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         # (id of a conditioning, shape of R): the call; what is taken of a conditioning is taken once
         self.bound: dict[tuple[int, torch.Size], Call] = {}
@@ -167,4 +167,4 @@ class StaticRuntime(PipelineRuntime):
                 else "it was asked for; not prepared yet"
             )
             rows.append(Part(part, f"{self.name}, {self.dtype}", ready))
-        return [*rows, Part.of_op("coalesce_step", self.backend, library.unavailable() or "it can run")]
+        return [*rows, Part.of_op("coalesce_step", self.backend, native_library.unavailable() or "it can run")]

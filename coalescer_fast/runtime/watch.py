@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..ops import library
+from ..ops import native_library
 
 # All bytes of a tensor of up to WHOLE are looked at, and of a larger one SAMPLES words of 8 bytes at equal distances.
 WHOLE, SAMPLES = 2048, 32
@@ -118,7 +118,9 @@ class _Content:
         ]
         spans = [(t.data_ptr(), _extent(t)) for t in here]
         self.whole = {id(t) for t, (_, size) in zip(here, spans) if size <= WHOLE}
-        self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
+        self.hash: Callable[[], int] = (
+            _native_hash(spans) if not native_library.unavailable() else lambda: _plain_hash(spans)
+        )
         self.seen = self.hash()
 
     def changed(self) -> bool:
@@ -131,7 +133,7 @@ def _extent(t: Tensor) -> int:
 
 
 def _native_hash(spans: list[tuple[int, int]]) -> Callable[[], int]:
-    call, result = library.function("cf_cpu_fingerprint"), ctypes.c_uint64()
+    call, result = native_library.function("cf_cpu_fingerprint"), ctypes.c_uint64()
     table = (ctypes.c_int64 * (2 * len(spans)))(*chain.from_iterable(spans))
     packed = (ctypes.c_int64 * 5)(ctypes.addressof(table), len(spans), WHOLE, SAMPLES, ctypes.addressof(result))
     arguments = bytes(packed)

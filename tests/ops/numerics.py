@@ -11,7 +11,7 @@ import torch
 
 from coalescer_fast import ops
 from coalescer_fast.ops.dispatch import FLOAT_AT_MOST_32
-from coalescer_fast.ops.triton_runtime import INTERPRETED
+from coalescer_fast.ops.triton_launch import INTERPRETED
 
 # backends whose tests run on CUDA tensors
 ON_GPU = () if INTERPRETED else ("triton", "cuda")

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coalescer_fast import ops
-from coalescer_fast.ops import cuda_library, dispatch, library, triton_runtime
+from coalescer_fast.ops import cuda_library, dispatch, native_library, triton_launch
+from coalescer_fast.ops.op import OPS as DECLARED
 
 from .numerics import FLOAT_AT_MOST_32, takes
 
@@ -34,7 +35,7 @@ def forgetful():
 
 @pytest.fixture
 def no_library(monkeypatch):
-    monkeypatch.setattr(library, "unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr(native_library, "unavailable", lambda: "there is no compiler")
 
 
 def test_all_public_ops_are_registered():
@@ -148,7 +149,7 @@ def test_another_device_takes_the_reference():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("backend", "runtime"), [("triton", triton_runtime), ("cuda", cuda_library)])
+@pytest.mark.parametrize(("backend", "runtime"), [("triton", triton_launch), ("cuda", cuda_library)])
 def test_kernels_for_gpus_want_one_outside_the_tests_stand_ins(op, backend, runtime, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     first = {"dual_head": "h", "coalesce_step": "sample"}.get(op, "x")
@@ -219,9 +220,9 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
     monkeypatch.setattr(cuda_library, "unavailable", lambda: "")
     monkeypatch.setattr(cuda_library, "architectures", lambda: built)
     monkeypatch.setattr(cuda_library, "device", lambda place: cuda_library.Device(0, gpu, 132, 227 * 1024))
-    monkeypatch.setattr(triton_runtime, "unavailable", lambda: "" if triton else "triton cannot be imported")
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(triton_runtime, "_capability", lambda device: divmod(gpu, 10))
+    monkeypatch.setattr(triton_launch, "unavailable", lambda: "" if triton else "triton cannot be imported")
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "_capability", lambda device: divmod(gpu, 10))
     n, c, side = (1, 128, 32) if dtype == torch.float16 else (16, 320, 64)  # 5 and 755 million products
     with FakeTensorMode():
         x, narrow = (torch.empty(n, channels, side, side, dtype=dtype, device="cuda:0") for channels in (c, 4))
@@ -229,10 +230,10 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
             torch.empty(4, c, 3, 3, dtype=dtype, device="cuda:0"),
             torch.empty(n, dtype=dtype, device="cuda:0"),
         )
-        assert dispatch._resolve("dual_head", "auto", (x, weight, flat, flat, flat, None, None)) == heads
+        assert dispatch._resolve(DECLARED["dual_head"], "auto", (x, weight, flat, flat, flat, None, None)) == heads
         step = (narrow, narrow, flat, 1.0, "unit", 1e-6)
         for op, args in {"group_norm_silu": (x, 32), "bias_residual": (x,), "coalesce_step": step}.items():
-            assert dispatch._resolve(op, "auto", args) == others
+            assert dispatch._resolve(DECLARED[op], "auto", args) == others
 
 
 def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coalescer_fast import ops
 
-from . import test_group_norm, test_head, test_residual, test_step
+from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
 from .numerics import DTYPES, ON_GPU, randn
 from .test_dispatch import EMULATED
 
@@ -138,10 +138,10 @@ class Draw:
 
 
 JUDGES: dict[str, Callable[..., None]] = {
-    "group_norm_silu": test_group_norm.judge,
-    "bias_residual": test_residual.judge,
-    "dual_head": test_head.judge,
-    "coalesce_step": test_step.judge,
+    "group_norm_silu": test_group_norm_silu.judge,
+    "bias_residual": test_bias_residual.judge,
+    "dual_head": test_dual_head.judge,
+    "coalesce_step": test_coalesce_step.judge,
 }
 
 

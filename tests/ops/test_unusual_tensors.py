@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coalescer_fast import ops
 from coalescer_fast.ops import dispatch
+from coalescer_fast.ops.op import OPS as DECLARED
 
 from .numerics import ON_GPU
 from .test_dispatch import EMULATED, everything
@@ -45,7 +46,7 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 def named(op: str, backend: str = "cpu") -> dict[str, object]:
     """All arguments of a call, by name, where the backend takes them."""
     args, kwargs = everything(torch.channels_last)[op]
-    given = dict(zip(dispatch._ops[op].names, args)) | kwargs
+    given = dict(zip(DECLARED[op].names, args)) | kwargs
     return {name: a.cuda() if backend in ON_GPU and isinstance(a, Tensor) else a for name, a in given.items()}
 
 
@@ -242,10 +243,10 @@ def test_a_fast_backend_refuses_transforms(op, name, backend):
 @pytest.mark.parametrize("op", OPS)
 def test_a_compiled_gradient_is_not_lost(op):
     torch._dynamo.reset()
-    function, a = of_argument(op, dispatch._ops[op].names[0], "auto")
+    function, a = of_argument(op, DECLARED[op].names[0], "auto")
     compiled = torch.compile(torch.func.grad(lambda a: function(a).sum()), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(a), gradient(function, a), rtol=1e-4, atol=1e-4)
-    refused, _ = of_argument(op, dispatch._ops[op].names[0], "cpu")
+    refused, _ = of_argument(op, DECLARED[op].names[0], "cpu")
     for call in (torch.func.grad(lambda a: refused(a).sum()), functools.partial(gradient, refused)):
         with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this {op}: "):
             torch.compile(call, backend="aot_eager")(a)
@@ -351,7 +352,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 def test_what_is_no_dense_floating_tensor_is_refused(op, name, backend):
     given = named(op)
     elsewhere = (
-        [] if name == dispatch._ops[op].names[0] else [given[name].to("meta")]
+        [] if name == DECLARED[op].names[0] else [given[name].to("meta")]
     )  # where the first is, the others must be
     for grad in (False, True):
         with torch.set_grad_enabled(grad):

@@ -9,11 +9,11 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.base import Part, PipelineRuntime, Runtime, entered, quiet_torch
-from coalescer_fast.runtime.cpu import CpuRuntime
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.native.runtime import NativeRuntime
 from coalescer_fast.runtime.static import StaticRuntime
 from coalescer_fast.sampling import Call
 
@@ -34,8 +34,8 @@ def runtimes():
     yield pytest.param(
         lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
     )
-    native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
-    yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
+    native = [pytest.mark.skip(reason=reason)] if (reason := native_library.unavailable()) else []
+    yield pytest.param(lambda pipe: NativeRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [
             package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None

@@ -17,7 +17,7 @@ from coalescer_fast import acceleration
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base, static
-from coalescer_fast.runtime.cpu import native_bfloat16
+from coalescer_fast.runtime.native.runtime import native_bfloat16
 from coalescer_fast.runtime.static import Evaluation, StaticRuntime, traceable
 
 PROMPTS = ["octopus", "pizza"]
