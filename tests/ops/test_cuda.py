@@ -18,8 +18,8 @@ from coalescer_fast.ops import cuda_library, dispatch, native_library
 from coalescer_fast.ops.cuda_library import Device, LaunchPlan
 from coalescer_fast.ops.op import OPS
 
-from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
-from .numerics import FLOAT_AT_MOST_32, INTERPRETED, LAYOUTS, ON_GPU, arrange, make, randn
+from ..helpers.numerics import FLOAT_AT_MOST_32, INTERPRETED, LAYOUTS, ON_GPU, arrange, make, randn
+from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 ABLE, REASON = ops.backends("bias_residual")["cuda"]
 pytestmark = [pytest.mark.gpu] if "cuda" in ON_GPU else [pytest.mark.skipif(not ABLE, reason=REASON)]
@@ -176,7 +176,7 @@ def test_every_path_normalises(limited, path, channels, skip, groups, dtype, lay
         assert plan(on).cluster > 1 or path == "clusters"
     limited(**on._asdict())
     film = {"scale": randn(2, channels + skip, seed=3), "shift": randn(2, channels + skip, seed=4)}
-    test_group_norm_silu.check(
+    group_norm_silu.check(
         "cuda", x, groups, randn(channels + skip, seed=5), randn(channels + skip, seed=6), skip=other, **film
     )
 
@@ -204,7 +204,7 @@ def test_rows_longer_than_a_block(limited, shape, groups, layout):
     for changes in ({}, {"capability": 80, "shared_memory": 40 * 1024}):
         limited(**changes)
         x = arrange(make("off_centre", *shape), layout)
-        test_group_norm_silu.check(
+        group_norm_silu.check(
             "cuda", x, groups, randn(shape[1], seed=1), randn(shape[1], seed=2), pre_bias=randn(shape[1], seed=3)
         )
 
@@ -214,23 +214,23 @@ def test_an_outlier_where_values_are_sampled_to_be_taken_off(place):
     """Of three values that are looked at, one may be anything."""
     x = randn(2, 8, 72)
     x[:, ::4, place] = 1e4
-    test_group_norm_silu.check("cuda", x, 2)
+    group_norm_silu.check("cuda", x, 2)
 
 
-@pytest.mark.parametrize("mode", test_coalesce_step.MODES)
+@pytest.mark.parametrize("mode", coalesce_step.MODES)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
 @pytest.mark.parametrize("size", [4096, 4104, 5001, 8192, 40_000, 70_000])
 def test_every_path_steps(limited, size, dtype, capability, mode):
     """Less and more than a block's registers hold, and than a cluster's; sizes that are no multiple of a vector."""
     limited(capability=capability)
-    sample, direction, distance = test_coalesce_step.batch(shape=(size,), dtype=dtype)
+    sample, direction, distance = coalesce_step.batch(shape=(size,), dtype=dtype)
     plan = planned("coalesce_step", cuda_library.device(sample.device), sample, direction, distance, 1.0, mode, 1e-6)
     assert plan.cluster == (
         1 if mode == "raw" or capability == 80 or plan.blocks == len(sample) else plan.blocks // len(sample)
     )
     assert (plan.cluster > 1) == (mode == "unit" and capability == 90 and size > 512 * plan.vector)
-    test_coalesce_step.check("cuda", sample, direction, distance, mode=mode)
+    coalesce_step.check("cuda", sample, direction, distance, mode=mode)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8, 132])
@@ -245,12 +245,12 @@ def test_heads_with_any_number_of_lanes(limited, multiprocessors, channels, late
         for seed, layout in ((1, "contiguous"), (2, "channels_last"))
     ]
     h = arrange(randn(2, channels, *size, dtype=dtype), "channels_last")
-    test_dual_head.check("cuda", h, test_dual_head.parameters(channels, latent, dtype), *points)
+    dual_head.check("cuda", h, dual_head.parameters(channels, latent, dtype), *points)
 
 
 def test_a_head_of_many_blocks_with_an_expanded_anchor():
     point, anchor = randn(2, 3, 20, 30, seed=1), randn(1, 3, 20, 30, seed=2).expand(2, -1, -1, -1)
-    test_dual_head.check("cuda", randn(2, 5, 20, 30), test_dual_head.parameters(5, 3), point, anchor)
+    dual_head.check("cuda", randn(2, 5, 20, 30), dual_head.parameters(5, 3), point, anchor)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -258,7 +258,7 @@ def test_a_head_of_many_blocks_with_an_expanded_anchor():
 @pytest.mark.parametrize("shape", [(3, 40, 7, 9), (1, 2056, 2, 2), (2, 3, 5, 1100), (5, 16, 1, 1)], ids=str)
 def test_sums_of_any_width(shape, dtype, layout):
     x, other = (arrange(randn(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
-    test_bias_residual.check("cuda", x, randn(shape[1], seed=2), other)
+    bias_residual.check("cuda", x, randn(shape[1], seed=2), other)
 
 
 def test_tensors_off_the_16_byte_grid_are_copied_to_it():

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 
 from coalescer_fast import ops
+from coalescer_fast.ops import cuda_library
 from coalescer_fast.ops.dispatch import FLOAT_AT_MOST_32
+from coalescer_fast.ops.op import OPS
 from coalescer_fast.ops.triton_launch import INTERPRETED
 
 # backends whose tests run on CUDA tensors
 ON_GPU = () if INTERPRETED else ("triton", "cuda")
+# the CUDA kernels on CPU tensors, where the tests' emulation runs them
+EMULATED = ["cuda"] if cuda_library.INTERPRETED else []
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -76,7 +80,7 @@ def takes(backend: str, *dtypes: torch.dtype) -> bool:
 
 def able(op: str, *dtypes: torch.dtype) -> list[str]:
     """The backends of ``op`` that run on CPU tensors of all these dtypes here."""
-    return [backend for backend in ops.backends(op) if backend not in ON_GPU and takes(backend, *dtypes)]
+    return [backend for backend in OPS[op].implementations if backend not in ON_GPU and takes(backend, *dtypes)]
 
 
 def widest(backend: str) -> torch.dtype:
