@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import coalescer_fast
-from coalescer_fast.runtime import onnx_file
-from coalescer_fast.runtime.artefact import KINDS, Artefact
+from coalescer_fast.runtime.engines import onnxruntime
+from coalescer_fast.runtime.engines.artefact import KINDS, Artefact
 
 from . import common, timing
 from .common import Parser, Row, append, command, open_csv
@@ -149,7 +149,7 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
     timer = timing.CpuTimer()
     samples = {}
     for each in found:
-        opened = onnx_file.open_artefact(each)
+        opened = onnxruntime.open_artefact(each)
         samples[each.manifest.precision] = timer.warm(partial(opened, inputs))
     taken = timing.interleave(samples, budget)
     first = timing.quantiles(taken[m.precision])[0]

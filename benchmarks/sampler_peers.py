@@ -18,9 +18,9 @@ import coalescer_fast
 from coalescer_fast.acceleration import BACKENDS, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.runtime import compiled
-from coalescer_fast.runtime.onnx_file import export
-from coalescer_fast.runtime.static import Bind, Evaluation, StaticRuntime, Tensors
+from coalescer_fast.runtime.engines import compiled
+from coalescer_fast.runtime.engines.onnxruntime import export
+from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, StaticRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
 from . import timing

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import library
-from .runtime import artefact as artefacts
-from .runtime import compiled, onnx_file, tensorrt
-from .runtime.artefact import Artefact
 from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
-from .runtime.exported import ExportedRuntime
-from .runtime.static import StaticRuntime
+from .runtime.engines import artefact as artefacts
+from .runtime.engines import compiled, onnxruntime, tensorrt
+from .runtime.engines.artefact import Artefact
+from .runtime.engines.exported import ExportedRuntime
+from .runtime.engines.per_shape import StaticRuntime
 
 if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
@@ -52,14 +52,14 @@ BACKENDS = {
         lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}
     ),
     "onnxruntime": Backend(
-        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
+        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnxruntime.onnxruntime, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
-        load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnx_file.open_artefact),
+        load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnxruntime.open_artefact),
         engines=["onnx"],
     ),
     "openvino": Backend(
-        lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
+        lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnxruntime.openvino, dtype, torch.float32),
         {"cpu": BOTH},
         ("openvino", "onnx", "onnxscript"),
     ),

@@ -20,8 +20,8 @@ from .models.unet import Conditioning
 from .ops import library
 from .ops.dispatch import BACKENDS
 from .prompts import check_count, check_texts
-from .runtime.artefact import Schedule, network_sha256
 from .runtime.base import precision
+from .runtime.engines.artefact import Schedule, network_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from coalescer_fast import files
-from coalescer_fast.runtime import artefact, tensorrt
-from coalescer_fast.runtime.artefact import BATCH, TOOL, Artefact, Manifest
-from coalescer_fast.runtime.tensorrt import TITLES
+from coalescer_fast.runtime.engines import artefact, tensorrt
+from coalescer_fast.runtime.engines.artefact import BATCH, TOOL, Artefact, Manifest
+from coalescer_fast.runtime.engines.tensorrt import TITLES
 
 PLAN, LAYERS, WEIGHTS = "model.plan", "layers.json", "weights.onnx"
 DEVICE = "cuda"  # that a plan runs on

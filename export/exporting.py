@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from coalescer_fast import __version__
-from coalescer_fast.runtime import artefact, onnx_file
-from coalescer_fast.runtime.artefact import Artefact, Manifest, Schedule
 from coalescer_fast.runtime.base import quiet_torch
+from coalescer_fast.runtime.engines import artefact, onnxruntime
+from coalescer_fast.runtime.engines.artefact import Artefact, Manifest, Schedule
 
 from . import figures, graphs, networks
 
@@ -76,7 +76,7 @@ def export_onnx(
     )
     stage("compare")
     written = Artefact(folder, manifest)
-    result = figures.compare(written, onnx_file.open_artefact(written), pipe, sum(figures.batches(manifest)))
+    result = figures.compare(written, onnxruntime.open_artefact(written), pipe, sum(figures.batches(manifest)))
     figures.require(result, f"the exported {kind}")
     if precision == "fp16":
         stage("compare in float16")

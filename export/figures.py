@@ -17,10 +17,10 @@ from torch import Tensor
 
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
-from coalescer_fast.runtime import onnx_file, tensorrt
-from coalescer_fast.runtime.artefact import Artefact, Manifest
 from coalescer_fast.runtime.base import quiet_torch
-from coalescer_fast.runtime.exported import Described
+from coalescer_fast.runtime.engines import onnxruntime, tensorrt
+from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
+from coalescer_fast.runtime.engines.exported import Described
 
 Tensors = tuple[Tensor, ...]
 BATCHES = (1, 2, 5)
@@ -144,7 +144,7 @@ def call_of(m: Manifest) -> tuple[int, float | None]:
 def opened(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     """By the engine that it is for, of tensors on the CPU."""
     if artefact.manifest.engine not in tensorrt.TITLES:
-        return onnx_file.open_artefact(artefact)
+        return onnxruntime.open_artefact(artefact)
     return on_cpu(tensorrt.open_artefact(artefact), "cuda")
 
 

@@ -14,8 +14,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
 
-from coalescer_fast.runtime.artefact import BATCH, Port
-from coalescer_fast.runtime.onnx_file import exporting
+from coalescer_fast.runtime.engines.artefact import BATCH, Port
+from coalescer_fast.runtime.engines.onnxruntime import exporting
 
 from .networks import example
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from coalescer_fast.cli import cpu_name
 from coalescer_fast.parity import Verification, descriptions
-from coalescer_fast.runtime import artefact, onnx_file
-from coalescer_fast.runtime.artefact import Artefact, Manifest
 from coalescer_fast.runtime.base import quiet_torch
+from coalescer_fast.runtime.engines import artefact, onnxruntime
+from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
 
 from . import figures, quantization, ranges
 from .exporting import GRAPH, packages
@@ -121,7 +121,7 @@ def quantise(
     )
     written = Artefact(folder, manifest)
     stage("load")
-    run = onnx_file.open_artefact(written)
+    run = onnxruntime.open_artefact(written)
     if m.target == "cpu" and (left := quantization.float_layers(path, layers)):
         raise ValueError(
             f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version"
@@ -131,7 +131,7 @@ def quantise(
     measured = figures.to_measured(result)
     if m.target == "cpu":
         stage("measure speed")
-        times = figures.speed(pipe, m, {"source": onnx_file.open_artefact(found), "int8": run})
+        times = figures.speed(pipe, m, {"source": onnxruntime.open_artefact(found), "int8": run})
         measured["speed"] = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
     if not force:
         check(m, result, measured)
@@ -191,7 +191,7 @@ def sensitivity(
     m = source.artefact.manifest
     names = ranges.held_out(pipe, known.prompts, SENSITIVITY_PROMPTS, known.seed + 2)
     inputs = figures.calls(pipe, m, names, known.seed + 2)
-    exact = _outputs(onnx_file.open_artefact(source.artefact), inputs)
+    exact = _outputs(onnxruntime.open_artefact(source.artefact), inputs)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         alone = Artefact(Path(folder), replace(m, graph=GRAPH))
@@ -200,7 +200,7 @@ def sensitivity(
             quantization.save(
                 source.quantised([layer for layer in layers if layer.module == module], known), alone.graph
             )
-            found = _outputs(onnx_file.open_artefact(alone), inputs)
+            found = _outputs(onnxruntime.open_artefact(alone), inputs)
             row: Row = {"layer": module}
             for port, y, e in zip(m.outputs, found, exact):
                 row[f"{port.name} error"] = float((y - e).norm() / e.norm())

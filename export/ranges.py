@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from coalescer_fast.parity import descriptions
-from coalescer_fast.runtime import onnx_file
-from coalescer_fast.runtime.artefact import Artefact, Manifest
+from coalescer_fast.runtime.engines import onnxruntime
+from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
 
 Range = tuple[float, float]
 FILE = "ranges.json"
@@ -175,7 +175,7 @@ def observe(model: Any, tensors: Sequence[str], calls: Iterable[Sequence[Tensor]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "observed.onnx"
         onnx.save(observed, path, save_as_external_data=True)
-        session = onnx_file.session(path)
+        session = onnxruntime.session(path)
         wanted = [name for name in tensors if name not in names]
         for inputs in calls:
             feed = {name: x.detach().contiguous().numpy() for name, x in zip(names, inputs)}

@@ -228,7 +228,7 @@ PRIVATE = {
     "coalescer_fast/training/embed.py",
     "coalescer_fast/training/coalescer.py",
     "coalescer_fast/training/autoencoder.py",
-    "coalescer_fast/runtime/onnx_file.py",
+    "coalescer_fast/runtime/engines/onnxruntime.py",
     "export/engine.py",
     "export/graphs.py",
     "export/quantization.py",

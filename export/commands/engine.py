@@ -12,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import Artefact, creating
-from coalescer_fast.runtime.tensorrt import TITLES
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import Artefact, creating
+from coalescer_fast.runtime.engines.tensorrt import TITLES
 
 from .. import engine
 

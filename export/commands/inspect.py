@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import Artefact, Port
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import Artefact, Port
 
 from ..engine import LAYERS, counts
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from coalescer_fast import files
 from coalescer_fast.cli import check_writable, natural, open_pipeline, positive
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import creating
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import creating
 
 from ..ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
 from . import stage

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from coalescer_fast.cli import natural, open_pipeline, positive
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

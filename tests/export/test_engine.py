@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from coalescer_fast.export import engine, figures, networks, ranges
-from coalescer_fast.runtime import artefact, tensorrt
-from coalescer_fast.runtime.artefact import Manifest, Port, Schedule
+from coalescer_fast.runtime.engines import artefact, tensorrt
+from coalescer_fast.runtime.engines.artefact import Manifest, Port, Schedule
 
 from ..tensorrt_api import Fake, recorded, surface
 

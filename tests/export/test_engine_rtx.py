@@ -10,7 +10,7 @@ from torch import nn
 
 import coalescer_fast as cf
 from coalescer_fast.export import cli
-from coalescer_fast.runtime import artefact, tensorrt
+from coalescer_fast.runtime.engines import artefact, tensorrt
 
 CAPABILITIES = (80, 86, 89, 120)
 HEADS = ("unet.direction_head", "unet.distance_head")  # in float32, whatever the rest

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import coalescer_fast as cf
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 from coalescer_fast.export import exporting, figures  # noqa: E402
-from coalescer_fast.runtime.onnx_file import open_artefact  # noqa: E402
+from coalescer_fast.runtime.engines.onnxruntime import open_artefact  # noqa: E402
 
 from .conftest import build  # noqa: E402
 

@@ -7,7 +7,7 @@ import torch
 
 from coalescer_fast.export import figures
 from coalescer_fast.parity import Budget
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 
 def test_a_trajectory_is_a_call(small):
@@ -45,7 +45,7 @@ def test_a_pipeline_is_left_as_it_is_when_a_call_fails(small):
 
 @pytest.mark.parametrize("kind", artefact.KINDS)
 def test_what_is_wrong_fails(small, exported, kind):
-    from coalescer_fast.runtime.onnx_file import open_artefact
+    from coalescer_fast.runtime.engines.onnxruntime import open_artefact
 
     found = artefact.read(exported / kind)
     run = open_artefact(found)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")

@@ -108,7 +108,7 @@ def test_held_out_names_were_never_calibrated_on(small):
 
 
 def test_another_graph(exported, tmp_path):
-    from coalescer_fast.runtime import artefact
+    from coalescer_fast.runtime.engines import artefact
 
     found = artefact.read(exported / "decoder")
     dataclasses.replace(KNOWN, graph=ranges.graph_sha256(found.manifest)).check_graph(found, "some.json")

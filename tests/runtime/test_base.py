@@ -13,7 +13,7 @@ from coalescer_fast.ops import library
 from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cpu import CpuRuntime
 from coalescer_fast.runtime.cuda import CudaRuntime
-from coalescer_fast.runtime.static import StaticRuntime
+from coalescer_fast.runtime.engines.per_shape import StaticRuntime
 
 from .conftest import CpuRecorder
 

@@ -6,7 +6,7 @@ import pytest
 
 import coalescer_fast
 from coalescer_fast.export import exporting, graphs
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 
 def test_the_manifest_says_what_it_is(exported, model, small):

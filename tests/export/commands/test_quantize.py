@@ -8,7 +8,7 @@ import pytest
 
 import coalescer_fast as cf
 from coalescer_fast.parity import Budget
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")

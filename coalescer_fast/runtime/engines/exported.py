@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import sampling
-from ..models.unet import Conditioning
-from ..ops import library
-from ..scheduler import CoalescerScheduler
+from ... import sampling
+from ...models.unet import Conditioning
+from ...ops import library
+from ...scheduler import CoalescerScheduler
+from ..base import OfPipeline, counted, entered, quiet_torch
 from . import artefact
 from .artefact import Artefact, Schedule
-from .base import OfPipeline, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
 
 Tensors = tuple[Tensor, ...]
 # of an artefact: a function of its inputs, in order, that gives its outputs; several threads may call it at once

@@ -26,9 +26,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from .. import files as disk
-from ..scheduler import CoalescerScheduler
-from ..schema import FileName, Rule, Sha256, between, build, one_of
+from ... import files as disk
+from ...scheduler import CoalescerScheduler
+from ...schema import FileName, Rule, Sha256, between, build, one_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"

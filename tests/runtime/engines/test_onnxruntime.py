@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from coalescer_fast.runtime import onnx_file
+from coalescer_fast.runtime.engines import onnxruntime
 
 
 class Affine(nn.Module):
@@ -25,7 +25,7 @@ class Affine(nn.Module):
 def prepare(request):
     for package in (request.param, "onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"needs the package {package}")
-    return getattr(onnx_file, request.param)
+    return getattr(onnxruntime, request.param)
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -58,13 +58,13 @@ def test_an_input_of_another_dtype_is_refused_and_not_read_beyond_its_end(prepar
 def test_the_exporter_leaves_logging_and_warnings_as_they_were():
     logging.disable(logging.ERROR)
     try:
-        with onnx_file.exporting():
+        with onnxruntime.exporting():
             assert logging.root.manager.disable == logging.ERROR
         assert logging.root.manager.disable == logging.ERROR
     finally:
         logging.disable(logging.NOTSET)
     filters = list(warnings.filters)
-    with pytest.raises(KeyError), onnx_file.exporting():
+    with pytest.raises(KeyError), onnxruntime.exporting():
         raise KeyError
     assert logging.root.manager.disable == logging.NOTSET
     assert list(warnings.filters) == filters
@@ -74,7 +74,7 @@ def test_one_thread_exports_at_a_time():
     inside, most = [], []
 
     def enter():
-        with onnx_file.exporting():
+        with onnxruntime.exporting():
             inside.append(1)
             most.append(len(inside))
             threading.Event().wait(0.01)
@@ -101,10 +101,10 @@ def test_whatever_a_run_raises_is_one_sentence(monkeypatch):
         def run(self, names, feed):
             raise Fail("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION\nout of memory\n")
 
-    monkeypatch.setattr(onnx_file, "session", lambda path: Session())
+    monkeypatch.setattr(onnxruntime, "session", lambda path: Session())
     port = types.SimpleNamespace(name="x")
     manifest = types.SimpleNamespace(engine="onnx", inputs=[port])
-    run = onnx_file.open_artefact(
+    run = onnxruntime.open_artefact(
         types.SimpleNamespace(manifest=manifest, graph="model.onnx", check_ports=lambda *ports: None)
     )
     with pytest.raises(

@@ -13,12 +13,12 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
-from coalescer_fast.runtime import artefact, tensorrt
-from coalescer_fast.runtime.artefact import Manifest, Port
+from coalescer_fast.runtime.engines import artefact, tensorrt
+from coalescer_fast.runtime.engines.artefact import Manifest, Port
+from coalescer_fast.runtime.engines.tensorrt import Plan, refusal
 from coalescer_fast.runtime.graphs import Graphs
-from coalescer_fast.runtime.tensorrt import Plan, refusal
 
-from ..tensorrt_api import Fake, recorded
+from ...tensorrt_api import Fake, recorded
 
 A10 = ("NVIDIA A10", "8.6")
 PLENTY = 10**9

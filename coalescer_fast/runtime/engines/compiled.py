@@ -1,4 +1,4 @@
-"""Networks by torch.compile, as a `static.Prepare`."""
+"""Networks by torch.compile, as a `per_shape.Prepare`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .static import Bind, Call, Tensors
+from .per_shape import Bind, Call, Tensors
 
 
 def channels_last(module: nn.Module, dtype: torch.dtype) -> nn.Module:

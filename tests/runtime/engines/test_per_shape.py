@@ -16,9 +16,10 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import Conditioning
-from coalescer_fast.runtime import base, static
+from coalescer_fast.runtime import base
 from coalescer_fast.runtime.cpu import native_bfloat16
-from coalescer_fast.runtime.static import Evaluation, StaticRuntime, traceable
+from coalescer_fast.runtime.engines import per_shape
+from coalescer_fast.runtime.engines.per_shape import Evaluation, StaticRuntime, traceable
 
 PROMPTS = ["octopus", "pizza"]
 
@@ -68,7 +69,7 @@ def test_changed_weights_take_effect(pipe, change_weights):
 
 
 def test_networks_of_the_last_sizes_are_kept_and_nothing_of_a_call(pipe, monkeypatch):
-    monkeypatch.setattr(static, "LIMIT", 4)
+    monkeypatch.setattr(per_shape, "LIMIT", 4)
     for n in range(1, 6):
         draw(pipe, num_images_per_prompt=n)
     assert [key[:2] for key in pipe.runtime.networks] == [

@@ -11,9 +11,9 @@ import torch
 import coalescer_fast as cf
 from coalescer_fast import acceleration, parity
 from coalescer_fast.export import networks
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import Manifest, Schedule
-from coalescer_fast.runtime.exported import ExportedRuntime
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import Manifest, Schedule
+from coalescer_fast.runtime.engines.exported import ExportedRuntime
 
 PROMPTS = ["octopus", "pizza"]
 
@@ -193,7 +193,7 @@ def test_changed_weights_are_refused_in_the_next_call(accelerated):
 def test_auto_takes_what_an_artefact_is_for(folder, monkeypatch):
     pipe = load()
     monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(acceleration.onnx_file, "open_artefact", open_artefact)
+    monkeypatch.setattr(acceleration.onnxruntime, "open_artefact", open_artefact)
     assert cf.accelerate(pipe, artefact=folder).runtime.name == "onnxruntime"
     runs.clear()
     draw(pipe)

@@ -1,4 +1,4 @@
-"""Networks by engines for CPUs that read ONNX files, each as a `static.Prepare`."""
+"""Networks by engines for CPUs that read ONNX files, each as a `per_shape.Prepare`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import quiet_torch
 from .artefact import Artefact
-from .base import quiet_torch
-from .static import Bind, Call, Tensors
+from .per_shape import Bind, Call, Tensors
 
 _exporting = threading.RLock()  # the exporter, and what it is told here, belong to the process
 

@@ -15,8 +15,8 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import files
-from coalescer_fast.runtime import artefact, tensorrt
-from coalescer_fast.runtime.artefact import Manifest, Port, Schedule
+from coalescer_fast.runtime.engines import artefact, tensorrt
+from coalescer_fast.runtime.engines.artefact import Manifest, Port, Schedule
 from coalescer_fast.scheduler import CoalescerScheduler
 
 COMMAND = ("onnx", "--model", "emoji-64", "--what", "generator")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda import MOST_GRAPHS, graph_bytes
+from ..graphs import CudaRecorder, Graphs
 from .artefact import BATCH, Artefact, Manifest
-from .cuda import MOST_GRAPHS, graph_bytes
-from .graphs import CudaRecorder, Graphs
 
 Tensors = tuple[Tensor, ...]
 # engine of a manifest, which is the package's name, too -> what it is called

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from coalescer_fast.runtime import compiled
+from coalescer_fast.runtime.engines import compiled
 
 
 class Scale(nn.Module):

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.unet import CoalescerUNet, Conditioning
-from ..ops import library
-from .base import OfPipeline, counted, entered, quiet_torch
+from ...models.unet import CoalescerUNet, Conditioning
+from ...ops import library
+from ..base import OfPipeline, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
 
 # prepared networks that a runtime keeps: the UNet and the decoder for eight sizes
 LIMIT = 16
