@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one batch of a graph after the other, each printed as it is there."""
     from coalescer_fast.pipeline import CoalescerPipeline
-    from export import exporting, quantizing  # the checkout's, which need not be installed
+    from export.onnx import exporter
+    from export.quantize import quantizer  # the checkout's, which need not be installed
 
     pipe: Any = CoalescerPipeline.from_pretrained(args.model)
     sizes = min(args.batch), min(max(4, min(args.batch)), max(args.batch)), max(args.batch)
@@ -129,8 +130,8 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
             folders = [Path(folder) / name for name in ("fp32", "int8")]
             for each in folders:
                 each.mkdir()
-            exact = exporting.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
-            int8 = quantizing.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
+            exact = exporter.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
+            int8 = quantizer.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
             for batch in args.batch:
                 rows = measure(pipe, (exact, int8), batch, args.budget)
                 for row in rows:
@@ -142,10 +143,10 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each of the artefacts, the first of which is that in float32."""
     from coalescer_fast.parity import descriptions
-    from export import figures
+    from export.measure import accuracy
 
     m = replace(found[0].manifest, batch=(batch, batch, batch))
-    (inputs, *_) = figures.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
+    (inputs, *_) = accuracy.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
     timer = timing.CpuTimer()
     samples = {}
     for each in found:

@@ -229,11 +229,11 @@ PRIVATE = {
     "coalescer_fast/training/coalescer.py",
     "coalescer_fast/training/autoencoder.py",
     "coalescer_fast/runtime/engines/onnxruntime.py",
-    "export/engine.py",
-    "export/graphs.py",
-    "export/quantization.py",
-    "export/quantizing.py",
-    "export/ranges.py",
+    "export/engine/builder.py",
+    "export/onnx/graph.py",
+    "export/quantize/qdq.py",
+    "export/quantize/quantizer.py",
+    "export/quantize/ranges.py",
 }
 
 

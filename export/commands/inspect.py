@@ -11,7 +11,7 @@ from typing import Any
 from coalescer_fast.runtime.engines import artefact
 from coalescer_fast.runtime.engines.artefact import Artefact, Port
 
-from ..engine import LAYERS, counts
+from ..engine.builder import LAYERS, counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..exporting import export_onnx
+        from ..onnx.exporter import export_onnx
 
         pipe = open_pipeline(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)

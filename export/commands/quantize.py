@@ -15,7 +15,7 @@ from coalescer_fast.cli import check_writable, natural, open_pipeline, positive
 from coalescer_fast.runtime.engines import artefact
 from coalescer_fast.runtime.engines.artefact import creating
 
-from ..ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
+from ..quantize.ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
 from . import stage
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..quantizing import quantise
+        from ..quantize.quantizer import quantise
 
         known = None if args.ranges is None else read_ranges(args.ranges)
         load = cache(open_pipeline)

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     artefacts = artefact.find(args.folder)
-    from ..figures import compare, opened
-    from ..ranges import prompts_for
+    from ..measure.accuracy import compare, opened
+    from ..quantize.ranges import prompts_for
 
     runs = {
         kind: opened(found) for kind, found in artefacts.items()

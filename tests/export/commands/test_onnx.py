@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 import coalescer_fast
-from coalescer_fast.export import exporting, graphs
+from coalescer_fast.export.onnx import exporter, graph
 from coalescer_fast.runtime.engines import artefact
 
 
@@ -56,13 +56,13 @@ def test_nothing_is_left_of_a_failure(run, monkeypatch, tmp_path, model, what, e
         path.write_text("half")
         raise error
 
-    monkeypatch.setattr(graphs, "export_graph", fail)
+    monkeypatch.setattr(graph, "export_graph", fail)
     assert run("onnx", "--model", model, "--what", what, "-o", "out")[0] == status
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_said(run, monkeypatch, tmp_path, model):
-    monkeypatch.setattr(exporting, "export_onnx", lambda *args, **kwargs: __import__("coalescer_fast_no_such_package"))
+    monkeypatch.setattr(exporter, "export_onnx", lambda *args, **kwargs: __import__("coalescer_fast_no_such_package"))
     status, _, error = run("onnx", "--model", model, "-o", "out")
     assert status == 1
     assert "pip install 'coalescer_fast[all]'" in error

@@ -10,7 +10,7 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration, parity
-from coalescer_fast.export import networks
+from coalescer_fast.export.onnx import modules
 from coalescer_fast.runtime.engines import artefact
 from coalescer_fast.runtime.engines.artefact import Manifest, Schedule
 from coalescer_fast.runtime.engines.exported import ExportedRuntime
@@ -33,10 +33,10 @@ def folder(tmp_path_factory):
     """Artefacts whose graphs are read by `open_artefact`."""
     pipe, root = load(), tmp_path_factory.mktemp("artefacts")
     for kind in artefact.KINDS:
-        inputs, outputs = networks.ports(pipe, kind)
+        inputs, outputs = modules.ports(pipe, kind)
         (root / kind).mkdir()
         (root / kind / "model.onnx").write_text(kind)
-        schedule = Schedule.of(*networks.schedule_of(pipe, 2, None)) if kind == "generator" else None
+        schedule = Schedule.of(*modules.schedule_of(pipe, 2, None)) if kind == "generator" else None
         made = Manifest(
             kind,
             "onnx",
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 def open_artefact(found):
     """The same modules in torch: what is tested is what stands around the engine."""
-    module = networks.network(load(), found.graph.read_text(), "fp32")
+    module = modules.network(load(), found.graph.read_text(), "fp32")
 
     def run(inputs):
         assert all(x.is_contiguous() and not x.is_neg() and not x.requires_grad for x in inputs)

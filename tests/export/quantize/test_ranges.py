@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from coalescer_fast.export import ranges
-from coalescer_fast.export.ranges import Histogram, Ranges, held_out, read_ranges
+from coalescer_fast.export.quantize import ranges
+from coalescer_fast.export.quantize.ranges import Histogram, Ranges, held_out, read_ranges
 from coalescer_fast.parity import descriptions
 
 KNOWN = Ranges(

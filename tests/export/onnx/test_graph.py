@@ -9,7 +9,7 @@ from coalescer_fast.runtime.engines.artefact import Port
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxscript", reason="needs the package onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-from coalescer_fast.export import graphs  # noqa: E402
+from coalescer_fast.export.onnx import graph  # noqa: E402
 
 
 class Twice(nn.Module):
@@ -34,7 +34,7 @@ PORT = Port("x", "float32", ("batch", 4, 3, 3)), Port("y", "float32", ("batch", 
 
 def export(tmp_path, module, batch=(1, 2, 4)):
     with torch.no_grad():
-        graphs.export_graph(module.eval(), PORT[:1], PORT[1:], batch, 18, tmp_path / "model.onnx")
+        graph.export_graph(module.eval(), PORT[:1], PORT[1:], batch, 18, tmp_path / "model.onnx")
     return onnx.load(tmp_path / "model.onnx")
 
 
@@ -57,7 +57,7 @@ def test_layers_have_their_names_and_weights_are_stored_once(tmp_path):
 
 
 def test_a_large_model_has_its_weights_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "LARGEST", 100)
+    monkeypatch.setattr(graph, "LARGEST", 100)
     layer = nn.Conv2d(4, 4, 3, padding=1)
     export(tmp_path, Tupled(layer))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -91,7 +91,7 @@ def test_a_batch_that_cannot_vary_is_an_error_and_not_a_fixed_size(tmp_path):
     ("target", "precision", "expected"), [("cpu", "fp32", 18), ("tensorrt", "fp32", 21), ("cpu", "fp16", 21)]
 )
 def test_opsets(target, precision, expected):
-    assert graphs.opset(target, precision) == expected
+    assert graph.opset(target, precision) == expected
 
 
 def test_normalisations(exported, exported_half):

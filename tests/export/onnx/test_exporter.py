@@ -8,10 +8,11 @@ from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
-from coalescer_fast.export import exporting, figures  # noqa: E402
+from coalescer_fast.export.measure import accuracy  # noqa: E402
+from coalescer_fast.export.onnx import exporter  # noqa: E402
 from coalescer_fast.runtime.engines.onnxruntime import open_artefact  # noqa: E402
 
-from .conftest import build  # noqa: E402
+from ...helpers.exports import build  # noqa: E402
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def test_the_same_pictures_at_every_batch(small, exported, exported_half, n):
 
 def test_cross_attention_takes_token_rows(tmp_path):
     pipe = build(cross_attention_dim=128)
-    found = exporting.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 3))
+    found = exporter.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 3))
     assert [port.name for port in found.manifest.inputs] == ["sample", "description", "token_rows", "token_mask"]
     assert [port.dtype for port in found.manifest.inputs] == ["float32", "float32", "float32", "bool"]
     cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
@@ -75,7 +76,7 @@ def test_weights_in_any_memory(tmp_path, change):
     """What is exported is compared with the reference; and the same bits are the same graph."""
     pipe = build()
     change(pipe)
-    found = exporting.export_onnx(pipe, "generator", tmp_path, model="some", batch=(1, 1, 2))
+    found = exporter.export_onnx(pipe, "generator", tmp_path, model="some", batch=(1, 1, 2))
     assert found.manifest.measured["error"]["largest error"] < 1e-5
     cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
     assert cf.verify(pipe, ["octopus"]).passed
@@ -85,7 +86,7 @@ def test_weights_in_any_memory(tmp_path, change):
 def test_another_default_dtype_autocast_and_inference_mode(tmp_path, default):
     def export(folder, pipe):
         folder.mkdir()
-        found = exporting.export_onnx(pipe, "unet", folder, model="some", batch=(1, 1, 2))
+        found = exporter.export_onnx(pipe, "unet", folder, model="some", batch=(1, 1, 2))
         return found.manifest.files["model.onnx"]["sha256"], found.manifest.inputs
 
     pipe = build(cross_attention_dim=128)
@@ -101,7 +102,7 @@ def test_another_default_dtype_autocast_and_inference_mode(tmp_path, default):
 def test_a_pipeline_made_in_inference_mode(tmp_path):
     with torch.inference_mode():
         pipe = build()
-    exporting.export_onnx(pipe, "decoder", tmp_path, model="some", batch=(1, 1, 2))
+    exporter.export_onnx(pipe, "decoder", tmp_path, model="some", batch=(1, 1, 2))
     cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
     assert cf.verify(pipe, ["octopus"]).passed
 
@@ -112,7 +113,7 @@ def test_results_that_are_not_finite_are_named(tmp_path):
         pipe.unet.direction_head.bias.fill_(3e38)  # finite, but not its sum with what the convolution gives
         pipe.unet.direction_head.weight.fill_(1e38)
     with pytest.raises(ValueError, match=r"(direction, |^R of ).*not finite") as caught:
-        exporting.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 2))
+        exporter.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 2))
     assert "\n" not in str(caught.value)
 
 
@@ -125,22 +126,22 @@ def test_beyond_float16_the_output_is_named(tmp_path):
         ValueError,
         match=r"^the decoder in float16 is not the model's: picture, largest absolute value is (inf|nan), which is not",
     ):
-        exporting.export_onnx(
+        exporter.export_onnx(
             pipe, "decoder", tmp_path, model="some", precision="fp16", target="tensorrt", batch=(1, 1, 2)
         )
 
 
 def test_beyond_the_budget_nothing_is_written(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "LARGEST_ERROR", 0.0)
+    monkeypatch.setattr(accuracy, "LARGEST_ERROR", 0.0)
     with pytest.raises(ValueError, match=r"the exported decoder is not the model's: largest error is .*, the limit 0"):
-        exporting.export_onnx(small, "decoder", tmp_path, model="some")
+        exporter.export_onnx(small, "decoder", tmp_path, model="some")
     assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
 def test_batches_in_disorder(small, tmp_path, batch):
     with pytest.raises(ValueError, match="expected 1 <= least <= best <= most"):
-        exporting.export_onnx(small, "decoder", tmp_path, model="some", batch=batch)
+        exporter.export_onnx(small, "decoder", tmp_path, model="some", batch=batch)
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_the_embedded_model(embedded, precision, target):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
     folder = embedded(precision, target)
     for found in artefact.find(folder).values():
-        result = figures.compare(found, open_artefact(found), pipe, 64, seed=1)
+        result = accuracy.compare(found, open_artefact(found), pipe, 64, seed=1)
         assert result.passed, str(result)
         # float16 is measured where it is rounded to
         assert found.manifest.measured["runtime"].startswith("torch" if precision == "fp16" else "onnxruntime")

@@ -3,18 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coalescer_fast.export import networks
-from coalescer_fast.export.figures import trajectories
+from coalescer_fast.export.measure.accuracy import trajectories
+from coalescer_fast.export.onnx import modules
 
-from .conftest import build
+from ...helpers.exports import build
 
 
 @pytest.mark.parametrize("kind", ["unet", "decoder", "generator"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_they_are_the_reference(small, kind, precision):
     before = {name: p.clone() for name, p in small.unet.state_dict().items()}
-    module = networks.network(small, kind, precision)
-    inputs, outputs = networks.ports(small, kind)
+    module = modules.network(small, kind, precision)
+    inputs, outputs = modules.ports(small, kind)
     (trajectory,) = trajectories(small, ["octopus", "pizza"], (2,))
     for given, expected in trajectory.calls(kind):
         assert [(str(x.dtype), x.shape[1:]) for x in given] == [(f"torch.{p.dtype}", p.shape[1:]) for p in inputs]
@@ -30,7 +30,7 @@ def test_they_are_the_reference(small, kind, precision):
 
 
 def test_what_is_half(small):
-    module = networks.network(small, "generator", "fp16")
+    module = modules.network(small, "generator", "fp16")
     wide = {name for name, p in module.named_parameters() if p.dtype == torch.float32}
     assert wide == {
         f"unet.{head}.{part}" for head in ("direction_head", "distance_head") for part in ("weight", "bias")
@@ -40,15 +40,15 @@ def test_what_is_half(small):
 
 
 def test_guidance_is_part_of_a_generator(small):
-    assert networks.network(small, "generator", "fp32", guidance=1).empty is None
-    assert networks.schedule_of(small, 2, None)[1] == small.scheduler.config.guidance_scale
-    scheduler, scale = networks.schedule_of(small, 3, 2.5)
+    assert modules.network(small, "generator", "fp32", guidance=1).empty is None
+    assert modules.schedule_of(small, 2, None)[1] == small.scheduler.config.guidance_scale
+    scheduler, scale = modules.schedule_of(small, 3, 2.5)
     assert (len(scheduler.etas), scale) == (3, 2.5)
     assert small.scheduler.num_inference_steps == 2
 
 
 def test_a_norm_in_half_is_one_that_tensorrt_takes_in_one_piece():
-    module = networks.network(build(block_out_channels=(32, 64), norm_num_groups=8), "unet", "fp16")
+    module = modules.network(build(block_out_channels=(32, 64), norm_num_groups=8), "unet", "fp16")
     norms = [norm for norm in module.modules() if isinstance(norm, torch.nn.GroupNorm)]
     assert {norm.num_channels for norm in norms} == {32, 64, 96, 128}
     for norm in norms:
@@ -105,16 +105,16 @@ REFUSED = {
 def test_what_no_graph_holds_is_refused(kind, what):
     change, words = REFUSED[what]
     with pytest.raises(ValueError, match=f"^the unet cannot be exported: {words}") as caught:
-        networks.network(changed(change), kind, "fp32")
+        modules.network(changed(change), kind, "fp32")
     assert "\n" not in str(caught.value)
-    assert networks.network(changed(change), "decoder", "fp32") is not None  # which has none of it
+    assert modules.network(changed(change), "decoder", "fp32") is not None  # which has none of it
 
 
 def test_a_decoder_is_refused_likewise():
     with pytest.raises(
         ValueError, match=r"^the decoder cannot be exported: layers\.0\.weight is in float16 on cpu; load"
     ):
-        networks.network(changed(lambda pipe: pipe.vae.half()), "generator", "fp32")
+        modules.network(changed(lambda pipe: pipe.vae.half()), "generator", "fp32")
 
 
 def test_beyond_float16():
@@ -123,22 +123,22 @@ def test_beyond_float16():
             pipe.vae.decoder.layers[0].weight[0, 0, 0, 0] = -7e4
 
     pipe = changed(large)
-    assert networks.network(pipe, "decoder", "fp32") is not None
+    assert modules.network(pipe, "decoder", "fp32") is not None
     words = (
         r"^the decoder cannot be exported in fp16: layers\.0\.weight has 7e\+04, and float16 ends at 65504; take fp32$"
     )
     with pytest.raises(ValueError, match=words):
-        networks.network(pipe, "decoder", "fp16")
+        modules.network(pipe, "decoder", "fp16")
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_ports_and_what_is_inside_are_float32_whatever_the_default_dtype(default):
     pipe = build(cross_attention_dim=128)
-    expected = networks.ports(pipe, "generator")
+    expected = modules.ports(pipe, "generator")
     torch.set_default_dtype(default)
     try:
-        assert networks.ports(pipe, "generator") == expected
-        module = networks.network(pipe, "generator", "fp32")
+        assert modules.ports(pipe, "generator") == expected
+        module = modules.network(pipe, "generator", "fp32")
     finally:
         torch.set_default_dtype(torch.float32)
     assert {each.dtype for each in (*module.parameters(), *module.empty.tensors())} == {torch.float32, torch.bool}

@@ -17,7 +17,7 @@ from torch import nn
 from coalescer_fast.runtime.engines.artefact import BATCH, Port
 from coalescer_fast.runtime.engines.onnxruntime import exporting
 
-from .networks import example
+from .modules import example
 
 # the largest file of protobuf's is 2 GiB
 LARGEST = 3 << 29

@@ -18,9 +18,10 @@ from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.engines import artefact, onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
 
-from . import figures, quantization, ranges
-from .exporting import GRAPH, packages
-from .quantization import Layer
+from ..measure import accuracy
+from ..onnx.exporter import GRAPH, packages
+from . import qdq, ranges
+from .qdq import Layer
 from .ranges import Ranges
 
 HELD_OUT = 64  # pictures that the error is measured on
@@ -31,7 +32,7 @@ Row = dict[str, float | str]
 
 @dataclass
 class Source:
-    """An artefact in float and its prepared graph, see `quantization.prepare`."""
+    """An artefact in float and its prepared graph, see `qdq.prepare`."""
 
     artefact: Artefact
     model: Any
@@ -50,10 +51,10 @@ class Source:
                 f"{found.folder} is {wrong}: quantise what coalescer-export onnx has written in fp32, or in fp16 for tensorrt"
             )
         model = onnx.load(str(found.graph))
-        return cls(found, model, quantization.prepare(model, m.target))
+        return cls(found, model, qdq.prepare(model, m.target))
 
     def quantised(self, layers: Sequence[Layer], known: Ranges) -> Any:
-        return quantization.insert(self.model, layers, known.layers, self.artefact.manifest.target)
+        return qdq.insert(self.model, layers, known.layers, self.artefact.manifest.target)
 
 
 @quiet_torch()
@@ -79,7 +80,7 @@ def quantise(
         method, percentile: see `ranges.Histogram.range`; prompts: how many names to calibrate on; seed: of their choice and the noise.
         known: ranges to use instead.
         keep: names or patterns of layers that stay as they are.
-        force: write it even if it is beyond `figures.BUDGETS`, or no faster.
+        force: write it even if it is beyond `accuracy.BUDGETS`, or no faster.
         command: see `Manifest`; stage: told what begins.
         report: given `sensitivity`, which is measured for it.
 
@@ -87,19 +88,19 @@ def quantise(
     """
     source = Source.of(found)
     found.check_weights(pipe)
-    layers = quantization.without(source.layers, keep)
+    layers = qdq.without(source.layers, keep)
     if not layers:
         raise ValueError(f"no layer of {found.folder} is left to quantise: keep fewer")
     if known is None:
         known = calibrate(pipe, source, method, percentile, prompts, seed, stage)
-    layers, unfit = quantization.fitting(source.model, layers, known.layers, found.manifest.target)
+    layers, unfit = qdq.fitting(source.model, layers, known.layers, found.manifest.target)
     if not layers:
         name, reason = next(iter(unfit.items()))
         raise ValueError(f"no layer of {found.folder} can be quantised, {name} for one, for {reason}: use it in float")
     if report is not None:
         report(sensitivity(pipe, source, layers, known, stage))
     m, path = found.manifest, folder / GRAPH
-    quantization.save(source.quantised(layers, known), path)
+    qdq.save(source.quantised(layers, known), path)
     (folder / ranges.FILE).write_text(known.to_json(), "utf-8")
     flags = {
         "method": known.method,
@@ -122,16 +123,16 @@ def quantise(
     written = Artefact(folder, manifest)
     stage("load")
     run = onnxruntime.open_artefact(written)
-    if m.target == "cpu" and (left := quantization.float_layers(path, layers)):
+    if m.target == "cpu" and (left := qdq.float_layers(path, layers)):
         raise ValueError(
             f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version"
         )
     stage("compare")
-    result = figures.compare(written, run, pipe, ranges.held_out(pipe, known.prompts, HELD_OUT, seed + 1), seed + 1)
-    measured = figures.to_measured(result)
+    result = accuracy.compare(written, run, pipe, ranges.held_out(pipe, known.prompts, HELD_OUT, seed + 1), seed + 1)
+    measured = accuracy.to_measured(result)
     if m.target == "cpu":
         stage("measure speed")
-        times = figures.speed(pipe, m, {"source": onnxruntime.open_artefact(found), "int8": run})
+        times = accuracy.speed(pipe, m, {"source": onnxruntime.open_artefact(found), "int8": run})
         measured["speed"] = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
     if not force:
         check(m, result, measured)
@@ -157,7 +158,7 @@ def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> Non
         mend = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
         raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {mend}, or add --force to have it")
     if times := measured.get("speed"):
-        figures.require_faster(f"the {m.kind}", times, m.precision)
+        accuracy.require_faster(f"the {m.kind}", times, m.precision)
 
 
 def calibrate(
@@ -171,7 +172,7 @@ def calibrate(
     by_layer = {layer.name: layer.tensors(m.target) for layer in source.layers}
     tensors = list(dict.fromkeys(name for each in by_layer.values() for name in each.values()))
     stage("calibrate")
-    histograms = ranges.observe(source.model, tensors, figures.calls(pipe, m, names, seed))
+    histograms = ranges.observe(source.model, tensors, accuracy.calls(pipe, m, names, seed))
     stage(f"{method} of {len(tensors)} tensors")
     ends = {name: histogram.range(method, percentile) for name, histogram in histograms.items()}
     return Ranges(
@@ -190,14 +191,14 @@ def sensitivity(
     ||y - y_float|| / ||y_float||, of pictures the median PSNR, too. On real prompts that were not calibrated on."""
     m = source.artefact.manifest
     names = ranges.held_out(pipe, known.prompts, SENSITIVITY_PROMPTS, known.seed + 2)
-    inputs = figures.calls(pipe, m, names, known.seed + 2)
+    inputs = accuracy.calls(pipe, m, names, known.seed + 2)
     exact = _outputs(onnxruntime.open_artefact(source.artefact), inputs)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         alone = Artefact(Path(folder), replace(m, graph=GRAPH))
         for module in dict.fromkeys(layer.module for layer in layers):
             stage(f"sensitivity: {module}")
-            quantization.save(
+            qdq.save(
                 source.quantised([layer for layer in layers if layer.module == module], known), alone.graph
             )
             found = _outputs(onnxruntime.open_artefact(alone), inputs)

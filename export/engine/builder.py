@@ -147,7 +147,7 @@ def build(
 
     Raises: ValueError if there is no such library, or it cannot build that.
     """
-    from .exporting import PACKAGES, packages
+    from ..onnx.exporter import PACKAGES, packages
 
     check_source(found)
     rtx, title = options.flavour == "tensorrt_rtx", TITLES[options.flavour]
@@ -209,7 +209,7 @@ def measure(
     """Compare a plan, ``build`` of the rest, with the reference, in int8 its speed with that of a plan of what was quantised, too, and note
     the figures in its manifest. Returns what was not measured and why, or "".
 
-    Raises: ValueError, unless ``force``, for figures beyond `figures.BUDGETS`, and for int8 that is no faster.
+    Raises: ValueError, unless ``force``, for figures beyond `accuracy.BUDGETS`, and for int8 that is no faster.
     """
     m = built.manifest
     assert m.tensorrt is not None
@@ -217,14 +217,14 @@ def measure(
         return f"not measured, it {reason}"
     from coalescer_fast.pipeline import CoalescerPipeline
 
-    from . import figures
+    from ..measure import accuracy
 
     pipe: Any = CoalescerPipeline.from_pretrained(m.model)
     built.check_weights(pipe)
     run = tensorrt.open_artefact(built)
-    result = figures.compare(built, figures.on_cpu(run, DEVICE), pipe, sum(figures.batches(m)), runtime=m.engine)
+    result = accuracy.compare(built, accuracy.on_cpu(run, DEVICE), pipe, sum(accuracy.batches(m)), runtime=m.engine)
     if not force:
-        figures.require(result, f"the plan of the {m.kind}")
+        accuracy.require(result, f"the plan of the {m.kind}")
     runs, missing = {m.precision: run}, ""
     with tempfile.TemporaryDirectory() as folder:
         if m.precision == "int8":
@@ -235,17 +235,17 @@ def measure(
             else:
                 before = build(source, Path(folder), shapes, options, (), bar)
                 runs = {"source": tensorrt.open_artefact(before), "int8": run}
-        times = figures.speed(pipe, m, runs, DEVICE)
+        times = accuracy.speed(pipe, m, runs, DEVICE)
     if "source" in runs and not force:
-        figures.require_faster(f"the plan of the {m.kind}", times, source.manifest.precision)
+        accuracy.require_faster(f"the plan of the {m.kind}", times, source.manifest.precision)
     speed = {**times, "gpu": (tensorrt.gpu() or ("", ""))[0]}
-    artefact.write(built.folder, replace(m, measured={**figures.to_measured(result), "speed": speed}))
+    artefact.write(built.folder, replace(m, measured={**accuracy.to_measured(result), "speed": speed}))
     return missing
 
 
 def source_of(found: Artefact) -> Artefact:
     """What an artefact in int8 was made of. Raises ValueError if that is there no longer."""
-    from .ranges import graph_sha256
+    from ..quantize.ranges import graph_sha256
 
     source = artefact.read(found.manifest.command[1])
     if graph_sha256(source.manifest) != found.manifest.flags["int8"]["source"]:

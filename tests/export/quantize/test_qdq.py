@@ -8,14 +8,14 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxscript", reason="needs the package onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-from coalescer_fast.export import quantization  # noqa: E402
+from coalescer_fast.export.quantize import qdq  # noqa: E402
 
 RANGE = {"input": (0.0, 3.0), "output": (0.0, 3.0)}  # ONNX Runtime takes a ReLU into a convolution where 0 is the least
 
 
 def prepared(folder, target="cpu"):
     model = onnx.load(folder / "model.onnx")
-    return model, quantization.prepare(model, target)
+    return model, qdq.prepare(model, target)
 
 
 def counted(model):
@@ -45,10 +45,10 @@ def test_every_use_of_a_layer_is_one_of_its_own(exported):
     assert [layer.name for layer in uses] == [f"unet.mid.0.conv1{end}" for end in ("", "/2", "/3")]
     assert len({layer.input for layer in uses}) == 3
     assert len({layer.weight for layer in uses}) == 1
-    assert len(quantization.without(layers, ["unet.mid.0.conv1"])) == len(layers) - 3
-    assert len(quantization.without(layers, ["unet.mid.0.conv1/2"])) == len(layers) - 1
+    assert len(qdq.without(layers, ["unet.mid.0.conv1"])) == len(layers) - 3
+    assert len(qdq.without(layers, ["unet.mid.0.conv1/2"])) == len(layers) - 1
     assert not [
-        each for each in quantization.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")
+        each for each in qdq.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")
     ]
 
 
@@ -63,7 +63,7 @@ def test_an_unknown_layer(exported):
     with pytest.raises(
         ValueError, match=r"no layer to keep is called 'unet.conv_on': the graph quantises unet.down.0.0.conv1, "
     ):
-        quantization.without(layers, ["unet.conv_on"])
+        qdq.without(layers, ["unet.conv_on"])
 
 
 @pytest.mark.parametrize("kind", ["unet", "decoder", "generator"])
@@ -89,7 +89,7 @@ def test_preparing_changes_no_result(exported, kind):
 def test_what_is_inserted_for_a_cpu(exported, kind, tmp_path):
     model, layers = prepared(exported / kind)
     kept, quantised = layers[0], layers[1:]
-    out = quantization.insert(model, quantised, dict.fromkeys((layer.name for layer in layers), RANGE), "cpu")
+    out = qdq.insert(model, quantised, dict.fromkeys((layer.name for layer in layers), RANGE), "cpu")
     tensors = {name for layer in quantised for name in layer.tensors("cpu").values()}
     weights = {layer.weight for layer in quantised}
     biases = [
@@ -109,14 +109,14 @@ def test_what_is_inserted_for_a_cpu(exported, kind, tmp_path):
         assert weight.data_type == onnx.TensorProto.INT8
         assert list(stored[f"{layer.weight}:scale"].dims) == [weight.dims[0]]
     path = tmp_path / "model.onnx"
-    quantization.save(out, path)
-    assert quantization.float_layers(path, quantised) == []
-    assert quantization.float_layers(path, [kept]) == [kept.name]
+    qdq.save(out, path)
+    assert qdq.float_layers(path, quantised) == []
+    assert qdq.float_layers(path, [kept]) == [kept.name]
 
 
 def test_what_is_inserted_for_tensorrt(exported_half, tmp_path):
     model, layers = prepared(exported_half, "tensorrt")
-    out = quantization.insert(model, layers, dict.fromkeys((layer.name for layer in layers), RANGE), "tensorrt")
+    out = qdq.insert(model, layers, dict.fromkeys((layer.name for layer in layers), RANGE), "tensorrt")
     count = counted(out)
     assert count["QuantizeLinear"] == len({layer.input for layer in layers})
     assert count["DequantizeLinear"] == count["QuantizeLinear"] + len({layer.weight for layer in layers})
@@ -127,27 +127,27 @@ def test_what_is_inserted_for_tensorrt(exported_half, tmp_path):
             assert stored[node.input[1]].dtype == np.float16
             assert stored[node.input[2]].dtype == np.int8
             assert not stored[node.input[2]].any()
-    quantization.save(out, tmp_path / "model.onnx")
+    qdq.save(out, tmp_path / "model.onnx")
     onnxruntime.InferenceSession(tmp_path / "model.onnx")
 
 
 def test_scales():
     single = np.dtype(np.float32)
-    scale, zero = quantization.scale_of((-0.5, 2.05), "cpu", single)
+    scale, zero = qdq.scale_of((-0.5, 2.05), "cpu", single)
     assert (scale, zero) == (pytest.approx(0.01), 50)
-    scale, zero = quantization.scale_of((1.0, 2.55), "cpu", single)  # 0 is in it: a convolution pads with it
+    scale, zero = qdq.scale_of((1.0, 2.55), "cpu", single)  # 0 is in it: a convolution pads with it
     assert (scale, zero) == (pytest.approx(0.01), 0)
-    scale, zero = quantization.scale_of((-1.27, 0.3), "tensorrt", single)
+    scale, zero = qdq.scale_of((-1.27, 0.3), "tensorrt", single)
     assert (scale, zero, zero.dtype) == (pytest.approx(0.01), 0, np.int8)
     for target in ("cpu", "tensorrt"):
         for dtype in (np.float16, np.float32):
-            assert quantization.scale_of((0.0, 0.0), target, np.dtype(dtype))[0] > 0
+            assert qdq.scale_of((0.0, 0.0), target, np.dtype(dtype))[0] > 0
 
 
 def test_weights_have_a_scale_a_channel():
     weight = np.zeros((3, 2, 1, 1), np.float32)
     weight[0], weight[1] = 127, [[[-1.0]], [[0.25]]]
-    quantised, scales = quantization.quantize_weight(weight, np.dtype(np.float32))
+    quantised, scales = qdq.quantize_weight(weight, np.dtype(np.float32))
     np.testing.assert_allclose(scales, [1, 1 / 127, 1])
     assert quantised[:, :, 0, 0].tolist() == [[127, 127], [-127, 32], [0, 0]]
 
@@ -169,13 +169,13 @@ def convolution(weight, bias, opset=21):
 
 def both(model, ranges, target, x, tmp_path):
     """(z in float, z in int8) by ONNX Runtime, of all layers that are fit."""
-    layers = [quantization.Layer("conv", "x", "conv.weight", "y")]
-    layers, unfit = quantization.fitting(model, layers, {"conv": ranges}, target)
+    layers = [qdq.Layer("conv", "x", "conv.weight", "y")]
+    layers, unfit = qdq.fitting(model, layers, {"conv": ranges}, target)
     assert not unfit
     path = tmp_path / "int8.onnx"
-    quantization.save(quantization.insert(model, layers, {"conv": ranges}, target), path)
+    qdq.save(qdq.insert(model, layers, {"conv": ranges}, target), path)
     if target == "cpu":
-        assert quantization.float_layers(path, layers) == []
+        assert qdq.float_layers(path, layers) == []
     return [onnxruntime.InferenceSession(each).run(None, {"x": x})[0] for each in (model.SerializeToString(), path)]
 
 
@@ -188,7 +188,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(dtype):
     generator = np.random.default_rng(0)
     weight = generator.uniform(-1, 1, (len(SIZES) * 64, 8, 3, 3)) * np.repeat(SIZES, 64).reshape(-1, 1, 1, 1)
     weight = weight.astype(dtype)
-    quantised, scales = quantization.quantize_weight(weight, np.dtype(dtype))
+    quantised, scales = qdq.quantize_weight(weight, np.dtype(dtype))
     assert scales.dtype == dtype
     assert (scales > 0).all()
     assert np.isfinite(scales).all()
@@ -239,14 +239,14 @@ def test_a_weight_leaves_room_for_the_biases_of_all_its_uses():
     second.name, second.input[0], second.output[0] = "conv/2", "y", "w"
     model.graph.node.append(second)
     layers = [
-        quantization.Layer("conv", "x", "conv.weight", "y"),
-        quantization.Layer("conv/2", "y", "conv.weight", "w"),
+        qdq.Layer("conv", "x", "conv.weight", "y"),
+        qdq.Layer("conv/2", "y", "conv.weight", "w"),
     ]
     ranges = {
         "conv": {"input": (0.0, 1e-12), "output": (0.0, 1.0)},
         "conv/2": {"input": (0.0, 1.0), "output": (0.0, 1.0)},
     }
-    out = quantization.insert(model, layers, ranges, "cpu")
+    out = qdq.insert(model, layers, ranges, "cpu")
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in out.graph.initializer}
     assert stored["conv.weight:scale"][0] == pytest.approx(1 / (2**30 * 1e-12 / 255), rel=5e-3)
     assert stored["conv.weight:scale"][1] == pytest.approx(1e-3 / (2**30 * 1e-12 / 255), rel=5e-3)
@@ -260,23 +260,23 @@ def test_a_weight_leaves_room_for_the_biases_of_all_its_uses():
 )
 def test_what_no_scale_can_hold_stays_in_float_and_says_why(target, dtype, least):
     model = convolution(np.ones((2, 2, 3, 3), dtype), np.ones(2, dtype))
-    layers = [quantization.Layer("conv", "x", "conv.weight", "y")]
+    layers = [qdq.Layer("conv", "x", "conv.weight", "y")]
     for largest in (0.0, 0.99 * least):
         ranges = {"conv": {"input": (0.0, largest), **({"output": (0.0, 1.0)} if target == "cpu" else {})}}
-        found, unfit = quantization.fitting(model, layers, ranges, target)
+        found, unfit = qdq.fitting(model, layers, ranges, target)
         assert found == []
         assert unfit == {"conv": f"its input spans {largest:.3g}, too little for a scale in {np.dtype(dtype).name}"}
     ranges["conv"]["input"] = (0.0, 1.01 * least)
-    assert quantization.fitting(model, layers, ranges, target) == (layers, {})
-    assert np.isfinite(dtype(1) / quantization.scale_of((0.0, 1.01 * least), target, np.dtype(dtype))[0])
+    assert qdq.fitting(model, layers, ranges, target) == (layers, {})
+    assert np.isfinite(dtype(1) / qdq.scale_of((0.0, 1.01 * least), target, np.dtype(dtype))[0])
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_weights_that_are_not_finite_are_named(which):
     stored = {"weight": np.ones((2, 2, 3, 3), np.float32), "bias": np.ones(2, np.float32)}
     stored[which].flat[1] = np.nan
-    layers = [quantization.Layer("conv", "x", "conv.weight", "y")]
+    layers = [qdq.Layer("conv", "x", "conv.weight", "y")]
     with pytest.raises(
         ValueError, match=rf"^the graph cannot be quantised: its conv\.{which} holds numbers that are not finite$"
     ):
-        quantization.fitting(convolution(**stored), layers, {"conv": RANGE}, "cpu")
+        qdq.fitting(convolution(**stored), layers, {"conv": RANGE}, "cpu")

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from coalescer_fast.export import engine, figures, networks, ranges
+from coalescer_fast.export.engine import builder
+from coalescer_fast.export.measure import accuracy
+from coalescer_fast.export.onnx import modules
+from coalescer_fast.export.quantize import ranges
 from coalescer_fast.runtime.engines import artefact, tensorrt
 from coalescer_fast.runtime.engines.artefact import Manifest, Port, Schedule
 
-from ..tensorrt_api import Fake, recorded, surface
+from ...tensorrt_api import Fake, recorded, surface
 
-MEASURE = engine.measure
+MEASURE = builder.measure
 PLAN = {"version": "10.8", "compute_capabilities": ["8.6"], "gpu": None, "profile": {}, "source": {}}
 A10 = ("NVIDIA A10", "8.6")
 FULL = [which for which in recorded() if which.startswith("tensorrt ")]
@@ -63,7 +66,7 @@ def install(monkeypatch, fake: Fake) -> Fake:
     fake.does.layers = [LAYER]
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
-    monkeypatch.setattr(engine, "measure", lambda *args: "")
+    monkeypatch.setattr(builder, "measure", lambda *args: "")
     return fake
 
 
@@ -329,8 +332,8 @@ def test_layers_of_the_log():
         "outputs": ["Half"],
     }
     nothing = {"name": "s", "type": "shape_call", "inputs": [], "constants": [], "outputs": [], "of": []}
-    assert engine.layers_of_log(text) == [{**conv, "of": ["a.b:1", "c/2"]}, nothing]
-    assert engine.counts([conv, conv, nothing]) == [
+    assert builder.layers_of_log(text) == [{**conv, "of": ["a.b:1", "c/2"]}, nothing]
+    assert builder.counts([conv, conv, nothing]) == [
         ("correlation", "2: Int8 to Half 2"),
         ("shape_call", "1: nothing to nothing 1"),
     ]
@@ -372,20 +375,20 @@ def measured(monkeypatch, newest, small, model, tmp_path):
     """(precision, seconds of a plan by name, error): the UNet's artefact "onnx", and "float" that it was quantised from; plans run."""
 
     def make(precision: str, seconds: dict[str, float], off: float = 1e-3) -> None:
-        inputs, outputs = networks.ports(small, "unet")
+        inputs, outputs = modules.ports(small, "unet")
         facts = {"model": str(model), "weights": artefact.weights(small, "unet"), "inputs": inputs, "outputs": outputs}
         source = artefact.read(write(tmp_path / "float", **facts))
         int8 = {"command": ("quantize", "float"), "flags": {"int8": {"source": ranges.graph_sha256(source.manifest)}}}
         write(tmp_path / "onnx", **facts, precision=precision, **(int8 if precision == "int8" else {}))
-        network = networks.network(small, "unet", "fp32")
+        network = modules.network(small, "unet", "fp32")
 
         def open_artefact(found):
             return lambda inputs: tuple(y * (1 + off) for y in network(*inputs))
 
         monkeypatch.setattr(tensorrt, "open_artefact", open_artefact)
-        monkeypatch.setattr(engine, "measure", MEASURE)
-        monkeypatch.setattr(engine, "DEVICE", "cpu")
-        monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [seconds[name]] for name in functions})
+        monkeypatch.setattr(builder, "measure", MEASURE)
+        monkeypatch.setattr(builder, "DEVICE", "cpu")
+        monkeypatch.setattr(accuracy, "interleaved", lambda functions: {name: [seconds[name]] for name in functions})
 
     return make
 

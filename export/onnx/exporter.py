@@ -13,7 +13,8 @@ from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.engines import artefact, onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact, Manifest, Schedule
 
-from . import figures, graphs, networks
+from ..measure import accuracy
+from . import graph, modules
 
 GRAPH = "model.onnx"
 HALF_PICTURES = 4  # that torch draws in float16, slowly
@@ -41,28 +42,28 @@ def export_onnx(
     which shows that it is right, and not what is lost where every result is rounded.
 
     Args:
-        kind: "unet", "decoder" or "generator", see `networks`.
+        kind: "unet", "decoder" or "generator", see `modules`.
         model: name of the pipeline, as of ``from_pretrained``.
         precision: "fp32" or "fp16"; target: "cpu" or "tensorrt", which decide the opset.
         batch: least, best and most pictures.
         steps, guidance: a generator's; the model's own guidance if None.
         command: see `Manifest`; stage: told what begins.
 
-    Raises: ValueError for a network that cannot be exported, or whose figures are beyond `figures.BUDGETS`.
+    Raises: ValueError for a network that cannot be exported, or whose figures are beyond `accuracy.BUDGETS`.
     """
     least, best, most = batch
     if not 1 <= least <= best <= most:
         raise ValueError(f"batches are {least}, {best} and {most}; expected 1 <= least <= best <= most")
-    inputs, outputs = networks.ports(pipe, kind)
-    number = graphs.opset(target, precision)
-    network = networks.network(pipe, kind, precision, steps, guidance)
-    graphs.export_graph(network, inputs, outputs, batch, number, folder / GRAPH, stage)
+    inputs, outputs = modules.ports(pipe, kind)
+    number = graph.opset(target, precision)
+    network = modules.network(pipe, kind, precision, steps, guidance)
+    graph.export_graph(network, inputs, outputs, batch, number, folder / GRAPH, stage)
     manifest = Manifest(
         kind=kind,
         engine="onnx",
         target=target,
         precision=precision,
-        recipe=networks.RECIPES[precision],
+        recipe=modules.RECIPES[precision],
         graph=GRAPH,
         model=model,
         weights=artefact.weights(pipe, kind),
@@ -71,18 +72,18 @@ def export_onnx(
         batch=batch,
         opset=number,
         command=command,
-        schedule=Schedule.of(*networks.schedule_of(pipe, steps, guidance)) if kind == "generator" else None,
+        schedule=Schedule.of(*modules.schedule_of(pipe, steps, guidance)) if kind == "generator" else None,
         packages=packages(),
     )
     stage("compare")
     written = Artefact(folder, manifest)
-    result = figures.compare(written, onnxruntime.open_artefact(written), pipe, sum(figures.batches(manifest)))
-    figures.require(result, f"the exported {kind}")
+    result = accuracy.compare(written, onnxruntime.open_artefact(written), pipe, sum(accuracy.batches(manifest)))
+    accuracy.require(result, f"the exported {kind}")
     if precision == "fp16":
         stage("compare in float16")
-        result = figures.compare(written, lambda inputs: network(*inputs), pipe, HALF_PICTURES, runtime="torch")
-        figures.require(result, f"the {kind} in float16")
-    return artefact.write(folder, replace(manifest, measured=figures.to_measured(result)))
+        result = accuracy.compare(written, lambda inputs: network(*inputs), pipe, HALF_PICTURES, runtime="torch")
+        accuracy.require(result, f"the {kind} in float16")
+    return artefact.write(folder, replace(manifest, measured=accuracy.to_measured(result)))
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .graphs import LARGEST
+from ..onnx.graph import LARGEST
 from .ranges import Range
 
 # What stays in float: what reads R and p, what writes the two heads,
@@ -59,7 +59,7 @@ class Layer:
 def prepare(model: Any, target: str) -> list[Layer]:
     """The layers that can be quantised, in order: all convolutions but `FLOAT`, `LAST` and three of `TRUNK`.
 
-    What reads a concatenation is a layer a part by then (`graphs.name_weights`), each with a range of its own.
+    What reads a concatenation is a layer a part by then (`onnx.graph.name_weights`), each with a range of its own.
     For "cpu", a bias that is added behind its convolution becomes part of it, which changes the model.
     """
     graph = model.graph

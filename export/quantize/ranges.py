@@ -92,7 +92,7 @@ def held_out(pipe: Any, seen: Iterable[str], number: int, seed: int) -> list[str
 
 
 def prompts_for(pipe: Any, found: Artefact, number: int, seed: int) -> int | list[str]:
-    """What to measure an artefact on, as of `figures.compare`: never what it was calibrated on, as far as that is known."""
+    """What to measure an artefact on, as of `accuracy.compare`: never what it was calibrated on, as far as that is known."""
     path = found.folder / FILE
     return held_out(pipe, read_ranges(path).prompts, number, seed) if path.is_file() else number
 
