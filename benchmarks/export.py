@@ -23,7 +23,8 @@ import torch
 
 import coalescer_fast
 from coalescer_fast.runtime.engines import onnxruntime
-from coalescer_fast.runtime.engines.artefact import KINDS, Artefact
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import KINDS
 
 from . import common, timing
 from .common import Parser, Row, append, command, open_csv
@@ -174,12 +175,12 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
         row |= {
             "speedup_over_fp32": first / median,
             "recipe": said.recipe,
-            "method": said.flags.get("int8", {}).get("method", ""),
+            "method": said.flags.int8.method if said.flags.int8 else "",
         }
-        row |= {ERRORS[name]: value for name, value in said.measured["error"].items() if name in ERRORS}
+        row |= {ERRORS[name]: value for name, value in (said.measured.error or {}).items() if name in ERRORS}
         row |= {
-            "error_pictures": said.measured["pictures"],
-            "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6,
+            "error_pictures": said.measured.pictures or 0,
+            "megabytes": sum(file.bytes for file in said.files.values()) / 1e6,
         }
         rows.append(row | {"samples": len(mine), "quiet": int(all(one.quiet for one in mine))})
     return rows

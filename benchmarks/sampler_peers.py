@@ -19,7 +19,7 @@ from coalescer_fast.acceleration import BACKENDS, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.engines import compiled
-from coalescer_fast.runtime.engines.onnxruntime import export
+from coalescer_fast.runtime.engines.onnx import export
 from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, StaticRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 

@@ -14,7 +14,7 @@ from .ops import library
 from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda import CudaRuntime
 from .runtime.engines import artefact as artefacts
-from .runtime.engines import compiled, onnxruntime, tensorrt
+from .runtime.engines import compiled, onnxruntime, openvino, tensorrt
 from .runtime.engines.artefact import Artefact
 from .runtime.engines.exported import ExportedRuntime
 from .runtime.engines.per_shape import StaticRuntime
@@ -52,14 +52,14 @@ BACKENDS = {
         lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}
     ),
     "onnxruntime": Backend(
-        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnxruntime.onnxruntime, dtype, torch.float32),
+        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnxruntime.prepare, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
         load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnxruntime.open_artefact),
         engines=["onnx"],
     ),
     "openvino": Backend(
-        lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnxruntime.openvino, dtype, torch.float32),
+        lambda pipe, dtype: StaticRuntime(pipe, "openvino", openvino.prepare, dtype, torch.float32),
         {"cpu": BOTH},
         ("openvino", "onnx", "onnxscript"),
     ),

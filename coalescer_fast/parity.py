@@ -21,7 +21,8 @@ from .ops import library
 from .ops.dispatch import BACKENDS
 from .prompts import check_count, check_texts
 from .runtime.base import precision
-from .runtime.engines.artefact import Schedule, network_sha256
+from .runtime.engines.hashes import network_sha256
+from .runtime.engines.manifest import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from .. import files
 from ..models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from ..models.unet import CONFIGURATIONS, AnchorMLP
 from ..pipeline import WEIGHTS, CoalescerPipeline
-from ..runtime.engines.artefact import network_sha256
+from ..runtime.engines.hashes import network_sha256
 from ..scheduler import CoalescerScheduler
 from ..schema import check_arguments
 from . import checkpoint, pairing

@@ -1,7 +1,7 @@
-"""Build plans of TensorRT, or of TensorRT-RTX without a GPU.
+"""Build engines of TensorRT, or of TensorRT-RTX without a GPU.
 
 Of an artefact in ONNX that was exported with `--target tensorrt`, or of each in a folder of several. The options have trtexec's names.
-Where the plan can run, its error and speed are measured; beyond the error budget, or in int8 no faster than a plan of what was quantised,
+Where the plan can run, its error and speed are measured; beyond the error budget, or in int8 no faster than an engine of what was quantised,
 it is written with --force alone.
 """
 
@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from coalescer_fast.runtime.engines import artefact
-from coalescer_fast.runtime.engines.artefact import Artefact, creating
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import MANIFEST
 from coalescer_fast.runtime.engines.tensorrt import TITLES
+from coalescer_fast.runtime.engines.writing import creating
 
 from ..engine import builder
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     asked = args.minShapes, args.optShapes, args.maxShapes
     artefacts = artefact.find(args.folder)
-    whole = (args.folder / artefact.MANIFEST).is_file()
+    whole = (args.folder / MANIFEST).is_file()
     for found in artefacts.values():
         builder.check_source(found)
     shapes = {kind: builder.profile(found.manifest, *asked) for kind, found in artefacts.items()}

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from coalescer_fast.cli import MOST_STEPS, open_pipeline, positive, up_to
-from coalescer_fast.runtime.engines.artefact import KINDS, creating
+from coalescer_fast.runtime.engines.manifest import KINDS
+from coalescer_fast.runtime.engines.writing import creating
 
 from . import stage
 

@@ -1,4 +1,4 @@
-"""From an artefact in ONNX to one with a plan of TensorRT or TensorRT-RTX."""
+"""From an artefact in ONNX to one with an engine of TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from coalescer_fast import files
-from coalescer_fast.runtime.engines import artefact, tensorrt
-from coalescer_fast.runtime.engines.artefact import BATCH, TOOL, Artefact, Manifest
+from coalescer_fast.runtime.engines import artefact, tensorrt, writing
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import BATCH, TOOL, EngineBuild, Flags, Manifest, Measured, Quantization
 from coalescer_fast.runtime.engines.tensorrt import TITLES
 
 PLAN, LAYERS, WEIGHTS = "model.plan", "layers.json", "weights.onnx"
-DEVICE = "cuda"  # that a plan runs on
+DEVICE = "cuda"  # that an engine runs on
 HARDWARE = ("none", "ampere+", "sameComputeCapability")
 # TensorRT has GroupNormalization from opset 21 on; before that it is pieces, whose statistics in half precision would be half
 OPSETS = {"fp32": 18, "fp16": 21, "int8": 21}
@@ -60,7 +61,7 @@ def check_source(found: Artefact) -> None:
     if m.engine != "onnx":
         source = f", from {m.command[1]}" if m.command[:1] == ("engine",) and len(m.command) > 1 else ""
         raise ValueError(
-            f"{found.folder} is a plan already: build one of the artefact in ONNX that it was made of{source}"
+            f"{found.folder} is an engine already: build one of the artefact in ONNX that it was made of{source}"
         )
     again = shlex.join([TOOL, *_with(m.command, "--target", "tensorrt"), "-o", "DIR"])
     if m.target != "tensorrt":
@@ -143,7 +144,7 @@ def flag_words(options: Options) -> list[str]:
 def build(
     found: Artefact, folder: Path, shapes: Profile, options: Options, command: tuple[str, ...], bar: Any = None
 ) -> Artefact:
-    """Build the plan of an artefact into an empty folder (of `artefact.creating`). bar: of tqdm, shows the builder's progress.
+    """Build the plan of an artefact into an empty folder (of `writing.creating`). bar: of tqdm, shows the builder's progress.
 
     Raises: ValueError if there is no such library, or it cannot build that.
     """
@@ -154,11 +155,11 @@ def build(
     here = tensorrt.gpu()
     if here is None and not rtx:
         raise ValueError(
-            f"{title} builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
+            f"{title} builds an engine on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
         )
     if here is None and options.strip_weights:
         raise ValueError(
-            f"{title} builds a plan without weights on a GPU only, and there is no CUDA device: leave --stripWeights out"
+            f"{title} builds an engine without weights on a GPU only, and there is no CUDA device: leave --stripWeights out"
         )
     trt = tensorrt.load(options.flavour)
     heard: list[Layer] = []
@@ -167,7 +168,7 @@ def build(
     if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
-        raise ValueError(f"{title} {trt.__version__} cannot build {found.graph} ({log.said()}): {_mend(found)}")
+        raise ValueError(f"{title} {trt.__version__} cannot build {found.graph} ({log.reason()}): {_mend(found)}")
     (folder / PLAN).write_bytes(plan)
     layers = heard or _inspected(trt, log, plan)
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", "utf-8")
@@ -183,37 +184,34 @@ def build(
         graph=PLAN,
         batch=next((a[0], b[0], c[0]) for a, b, c in shapes.values()),
         command=command,
-        flags={
-            "hardwareCompatibilityLevel": options.hardware,
-            "versionCompatible": options.version_compatible,
-            "stripWeights": WEIGHTS if options.strip_weights else "",
-        },
-        tensorrt={
-            "version": trt.__version__,
-            "compute_capabilities": [capability]
-            if capability
-            else [dotted(each) for each in options.compute_capabilities],
-            "gpu": name,
-            "profile": shapes,
-            "source": {name: facts["sha256"] for name, facts in m.files.items()},
-        },
-        measured={},
+        flags=Flags(
+            hardwareCompatibilityLevel=options.hardware,
+            versionCompatible=options.version_compatible,
+            stripWeights=WEIGHTS if options.strip_weights else "",
+        ),
+        tensorrt=EngineBuild(
+            version=trt.__version__,
+            compute_capabilities=(capability,) if capability else tuple(map(dotted, options.compute_capabilities)),
+            gpu=name,
+            profile=shapes,
+            source={name: file.sha256 for name, file in m.files.items()},
+        ),
+        measured=Measured(),
         packages=packages((*PACKAGES, options.flavour)),
     )
-    return artefact.write(folder, built)
+    return writing.write(folder, built)
 
 
 def measure(
     built: Artefact, found: Artefact, shapes: Profile, options: Options, force: bool = False, bar: Any = None
 ) -> str:
-    """Compare a plan, ``build`` of the rest, with the reference, in int8 its speed with that of a plan of what was quantised, too, and note
+    """Compare an engine, ``build`` of the rest, with the reference, in int8 its speed with that of an engine of what was quantised, too, and note
     the figures in its manifest. Returns what was not measured and why, or "".
 
     Raises: ValueError, unless ``force``, for figures beyond `accuracy.BUDGETS`, and for int8 that is no faster.
     """
     m = built.manifest
-    assert m.tensorrt is not None
-    if reason := tensorrt.refusal(m, m.tensorrt["version"], tensorrt.gpu()):
+    if reason := tensorrt.refusal(m, tensorrt.engine_build(m).version, tensorrt.gpu()):
         return f"not measured, it {reason}"
     from coalescer_fast.pipeline import CoalescerPipeline
 
@@ -224,7 +222,7 @@ def measure(
     run = tensorrt.open_artefact(built)
     result = accuracy.compare(built, accuracy.on_cpu(run, DEVICE), pipe, sum(accuracy.batches(m)), runtime=m.engine)
     if not force:
-        accuracy.require(result, f"the plan of the {m.kind}")
+        accuracy.require(result, f"the engine of the {m.kind}")
     runs, missing = {m.precision: run}, ""
     with tempfile.TemporaryDirectory() as folder:
         if m.precision == "int8":
@@ -237,9 +235,9 @@ def measure(
                 runs = {"source": tensorrt.open_artefact(before), "int8": run}
         times = accuracy.speed(pipe, m, runs, DEVICE)
     if "source" in runs and not force:
-        accuracy.require_faster(f"the plan of the {m.kind}", times, source.manifest.precision)
+        accuracy.require_faster(f"the engine of the {m.kind}", times, source.manifest.precision)
     speed = {**times, "gpu": (tensorrt.gpu() or ("", ""))[0]}
-    artefact.write(built.folder, replace(m, measured={**accuracy.to_measured(result), "speed": speed}))
+    writing.write(built.folder, replace(m, measured=replace(accuracy.to_measured(result), speed=speed)))
     return missing
 
 
@@ -248,9 +246,15 @@ def source_of(found: Artefact) -> Artefact:
     from ..quantize.ranges import graph_sha256
 
     source = artefact.read(found.manifest.command[1])
-    if graph_sha256(source.manifest) != found.manifest.flags["int8"]["source"]:
+    if graph_sha256(source.manifest) != quantization(found.manifest).source:
         raise ValueError(f"{source.folder} has another graph by now")
     return source
+
+
+def quantization(m: Manifest) -> Quantization:
+    """How an int8 artefact was quantized."""
+    assert m.flags.int8 is not None
+    return m.flags.int8
 
 
 def dotted(capability: int) -> str:
@@ -264,7 +268,7 @@ def _build(trt: Any, log: Any, found: Artefact, shapes: Profile, options: Option
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(found.graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = "; ".join(" ".join(str(error.desc()).split()) for error in errors)[:600] or log.said()
+        said = "; ".join(" ".join(str(error.desc()).split()) for error in errors)[:600] or log.reason()
         raise ValueError(
             f"{TITLES[options.flavour]} {trt.__version__} does not take {found.graph} ({said}): {_mend(found)}"
         )
@@ -342,7 +346,7 @@ def _vouching(cache: Path) -> Path:
 def _mend(found: Artefact) -> str:
     """For a graph that a parser or builder refuses, which is nearly always a question of types and operators."""
     again = shlex.join([TOOL, *found.manifest.command, "-o", str(found.folder), "--force"])
-    return f"a plan is strongly typed and takes each type as the graph has it; another --precision may be taken, by {again}"
+    return f"an engine is strongly typed and takes each type as the graph has it; another --precision may be taken, by {again}"
 
 
 def progress(trt: Any, bar: Any) -> Any:

@@ -19,8 +19,9 @@ from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
 from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.engines import onnxruntime, tensorrt
-from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
+from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.exported import Described
+from coalescer_fast.runtime.engines.manifest import Manifest, Measured
 
 Tensors = tuple[Tensor, ...]
 BATCHES = (1, 2, 5)
@@ -277,7 +278,7 @@ def interleaved(
     return taken
 
 
-def to_measured(result: Verification) -> dict[str, Any]:
+def to_measured(result: Verification) -> Measured:
     """For `Manifest.measured`: figure -> value, and how many pictures by what."""
-    rows = {row.what: row.value if math.isfinite(row.value) else str(row.value) for row in result.rows}
-    return {"runtime": result.runtime, "pictures": result.pictures, "error": rows}
+    error = {row.what: row.value if math.isfinite(row.value) else str(row.value) for row in result.rows}
+    return Measured(result.runtime, result.pictures, error)

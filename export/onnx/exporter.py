@@ -10,8 +10,10 @@ from typing import Any
 
 from coalescer_fast import __version__
 from coalescer_fast.runtime.base import quiet_torch
-from coalescer_fast.runtime.engines import artefact, onnxruntime
-from coalescer_fast.runtime.engines.artefact import Artefact, Manifest, Schedule
+from coalescer_fast.runtime.engines import onnxruntime, writing
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.hashes import network_hashes
+from coalescer_fast.runtime.engines.manifest import Manifest, Schedule
 
 from ..measure import accuracy
 from . import graph, modules
@@ -36,7 +38,7 @@ def export_onnx(
     command: tuple[str, ...] = (),
     stage: Callable[[str], object] = lambda text: None,
 ) -> Artefact:
-    """Export one network into an empty folder (of `artefact.creating`), and measure it in ONNX Runtime at batches 1, 2 and 5.
+    """Export one network into an empty folder (of `writing.creating`), and measure it in ONNX Runtime at batches 1, 2 and 5.
 
     In float16 the manifest has the figures of the same network in torch: ONNX Runtime on a CPU computes most of such a graph in float32,
     which shows that it is right, and not what is lost where every result is rounded.
@@ -66,7 +68,7 @@ def export_onnx(
         recipe=modules.RECIPES[precision],
         graph=GRAPH,
         model=model,
-        weights=artefact.weights(pipe, kind),
+        weights=network_hashes(pipe, kind),
         inputs=inputs,
         outputs=outputs,
         batch=batch,
@@ -83,7 +85,7 @@ def export_onnx(
         stage("compare in float16")
         result = accuracy.compare(written, lambda inputs: network(*inputs), pipe, HALF_PICTURES, runtime="torch")
         accuracy.require(result, f"the {kind} in float16")
-    return artefact.write(folder, replace(manifest, measured=accuracy.to_measured(result)))
+    return writing.write(folder, replace(manifest, measured=accuracy.to_measured(result)))
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:

@@ -14,8 +14,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
 
-from coalescer_fast.runtime.engines.artefact import BATCH, Port
-from coalescer_fast.runtime.engines.onnxruntime import exporting
+from coalescer_fast.runtime.engines.manifest import BATCH, Port
+from coalescer_fast.runtime.engines.onnx import quiet_exporter
 
 from .modules import example
 
@@ -47,7 +47,7 @@ def export_graph(
     args = example(inputs, max(least, min(2, most)))
     axis = {0: torch.export.Dim(BATCH, min=least, max=most)} if least < most else None
     try:
-        with exporting():
+        with quiet_exporter():
             stage("trace")
             # and not by torch.onnx.export, which falls back to fixed sizes
             traced = torch.export.export(module, args, dynamic_shapes=_axes(args, axis))

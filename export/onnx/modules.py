@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coalescer_fast import sampling
 from coalescer_fast.models.unet import CoalescerUNet, Conditioning
 from coalescer_fast.runtime.base import quiet_torch
-from coalescer_fast.runtime.engines.artefact import BATCH, Port, Schedule
+from coalescer_fast.runtime.engines.manifest import BATCH, Port, Schedule
 from coalescer_fast.runtime.engines.per_shape import Decoding, traceable
 from coalescer_fast.runtime.watch import foreign
 from coalescer_fast.scheduler import CoalescerScheduler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from coalescer_fast.cli import cpu_name
 from coalescer_fast.parity import Verification, descriptions
 from coalescer_fast.runtime.base import quiet_torch
-from coalescer_fast.runtime.engines import artefact, onnxruntime
-from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
+from coalescer_fast.runtime.engines import onnxruntime, writing
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import Manifest, Measured, Quantization
 
 from ..measure import accuracy
 from ..onnx.exporter import GRAPH, packages
@@ -74,7 +75,7 @@ def quantise(
     report: Callable[[list[Row]], object] | None = None,
     stage: Stage = lambda text: None,
 ) -> Artefact:
-    """Write an artefact in int8 into an empty folder (of `artefact.creating`), for the target of the one that is ``found``.
+    """Write an artefact in int8 into an empty folder (of `writing.creating`), for the target of the one that is ``found``.
 
     Args:
         method, percentile: see `ranges.Histogram.range`; prompts: how many names to calibrate on; seed: of their choice and the noise.
@@ -102,13 +103,13 @@ def quantise(
     m, path = found.manifest, folder / GRAPH
     qdq.save(source.quantised(layers, known), path)
     (folder / ranges.FILE).write_text(known.to_json(), "utf-8")
-    flags = {
-        "method": known.method,
-        "prompts": len(known.prompts),
-        "kept": " ".join(keep),
-        "unfit": unfit,  # layer -> why it stays in float
-        "source": ranges.graph_sha256(m),
-    }
+    quantization = Quantization(
+        method=known.method,
+        prompts=len(known.prompts),
+        kept=" ".join(keep),
+        unfit=unfit,
+        source=ranges.graph_sha256(m),
+    )
     manifest = replace(
         m,
         precision="int8",
@@ -116,7 +117,7 @@ def quantise(
         graph=GRAPH,
         command=command,
         calibration=known.sha256,
-        flags={**m.flags, "int8": flags},
+        flags=replace(m.flags, int8=quantization),
         packages=packages(),
         files={},
     )
@@ -133,10 +134,11 @@ def quantise(
     if m.target == "cpu":
         stage("measure speed")
         times = accuracy.speed(pipe, m, {"source": onnxruntime.open_artefact(found), "int8": run})
-        measured["speed"] = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
+        speed = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
+        measured = replace(measured, speed=speed)
     if not force:
         check(m, result, measured)
-    return artefact.write(folder, replace(manifest, measured=measured))
+    return writing.write(folder, replace(manifest, measured=measured))
 
 
 def recipe(m: Manifest, layers: int, convolutions: int) -> str:
@@ -149,7 +151,7 @@ def recipe(m: Manifest, layers: int, convolutions: int) -> str:
     return f"{layers} of {convolutions} convolutions: {what}, weights with a scale a channel; the rest, {kept} among it, in {m.precision}"
 
 
-def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> None:
+def check(m: Manifest, result: Verification, measured: Measured) -> None:
     """Raise ValueError if the quantised graph does not win."""
     if not result.passed:
         row = next(row for row in result.rows if not row.ok)
@@ -157,7 +159,7 @@ def check(m: Manifest, result: Verification, measured: Mapping[str, Any]) -> Non
         how = f"{row.what} is {row.value:.3g}{row.unit}, {limit}"
         mend = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
         raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {mend}, or add --force to have it")
-    if times := measured.get("speed"):
+    if times := measured.speed:
         accuracy.require_faster(f"the {m.kind}", times, m.precision)
 
 
@@ -198,9 +200,7 @@ def sensitivity(
         alone = Artefact(Path(folder), replace(m, graph=GRAPH))
         for module in dict.fromkeys(layer.module for layer in layers):
             stage(f"sensitivity: {module}")
-            qdq.save(
-                source.quantised([layer for layer in layers if layer.module == module], known), alone.graph
-            )
+            qdq.save(source.quantised([layer for layer in layers if layer.module == module], known), alone.graph)
             found = _outputs(onnxruntime.open_artefact(alone), inputs)
             row: Row = {"layer": module}
             for port, y, e in zip(m.outputs, found, exact):

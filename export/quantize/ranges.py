@@ -16,7 +16,8 @@ from torch import Tensor
 
 from coalescer_fast.parity import descriptions
 from coalescer_fast.runtime.engines import onnxruntime
-from coalescer_fast.runtime.engines.artefact import Artefact, Manifest
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import Manifest
 
 Range = tuple[float, float]
 FILE = "ranges.json"
@@ -75,7 +76,7 @@ def read_ranges(path: Path) -> Ranges:
 
 def graph_sha256(manifest: Manifest) -> str:
     """The hash of the graph's file, or where its weights lie beside it, of both hashes."""
-    hashes = [facts["sha256"] for name, facts in sorted(manifest.files.items()) if name.startswith(manifest.graph)]
+    hashes = [file.sha256 for name, file in sorted(manifest.files.items()) if name.startswith(manifest.graph)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 

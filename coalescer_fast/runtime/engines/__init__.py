@@ -1,1 +1,1 @@
-"""A pipeline's networks run by compilers and inference engines, from the pipeline itself or from exported artefacts."""
+"""A pipeline's networks by compilers and inference engines: prepared here for each shape, or exported beforehand."""

@@ -14,8 +14,8 @@ from ...models.unet import Conditioning
 from ...ops import library
 from ...scheduler import CoalescerScheduler
 from ..base import OfPipeline, counted, entered, quiet_torch
-from . import artefact
-from .artefact import Artefact, Schedule
+from .artefact import Artefact
+from .manifest import KINDS, Schedule
 
 if TYPE_CHECKING:
     from ...pipeline import CoalescerPipeline
@@ -128,7 +128,7 @@ class ExportedRuntime(OfPipeline):
     def explain(self) -> list[dict[str, str]]:
         """What runs each part, from which artefact."""
         rows = []
-        for part in artefact.KINDS:
+        for part in KINDS:
             if (found := self.artefacts.get(part)) is not None:
                 m = found.manifest
                 because = f"{found.folder}, {m.schedule or 'any schedule'}, {m.batch[0]} to {m.batch[2]} pictures"

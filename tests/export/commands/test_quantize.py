@@ -43,12 +43,12 @@ def test_the_manifest_says_what_it_is(unet, exported):
     assert set(m.files) == {"model.onnx", "ranges.json"}
     known = ranges.read_ranges(unet.folder / "ranges.json")
     assert m.calibration == known.sha256
-    assert known.graph == source.files["model.onnx"]["sha256"]
+    assert known.graph == source.files["model.onnx"].sha256
     assert known.method == "percentile 99.999"
     assert len(known.prompts) == 8
-    assert m.measured["error"]["pictures: PSNR, median"] > 5
-    assert m.measured["speed"]["speedup"] == 2
-    assert m.measured["pictures"] == 8
+    assert m.measured.error["pictures: PSNR, median"] > 5
+    assert m.measured.speed["speedup"] == 2
+    assert m.measured.pictures == 8
     assert (unet.folder / "model.onnx").stat().st_size < (exported / "unet" / "model.onnx").stat().st_size
 
 
@@ -66,7 +66,9 @@ def test_verify_and_inspect(run, unet):
 def test_measured_on_names_that_calibration_never_saw(run, exported, monkeypatch):
     seen = []
     compare = accuracy.compare
-    monkeypatch.setattr(accuracy, "compare", lambda *args, **kwargs: (seen.append(args[3]), compare(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        accuracy, "compare", lambda *args, **kwargs: (seen.append(args[3]), compare(*args, **kwargs))[1]
+    )
     assert run("quantize", exported / "decoder", "-o", "int8", *BRIEF)[0] == 0
     assert run("verify", "int8", "--prompts", "30")[0] == 0
     known = set(ranges.read_ranges(artefact.read("int8").folder / "ranges.json").prompts)
@@ -125,7 +127,7 @@ def test_layers_that_are_kept(run, exported):
             assert node.input[1] == f"{name}.weight"
     assert nodes["unet.down.0.0.conv1"].input[1] == "unet.down.0.0.conv1.weight:int8"
     m = artefact.read("int8").manifest
-    assert m.flags["int8"]["kept"] == "unet.mid.* unet.down.1.0"
+    assert m.flags.int8.kept == "unet.mid.* unet.down.1.0"
     assert m.command[-3:] == ("--keep-fp16", "unet.mid.*", "unet.down.1.0")
     status, _, error = run("quantize", exported / "unet", "-o", "other", *BRIEF, "--keep-fp16", "unet.conv_in")
     assert status == 1

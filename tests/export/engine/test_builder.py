@@ -16,8 +16,9 @@ from coalescer_fast.export.engine import builder
 from coalescer_fast.export.measure import accuracy
 from coalescer_fast.export.onnx import modules
 from coalescer_fast.export.quantize import ranges
-from coalescer_fast.runtime.engines import artefact, tensorrt
-from coalescer_fast.runtime.engines.artefact import Manifest, Port, Schedule
+from coalescer_fast.runtime.engines import artefact, tensorrt, writing
+from coalescer_fast.runtime.engines.hashes import network_hashes
+from coalescer_fast.runtime.engines.manifest import EngineBuild, Flags, Manifest, Port, Quantization, Schedule
 
 from ...tensorrt_api import Fake, recorded, surface
 
@@ -53,7 +54,7 @@ def write(folder: Path, **changes) -> Path:
     )
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(b"graph")
-    artefact.write(folder, replace(made, **changes))
+    writing.write(folder, replace(made, **changes))
     return folder
 
 
@@ -86,13 +87,13 @@ def test_a_plan_says_what_it_is(run, source, fake):
     found = artefact.read("plan")
     m, before = found.manifest, artefact.read("onnx").manifest
     assert (m.engine, m.graph, m.batch, m.precision, m.opset) == ("tensorrt", "model.plan", (1, 4, 8), "fp16", 21)
-    assert m.tensorrt == {
-        "version": fake.__version__,
-        "compute_capabilities": ["8.6"],
-        "gpu": "NVIDIA A10",
-        "profile": {"sample": [[1, 2, 3, 3], [4, 2, 3, 3], [8, 2, 3, 3]], "description": [[1, 4], [4, 4], [8, 4]]},
-        "source": {"model.onnx": before.files["model.onnx"]["sha256"]},
-    }
+    assert m.tensorrt == EngineBuild(
+        version=fake.__version__,
+        compute_capabilities=("8.6",),
+        gpu="NVIDIA A10",
+        profile={"sample": ((1, 2, 3, 3), (4, 2, 3, 3), (8, 2, 3, 3)), "description": ((1, 4), (4, 4), (8, 4))},
+        source={"model.onnx": before.files["model.onnx"].sha256},
+    )
     assert set(m.files) == {"model.plan", "layers.json"}
     assert found.graph.read_bytes() == b"plan"
     assert json.loads(Path("plan/layers.json").read_text()) == [
@@ -104,7 +105,7 @@ def test_a_plan_says_what_it_is(run, source, fake):
         ("clear_flag", "TF32"),
     ]
     assert ("set_shape", "sample", (1, 2, 3, 3), (4, 2, 3, 3), (8, 2, 3, 3)) in fake.calls
-    words = found.mend.partition("coalescer-export ")[2].split()
+    words = found.fix.partition("coalescer-export ")[2].split()
     assert run(*words)[:2] == (0, "plan\n")
     assert artefact.read("plan").manifest == m
 
@@ -121,20 +122,16 @@ EVERYTHING = [
 
 def test_every_option(run, source, fake, capsys):
     Path("onnx/model.onnx.data").write_bytes(b"weights")
-    artefact.write(Path("onnx"), artefact.read("onnx").manifest)
+    writing.write(Path("onnx"), artefact.read("onnx").manifest)
     assert run("engine", "onnx", "-o", "plan", *EVERYTHING)[0] == 0
     found = artefact.read("plan")
-    assert found.manifest.flags == {
-        "hardwareCompatibilityLevel": "ampere+",
-        "versionCompatible": True,
-        "stripWeights": "weights.onnx",
-    }
+    assert found.manifest.flags == Flags("ampere+", versionCompatible=True, stripWeights="weights.onnx")
     assert set(found.manifest.files) == {"model.plan", "layers.json", "weights.onnx", "model.onnx.data"}
     flags = [call[1] for call in fake.calls if call[0] == "set_flag"]
     assert flags == ["VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT"]
     assert ("IBuilderConfig", "hardware_compatibility_level", fake.HardwareCompatibilityLevel.AMPERE_PLUS) in fake.calls
     assert Path("t").read_bytes() == b"timings"
-    assert all(f"--{word}" in found.mend for word in ("stripWeights", "versionCompatible", "timingCacheFile=t"))
+    assert all(f"--{word}" in found.fix for word in ("stripWeights", "versionCompatible", "timingCacheFile=t"))
     level = ["--hardwareCompatibilityLevel", "sameComputeCapability"]
     status, _, error = run("engine", "onnx", "-o", "plan", "--force", *level)
     if "SAME_COMPUTE_CAPABILITY" in recorded()[f"tensorrt {fake.__version__}"]["HardwareCompatibilityLevel"]:
@@ -198,7 +195,7 @@ def test_a_renamed_name_fails(run, source, newest, monkeypatch, capsys):
         ({"opset": 17, "precision": "fp32"}, ["has opset 17 where TensorRT is given 18 or later for fp32"]),
         (
             {"engine": "tensorrt", "tensorrt": PLAN, "command": ("engine", "where")},
-            ["is a plan already", "made of, from where"],
+            ["is an engine already", "made of, from where"],
         ),
     ],
 )
@@ -268,7 +265,7 @@ def test_what_the_library_says_of_a_failure_is_one_sentence(run, source, newest,
     assert error.startswith(
         f"coalescer-export: TensorRT 11.4.0.106 {words} onnx/model.onnx (In node 3 conv1: Assertion failed: input has type"
     )
-    assert "a plan is strongly typed" in error
+    assert "an engine is strongly typed" in error
     assert "by coalescer-export onnx --what unet" in error
     assert not Path("plan").exists()
 
@@ -279,13 +276,13 @@ def test_without_a_gpu(run, source, newest, monkeypatch):
     status, _, error = run("verify", "plan")
     assert status == 1
     assert (
-        "plan is a plan for NVIDIA A10, compute capability 8.6, and there is no CUDA device: run it on such a GPU"
+        "plan is an engine for NVIDIA A10, compute capability 8.6, and there is no CUDA device: run it on such a GPU"
         in error
     )
     status, _, error = run("engine", "onnx", "-o", "other")
     assert status == 1
     assert error.endswith(
-        "builds a plan on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
+        "builds an engine on its GPU, and there is no CUDA device: build it there, or take --flavour tensorrt_rtx"
     )
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     status, _, error = run("engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx")
@@ -304,8 +301,8 @@ def test_tensorrt_rtx_builds_for_gpus_that_are_not_here(run, source, monkeypatch
     capabilities = [call[1:] for call in fake.calls if call[0] == "set_compute_capability"]
     assert capabilities == [("SM80", 0), ("SM86", 1), ("SM89", 2), ("SM120", 3)]
     m = artefact.read("plan").manifest
-    assert (m.engine, m.tensorrt["version"], m.tensorrt["gpu"]) == ("tensorrt_rtx", "1.7.1.116", None)
-    assert m.tensorrt["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert (m.engine, m.tensorrt.version, m.tensorrt.gpu) == ("tensorrt_rtx", "1.7.1.116", None)
+    assert m.tensorrt.compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
     status, _, error = run(
         "engine", "onnx", "-o", "other", "--flavour", "tensorrt_rtx", "--computeCapabilities", "86,90"
     )
@@ -372,13 +369,14 @@ def test_inspect_and_tampering(run, source, newest, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch, newest, small, model, tmp_path):
-    """(precision, seconds of a plan by name, error): the UNet's artefact "onnx", and "float" that it was quantised from; plans run."""
+    """(precision, seconds of an engine by name, error): the UNet's artefact "onnx", and "float" that it was quantised from; engines run."""
 
     def make(precision: str, seconds: dict[str, float], off: float = 1e-3) -> None:
         inputs, outputs = modules.ports(small, "unet")
-        facts = {"model": str(model), "weights": artefact.weights(small, "unet"), "inputs": inputs, "outputs": outputs}
+        facts = {"model": str(model), "weights": network_hashes(small, "unet"), "inputs": inputs, "outputs": outputs}
         source = artefact.read(write(tmp_path / "float", **facts))
-        int8 = {"command": ("quantize", "float"), "flags": {"int8": {"source": ranges.graph_sha256(source.manifest)}}}
+        quantization = Quantization(method="max", prompts=1, kept="", source=ranges.graph_sha256(source.manifest))
+        int8 = {"command": ("quantize", "float"), "flags": Flags(int8=quantization)}
         write(tmp_path / "onnx", **facts, precision=precision, **(int8 if precision == "int8" else {}))
         network = modules.network(small, "unet", "fp32")
 
@@ -397,9 +395,9 @@ def test_a_plan_that_can_run_is_measured(run, measured):
     measured("fp16", {"fp16": 2e-3})
     assert run("engine", "onnx", "-o", "plan")[:2] == (0, "plan\n")
     found = artefact.read("plan").manifest.measured
-    assert found["runtime"] == "tensorrt, unet"
-    assert found["error"]["distance, relative error, maximum"] == pytest.approx(1e-3, rel=0.01)
-    assert found["speed"] == {"batch": 4, "fp16 ms": 2.0, "gpu": "NVIDIA A10"}
+    assert found.runtime == "tensorrt, unet"
+    assert found.error["distance, relative error, maximum"] == pytest.approx(1e-3, rel=0.01)
+    assert found.speed == {"batch": 4, "fp16 ms": 2.0, "gpu": "NVIDIA A10"}
     lines = {" ".join(line.split()) for line in run("inspect", "plan")[1].splitlines()}
     assert "measured fp16 ms 2" in lines
 
@@ -409,7 +407,7 @@ def test_a_plan_beyond_the_budget_needs_force(run, measured):
     status, out, error = run("engine", "onnx", "-o", "plan")
     assert (status, out) == (1, "")
     assert error.startswith(
-        "coalescer-export: the plan of the unet is not the model's: distance, relative error, maximum is 0.5, the limit"
+        "coalescer-export: the engine of the unet is not the model's: distance, relative error, maximum is 0.5, the limit"
     )
     assert not Path("plan").exists()
     assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")
@@ -418,7 +416,7 @@ def test_a_plan_beyond_the_budget_needs_force(run, measured):
 def test_int8_is_compared_in_speed_with_a_plan_of_what_was_quantised(run, measured, newest):
     measured("int8", {"source": 3e-3, "int8": 2e-3})
     assert run("engine", "onnx", "-o", "plan")[0] == 0
-    assert artefact.read("plan").manifest.measured["speed"] == {
+    assert artefact.read("plan").manifest.measured.speed == {
         "batch": 4, "source ms": 3.0, "int8 ms": 2.0, "speedup": 1.5, "gpu": "NVIDIA A10"
     }  # fmt: skip
     assert len([call for call in newest.calls if call[0] == "create_network"]) == 2
@@ -429,12 +427,12 @@ def test_int8_that_is_no_faster_needs_force(run, measured):
     status, out, error = run("engine", "onnx", "-o", "plan")
     assert (status, out) == (1, "")
     assert error == (
-        "coalescer-export: the plan of the unet in int8 is no faster here than in fp16, 2 ms against 2 for 4 pictures: use that, "
+        "coalescer-export: the engine of the unet in int8 is no faster here than in fp16, 2 ms against 2 for 4 pictures: use that, "
         "or add --force to have this"
     )
     assert not Path("plan").exists()
     assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")
-    assert artefact.read("plan").manifest.measured["speed"]["speedup"] == 1
+    assert artefact.read("plan").manifest.measured.speed["speedup"] == 1
 
 
 @pytest.mark.parametrize("what", ["gone", "other"])
@@ -442,20 +440,20 @@ def test_int8_without_what_was_quantised_is_said(run, measured, what):
     measured("int8", {"int8": 2e-3})
     if what == "other":
         Path("float/model.onnx").write_bytes(b"another graph")
-        artefact.write(Path("float"), Manifest.from_json(Path("float/manifest.json").read_text()))
+        writing.write(Path("float"), Manifest.from_json(Path("float/manifest.json").read_text()))
     else:
         shutil.rmtree("float")
     status, _, error = run("engine", "onnx", "-o", "plan")
     assert status == 0
     assert error.startswith("unet: not compared in speed with what was quantised: float ")
-    assert "speedup" not in artefact.read("plan").manifest.measured["speed"]
+    assert "speedup" not in artefact.read("plan").manifest.measured.speed
 
 
 def test_a_folder_of_several(run, source, newest, tmp_path):
     write(tmp_path / "many" / "unet")
     write(tmp_path / "many" / "decoder", kind="decoder", outputs=(Port("picture", "float32", ("batch", 3, 6, 6)),))
-    assert run("engine", "many", "-o", "plans")[0] == 0
-    found = artefact.find("plans")
+    assert run("engine", "many", "-o", "engines")[0] == 0
+    found = artefact.find("engines")
     assert {kind: each.manifest.command[1] for kind, each in found.items()} == {
         "unet": "many/unet",
         "decoder": "many/decoder",

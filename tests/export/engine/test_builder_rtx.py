@@ -11,6 +11,7 @@ from torch import nn
 import coalescer_fast as cf
 from coalescer_fast.export import cli
 from coalescer_fast.runtime.engines import artefact, tensorrt
+from coalescer_fast.runtime.engines.manifest import KINDS
 
 CAPABILITIES = (80, 86, 89, 120)
 HEADS = ("unet.direction_head", "unet.distance_head")  # in float32, whatever the rest
@@ -57,8 +58,8 @@ def build(source: Path, out: Path, capability: int) -> dict[str, list[dict]]:
     assert cli.main(argv) == 0
     found = artefact.find(out)
     for each in found.values():
-        assert each.manifest.tensorrt["compute_capabilities"] == [f"{capability // 10}.{capability % 10}"]
-        assert each.manifest.tensorrt["gpu"] is None
+        assert each.manifest.tensorrt.compute_capabilities == (f"{capability // 10}.{capability % 10}",)
+        assert each.manifest.tensorrt.gpu is None
         assert each.graph.stat().st_size > 1000
     return {kind: json.loads((each.folder / "layers.json").read_text()) for kind, each in found.items()}
 
@@ -85,8 +86,8 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
     import onnx
 
     source = embedded(precision, "tensorrt")
-    plans = build(source, tmp_path / "plan", capability)
-    assert set(plans) == set(artefact.KINDS)
+    engines = build(source, tmp_path / "plan", capability)
+    assert set(engines) == set(KINDS)
     blocks = residual_blocks(unet)
     attentions = [
         name for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm) and name.endswith(".norm")
@@ -94,7 +95,7 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
     assert len(blocks) > 5
     assert attentions
     for kind in ("unet", "generator"):
-        layers, nodes = plans[kind], onnx.load(source / kind / "model.onnx").graph.node
+        layers, nodes = engines[kind], onnx.load(source / kind / "model.onnx").graph.node
         for block in blocks:
             for name in uses(nodes, f"unet.{block}.norm1"):
                 (one,) = [each for each in kernels(layers, name) if "Gnor" in each["name"]]  # GroupNorm and SiLU

@@ -8,6 +8,7 @@ import torch
 from coalescer_fast.export.measure import accuracy
 from coalescer_fast.parity import Budget
 from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.manifest import KINDS
 
 
 def test_a_trajectory_is_a_call(small):
@@ -43,7 +44,7 @@ def test_a_pipeline_is_left_as_it_is_when_a_call_fails(small):
     assert small.runtime is None
 
 
-@pytest.mark.parametrize("kind", artefact.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_wrong_fails(small, exported, kind):
     from coalescer_fast.runtime.engines.onnxruntime import open_artefact
 

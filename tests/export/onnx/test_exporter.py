@@ -77,7 +77,7 @@ def test_weights_in_any_memory(tmp_path, change):
     pipe = build()
     change(pipe)
     found = exporter.export_onnx(pipe, "generator", tmp_path, model="some", batch=(1, 1, 2))
-    assert found.manifest.measured["error"]["largest error"] < 1e-5
+    assert found.manifest.measured.error["largest error"] < 1e-5
     cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
     assert cf.verify(pipe, ["octopus"]).passed
 
@@ -87,7 +87,7 @@ def test_another_default_dtype_autocast_and_inference_mode(tmp_path, default):
     def export(folder, pipe):
         folder.mkdir()
         found = exporter.export_onnx(pipe, "unet", folder, model="some", batch=(1, 1, 2))
-        return found.manifest.files["model.onnx"]["sha256"], found.manifest.inputs
+        return found.manifest.files["model.onnx"].sha256, found.manifest.inputs
 
     pipe = build(cross_attention_dim=128)
     expected = export(tmp_path / "plain", pipe)
@@ -153,6 +153,6 @@ def test_the_embedded_model(embedded, precision, target):
         result = accuracy.compare(found, open_artefact(found), pipe, 64, seed=1)
         assert result.passed, str(result)
         # float16 is measured where it is rounded to
-        assert found.manifest.measured["runtime"].startswith("torch" if precision == "fp16" else "onnxruntime")
+        assert found.manifest.measured.runtime.startswith("torch" if precision == "fp16" else "onnxruntime")
     cf.accelerate(pipe, "onnxruntime", artefact=folder)
     assert cf.verify(pipe).passed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from coalescer_fast.runtime.engines.artefact import Port
+from coalescer_fast.runtime.engines.manifest import Port
 
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxscript", reason="needs the package onnxscript")

@@ -47,9 +47,7 @@ def test_every_use_of_a_layer_is_one_of_its_own(exported):
     assert len({layer.weight for layer in uses}) == 1
     assert len(qdq.without(layers, ["unet.mid.0.conv1"])) == len(layers) - 3
     assert len(qdq.without(layers, ["unet.mid.0.conv1/2"])) == len(layers) - 1
-    assert not [
-        each for each in qdq.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")
-    ]
+    assert not [each for each in qdq.without(layers, ["unet.*", "*decoder*.conv.0"]) if each.name.startswith("unet.")]
 
 
 def test_parts_of_a_concatenation_have_a_range_each(exported):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.manifest import KINDS
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
@@ -37,9 +38,7 @@ def test_a_layer_that_no_scale_fits_stays_in_float_and_the_manifest_says_why(sma
     dead = {name: (0.0, 0.0) for name, tensor in first.tensors("cpu").items() if name == "input"}
     layers = {**known.layers, first.name: {**known.layers[first.name], **dead}}
     written = quantizer.quantise(small, found, tmp_path, known=replace(known, layers=layers), force=True)
-    assert written.manifest.flags["int8"]["unfit"] == {
-        first.name: "its input spans 0, too little for a scale in float32"
-    }
+    assert written.manifest.flags.int8.unfit == {first.name: "its input spans 0, too little for a scale in float32"}
     assert written.manifest.recipe.startswith(f"{len(others)} of ")
     assert qdq.float_layers(written.graph, source.layers) == [first.name]
     for path in tmp_path.iterdir():
@@ -68,10 +67,10 @@ def test_a_tensor_that_is_not_finite_is_named(small, exported, monkeypatch):
 def test_the_embedded_model(embedded, target):
     sources = artefact.find(embedded("fp32" if target == "cpu" else "fp16", target))
     found = artefact.find(embedded("int8", target))
-    assert list(found) == list(artefact.KINDS)
+    assert list(found) == list(KINDS)
     for kind, each in found.items():
-        error = each.manifest.measured["error"]
+        error = each.manifest.measured.error
         assert error["pictures: PSNR, median"] >= 28, error
-        assert each.manifest.measured["pictures"] == 64
+        assert each.manifest.measured.pictures == 64
         known = ranges.read_ranges(each.folder / "ranges.json")
         assert len(known.layers) == len(qdq.prepare(quantizer.onnx.load(sources[kind].graph), target))

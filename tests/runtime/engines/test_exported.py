@@ -11,9 +11,10 @@ import torch
 import coalescer_fast as cf
 from coalescer_fast import acceleration, parity
 from coalescer_fast.export.onnx import modules
-from coalescer_fast.runtime.engines import artefact
-from coalescer_fast.runtime.engines.artefact import Manifest, Schedule
+from coalescer_fast.runtime.engines import artefact, writing
 from coalescer_fast.runtime.engines.exported import ExportedRuntime
+from coalescer_fast.runtime.engines.hashes import network_hashes
+from coalescer_fast.runtime.engines.manifest import KINDS, EngineBuild, Manifest, Schedule
 
 PROMPTS = ["octopus", "pizza"]
 
@@ -32,7 +33,7 @@ def draw(pipe, prompt=PROMPTS, output_type="pt", **kwargs) -> torch.Tensor:
 def folder(tmp_path_factory):
     """Artefacts whose graphs are read by `open_artefact`."""
     pipe, root = load(), tmp_path_factory.mktemp("artefacts")
-    for kind in artefact.KINDS:
+    for kind in KINDS:
         inputs, outputs = modules.ports(pipe, kind)
         (root / kind).mkdir()
         (root / kind / "model.onnx").write_text(kind)
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
             "",
             "model.onnx",
             "emoji-64",
-            artefact.weights(pipe, kind),
+            network_hashes(pipe, kind),
             inputs,
             outputs,
             (1, 2, 4),
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
             (),
             schedule,
         )
-        artefact.write(root / kind, made)
+        writing.write(root / kind, made)
     return root
 
 
@@ -107,7 +108,7 @@ def test_without_a_generator_the_networks_run_step_by_step(accelerated):
 
 
 def test_with_all_of_them_every_call_has_its_run(accelerated):
-    pipe, plain = accelerated(*artefact.KINDS), load()
+    pipe, plain = accelerated(*KINDS), load()
     for call, expected in (
         ({}, ["generator"]),
         ({"guidance_scale": 1.5}, ["generator"]),
@@ -132,7 +133,7 @@ def test_a_generator_alone_refuses_another_schedule(accelerated):
 
 
 def test_a_generator_has_the_empty_description_inside(accelerated):
-    pipe, plain = accelerated(*artefact.KINDS), load()
+    pipe, plain = accelerated(*KINDS), load()
     for negative, expected in (
         ("", ["generator"]),
         ("red apple", ["unet"] * 3 + ["decoder"]),
@@ -148,7 +149,7 @@ def test_a_generator_has_the_empty_description_inside(accelerated):
 
 
 def test_embeds(accelerated):
-    pipe, styled = accelerated(*artefact.KINDS), ["octopus, 3d style", "pizza, flat style"]
+    pipe, styled = accelerated(*KINDS), ["octopus, 3d style", "pizza, flat style"]
     (vectors, negative) = pipe.encode_prompt(styled)
     assert torch.equal(draw(pipe, None, prompt_embeds=vectors, negative_prompt_embeds=negative), draw(pipe, styled))
     assert runs == ["generator"] * 2
@@ -198,13 +199,13 @@ def test_auto_takes_what_an_artefact_is_for(folder, monkeypatch):
     runs.clear()
     draw(pipe)
     assert runs == ["generator"]
-    plans = folder.parent / "plans"
-    shutil.copytree(folder / "unet", plans)
-    made = artefact.read(plans).manifest
-    plan = {"version": "1.7", "compute_capabilities": ["8.6"], "gpu": None, "profile": {}, "source": {}}
-    artefact.write(plans, replace(made, engine="tensorrt_rtx", tensorrt=plan))
+    engines = folder.parent / "engines"
+    shutil.copytree(folder / "unet", engines)
+    made = artefact.read(engines).manifest
+    built = EngineBuild(version="1.7", compute_capabilities=("8.6",), gpu=None, profile={}, source={})
+    writing.write(engines, replace(made, engine="tensorrt_rtx", tensorrt=built))
     with pytest.raises(ValueError, match=r"^backend 'tensorrt' runs on cuda, and the pipeline is on cpu: move it"):
-        cf.accelerate(pipe, artefact=plans)
+        cf.accelerate(pipe, artefact=engines)
 
 
 def test_accelerate_says_what_takes_an_artefact(folder, monkeypatch):

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import logging
-import threading
 import types
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from coalescer_fast.runtime.engines import onnxruntime
+from coalescer_fast.runtime.engines import onnxruntime, openvino
 
 
 class Affine(nn.Module):
@@ -25,7 +22,7 @@ class Affine(nn.Module):
 def prepare(request):
     for package in (request.param, "onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"needs the package {package}")
-    return getattr(onnxruntime, request.param)
+    return {"onnxruntime": onnxruntime, "openvino": openvino}[request.param].prepare
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -53,39 +50,6 @@ def test_an_input_of_another_dtype_is_refused_and_not_read_beyond_its_end(prepar
     with pytest.raises(RuntimeError, match=r"^(ONNX Runtime|OpenVINO) failed: [^\n]*$"):
         call(x.half())
     assert torch.equal(call(x)[0], expected)
-
-
-def test_the_exporter_leaves_logging_and_warnings_as_they_were():
-    logging.disable(logging.ERROR)
-    try:
-        with onnxruntime.exporting():
-            assert logging.root.manager.disable == logging.ERROR
-        assert logging.root.manager.disable == logging.ERROR
-    finally:
-        logging.disable(logging.NOTSET)
-    filters = list(warnings.filters)
-    with pytest.raises(KeyError), onnxruntime.exporting():
-        raise KeyError
-    assert logging.root.manager.disable == logging.NOTSET
-    assert list(warnings.filters) == filters
-
-
-def test_one_thread_exports_at_a_time():
-    inside, most = [], []
-
-    def enter():
-        with onnxruntime.exporting():
-            inside.append(1)
-            most.append(len(inside))
-            threading.Event().wait(0.01)
-            inside.pop()
-
-    threads = [threading.Thread(target=enter) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 4
 
 
 def test_whatever_a_run_raises_is_one_sentence(monkeypatch):

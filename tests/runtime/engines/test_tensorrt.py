@@ -1,4 +1,4 @@
-"""The runtime of plans on stand-ins for the library, made of what was recorded of each version, and for the GPU."""
+"""The runtime of engines on stand-ins for the library, made of what was recorded of each version, and for the GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
-from coalescer_fast.runtime.engines import artefact, tensorrt
-from coalescer_fast.runtime.engines.artefact import Manifest, Port
-from coalescer_fast.runtime.engines.tensorrt import Plan, refusal
+from coalescer_fast.runtime.engines import tensorrt, writing
+from coalescer_fast.runtime.engines.manifest import EngineBuild, Flags, Manifest, Port
+from coalescer_fast.runtime.engines.tensorrt import LoadedEngine, refusal
 from coalescer_fast.runtime.graphs import Graphs
 
 from ...tensorrt_api import Fake, recorded
@@ -45,23 +45,17 @@ def manifest(**changes) -> Manifest:
         (1, 2, 4),
         21,
         ("engine", "exported"),
-        tensorrt={
-            "version": "10.8.0.43",
-            "compute_capabilities": ["8.6"],
-            "gpu": "NVIDIA A10",
-            "profile": {},
-            "source": {},
-        },
-        flags={"hardwareCompatibilityLevel": "none", "versionCompatible": False, "stripWeights": ""},
+        tensorrt=EngineBuild("10.8.0.43", ("8.6",), "NVIDIA A10", profile={}, source={}),
+        flags=Flags("none", versionCompatible=False, stripWeights=""),
     )
     return replace(made, **changes)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "model.plan").write_bytes(b"plan")
-    return tmp_path / "plan"
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "model.plan").write_bytes(b"engine")
+    return tmp_path / "engine"
 
 
 def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -98,13 +92,13 @@ def fake(request, monkeypatch) -> Fake:
     return made
 
 
-def plan(fake, folder, recorder, most_bytes: int = PLENTY, **changes) -> Plan:
-    made = artefact.write(folder, manifest(engine=fake.__name__, **changes))
-    return Plan(made, fake, torch.device("cpu"), Graphs(recorder, 2, most_bytes))
+def load(fake, folder, recorder, most_bytes: int = PLENTY, **changes) -> LoadedEngine:
+    made = writing.write(folder, manifest(engine=fake.__name__, **changes))
+    return LoadedEngine(made, fake, torch.device("cpu"), Graphs(recorder, 2, most_bytes))
 
 
 def test_it_runs_on_torchs_memory_and_is_captured_once_a_batch_size(fake, folder, recorder):
-    run = plan(fake, folder, recorder)
+    run = load(fake, folder, recorder)
     for n in (1, 2, 1, 2, 2):
         inputs = given(n)
         outputs = run(inputs)
@@ -123,11 +117,11 @@ def test_inputs_in_any_layout(fake, folder, recorder):
     sample, description, mask = given(2)
     inputs = sample.to(memory_format=torch.channels_last), description.expand(2, 4), mask.t().contiguous().t()
     for most_bytes in (PLENTY, 0):
-        check(inputs, plan(fake, folder, recorder, most_bytes)(inputs))
+        check(inputs, load(fake, folder, recorder, most_bytes)(inputs))
 
 
 def test_without_graphs(fake, folder, recorder):
-    run = plan(fake, folder, recorder, 0)
+    run = load(fake, folder, recorder, 0)
     for n in (1, 4, 2):
         inputs = given(n)
         check(inputs, run(inputs))
@@ -136,7 +130,7 @@ def test_without_graphs(fake, folder, recorder):
 
 
 def test_threads(fake, folder, recorder):
-    run = plan(fake, folder, recorder)
+    run = load(fake, folder, recorder)
 
     def one(i: int) -> None:
         inputs = given(1 + i % 3)
@@ -146,9 +140,9 @@ def test_threads(fake, folder, recorder):
         list(pool.map(one, range(12)))
 
 
-def test_weights_beside_the_plan_are_put_in(fake, folder, recorder):
+def test_weights_beside_the_engine_are_put_in(fake, folder, recorder):
     (folder / "weights.onnx").write_bytes(b"weights")
-    run = plan(fake, folder, recorder, flags={"stripWeights": "weights.onnx"})
+    run = load(fake, folder, recorder, flags=Flags(stripWeights="weights.onnx"))
     assert ("refit_from_file", str(folder / "weights.onnx")) in fake.calls
     inputs = given(1)
     check(inputs, run(inputs))
@@ -157,31 +151,31 @@ def test_weights_beside_the_plan_are_put_in(fake, folder, recorder):
         ValueError,
         match=r"^the weights of .*weights.onnx do not fit .*model.plan .*build it again with: coalescer-export engine",
     ):
-        plan(fake, folder, recorder, flags={"stripWeights": "weights.onnx"})
+        load(fake, folder, recorder, flags=Flags(stripWeights="weights.onnx"))
 
 
-def test_a_plan_that_the_library_refuses(fake, folder, recorder):
+def test_a_engine_that_the_library_refuses(fake, folder, recorder):
     fake.does.load = "Serialization assertion failed\n"
     with pytest.raises(
         ValueError, match=r"cannot load .*model.plan \(Serialization assertion failed\): build it again with"
     ) as caught:
-        plan(fake, folder, recorder)
+        load(fake, folder, recorder)
     assert "\n" not in str(caught.value)
     fake.does.load, fake.does.ports = None, (["x"], ["y"])
     with pytest.raises(ValueError, match=r"has other inputs and outputs \(x, y\) than its manifest says"):
-        plan(fake, folder, recorder)
+        load(fake, folder, recorder)
 
 
 def test_a_run_that_fails_says_so(fake, folder, recorder):
     fake.does.compute = None
     with pytest.raises(RuntimeError, match=r"TensorRT.*: it does not say why"):
-        plan(fake, folder, recorder)(given(1))
+        load(fake, folder, recorder)(given(1))
 
 
-def test_a_version_compatible_plan_brings_its_runtime(fake, folder, recorder):
-    plan(fake, folder, recorder)
+def test_a_version_compatible_engine_brings_its_runtime(fake, folder, recorder):
+    load(fake, folder, recorder)
     assert not any("engine_host_code_allowed" in call for call in fake.calls)
-    plan(fake, folder, recorder, flags={"versionCompatible": True})
+    load(fake, folder, recorder, flags=Flags(versionCompatible=True))
     assert ("Runtime", "engine_host_code_allowed", True) in fake.calls
 
 
@@ -189,16 +183,22 @@ def test_a_version_compatible_plan_brings_its_runtime(fake, folder, recorder):
     ("flags", "made", "version", "here", "words"),
     [
         ({}, {}, "10.8.0.43", A10, ""),
-        ({}, {}, "11.4.0.106", A10, "is a plan of TensorRT 10.8.0.43, and 11.4.0.106 is installed"),
+        ({}, {}, "11.4.0.106", A10, "is an engine of TensorRT 10.8.0.43, and 11.4.0.106 is installed"),
         ({"versionCompatible": True}, {}, "10.16.1.11", A10, ""),
-        ({"versionCompatible": True}, {}, "11.4.0.106", A10, "is a plan of TensorRT 10, and 11.4.0.106 is installed"),
-        ({}, {}, "10.8.0.43", None, "is a plan for NVIDIA A10, compute capability 8.6, and there is no CUDA device"),
+        (
+            {"versionCompatible": True},
+            {},
+            "11.4.0.106",
+            A10,
+            "is an engine of TensorRT 10, and 11.4.0.106 is installed",
+        ),
+        ({}, {}, "10.8.0.43", None, "is an engine for NVIDIA A10, compute capability 8.6, and there is no CUDA device"),
         (
             {},
             {},
             "10.8.0.43",
             ("RTX 3090", "8.6"),
-            "is a plan for NVIDIA A10, compute capability 8.6, and this is RTX 3090, 8.6",
+            "is an engine for NVIDIA A10, compute capability 8.6, and this is RTX 3090, 8.6",
         ),
         ({"hardwareCompatibilityLevel": "sameComputeCapability"}, {}, "10.8.0.43", ("RTX 3090", "8.6"), ""),
         (
@@ -210,10 +210,10 @@ def test_a_version_compatible_plan_brings_its_runtime(fake, folder, recorder):
         ),
         ({"hardwareCompatibilityLevel": "ampere+"}, {}, "10.8.0.43", ("H100", "9.0"), ""),
         ({"hardwareCompatibilityLevel": "ampere+"}, {}, "10.8.0.43", ("T4", "7.5"), "8.0 or later and this is T4, 7.5"),
-        ({}, {"gpu": None, "compute_capabilities": ["8.0", "8.9"]}, "10.8.0.43", ("L4", "8.9"), ""),
+        ({}, {"gpu": None, "compute_capabilities": ("8.0", "8.9")}, "10.8.0.43", ("L4", "8.9"), ""),
         (
             {},
-            {"gpu": None, "compute_capabilities": ["8.0", "8.9"]},
+            {"gpu": None, "compute_capabilities": ("8.0", "8.9")},
             "10.8.0.43",
             ("H100", "9.0"),
             "capability 8.0 or 8.9 and this is H100",
@@ -221,18 +221,18 @@ def test_a_version_compatible_plan_brings_its_runtime(fake, folder, recorder):
     ],
 )
 def test_another_version_or_gpu(flags, made, version, here, words):
-    m = manifest(flags=flags)
-    reason = refusal(replace(m, tensorrt={**m.tensorrt, **made}), version, here)
+    m = manifest(flags=Flags(**flags))
+    reason = refusal(replace(m, tensorrt=replace(m.tensorrt, **made)), version, here)
     assert words in reason
     assert bool(reason) == bool(words)
 
 
-def test_loading_says_what_differs_and_the_mend(folder, monkeypatch):
-    made = artefact.write(folder, manifest())
+def test_loading_says_what_differs_and_the_fix(folder, monkeypatch):
+    made = writing.write(folder, manifest())
     monkeypatch.setattr(tensorrt, "gpu", lambda: None)
     with pytest.raises(
         ValueError,
-        match=r"plan is a plan for NVIDIA A10, .* no CUDA device: run it on such a GPU, or build it again with: ",
+        match=r"engine is an engine for NVIDIA A10, .* no CUDA device: run it on such a GPU, or build it again with: ",
     ):
         tensorrt.open_artefact(made)
     monkeypatch.setattr(tensorrt, "gpu", lambda: A10)
@@ -243,7 +243,7 @@ def test_loading_says_what_differs_and_the_mend(folder, monkeypatch):
     ):
         tensorrt.open_artefact(made)
     with pytest.raises(
-        ValueError, match="is for onnx, not for TensorRT: make a plan of it with coalescer-export engine"
+        ValueError, match="is for onnx, not for TensorRT: make an engine of it with coalescer-export engine"
     ):
         tensorrt.open_artefact(replace(made, manifest=manifest(engine="onnx")))
     with pytest.raises(
@@ -299,17 +299,19 @@ def test_on_a_gpu(tmp_path, flavour):
 
     capability = "{}{}".format(*torch.cuda.get_device_capability())
     if flavour == "tensorrt_rtx" and not hasattr(tensorrt.load(flavour).ComputeCapability, f"SM{capability}"):
-        pytest.skip(f"{tensorrt.TITLES[flavour]} builds no plan for compute capability {capability}")
+        pytest.skip(f"{tensorrt.TITLES[flavour]} builds no engine for compute capability {capability}")
     assert cli.main(["onnx", "--target", "tensorrt", "--precision", "fp16", "-o", str(tmp_path / "onnx")]) == 0
-    assert cli.main(["engine", str(tmp_path / "onnx"), "-o", str(tmp_path / "plan"), "--flavour", flavour]) == 0
-    assert cli.main(["verify", str(tmp_path / "plan")]) == 0
+    assert cli.main(["engine", str(tmp_path / "onnx"), "-o", str(tmp_path / "engine"), "--flavour", flavour]) == 0
+    assert cli.main(["verify", str(tmp_path / "engine")]) == 0
     # int8 is what it is: how fast is in its manifest
     assert cli.main(["quantize", str(tmp_path / "onnx"), "-o", str(tmp_path / "int8")]) == 0
     assert (
-        cli.main(["engine", str(tmp_path / "int8"), "-o", str(tmp_path / "plan-int8"), "--flavour", flavour, "--force"])
+        cli.main(
+            ["engine", str(tmp_path / "int8"), "-o", str(tmp_path / "engine-int8"), "--flavour", flavour, "--force"]
+        )
         == 0
     )
-    assert cli.main(["verify", str(tmp_path / "plan-int8")]) == 0
+    assert cli.main(["verify", str(tmp_path / "engine-int8")]) == 0
     shutil.rmtree(tmp_path / "onnx")
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64").to("cuda")
-    assert len(cf.accelerate(pipe, artefact=tmp_path / "plan")("octopus").images) == 1
+    assert len(cf.accelerate(pipe, artefact=tmp_path / "engine")("octopus").images) == 1
