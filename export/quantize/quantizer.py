@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from coalescer_fast.cli import cpu_name
+from coalescer_fast.collect_env import cpu_name
 from coalescer_fast.parity import Verification, descriptions
 from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.engines import onnxruntime, writing

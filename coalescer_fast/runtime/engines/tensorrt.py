@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda import MOST_GRAPHS, graph_bytes
-from ..graphs import CudaRecorder, Graphs
+from ..cuda.graphs import CudaGraphCapture, Graphs
+from ..cuda.runtime import MOST_GRAPHS, graph_bytes
 from .artefact import Artefact
 from .manifest import BATCH, EngineBuild, Manifest
 
@@ -146,7 +146,7 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     if reason := refusal(m, trt.__version__, gpu()):
         raise ValueError(f"{artefact.folder} {reason}: {artefact.fix}")
     device = torch.device("cuda", torch.cuda.current_device())
-    return LoadedEngine(artefact, trt, device, Graphs(CudaRecorder(device), MOST_GRAPHS, graph_bytes(device)))
+    return LoadedEngine(artefact, trt, device, Graphs(CudaGraphCapture(device), MOST_GRAPHS, graph_bytes(device)))
 
 
 class LoadedEngine:
@@ -198,7 +198,7 @@ class LoadedEngine:
     def __call__(self, inputs: Tensors) -> Tensors:
         with self.lock:
             if not self.graphs.most_bytes:
-                with self.graphs.recorder.turn():
+                with self.graphs.capture.turn():
                     return self._enqueue(0, inputs)
             batch = len(inputs[0])
             outputs = self.graphs.run(batch, inputs, lambda *given: self._enqueue(batch, given))

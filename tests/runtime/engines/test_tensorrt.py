@@ -13,10 +13,10 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
+from coalescer_fast.runtime.cuda.graphs import Graphs
 from coalescer_fast.runtime.engines import tensorrt, writing
 from coalescer_fast.runtime.engines.manifest import EngineBuild, Flags, Manifest, Port
 from coalescer_fast.runtime.engines.tensorrt import LoadedEngine, refusal
-from coalescer_fast.runtime.graphs import Graphs
 
 from ...tensorrt_api import Fake, recorded
 
@@ -92,13 +92,13 @@ def fake(request, monkeypatch) -> Fake:
     return made
 
 
-def load(fake, folder, recorder, most_bytes: int = PLENTY, **changes) -> LoadedEngine:
+def load(fake, folder, capture, most_bytes: int = PLENTY, **changes) -> LoadedEngine:
     made = writing.write(folder, manifest(engine=fake.__name__, **changes))
-    return LoadedEngine(made, fake, torch.device("cpu"), Graphs(recorder, 2, most_bytes))
+    return LoadedEngine(made, fake, torch.device("cpu"), Graphs(capture, 2, most_bytes))
 
 
-def test_it_runs_on_torchs_memory_and_is_captured_once_a_batch_size(fake, folder, recorder):
-    run = load(fake, folder, recorder)
+def test_it_runs_on_torchs_memory_and_is_captured_once_a_batch_size(fake, folder, capture):
+    run = load(fake, folder, capture)
     for n in (1, 2, 1, 2, 2):
         inputs = given(n)
         outputs = run(inputs)
@@ -113,15 +113,15 @@ def test_it_runs_on_torchs_memory_and_is_captured_once_a_batch_size(fake, folder
     assert sorted(run.contexts) == [2, 3]  # the context goes with its graph
 
 
-def test_inputs_in_any_layout(fake, folder, recorder):
+def test_inputs_in_any_layout(fake, folder, capture):
     sample, description, mask = given(2)
     inputs = sample.to(memory_format=torch.channels_last), description.expand(2, 4), mask.t().contiguous().t()
     for most_bytes in (PLENTY, 0):
-        check(inputs, load(fake, folder, recorder, most_bytes)(inputs))
+        check(inputs, load(fake, folder, capture, most_bytes)(inputs))
 
 
-def test_without_graphs(fake, folder, recorder):
-    run = load(fake, folder, recorder, 0)
+def test_without_graphs(fake, folder, capture):
+    run = load(fake, folder, capture, 0)
     for n in (1, 4, 2):
         inputs = given(n)
         check(inputs, run(inputs))
@@ -129,8 +129,8 @@ def test_without_graphs(fake, folder, recorder):
     assert len(run.contexts) == 1
 
 
-def test_threads(fake, folder, recorder):
-    run = load(fake, folder, recorder)
+def test_threads(fake, folder, capture):
+    run = load(fake, folder, capture)
 
     def one(i: int) -> None:
         inputs = given(1 + i % 3)
@@ -140,9 +140,9 @@ def test_threads(fake, folder, recorder):
         list(pool.map(one, range(12)))
 
 
-def test_weights_beside_the_engine_are_put_in(fake, folder, recorder):
+def test_weights_beside_the_engine_are_put_in(fake, folder, capture):
     (folder / "weights.onnx").write_bytes(b"weights")
-    run = load(fake, folder, recorder, flags=Flags(stripWeights="weights.onnx"))
+    run = load(fake, folder, capture, flags=Flags(stripWeights="weights.onnx"))
     assert ("refit_from_file", str(folder / "weights.onnx")) in fake.calls
     inputs = given(1)
     check(inputs, run(inputs))
@@ -151,31 +151,31 @@ def test_weights_beside_the_engine_are_put_in(fake, folder, recorder):
         ValueError,
         match=r"^the weights of .*weights.onnx do not fit .*model.plan .*build it again with: coalescer-export engine",
     ):
-        load(fake, folder, recorder, flags=Flags(stripWeights="weights.onnx"))
+        load(fake, folder, capture, flags=Flags(stripWeights="weights.onnx"))
 
 
-def test_a_engine_that_the_library_refuses(fake, folder, recorder):
+def test_a_engine_that_the_library_refuses(fake, folder, capture):
     fake.does.load = "Serialization assertion failed\n"
     with pytest.raises(
         ValueError, match=r"cannot load .*model.plan \(Serialization assertion failed\): build it again with"
     ) as caught:
-        load(fake, folder, recorder)
+        load(fake, folder, capture)
     assert "\n" not in str(caught.value)
     fake.does.load, fake.does.ports = None, (["x"], ["y"])
     with pytest.raises(ValueError, match=r"has other inputs and outputs \(x, y\) than its manifest says"):
-        load(fake, folder, recorder)
+        load(fake, folder, capture)
 
 
-def test_a_run_that_fails_says_so(fake, folder, recorder):
+def test_a_run_that_fails_says_so(fake, folder, capture):
     fake.does.compute = None
     with pytest.raises(RuntimeError, match=r"TensorRT.*: it does not say why"):
-        load(fake, folder, recorder)(given(1))
+        load(fake, folder, capture)(given(1))
 
 
-def test_a_version_compatible_engine_brings_its_runtime(fake, folder, recorder):
-    load(fake, folder, recorder)
+def test_a_version_compatible_engine_brings_its_runtime(fake, folder, capture):
+    load(fake, folder, capture)
     assert not any("engine_host_code_allowed" in call for call in fake.calls)
-    load(fake, folder, recorder, flags=Flags(versionCompatible=True))
+    load(fake, folder, capture, flags=Flags(versionCompatible=True))
     assert ("Runtime", "engine_host_code_allowed", True) in fake.calls
 
 
@@ -285,7 +285,7 @@ def test_accelerate(folder, monkeypatch):
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no exported artefact"):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
-    assert pipe.runtime is None
+    assert pipe.runtime.name == "reference"
     assert acceleration.unavailable("tensorrt") == ""
 
 
