@@ -21,7 +21,7 @@ from .runtime.engines import artefact as artefacts
 from .runtime.engines import compiled, onnxruntime, openvino, tensorrt
 from .runtime.engines.artefact import Artefact
 from .runtime.engines.exported import ExportedRuntime
-from .runtime.engines.per_shape import StaticRuntime
+from .runtime.engines.per_shape import PerShapeRuntime
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
@@ -58,17 +58,17 @@ RUNTIMES = {
         unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
     ),
     "compile": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": FLOATS, "cuda": FLOATS}
+        lambda pipe, dtype: PerShapeRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": FLOATS, "cuda": FLOATS}
     ),
     "onnxruntime": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnxruntime.prepare, dtype, torch.float32),
+        lambda pipe, dtype: PerShapeRuntime(pipe, "onnxruntime", onnxruntime.prepare, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
         load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnxruntime.open_artefact),
         engines=["onnx"],
     ),
     "openvino": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "openvino", openvino.prepare, dtype, torch.float32),
+        lambda pipe, dtype: PerShapeRuntime(pipe, "openvino", openvino.prepare, dtype, torch.float32),
         {"cpu": FLOATS},
         ("openvino", "onnx", "onnxscript"),
     ),

@@ -14,7 +14,7 @@ from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cpu import CpuRuntime
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
-from coalescer_fast.runtime.engines.per_shape import StaticRuntime
+from coalescer_fast.runtime.engines.per_shape import PerShapeRuntime
 
 from .conftest import CpuGraphCapture
 
@@ -29,7 +29,7 @@ def engine(name: str):
 
 
 def runtimes():
-    yield pytest.param(lambda pipe: StaticRuntime(pipe, "plain", plain, torch.float32), id="plain")
+    yield pytest.param(lambda pipe: PerShapeRuntime(pipe, "plain", plain, torch.float32), id="plain")
     yield pytest.param(
         lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
     )

@@ -22,30 +22,48 @@ if TYPE_CHECKING:
     from ...sampling import Call, OnStep
 
 Tensors = tuple[Tensor, ...]
-# of an artefact: a function of its inputs, in order, that gives its outputs; several threads may call it at once
+# Opens an artefact: returns a function from the graph's inputs to its outputs, both in the manifest's order, that
+# several threads may call at once.
 Open = Callable[[Artefact], Callable[[Tensors], Tensors]]
-# what an int8 graph does not quantise counts as half precision
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float16}
+# dtype that a precision counts as; what an int8 graph does not quantize counts as half precision
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.float16}
 
 
 @dataclass
 class Described(Conditioning):
-    """Descriptions as exported networks take them, which derive the rest: `CoalescerPipeline.describe`."""
+    """Descriptions as exported networks take them: what `CoalescerPipeline.describe` returns.
+
+    The graphs compute the rest of the conditioning themselves, so that its other fields are empty.
+
+    Attributes:
+        description: Vectors (N, D), and for cross-attention also token rows and their mask.
+    """
 
     description: Tensors = ()
 
+    @classmethod
+    def of(cls, description: Tensors) -> Described:
+        return cls([], None, [], description=description)
+
     def expand(self, n: int) -> Described:
-        return Described([], None, [], description=tuple(x.expand(n, *x.shape[1:]) for x in self.description))
+        return Described.of(tuple(x.expand(n, *x.shape[1:]) for x in self.description))
 
 
 class ExportedRuntime(PipelineRuntime):
-    """name: the runtime's; artefacts: by kind, as of `artefact.find`; open_artefact: makes one callable.
+    """Runs exported artefacts.
 
-    A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
-    the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
-    alone refuses a call with another schedule.
+    A call without a callback or trace is one run of the generator, if there is one for its schedule. Otherwise every
+    evaluation is a run of the UNet, and decoding a run of the decoder. A network that is not among the artefacts is the
+    pipeline's own; but a generator alone refuses a call with another schedule.
 
-    Raises: ValueError for artefacts that cannot be opened or were made of other networks.
+    Args:
+        pipe: The pipeline.
+        name: Name of the runtime.
+        artefacts: Artefacts by kind, as `artefact.find` returns them.
+        open_artefact: Opens an artefact.
+
+    Raises:
+        ValueError: If an artefact cannot be opened, or was made from other networks.
     """
 
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
@@ -56,42 +74,41 @@ class ExportedRuntime(PipelineRuntime):
         self.max_batch = min(each.manifest.batch[2] for each in artefacts.values())
         self.refresh()
         self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
-        # of several, the coarsest
-        precision = max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)
-        self.dtype, self.quantised = DTYPES[precision], precision == "int8"
+        self.coarsest = max((each.manifest.precision for each in artefacts.values()), key=list(PRECISIONS).index)
+        self.dtype = PRECISIONS[self.coarsest]
 
     @property
     def precision(self) -> str:
-        return "int8" if self.quantised else super().precision
+        return "int8" if self.coarsest == "int8" else super().precision
 
     def take_over(self) -> None:
-        """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
-        hooks and patches, which no graph has."""
+        """Check that the pipeline's networks are still those that were exported.
+
+        Raises:
+            ValueError: If weights, layers or settings of layers differ.
+        """
         for each in self.artefacts.values():
             each.check_weights(self.pipe)
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Described:
-        return Described([], None, [], description=self.pipe.describe(texts, device))
+        return Described.of(self.pipe.describe(texts, device))
 
     @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         assert isinstance(conditioning, Described)
         if "unet" not in self.runs:
-            direction, distance = self.pipe.unet(
-                entered(sample, self.device), *conditioning.description, return_dict=False
-            )
+            x = entered(sample, self.device)
+            direction, distance = self.pipe.unet(x, *conditioning.description, return_dict=False)
             return direction.float(), distance.float()
         direction, distance = self._run("unet", sample, *conditioning.description)
         return direction, distance
 
     @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
-        return (
-            self._run("decoder", latents)[0]
-            if "decoder" in self.runs
-            else self.pipe.decode(entered(latents, self.device))
-        )
+        if "decoder" not in self.runs:
+            return self.pipe.decode(entered(latents, self.device))
+        return self._run("decoder", latents)[0]
 
     def generate(
         self,
@@ -104,15 +121,14 @@ class ExportedRuntime(PipelineRuntime):
         on_step: OnStep | None = None,
         call: Call | None = None,
     ) -> Tensor:
-        """The latents of `sampling.sample`, or with ``decode`` their pictures, about in [-1, 1]."""
+        """As `Runtime.generate`; one run of the generator if the call asks for what it computes."""
         if "generator" in self.runs and on_step is None:
             assert isinstance(conditioning, Described)
             assert empty is None or isinstance(empty, Described)
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
-            negative = empty is not None and bool(
-                empty.description[0].any()
-            )  # a generator has the empty description inside
+            # the empty description is a constant of the graph
+            negative = empty is not None and bool(empty.description[0].any())
             if decode and wanted == made and not negative:
                 with quiet_torch():
                     pictures = 2 * self._run("generator", sample, *conditioning.description)[0] - 1
@@ -122,18 +138,16 @@ class ExportedRuntime(PipelineRuntime):
             if "unet" not in self.runs:
                 asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
-                raise ValueError(
-                    f"{reason}: export that with --steps and --guidance, or --what all, which serves every call"
-                )
+                fix = "export that with --steps and --guidance, or --what all, which serves every call"
+                raise ValueError(f"{reason}: {fix}")
         return super().generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step, call)
 
     def _run(self, kind: str, *inputs: Tensor) -> Tensors:
         found = self.artefacts[kind]
         found.check_inputs(inputs)
         ports = found.manifest.inputs
-        return self.runs[kind](
-            tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs))
-        )
+        dtypes = [getattr(torch, port.dtype) for port in ports]
+        return self.runs[kind](tuple(entered(x, self.device, dtype).contiguous() for x, dtype in zip(inputs, dtypes)))
 
     def explain(self) -> list[Part]:
         """What runs each part, from which artefact."""

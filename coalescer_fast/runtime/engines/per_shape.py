@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from ...pipeline import CoalescerPipeline
     from ...prompts import Descriptions
 
-# prepared networks that a runtime keeps: the UNet and the decoder for eight sizes
-LIMIT = 16
+LIMIT = 16  # prepared networks that a runtime keeps: the UNet and the decoder for eight sizes
 
 Tensors = tuple[Tensor, ...]
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+# runs a prepared network on its first argument
 Call = Callable[[Tensor], Tensors]
+# takes the other arguments of a prepared network, once, and returns its `Call`
 Bind = Callable[[Sequence[Tensor]], Call]
-# (module, args, dtype, folder) -> bind: makes of a float32 module, which is its own to change, for the shapes of ``args``, a function that
-# takes the module's arguments but the first, once, and gives the call of the first alone; files go into the folder, which is then deleted.
-# All tensors are contiguous and ordinary; the first is float32
+# (module, args, dtype, folder) -> Bind: prepares a module for the shapes of ``args``, to compute in ``dtype``. The
+# module is in float32 and may be changed. ``args`` are contiguous, ordinary tensors; the first is in float32. Files may
+# be written into the folder, which is deleted afterwards.
 Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
 
 
-def traceable(network: nn.Module) -> Any:
-    """A copy for a compiler or an exporter to read: for inference, in float32, every tensor contiguous in memory of its own."""
+def traceable(network: M) -> M:
+    """A copy for compilers and exporters: in eval mode and float32, every tensor contiguous in memory of its own."""
     with quiet_torch():
         traced = copy.deepcopy(network).eval().requires_grad_(False)
         for tensor in (*traced.parameters(), *traced.buffers()):
@@ -45,7 +48,12 @@ def traceable(network: nn.Module) -> Any:
 
 
 class Evaluation(nn.Module):
-    """One evaluation of the UNet, its conditioning as plain tensors: what exporters and compilers take. float32 in and out."""
+    """One evaluation of the UNet that takes its conditioning as plain tensors. Inputs and outputs are in float32.
+
+    Args:
+        unet: The UNet.
+        like: A conditioning with the same parts as those that will be given.
+    """
 
     def __init__(self, unet: CoalescerUNet, like: Conditioning):
         super().__init__()
@@ -54,7 +62,10 @@ class Evaluation(nn.Module):
 
     @staticmethod
     def flatten(conditioning: Conditioning, dtype: torch.dtype) -> Tensors:
-        """The anchor is float32: the heads are residual to the way there. Copies of one layout, whatever the pipeline expanded."""
+        """The tensors of a conditioning, contiguous and in ``dtype``.
+
+        The anchor stays in float32, because both heads are relative to it.
+        """
         rounded = conditioning.rounded(dtype)
         rounded.anchor = None if rounded.anchor is None else rounded.anchor.float()
         return tuple(t.clone(memory_format=torch.contiguous_format) for t in rounded.tensors())
@@ -70,7 +81,7 @@ class Evaluation(nn.Module):
 
 
 class Decoding(nn.Module):
-    """The decoder, float32 in and out."""
+    """The decoder. Inputs and outputs are in float32."""
 
     def __init__(self, decoder: nn.Module, patch_size: int):
         super().__init__()
@@ -81,11 +92,17 @@ class Decoding(nn.Module):
         return (F.pixel_shuffle(self.decoder(x).float(), self.patch_size),)
 
 
-class StaticRuntime(PipelineRuntime):
-    """name: the runtime's; prepare: makes a network run; dtype: what it computes in; takes: the dtype of what it is given of descriptions.
+class PerShapeRuntime(PipelineRuntime):
+    """Runs copies of the pipeline's networks, each prepared for a batch size and resolution at its first use.
 
-    The pipeline's own networks stay as they are: what runs is made of copies, for a batch size and resolution when it first comes, and
-    all anew after a weight has changed. One call runs at a time.
+    Everything is prepared anew after a weight has changed. One call runs at a time.
+
+    Args:
+        pipe: The pipeline.
+        name: Name of the runtime.
+        prepare: Prepares a network.
+        dtype: What the networks compute in.
+        takes: Dtype of the conditioning that the networks are given; ``dtype`` if None.
     """
 
     def __init__(
@@ -96,18 +113,18 @@ class StaticRuntime(PipelineRuntime):
         self.device = pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
         self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        # (id of a conditioning, shape of R): the call; what is taken of a conditioning is taken once
+        # by id of a conditioning and shape of R: a conditioning is bound once and used in every step
         self.bound: dict[tuple[int, torch.Size], Call] = {}
         self.refresh()
 
     def take_over(self) -> None:
-        """Drop what was prepared."""
+        """Drop everything that was prepared."""
         self.networks.clear()
         self.bound.clear()
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
-        """The reference's: it is small, and what it gives is then rounded once."""
+        """Compute the conditioning as the reference does: it is cheap, and is then rounded only once."""
         return self.pipe.condition(texts, device)
 
     @quiet_torch()  # compilers guard against another mode, and freeze no weights in inference mode
@@ -139,20 +156,20 @@ class StaticRuntime(PipelineRuntime):
     def _decoding(self) -> Decoding:
         return Decoding(traceable(self.pipe.vae.decoder), self.pipe.vae.patch_size)
 
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What was made for the key, or is now; the least recently used goes when there are too many."""
-        if key not in self.networks:
-            self.networks[key] = make()
+    def _kept(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What was made for this key before, or is made now. Drops the least recently used above `LIMIT`."""
+        found: T = self.networks.get(key) or make()
+        self.networks[key] = found
         self.networks.move_to_end(key)
         if len(self.networks) > LIMIT:
             self.networks.popitem(last=False)
-        return self.networks[key]
+        return found
 
     def _prepare(self, make: Callable[[], nn.Module], args: Tensors) -> Bind:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
                 return counted(self.prepare(make().eval(), args, self.dtype, Path(folder)))
-            except Exception as error:  # whatever a compiler or an exporter raises, its first paragraph
+            except Exception as error:  # compilers and exporters raise anything; keep the first paragraph
                 reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
                 raise ValueError(f"backend {self.name!r} cannot prepare the networks: {reason}") from error
 

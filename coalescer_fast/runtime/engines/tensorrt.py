@@ -58,7 +58,7 @@ def logger(trt: Any, listener: Callable[[str], object] = lambda text: None) -> A
         listener: Called with every message.
     """
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[misc,unused-ignore]  # no types
         def __init__(self) -> None:
             super().__init__()
             self.errors: deque[str] = deque(maxlen=ERRORS)

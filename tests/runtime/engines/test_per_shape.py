@@ -19,7 +19,7 @@ from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.cpu import native_bfloat16
 from coalescer_fast.runtime.engines import per_shape
-from coalescer_fast.runtime.engines.per_shape import Evaluation, StaticRuntime, traceable
+from coalescer_fast.runtime.engines.per_shape import Evaluation, PerShapeRuntime, traceable
 
 PROMPTS = ["octopus", "pizza"]
 
@@ -48,7 +48,7 @@ def plain(module, args, dtype, folder):
 def pipe():
     """Accelerated by `plain`: its results are the reference's, to the bit."""
     pipe = load()
-    pipe.runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+    pipe.runtime = PerShapeRuntime(pipe, "plain", plain, torch.float32)
     pipe.runtime.backend = "reference"
     return pipe
 
@@ -91,7 +91,7 @@ def test_a_conditioning_serves_several_sizes_and_inference_mode():
     )
     whole = load()
     pipe = cf.CoalescerPipeline(CoalescerUNet(**small), whole.scheduler, whole.description_encoder, whole.vae)
-    runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+    runtime = PerShapeRuntime(pipe, "plain", plain, torch.float32)
     with torch.inference_mode():
         conditioning = runtime.condition(PROMPTS, runtime.device)
         for sample in (torch.randn(2, 16, 8, 8), torch.randn(2, 16, 4, 8).to(memory_format=torch.channels_last)):
@@ -135,7 +135,7 @@ def test_inference_mode_in_any_order(loaded, accelerated, first):
         pipe = load()
     expected = draw(pipe)
     with inference_mode(accelerated):
-        pipe.runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+        pipe.runtime = PerShapeRuntime(pipe, "plain", plain, torch.float32)
         pipe.runtime.backend = "reference"
     for mode in (first, not first):
         with inference_mode(mode):
@@ -144,7 +144,7 @@ def test_inference_mode_in_any_order(loaded, accelerated, first):
 
 def test_a_dropped_pipeline_is_freed_at_once(pipe):
     whole = load()
-    whole.runtime = StaticRuntime(whole, "plain", plain, torch.float32)
+    whole.runtime = PerShapeRuntime(whole, "plain", plain, torch.float32)
     draw(whole)
     seen = [weakref.ref(each) for each in (whole, whole.runtime, whole.unet)]
     gc.disable()
@@ -160,7 +160,7 @@ def _child(pipe, queue) -> None:
         draw(pipe)
     except ValueError as error:
         queue.put(str(error))
-    pipe.runtime = StaticRuntime(pipe, "plain", plain, torch.float32)
+    pipe.runtime = PerShapeRuntime(pipe, "plain", plain, torch.float32)
     queue.put(draw(pipe).shape)
 
 
