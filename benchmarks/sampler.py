@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
 

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coalescer_fast
-from coalescer_fast.acceleration import BACKENDS, accelerate
+from coalescer_fast.acceleration import RUNTIMES, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.runtime import compiled
-from coalescer_fast.runtime.onnx_file import export
-from coalescer_fast.runtime.static import Bind, Evaluation, StaticRuntime, Tensors
+from coalescer_fast.runtime.engines import compiled
+from coalescer_fast.runtime.engines.onnx import export
+from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, PerShapeRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
 from . import timing
@@ -66,7 +66,7 @@ def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, fo
     return eager(compiled.channels_last(module, dtype), args, dtype, folder)
 
 
-class EagerRuntime(StaticRuntime):
+class EagerRuntime(PerShapeRuntime):
     """Copies that torch runs as they are, also under hooks of all modules, as those that count operations have."""
 
     runs_own_code = True
@@ -111,7 +111,7 @@ def peer(
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
-        if name not in EAGER and "onnx" in BACKENDS[name].packages:
+        if name not in EAGER and "onnx" in RUNTIMES[name].packages:
             export(module, args, folder)  # once for all who read it, and before the clock starts
         start = time.perf_counter()
         bind = prepare(module, args, dtype, folder)

@@ -183,7 +183,10 @@ def test_bad_use_is_one_sentence(pipe, kwargs, words):
 
 def test_a_missing_package_is_one_sentence(pipe, monkeypatch):
     monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
-    words = r"^backend 'openvino' needs the package openvino, which is not installed: run pip install openvino onnx onnxscript$"
+    words = (
+        "^backend 'openvino' needs the package openvino, which is not installed: "
+        "run pip install openvino onnx onnxscript$"
+    )
     with pytest.raises(ValueError, match=words):
         cf.accelerate(pipe, "openvino")
     assert isinstance(pipe.runtime, EagerRuntime)

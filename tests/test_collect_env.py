@@ -41,7 +41,8 @@ def test_nothing_but_the_standard_library_is_imported(tmp_path):
 import sys
 before = set(sys.modules)
 import coalescer_fast.collect_env
-print([name for name in sorted({name.partition('.')[0] for name in set(sys.modules) - before}) if name not in sys.stdlib_module_names])
+imported = {name.partition('.')[0] for name in set(sys.modules) - before}
+print(sorted(imported - sys.stdlib_module_names))
 """
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(

@@ -21,7 +21,7 @@ OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 
 
 class StandIn(Runtime):
-    """A runtime that `verify` knows nothing of: copies of a pipeline's networks in ``dtype``, and what faults a test plants in them."""
+    """A runtime that `verify` knows nothing of: copies of a pipeline's networks, with faults that a test plants."""
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ struct Attention {
     int run(int64_t threads) const {
         char* packed = static_cast<char*>(scratch(CALL_SCRATCH, static_cast<size_t>(heads * (k.bytes + v.bytes))));
         if (!packed) return CF_OUT_OF_MEMORY;
+        // all heads are packed before any is multiplied: threads wait for each other here, once
         const int64_t blocks = k.blocks.count + v.blocks.count;
         parallel_for(heads * blocks, threads, [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; ++item) {
@@ -128,6 +129,7 @@ struct Attention {
                 for (int64_t j = 0; j < V; ++j)
                     store(scores + m * keys + (first + j) * W, sums[m][j] * static_cast<float>(a.scale));
         }
+        // the weights take the place of the queries as the left side of the second product
         float inverse[MAX_POSITIONS];
         for (int64_t m = 0; m < count; ++m) {
             inverse[m] = exponentials(n, scores + m * keys, weights + m * weights_row);

@@ -13,23 +13,31 @@
 //     AVX-512   6 x 4: 10 loads for 24 products; 24 sums + 4 weights + 1 broadcast = 29 of 32 registers
 //     AVX2      4 x 3:  7 loads for 12 products; 12 sums + 3 weights + 1 broadcast = all 16 registers
 //
-// 8 x 3 was there before 6 x 4, with 11 loads for the same 24 products. A larger tile has its sums spilled to memory.
-//
 // Weights are packed once, in the order in which the loop reads them (cf_convolution_args in abi.h). The vectors of
 // outputs form blocks of up to MAX_VECTORS, as equal as can be: 5 vectors are 3 + 2, not 4 + 1, whose last tile would
 // load 7 times for 6 products.
 //
 // Outer loops. Weights and image both want to stay in a cache, and only one of the two can be walked once. If the image
 // is larger, threads share its positions, and each takes X_IN_CACHE bytes of them through all blocks of weights before
-// it goes on. Else threads share the weights, and each takes its blocks through all positions: at batch 1 most layers
-// are like that, and every weight is read from memory once, by one thread. (Sharing by weights alone was there first.)
+// it goes on. Else threads share the weights, and each takes its blocks through all positions: then every weight is
+// read from memory once, by one thread.
 //
-// The order in which a sum is added depends on the shape of the weights alone, not on batch, threads or tile: so the
-// bits of a picture depend on neither.
+// What was tried, as time against the code below (3x3 convolutions of m, 128 channels at 32x32 and 256 at 16x16 and
+// 8x8, batches 1 to 64, and of 80 channels at 32x32; caches warm, one thread of an AMD EPYC with AVX-512, where the
+// code below computes 490 to 560 GFLOP/s in bfloat16 and 250 to 280 in float32; medians of the ratios of runs in turn):
 //
-// What it reaches stands in README.md ("Faster") and benchmarks/results/cpu/sampler.csv: in bfloat16, two evaluations
-// of m take 29.6 ms against 34.7 by OpenVINO at batch 1, and 486 against 533 at batch 16, where oneDNN's convolutions
-// alone, without anything else of the network, take 393.
+//     tiles of 8 x 3, 11 loads for 24 products     0.96 to 1.01 in bfloat16, 1.00 to 1.06 in float32
+//     tiles of 8 x 4, whose sums do not fit        1.01 to 1.12 in bfloat16, 1.02 to 1.14 in float32
+//     tiles of 4 x 4, 8 loads for 16 products      1.00 to 1.03, but 1.11 to 1.19 for 80 channels
+//     blocks of 4 + 1 vectors for 80 channels      1.11 to 1.13
+//     each of 9 taps as a piece of its own, 400 KiB instead of 200, or always sharing the weights: no difference
+//
+// The order in which a sum is added depends on the shape of the weights alone. So the bits of a picture depend neither
+// on its batch nor on the number of threads.
+//
+// What it reaches in a network (benchmarks/results/cpu/sampler.csv; bfloat16, 2 threads): two evaluations of m take
+// 29.6 ms at batch 1 and 486 ms at batch 16. OpenVINO takes 34.7 and 533 ms. The convolutions alone, run by oneDNN,
+// take 28.6 and 393 ms: at batch 16 there is something left to gain.
 #pragma once
 
 #include "check.h"

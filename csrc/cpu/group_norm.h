@@ -6,8 +6,8 @@
 // read where it lies instead of being concatenated, scale, shift and pre_bias become two numbers a channel
 // (Coefficients), and y is written once, for a program in the dtype and layout that the next convolution reads, 8 bits
 // and a border included. Where x and y together are larger than the last-level cache, y is written past the caches. On
-// such tensors the op runs at 73 % (float32) and 64 % (bfloat16) of the speed of a copy, at the median (README.md, "How
-// fast").
+// such tensors the op runs at 73 % (float32) and 64 % (bfloat16) of the speed of a copy, at the median
+// (benchmarks/results/cpu/kernels.csv, 2 threads).
 //
 // Statistics. E[x^2] - E[x]^2 cancels where the mean is large. Instead, sums of (x - shift) and of its square are taken
 // over chunks of a channel's positions, the shift being the mean of a few positions of the channel; chunks are merged

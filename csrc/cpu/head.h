@@ -1,22 +1,22 @@
-// The op and step `dual_head`: from the features h, the direction by a 3x3 convolution to a few channels (cz, 4 in all
-// models here), and the distance, softplus(linear(mean over positions of h)); with sample R and anchor p, direction +=
-// (p - R) / |p - R| and distance *= |p - R|.
+// The op and step `dual_head`: from the features h, the direction by a 3x3 convolution to the few channels of a latent
+// (16 in emoji-64, 4 in m and l), and the distance, softplus(linear(mean over positions of h)); with sample R and
+// anchor p, direction += (p - R) / |p - R| and distance *= |p - R|.
 //
 // Memory traffic. h is all there is to read, and both heads want it: PyTorch reads it once for each. Here an item of
 // work is a few rows of a sample. Each row of h is read once from memory, into a ring of three rows with a border of
 // zeros, and multiplied with the distance's weights on the way; the convolution then reads the ring, which stays in a
 // cache. (Rows beside an item's are read by two items.)
 //
-// Inner loop (convolve). The convolution of convolution.h would waste three quarters of its vectors of 16 outputs on 4
-// channels. So the vectors run along the input's channels instead: PIXELS x OUT sums stay in registers, each a vector
-// of partial sums, whose lanes are added up at the end. At 4 x 4, a vector of each position and of each output makes 8
+// Inner loop (convolve). With 4 outputs, the inner loop of convolution.h would leave three quarters of each vector of
+// 16 empty. So here the vectors run along the input's channels: PIXELS x OUT sums stay in registers, each a vector of
+// partial sums, whose lanes are added up at the end. At 4 x 4, a vector of each position and of each output makes 8
 // loads for 16 products. Adding up the lanes is work too; on AVX-512 all sixteen vectors are folded into one together.
 //
 // The ring and the taps are float32, or bfloat16 for bfloat16 features where the processor multiplies those
 // (VDPBF16PS), for half the cache and twice the products an instruction.
 //
-// Measured (README.md, "How fast"; 2 threads): 2.5 times as fast as eager PyTorch in float32 and 3.3 times in bfloat16,
-// at the median.
+// Measured (benchmarks/results/cpu/kernels.csv; 2 threads): 2.5 times as fast as eager PyTorch in float32 and 3.3 times
+// in bfloat16, at the median.
 #pragma once
 
 #include <math.h>
@@ -241,7 +241,7 @@ struct DualHead {
         return true;
     }
 
-    // Weights are packed in every call: they are few, 36 times the features' channels.
+    // Weights are packed in every call: they are few, and so the op needs no packed copy of them.
     void read_parameters() {
         for (int64_t o = 0; o < a.cz; ++o)
             for (int64_t tap = 0; tap < 9; ++tap) {
@@ -277,6 +277,7 @@ struct DualHead {
         float* values = result + outs * padded_width;                   // (width, cz)
         float* other = values + row_values;
         const int64_t n = item / items, first = item % items * rows, last = min(first + rows, a.height);
+        // row y lies in place (y + 3) % 3 of the ring, which also holds for row -1, above the image
         const auto fill = [&](int64_t y) {
             return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
         };

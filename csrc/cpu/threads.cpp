@@ -18,8 +18,8 @@ struct Ranges {
     void* context;
 };
 
-// Threads that stay together while a program runs. Rank 0 runs the program and posts work; the others poll for it. A
-// program of emoji-64 has steps of a few microseconds, about what it takes to wake a sleeping thread.
+// Threads that stay together while a program runs. Rank 0 runs the program and posts work; the others poll for it,
+// since a step of a small network takes only a few microseconds (program.h).
 //
 // The protocol: rank 0 writes `work`, then raises `posted`; each other rank sees the new value, runs its share, and
 // writes the value into its own `done`; rank 0 waits until all have. Release and acquire order the results of the share

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coalescer_fast.cli import MOST_STEPS, open_pipeline, positive, up_to
-from coalescer_fast.runtime.artefact import KINDS, creating
+from coalescer_fast.console import MAX_STEPS, open_pipeline, positive, up_to
+from coalescer_fast.runtime.engines.manifest import KINDS
+from coalescer_fast.runtime.engines.writing import creating
 
 from . import stage
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)"
+        "--steps", type=up_to(MAX_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)"
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..exporting import export_onnx
+        from ..onnx.exporter import export_onnx
 
         pipe = open_pipeline(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)

@@ -1,5 +1,5 @@
-// Random steps of programs, alone or each on the result of the one before, on allocations of exactly the size that the interface says, and
-// what a plain computation in double makes of their inputs.
+// Random steps of programs, alone or each on the result of the one before, on allocations of exactly the size that the
+// interface says, and what a plain computation in double makes of their inputs.
 #ifndef COALESCER_FAST_TESTS_RANDOM_STEPS_H
 #define COALESCER_FAST_TESTS_RANDOM_STEPS_H
 
@@ -32,7 +32,8 @@ double number_of(const cf_vector& v, int64_t i, double absent) {
     return v.data ? number_at(static_cast<const char*>(v.data) + i * sizes[v.dtype], v.dtype) : absent;
 }
 
-// What a result may differ by from `exact`, which the computation is off from by no more than `error`, once it is rounded to the dtype.
+// What a result may differ by from `exact`, which the computation is off from by no more than `error`, once it is
+// rounded to the dtype.
 double tolerance(double exact, double error, int64_t dtype) {
     return error * 1.01 + (fabs(exact) + error) * (dtype == CF_BFLOAT16 ? 0x1p-8 : 0x1p-23) + 1e-30;
 }

@@ -1,4 +1,4 @@
-"""Faults planted in the kernels, every one of which the random calls must find: barriers taken away, wrong indices and counts."""
+"""Faults planted in the kernels, which the random calls must find: missing barriers, wrong indices and counts."""
 
 from __future__ import annotations
 

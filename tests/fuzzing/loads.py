@@ -309,7 +309,7 @@ def _small_pipeline() -> Any:
     import torch
 
     import coalescer_fast as cf
-    from coalescer_fast.cli import open_pipeline
+    from coalescer_fast.console import open_pipeline
 
     whole = open_pipeline("emoji-64")
     with torch.random.fork_rng():
@@ -343,7 +343,7 @@ def _pipeline() -> Any:
 
 
 def make_artefact(folder: Path) -> None:
-    from coalescer_fast.export.exporting import export_onnx
+    from coalescer_fast.export.onnx.exporter import export_onnx
 
     for kind in ("unet", "decoder", "generator"):
         (folder / kind).mkdir()

@@ -1,1 +1,1 @@
-"""Native programs: what a torch module does as steps of the CPU library, with memory laid out once, run in a single call."""
+"""Native programs: what a torch module does, as steps of the CPU library, run in a single call."""

@@ -73,7 +73,7 @@ def kernel_order(weight: Tensor, dtype: torch.dtype) -> Tensor:
     blocks = -(-vectors // (4 if width == 16 else 3))
     least, larger = divmod(vectors, blocks)
     sizes = [least + (block < larger) for block in range(blocks)]
-    return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in split.split(sizes)])
+    return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in torch.split(split, sizes)])
 
 
 class Packer:

@@ -3,29 +3,31 @@
     program = compile_module(module, [x], torch.bfloat16)
     (y,) = program(x)
 
-A program is made for one batch size, one size of images and one number of threads. Making it takes four passes over the
-recorded steps, all of them cheap beside packing the weights, which the programs of a module share (`Weights`).
+A program is made for one batch size, one size of images and one number of threads. Making it takes little time beside
+packing the weights, which all programs of a module share (`Weights`). What has to be decided is where the values lie:
 
-**Dtypes** (`Layout.choose_dtypes`). A program has one dtype, float32 or bfloat16. Inputs and outputs are float32 all the
-same: outputs by going backwards from each of them to the first step that can write float32 from inputs of the program's
-dtype. In an int8 program, some results of normalisations are uint8, and the convolutions that read them multiply
-integers.
+**Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which values have where nothing else is said.
+Inputs are float32, and so are outputs: from each output we go back to the first step that can write float32 whatever it
+reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the
+convolutions that read them multiply integers.
 
-**Borders** (`Step.arrange`). A 3x3 convolution at the edge of an image reads positions beyond it, which are zeros. To
-test for the edge in the inner loop would cost as much as the multiplications. So an image that 3x3 convolutions read lies
-in memory with a border of zeros, which the step that writes the image writes, too. Where that is impossible (an input; an
-image that a step reads which cannot skip a border) a `Gather` copies the image. Padding is the same for channels: the
-kernels multiply groups of 4 bytes, so 3 channels of bfloat16 become 4.
+**Borders** (`Step.arrange`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
+would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
+step that writes the image writes, too. Where this cannot be, as with an input, or with an image that is also read by a
+step that does not skip borders, a `Gather` makes a copy that has one. Padding does the same for channels: kernels read
+groups of 4 bytes, so 3 channels of bfloat16 become 4.
 
-**Memory** (`place`). All values lie in one piece of memory. A value's place is free for others after the last step that
-reads it, so that the memory stays small enough for the caches. Inputs and outputs have places of their own: what a caller
-wrote for one run is still there in the next. Parameters such as biases stay where the module has them if their dtype and
-strides allow, weights of convolutions are packed, and the arguments of the steps hold addresses of all of these: a run
-neither allocates nor looks anything up.
+**Memory** (`place`). All values lie in one piece of memory. After the last step that reads a value, its place is free
+for others, which keeps the memory small, and much of it in the caches. Inputs and outputs share their places with
+nobody: what a caller writes to an input stays there until he writes again.
+
+The arguments of the steps hold addresses: of values, of packed weights, and of other parameters, which stay where the
+module has them if their dtype and strides allow. A run allocates nothing and looks nothing up.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import overload
 
@@ -41,6 +43,9 @@ from .steps import Gather, Step
 from .value import Range, Value
 
 ALIGNMENT = 64  # bytes, a cache line
+# Of a `ProgramCache`.
+MOST_PROGRAMS = 32
+MOST_BYTES = 2 << 30
 
 
 def compile_module(
@@ -48,8 +53,7 @@ def compile_module(
 ) -> Program:
     """Make a program of what a module computes, for inputs of these shapes.
 
-    The module is left as it is. The program reads the module's parameters when it is made and knows nothing of later
-    changes.
+    The module is left as it is. After a change of its parameters, make the program anew.
 
     Args:
         module: any module whose forward takes these tensors and does what there are steps for.
@@ -140,18 +144,22 @@ class Program:
             ranges: of the values of ``normalised``, by their number; those that are missing are added.
         """
         for number, value in self.normalised.items():
-            begin, b = value.address - self.memory.data_ptr(), value.border
-            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
-            image = flat.view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            b = value.border
+            image = self._flat(value).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
             inner = image[:, b : b + value.height, b : b + value.width]
             ranges.setdefault(number, Range.empty(value.channels)).extend(inner)
+
+    def _flat(self, value: Value) -> Tensor:
+        """All that a value has in memory, in one dimension."""
+        assert value.dtype is not None
+        begin = value.address - self.memory.data_ptr()
+        return self.memory[begin : begin + value.bytes].view(value.dtype)
 
     def _tensor(self, value: Value, like: Tensor | None) -> Tensor:
         """An input's or output's memory, or the part of it that was recorded."""
         assert like is not None
-        begin = value.address - self.memory.data_ptr()
         with torch.inference_mode(False):
-            flat = self.memory[begin : begin + value.bytes].view(value.dtype)
+            flat = self._flat(value)
             return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
 
 
@@ -165,8 +173,30 @@ def _normalised(steps: list[Step]) -> dict[int, Value]:
     }
 
 
+class ProgramCache:
+    """The programs that were used last, by any key, up to `MOST_PROGRAMS` and `MOST_BYTES` of their memory."""
+
+    def __init__(self) -> None:
+        self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+
+    def get(self, key: Hashable) -> Program | None:
+        found = self.programs.get(key)
+        if found is not None:
+            self.programs.move_to_end(key)
+        return found
+
+    def add(self, key: Hashable, program: Program) -> None:
+        """Add a program, and drop those that were not used for longest; this one stays whatever memory it has."""
+        self.programs[key] = program
+        while len(self.programs) > 1 and (len(self.programs) > MOST_PROGRAMS or self._bytes() > MOST_BYTES):
+            self.programs.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(program.memory.numel() for program in self.programs.values())
+
+
 class Layout:
-    """The steps of a recording with dtypes and borders chosen, and with copies where a step cannot read a value as it is.
+    """The steps of a recording, with dtypes and borders chosen, and copies where a step cannot read a value as it is.
 
     Attributes:
         dtype: the program's.

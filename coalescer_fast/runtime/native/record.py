@@ -24,7 +24,7 @@ from .value import Unsupported, Value
 Note = TypeVar("Note")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Notes the steps of what runs on tensors without data.
 
     A tensor is known by its storage, so that views need no note: whoever reads one looks at its shape and strides.
@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, parameters: dict[Tensor, Tensor]):
         """``parameters``: those that the module has while it is recorded, without data, and the module's own."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.steps: list[Step] = []
         self.inputs: list[Value] = []
         self._parameters = {_key(each): own for each, own in parameters.items()}
@@ -173,7 +173,7 @@ class Recorder(TorchDispatchMode):
 
 def _key(tensor: Tensor) -> int:
     """The identity of its storage."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _channels_innermost(tensor: Tensor) -> Tensor:

@@ -379,20 +379,22 @@ class GroupNormSiLU(Step):
         recorder.add(step, result)
 
     @staticmethod
-    @records(aten.native_group_norm.default)
+    @records(F.group_norm, torch.group_norm)
     def record_group_norm(
         recorder: Recorder,
-        result: tuple[Tensor, ...],
         input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        group: int,
-        eps: float,
-        **sizes: int,
-    ) -> None:
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
         """torch's own GroupNorm; a SiLU after it joins it, see `Pointwise.record_silu`."""
-        x, parameters = recorder.image(input), [recorder.optional_parameter(p) for p in (weight, bias)]
-        recorder.add(GroupNormSiLU(x, x.like(), group, eps, *parameters, silu=False), result[0])
+        x = recorder.image(input)
+        weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
+        result = torch.empty_like(input)
+        recorder.add(GroupNormSiLU(x, x.like(), num_groups, eps, weight, bias, silu=False), result)
+        return result
 
 
 class cf_gather_args(Struct):
@@ -496,9 +498,10 @@ class Heads:
 
 @dataclass(eq=False)
 class Attention(Step):
-    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask (n, k_length) allows.
+    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask allows.
 
-    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. y is (n, length, heads * width).
+    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. The mask is (n, k_length), bool,
+    and y (n, length, heads * width).
     """
 
     name = "ATTENTION"
@@ -664,7 +667,10 @@ class cf_layer_norm_args(Struct):
 
 @dataclass(eq=False)
 class LayerNorm(Step):
-    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels. Weight and bias (C,) are the module's own."""
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels.
+
+    Weight and bias (C,) are the module's own.
+    """
 
     name = "LAYER_NORM"
     number = 5

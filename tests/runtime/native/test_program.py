@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,10 @@ from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.pack import Weights
-from coalescer_fast.runtime.native.program import Program
+from coalescer_fast.runtime.native.program import Program, ProgramCache, compile_module
 from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_module
-from coalescer_fast.runtime.native.steps import Convolution, Pointwise
-from coalescer_fast.runtime.native.value import Range
+from coalescer_fast.runtime.native.steps import Convolution, GroupNormSiLU, Pointwise
+from coalescer_fast.runtime.native.value import Range, Unsupported
 
 from ...helpers.isa import available
 
@@ -397,3 +399,125 @@ def test_range_covers_what_it_has_seen():
     assert q.min() >= 0
     assert q.max() <= 255
     assert ((q - zero) * step - rows).abs().max() <= step.max()
+
+
+# Modules that are not ours
+
+
+class TokenAttention(nn.Module):
+    """Attention among the positions of an image, as a stranger would write it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+        tokens = self.norm(rows)
+        q, k, v = (
+            layer(tokens).view(n, h * w, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
+        y = self.out(y.transpose(1, 2).reshape(n, h * w, c)) + rows
+        return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def strangers() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
+    classic = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.SiLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.GroupNorm(3, 24, affine=False),
+        nn.Conv2d(24, 8, 1),
+        nn.Tanh(),
+    )
+    attention = nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), TokenAttention(32, 4), nn.Conv2d(32, 4, 1))
+    perceptron = nn.Sequential(nn.Linear(10, 32), nn.SiLU(), nn.Linear(32, 6))
+    return {
+        "convolutions": (classic, [randn(2, 3, 9, 7)]),
+        "attention": (attention, [randn(2, 4, 6, 5)]),
+        "linear layers": (perceptron, [randn(5, 10)]),
+    }
+
+
+@pytest.mark.parametrize("name", strangers())
+def test_compile_module(able, name):
+    module, inputs = strangers()[name]
+    seeded(module)
+    before = {key: (value.data_ptr(), value._version) for key, value in module.state_dict().items()}
+    made = compile_module(module, inputs, able)
+    expected = copy.deepcopy(module).double()(*(x.double() for x in inputs))
+    for _ in range(2):
+        (y,) = made(*inputs)
+        assert_near(y, expected, 1e-5 if able == torch.float32 else 0.03)
+    assert before == {key: (value.data_ptr(), value._version) for key, value in module.state_dict().items()}
+
+
+def test_a_group_norm_and_a_silu_are_one_step():
+    steps = record_module(
+        MetaCopy(strangers()["convolutions"][0]), lambda twin, r: [twin(r.input(randn(2, 3, 9, 7), image=True))]
+    ).steps
+    assert [type(step) for step in steps] == [
+        *(Convolution, GroupNormSiLU, Convolution, GroupNormSiLU, Convolution, Pointwise)
+    ]
+    assert [step.silu for step in steps if isinstance(step, GroupNormSiLU)] == [True, False]
+
+
+def test_programs_share_packed_weights():
+    module, weights = seeded(nn.Conv2d(4, 8, 3, padding=1)), Weights(torch.float32)
+    for n in (1, 3):
+        x = randn(n, 4, 5, 5)
+        (y,) = compile_module(module, [x], weights=weights)(x)
+        torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
+    assert len(weights._floats) == 1
+
+
+def test_a_module_that_does_what_no_step_does():
+    with pytest.raises(Unsupported, match=r"^there is no step for aten\.sigmoid\.default$"):
+        compile_module(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 3, 1)), [randn(1, 3, 4, 4)])
+
+
+def test_several_inputs_and_outputs():
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Conv2d(3, 5, 1)
+
+        def forward(self, rows, image):
+            return {"rows": self.first(rows), "image": self.second(image)}
+
+    module, rows, image = seeded(Module()), randn(2, 7, 6), randn(2, 3, 4, 4)
+    results = compile_module(module, [rows, image])(rows, image)
+    for y, expected in zip(results, module(rows, image).values(), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_keeps_the_programs_that_were_used_last(monkeypatch):
+    module = seeded(nn.Linear(4, 4))
+    programs = [compile_module(module, [randn(n, 4)]) for n in (1, 2, 3, 4)]
+    monkeypatch.setattr("coalescer_fast.runtime.native.program.MOST_PROGRAMS", 3)
+    cache = ProgramCache()
+    for n, each in enumerate(programs[:3]):
+        cache.add(n, each)
+    assert cache.get(0) is programs[0]
+    cache.add(3, programs[3])
+    assert [cache.get(n) for n in range(4)] == [programs[0], None, programs[2], programs[3]]
+    monkeypatch.setattr("coalescer_fast.runtime.native.program.MOST_BYTES", 0)
+    cache.add(1, programs[1])
+    assert [cache.get(n) for n in range(4)] == [None, programs[1], None, None]
+
+
+@needs_int8
+def test_a_normalised_value_that_is_also_a_residual_stays_in_floating_point():
+    class Residual(Normalised):
+        def forward(self, x):
+            h = ops.group_norm_silu(x, 4, self.norm.weight, self.norm.bias)
+            return self.conv(h) + h
+
+    network, x = seeded(Residual(16, 16)), randn(2, 16, 5, 5)
+    observer = program(network, x, dtype=torch.bfloat16, keep=True)
+    assert not observer.normalised

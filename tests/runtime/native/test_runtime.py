@@ -1,4 +1,4 @@
-"""The native runtime under other uses than the straight one: each with the picture of the reference, or one sentence."""
+"""The native runtime under unusual uses: each gives the picture of the reference, or one sentence."""
 
 from __future__ import annotations
 
@@ -534,7 +534,7 @@ def test_a_dropped_pipeline_is_gone_at_once():
         pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
         pipe.set_progress_bar_config(disable=True)
         draw(cf.accelerate(pipe))
-        program = next(iter(pipe.runtime.programs.values()))
+        program = next(iter(pipe.runtime.programs.programs.values()))
         alive = [weakref.ref(each) for each in (pipe, pipe.runtime, pipe.unet, program)]
         del pipe, program
         assert [each() for each in alive] == [None] * 4
@@ -615,5 +615,5 @@ def test_int8_of_a_network_without_a_program(pipe):
 
 def test_explain_says_what_runs_on_the_reference(pipe, monkeypatch):
     monkeypatch.setattr(native_library, "unavailable", lambda: "not here")
-    rows = runtime.CpuRuntime(pipe, torch.float32).explain()
+    rows = runtime.NativeRuntime(pipe, torch.float32).explain()
     assert {part.name: part.runs_on for part in rows}["conditioning"] == "reference"
