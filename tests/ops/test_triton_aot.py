@@ -131,3 +131,32 @@ def test_the_interpreter_is_no_compiler():
     )
     assert done.returncode == 2
     assert done.stderr == "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it\n"
+
+
+ONES = """
+import torch
+from benchmarks import triton_aot
+
+def tensor(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+def compiled(op, *args):
+    for launch in triton_aot.record(lambda: triton_aot.implementation(op)(*args)):
+        triton_aot.compile_launch(launch, 90)
+
+for c in (1, 8):
+    x, v, film = tensor(1, c, 1, 1), tensor(c), tensor(1, c)
+    weights = tensor(1, c, 3, 3), tensor(1), tensor(1, c), tensor(1)
+    compiled("group_norm_silu", x, 1, v, v, 1e-5, film, film, None, v, "silu")
+    compiled("group_norm_silu", x, 1, None, None, 1e-5, None, None, x, None, None)
+    compiled("bias_residual", x, v, x)
+    compiled("dual_head", x, *weights, None, None)
+    compiled("dual_head", x, *weights, tensor(1, 1, 1, 1), tensor(1, 1, 1, 1))
+    compiled("coalesce_step", x, x, tensor(1), 1.0, "unit", 1e-6)
+"""
+
+
+def test_sizes_of_one_compile():
+    """The just-in-time compiler takes an integer of 1 for a constant, which has no methods; the interpreter does not."""
+    done = subprocess.run([sys.executable, "-c", ONES], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
