@@ -18,15 +18,15 @@ from . import ops
 from .acceleration import check_pipeline
 from .models.unet import Conditioning
 from .ops import library
-from .ops.dispatch import BACKENDS
 from .prompts import check_count, check_texts
 from .runtime.artefact import Schedule, network_sha256
-from .runtime.base import precision
+from .runtime.eager import EagerRuntime
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .pipeline import CoalescerPipeline
+    from .runtime.base import Runtime
 
 NUM_PROMPTS = 16
 BATCH_SIZE = 4  # pictures drawn at a time
@@ -150,7 +150,7 @@ def verify(
     """
     check_pipeline(pipe)
     runtime = pipe.runtime
-    if runtime is None:
+    if isinstance(runtime, EagerRuntime):
         raise ValueError(
             "the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first"
         )
@@ -166,7 +166,7 @@ def verify(
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
     batches = []
-    size = min(BATCH_SIZE, getattr(runtime, "most_pictures", BATCH_SIZE))
+    size = BATCH_SIZE if runtime.max_batch is None else min(BATCH_SIZE, runtime.max_batch)
     starts = range(0, len(texts), size)
     with pipe.progress_bar(total=len(starts)) as bar, _quiet(pipe):
         for start in starts:
@@ -188,9 +188,7 @@ def verify(
         at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
     ]
     pictures = torch.cat([each for _, _, each in batches])
-    return Verification(
-        str(runtime.name), precision(runtime), len(texts), tuple(rows), receipt(pipe, texts, noise, pictures)
-    )
+    return Verification(runtime.name, runtime.precision, len(texts), tuple(rows), receipt(pipe, texts, noise, pictures))
 
 
 def receipt(
@@ -235,9 +233,9 @@ def receipt(
         "negative_prompt": negative_prompt,
         "noise": hashlib.sha256(latents.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest(),
         "schedule": str(Schedule.of(scheduler, scale)),
-        "runtime": "reference" if runtime is None else str(runtime.name),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch.") if runtime is None else precision(runtime),
-        "instruction_set": None if runtime is None or library.unavailable() else library.isa(),
+        "runtime": runtime.name,
+        "dtype": runtime.precision,
+        "instruction_set": None if isinstance(runtime, EagerRuntime) or library.unavailable() else library.isa(),
         "pixels": hashlib.sha256(b"".join(pictures)).hexdigest(),
         "pictures": [hashlib.sha256(each).hexdigest() for each in pictures],
     }
@@ -319,7 +317,7 @@ def _draw(pipe: Any, texts: list[str], noise: Tensor) -> Tensor:
 def _reference(pipe: Any) -> Iterator[None]:
     """Inside, the pipeline draws by plain torch in its own dtype."""
     runtime, backend = pipe.runtime, pipe.unet.backend
-    pipe.runtime = None
+    pipe.runtime = EagerRuntime(pipe)
     pipe.unet.set_backend("reference")
     try:
         yield
@@ -360,18 +358,12 @@ def _pooled(squares: Tensor) -> float:
 OpCall = tuple[str, str, str, torch.dtype, tuple[Any, ...], dict[str, Any]]
 
 
-def _op_backends(runtime: Any) -> list[tuple[str, str]]:
-    """(op, backend) for every fused op and backend that the runtime runs it on: as `explain` says, else as its name does. None for a
-    runtime of somebody else's kernels."""
-    names = [name for name in ops.__all__ if name != "backends"]
-    explain = getattr(runtime, "explain", None)
-    if explain is None:
-        return [(op, runtime.name) for op in names if runtime.name in BACKENDS]
-    said = {(row.get("part"), row.get("runs on")) for row in explain()}
-    return sorted((op, backend) for op, backend in said if op in names and backend in BACKENDS)
+def _op_backends(runtime: Runtime) -> list[tuple[str, str]]:
+    """(op, backend) for every fused op and backend that the runtime runs it on. Empty for a runtime of other kernels."""
+    return sorted({(part.name, part.backend) for part in runtime.explain() if part.backend is not None})
 
 
-def _op_calls(pipe: Any, runtime: Any) -> Iterator[OpCall]:
+def _op_calls(pipe: CoalescerPipeline, runtime: Runtime) -> Iterator[OpCall]:
     """Small seeded calls, of the network's own channels and groups and in the arguments that it and the sampler give: (op, what, backend,
     dtype of the computation, arguments, keywords)."""
     config, dtype, wide = pipe.unet.config, runtime.dtype, torch.float32

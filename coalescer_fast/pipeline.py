@@ -28,6 +28,7 @@ from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .nvtx_ranges import span
 from .prompts import Descriptions, Embeds
+from .runtime.eager import EagerRuntime
 from .sampling import Call
 from .scheduler import LARGEST, CoalescerScheduler, check_number
 
@@ -85,9 +86,8 @@ class CoalescerPipeline(DiffusionPipeline):
     running.
     """
 
-    # what `accelerate` has put in the place of the networks, and the arguments that it was called with
-    runtime: Runtime | None = None
-    recipe: dict[str, Any] | None = None
+    runtime: Runtime  # runs the networks: an `EagerRuntime`, or what `accelerate` has put in its place
+    recipe: dict[str, Any] | None = None  # the arguments that `accelerate` was called with
     model_cpu_offload_seq = "unet->vae"
     _exclude_from_cpu_offload = ["description_encoder"]  # noqa: RUF012 (diffusers' interface); it has no parameters to be found by
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
@@ -106,6 +106,7 @@ class CoalescerPipeline(DiffusionPipeline):
         self._check_components()
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.scale_factor)
         self._running: dict[int, Call] = {}  # by thread
+        self.runtime = EagerRuntime(self)
 
     def _check_components(self) -> None:
         """Raise TypeError or ValueError for components that are none or do not fit each other."""
@@ -297,7 +298,8 @@ class CoalescerPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         scheduler = copy.copy(self.scheduler)  # of this call alone: another thread's may have other steps
         scheduler.set_timesteps(num_inference_steps)
-        networks: Any = self._networks()
+        runtime = self.runtime  # once, for another thread may restore the pipeline meanwhile
+        runtime.refresh()
         warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
         pictures = len(wanted) * num_images_per_prompt
         sample = self._initial_sample(pictures, height, width, generator, latents)
@@ -306,20 +308,19 @@ class CoalescerPipeline(DiffusionPipeline):
             if not isinstance(described, Embeds):
                 described = self.with_styles(described, sample)
         with span("condition"):
-            conditioning = networks.condition(described, sample.device)
+            conditioning = runtime.condition(described, sample.device)
             empty = None
             if scale != 1 or callback_on_step_end is not None:  # which may change the scale
                 away: Descriptions = [""] if avoided is None else avoided
-                empty = networks.condition(
+                empty = runtime.condition(
                     away if len(away) == 1 else prompts.repeat(away, num_images_per_prompt), sample.device
                 )
 
         trace: list[TraceStep] = []
-        call = Call(scale, num_inference_steps)
         decodes = output_type != "latent"
-        # a runtime may do all of it in one go, where nobody looks at the steps
-        at_once = None if return_trace or callback_on_step_end is not None else getattr(networks, "generate", None)
-        with self._calling(call), self.progress_bar(total=num_inference_steps) as bar:
+        watched = return_trace or callback_on_step_end is not None
+        with self.progress_bar(total=num_inference_steps) as bar:
+            call = Call(scale, num_inference_steps, progress=bar.update)
 
             def on_step(
                 i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor
@@ -330,14 +331,13 @@ class CoalescerPipeline(DiffusionPipeline):
                     check(end, i)
                     given = callback_on_step_end(self, i, i, {name: end for name in inputs})
                     end = _replaced(given, end, LARGEST if self._checks_finite else None)
-                bar.update()
                 return end
 
             def check(found: torch.Tensor, step: int | None = None) -> None:
                 if not self._checks_finite or is_finite(found):
                     return
                 if step is None:
-                    step = sampling.first_bad_step(networks, scheduler, sample, conditioning, empty, scale)
+                    step = sampling.first_bad_step(runtime, scheduler, sample, conditioning, empty, scale)
                 row = (first_not_finite(found) or 0) // num_images_per_prompt
                 of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
                 what = (
@@ -349,18 +349,20 @@ class CoalescerPipeline(DiffusionPipeline):
                     f"{what} is not finite: lower guidance_scale, check the weights, or compute in float32"
                 )
 
-            if at_once is not None:
-                images = at_once(scheduler, sample, conditioning, empty, scale, decodes)
-                bar.update(num_inference_steps)
-            else:
-                images = sampling.sample(networks, scheduler, sample, conditioning, empty, scale, on_step, call)
+            with self._calling(call):
+                images = runtime.generate(
+                    scheduler,
+                    sample,
+                    conditioning,
+                    empty,
+                    scale,
+                    decodes,
+                    on_step if watched else None,
+                    call,
+                )
             check(images)
         if decodes:
-            with span("decode"):
-                if at_once is None:
-                    images = networks.decode(images)
-                    check(images)
-                images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, trace) if return_trace else (images,)
@@ -472,8 +474,7 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is {pixels}; this model has an anchor and draws {native} pixels only")
             sides.append(pixels // factor)
         shape = (batch_size, config.latent_channels, *sides)
-        runtime = self.runtime
-        device = self._execution_device if runtime is None else runtime.device
+        device = self.runtime.device
         if latents is None:
             for one in generator if isinstance(generator, list) else [generator]:
                 if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
@@ -510,19 +511,6 @@ class CoalescerPipeline(DiffusionPipeline):
         means = torch.tensor([row.mean() for row in rows], dtype=torch.float64) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
-    def _networks(self) -> CoalescerPipeline | Runtime:
-        """What runs a call: the pipeline's own networks, or those of its runtime, with the weights as they are now."""
-        runtime = self.runtime  # once, for another thread may restore the pipeline meanwhile
-        if runtime is None:
-            return self
-        here, there = self.unet.null.device, runtime.device  # not self.device, which takes longer than a small network
-        if here != there and not hasattr(self.unet, "_hf_hook"):  # which has offloaded weights where they run
-            raise ValueError(
-                f"the pipeline was accelerated on {there} and is on {here}: accelerate it again, or restore it"
-            )
-        runtime.refresh()
-        return runtime
-
     def __getstate__(self) -> dict[str, Any]:
         """All but the runtime, which belongs to this process, and the calls that are running: a copy has its own."""
         return {
@@ -532,6 +520,7 @@ class CoalescerPipeline(DiffusionPipeline):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._running = {}
+        self.runtime = EagerRuntime(self)
         if self.recipe is not None:
             from .acceleration import accelerate
 
@@ -541,9 +530,13 @@ class CoalescerPipeline(DiffusionPipeline):
                 logger.warning("a copy of an accelerated pipeline draws by the reference here: %s", error)
 
     @property
-    def backend(self) -> str:
-        """Of the ops, in the reference networks."""
-        return self.unet.backend
+    def is_offloaded(self) -> bool:
+        """Whether the UNet's weights are moved to where they run when it is called, as by enable_model_cpu_offload."""
+        return self._offload_hook is not None
+
+    @property
+    def _offload_hook(self) -> Any:
+        return getattr(self.unet, "_hf_hook", None)  # of the package accelerate, on a network or a wrapper of one
 
     def encode_prompt(
         self,
@@ -583,9 +576,8 @@ class CoalescerPipeline(DiffusionPipeline):
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         """What the UNet derives from descriptions alone."""
         described = self.describe(texts, device)
-        hook = getattr(self.unet, "_hf_hook", None)
-        if hook is not None:  # of enable_model_cpu_offload, which by itself moves the network when it is called
-            hook.pre_forward(self.unet)
+        if self._offload_hook is not None:  # by itself it moves the network when it is called
+            self._offload_hook.pre_forward(self.unet)
         return self.unet.condition(*described)
 
     def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:

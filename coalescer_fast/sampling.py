@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -16,21 +16,38 @@ from .scheduler import CoalescerScheduler, guide
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Networks(Protocol):
+    """What a step needs: an evaluation of the UNet, and the backend of the update. Every `Runtime` has it.
+
+    Attributes:
+        backend: of `ops.coalesce_step`.
+    """
+
+    @property
+    def backend(self) -> str: ...
+
+    def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 @dataclass
 class Call:
-    """What a callback may change of the call that it belongs to.
+    """The state of one call of a pipeline, which a callback may change.
 
-    guidance_scale: of the steps to come, 1 for none; interrupt: whether the call ends here, with the R that it has;
-    num_timesteps: of all its steps.
+    Attributes:
+        guidance_scale: of the steps to come, 1 for none.
+        num_timesteps: number of steps of the whole call.
+        interrupt: whether the call ends here, with the R that it has.
+        progress: called with the number of steps that have been done since it was called last.
     """
 
     guidance_scale: float
     num_timesteps: int
     interrupt: bool = False
+    progress: Callable[[int], object] = field(default=lambda steps: None, repr=False)
 
 
 def sample(
-    networks: Any,
+    networks: Networks,
     scheduler: CoalescerScheduler,
     sample: torch.Tensor,
     conditioning: Conditioning,
@@ -57,21 +74,23 @@ def sample(
             if call.interrupt:
                 break
             guidance_scale = call.guidance_scale
-        guided = empty is not None and scheduler.is_guided(i) and (call is None or call.guidance_scale != 1)
+        guided = scheduler.is_guided(i) and (call is None or call.guidance_scale != 1)
         with span(f"evaluate[{i}]"):
             direction, distance = networks.evaluate(sample, conditioning)
         towards = direction
-        if guided:
+        if guided and empty is not None:
             with span(f"evaluate_empty[{i}]"):
                 empty_direction, empty_distance = networks.evaluate(sample, empty)
             towards = guide(direction, distance, empty_direction, empty_distance, guidance_scale)
         moved = scheduler.step(towards, distance, i, sample, return_dict=False, backend=networks.backend)[0]
         sample = moved if on_step is None else on_step(i, sample, direction, distance, moved)
+        if call is not None:
+            call.progress(1)
     return sample
 
 
 def first_bad_step(
-    networks: Any,
+    networks: Networks,
     scheduler: CoalescerScheduler,
     start: torch.Tensor,
     conditioning: Conditioning,
