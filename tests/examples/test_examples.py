@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = {
     "accelerate_pipeline": ([], []),
     "batch": ([], []),
+    "custom_runtime": ([], []),
     "draw": ([], [f"draw-{i}.png" for i in range(4)]),
     "export_onnx": (["onnx", "onnxscript", "onnxruntime"], ["exported.png"]),
     "own_module": ([], []),
