@@ -215,9 +215,9 @@ def info(args: argparse.Namespace) -> None:
     import torch
 
     from . import acceleration
+    from .folders import WEIGHTS, embedded_models
     from .ops import backends
     from .ops.dispatch import BACKENDS
-    from .pipeline import WEIGHTS, embedded_models
 
     facts: dict[str, Any] = {
         "coalescer_fast": __version__,

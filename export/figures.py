@@ -111,7 +111,7 @@ def trajectories(
         size = next(sizes)
         part, texts = texts[:size], texts[size:]
         part += [part[-1]] * (min(batches) - len(part))  # a graph may take no fewer
-        noise = pipe._initial_sample(len(part), None, None, generator, None)
+        noise = pipe.initial_noise(len(part), generator)
         witness.seen = Trajectory(noise)
         try:
             pipe.runtime = witness
