@@ -224,21 +224,26 @@ typedef struct {
     int64_t rows, channels;
 } cf_replace_zero_rows_args;
 
-enum cf_step_kind {
-    CF_CONVOLUTION = 0,
-    CF_GROUP_NORM_SILU = 1,
-    CF_GATHER = 2,
-    CF_ATTENTION = 3,
-    CF_DUAL_HEAD = 4,
-    CF_LAYER_NORM = 5,
-    CF_GATE = 6,
-    CF_POINTWISE = 7,
-    CF_REPLACE_ZERO_ROWS = 8
-};
+/* Every step: STEP(name, number, type of its arguments, function of csrc/cpu that runs it). The only list of them: the enum below and the dispatch of
+ * csrc/cpu come from it. A number is never given to another step without a new CF_ABI_VERSION. */
+#define CF_STEPS(STEP)                                                   \
+    STEP(CONVOLUTION, 0, cf_convolution_args, convolution)               \
+    STEP(GROUP_NORM_SILU, 1, cf_group_norm_image_args, group_norm_image) \
+    STEP(GATHER, 2, cf_gather_args, gather)                              \
+    STEP(ATTENTION, 3, cf_attention_args, attention)                     \
+    STEP(DUAL_HEAD, 4, cf_dual_head_args, dual_head)                     \
+    STEP(LAYER_NORM, 5, cf_layer_norm_args, layer_norm)                  \
+    STEP(GATE, 6, cf_gate_args, gate)                                    \
+    STEP(POINTWISE, 7, cf_pointwise_args, pointwise)                     \
+    STEP(REPLACE_ZERO_ROWS, 8, cf_replace_zero_rows_args, replace_zero_rows)
+
+#define CF_STEP_KIND(name, number, type, function) CF_##name = number,
+enum cf_step_kind { CF_STEPS(CF_STEP_KIND) };
+#undef CF_STEP_KIND
 
 typedef struct {
     int64_t kind;
-    const void* args; /* of that kind */
+    const void* args; /* of the kind's type in CF_STEPS; `threads` in it is not looked at */
 } cf_step;
 
 typedef struct {

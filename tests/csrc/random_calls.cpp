@@ -86,7 +86,6 @@ void run(const Program& one, const Program& other) {
     std::vector<std::vector<char>> expected[2];
     const Program* const programs[] = {&one, &other};
     for (int i = 0; i < 2; ++i) {
-        for (int64_t* threads : programs[i]->threads) *threads = 1;
         clear(*programs[i]);
         run_once(*programs[i], 1, 1);
         for (const auto& check : programs[i]->checks) check();
@@ -98,7 +97,6 @@ void run(const Program& one, const Program& other) {
     const auto most = static_cast<unsigned>(draw(0, 3) ? 64 : draw(1, 3));
     std::vector<std::thread> both;
     for (int i = 0; i < 2; ++i) {
-        for (int64_t* each : programs[i]->threads) *each = threads[i];
         both.emplace_back(run_once, std::cref(*programs[i]), threads[i], most);
     }
     for (auto& thread : both) thread.join();

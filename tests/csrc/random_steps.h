@@ -98,7 +98,6 @@ struct Program {
     std::vector<std::shared_ptr<Memory>> memories;
     std::vector<std::function<void()>> checks;  // of the last run
     std::vector<std::function<void()>> refusals;
-    std::vector<int64_t*> threads;  // that a step's arguments have themselves
 
     std::shared_ptr<Memory> memory(int64_t size, bool written) {
         memories.push_back(std::make_shared<Memory>(size));
@@ -658,7 +657,6 @@ void dual_head_step(Program& p, int64_t n, int64_t dtype) {
     for (size_t i = 0; i < 2; ++i)
         results[i] = p.memory(call->results[i].count() * sizes[call->results[i].dtype], true);
     a.direction.data = results[0]->bytes.data(), a.distance = reinterpret_cast<float*>(results[1]->bytes.data());
-    p.threads.push_back(&a.threads);
     p.checks.push_back([=] {
         cf_dual_head_args alone = call->args;
         std::vector<Buffer> expected = call->results;
