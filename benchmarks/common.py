@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 import torch
 
 from coalescer_fast import files
-from coalescer_fast.cli import check_writable, cpu_name, sentence
+from coalescer_fast.collect_env import cpu_name
+from coalescer_fast.console import sentence
+from coalescer_fast.files import check_writable
 
 try:
     from tqdm.auto import tqdm

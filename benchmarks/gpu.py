@@ -37,7 +37,7 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import files, ops
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from . import kernels

@@ -45,8 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.runtime.eager import EagerRuntime
 
 from . import common, sampler_peers, sampler_report, timing
 from .common import Parser, Row, add_report_options, append, command, open_csv, reported
@@ -287,12 +288,12 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
     def steps(engine: Engine, scale: float) -> Callable[[], Tensors]:
         conditioning, empty = (engine.runtime.condition(some, sample.device) for some in (texts, [""] * batch))
         given = (pipe.scheduler, sample, conditioning, None if scale == 1 else empty, scale)
-        if at_once := getattr(engine.runtime, "generate", None):
-            return lambda: (at_once(*given, decode=False),)
-        return lambda: (sampling.sample(engine.runtime, *given),)
+        return lambda: (engine.runtime.generate(*given, decode=False),)
 
     def decoding(engine: Engine) -> Callable[[], Tensors]:
-        latents = sampling.sample(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
+        latents = sampling.sample(
+            EagerRuntime(pipe), pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0
+        )
         return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:

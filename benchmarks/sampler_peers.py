@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coalescer_fast
-from coalescer_fast.acceleration import BACKENDS, accelerate
+from coalescer_fast.acceleration import RUNTIMES, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime import compiled
@@ -111,7 +111,7 @@ def peer(
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
-        if name not in EAGER and "onnx" in BACKENDS[name].packages:
+        if name not in EAGER and "onnx" in RUNTIMES[name].packages:
             export(module, args, folder)  # once for all who read it, and before the clock starts
         start = time.perf_counter()
         bind = prepare(module, args, dtype, folder)

@@ -309,7 +309,7 @@ def _small_pipeline() -> Any:
     import torch
 
     import coalescer_fast as cf
-    from coalescer_fast.cli import open_pipeline
+    from coalescer_fast.console import open_pipeline
 
     whole = open_pipeline("emoji-64")
     with torch.random.fork_rng():
