@@ -82,6 +82,36 @@ def test_speed_of_the_ops(op):
     assert line(PAGE, f"`{op}`") == expected
 
 
+H100 = "nvidia-h100-80gb-hbm3/kernels.csv"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["group_norm_silu", "bias_residual", "dual_head", "coalesce_step"])
+def test_speed_of_the_ops_on_an_h100(op, backend):
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows(H100, kernel_name=op, dtype="bf16", cache="warm", metric_name="time", status="ok"):
+        call = (row["shapes"], row["batch"], row["extra_benchmark_config_str"])
+        found.setdefault(call, {})[row["kernel_provider"]] = float(row["y_value_50"])
+
+    def ratios(*peers: str) -> str:
+        pairs = [(times, [times[peer] for peer in peers if peer in times]) for times in found.values()]
+        speeds = [min(others) / times[backend] for times, others in pairs if others and backend in times]
+        return f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})" if speeds else "–"
+
+    section = PAGE[PAGE.index("## Speed of the ops on an H100") :]
+    table = [cells(each) for each in section.splitlines() if each.startswith(f"| `{op}` | `{backend}` |")]
+    assert table == [[f"`{op}`", f"`{backend}`", ratios("eager", "eager_contiguous"), ratios("compile")]]
+
+
+def test_share_of_the_copy_on_an_h100():
+    large = [
+        float(row["percent_of_copy"])
+        for row in rows(H100, kernel_name="group_norm_silu", kernel_provider="cuda", dtype="bf16", cache="warm")
+        if float(row["x_value"]) >= 64e6
+    ]
+    assert f"reaches {min(large):.0f} to {max(large):.0f} %" in " ".join(PAGE.split())
+
+
 def test_quality():
     [row] = rows("evaluate.csv", steps="2")
     value = {name: float(text) for name, text in row.items()}
