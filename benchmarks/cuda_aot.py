@@ -16,7 +16,6 @@ With the library of CUDA kernels built, the launches that it plans for the netwo
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import itertools
 import json
@@ -37,9 +36,10 @@ from unittest import mock
 import torch
 
 from benchmarks import shapes
-from benchmarks.triton_aot import FOLDERS, SHARED, TARGETS
+from benchmarks.triton_aot import SHARED, TARGETS
 from coalescer_fast import ops
-from coalescer_fast.ops import cuda_library, library
+from coalescer_fast.ops import cuda_library, native_library
+from coalescer_fast.ops.op import OPS
 
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the package compiles them
@@ -228,14 +228,12 @@ class Sizes(shapes.Draw):
 
 def packed(call: shapes.Call, batch: int, dtype: torch.dtype) -> bytes:
     """The call's arguments as the library takes them; an address in them says only that there is a tensor."""
-    taken: list[bytes] = []
     with mock.patch.object(shapes, "Draw", Sizes), mock.patch.object(torch.Tensor, "data_ptr", return_value=16):
         bound = inspect.signature(getattr(ops, call.op)).bind(**call.inputs(batch, dtype, torch.device("meta")))
         bound.apply_defaults()
-        native = importlib.import_module(f"coalescer_fast.ops.{FOLDERS[call.op]}.native")
-        arguments = native.arrange(**{name: value for name, value in bound.arguments.items() if name != "backend"})
-        native.prepare(taken.append, *arguments)(*arguments)
-    return taken[0]
+        arguments = [bound.arguments[name] for name in OPS[call.op].names]
+        packed: bytes = OPS[call.op].implementation("cpu").packed(*arguments)
+    return packed
 
 
 def plans(targets: Sequence[int], threads: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -288,7 +286,7 @@ def main() -> int:
         cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} {row['spills']:6} {row['local']:5}"
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
-    launches = [] if library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
+    launches = [] if native_library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))
     print(
         f"{len(launches)} planned launches"
         if launches

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 import coalescer_fast
-from coalescer_fast.runtime import onnx_file
-from coalescer_fast.runtime.artefact import KINDS, Artefact
+from coalescer_fast.runtime.engines import onnxruntime
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import KINDS
 
 from . import common, timing
 from .common import Parser, Row, append, command, open_csv
@@ -120,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one batch of a graph after the other, each printed as it is there."""
     from coalescer_fast.pipeline import CoalescerPipeline
-    from export import exporting, quantizing  # the checkout's, which need not be installed
+    from export.onnx import exporter
+    from export.quantize import quantizer  # the checkout's, which need not be installed
 
     pipe: Any = CoalescerPipeline.from_pretrained(args.model)
     sizes = min(args.batch), min(max(4, min(args.batch)), max(args.batch)), max(args.batch)
@@ -129,8 +131,8 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
             folders = [Path(folder) / name for name in ("fp32", "int8")]
             for each in folders:
                 each.mkdir()
-            exact = exporting.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
-            int8 = quantizing.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
+            exact = exporter.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
+            int8 = quantizer.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
             for batch in args.batch:
                 rows = measure(pipe, (exact, int8), batch, args.budget)
                 for row in rows:
@@ -142,14 +144,14 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each of the artefacts, the first of which is that in float32."""
     from coalescer_fast.parity import descriptions
-    from export import figures
+    from export.measure import accuracy
 
     m = replace(found[0].manifest, batch=(batch, batch, batch))
-    (inputs, *_) = figures.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
+    (inputs, *_) = accuracy.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
     timer = timing.CpuTimer()
     samples = {}
     for each in found:
-        opened = onnx_file.open_artefact(each)
+        opened = onnxruntime.open_artefact(each)
         samples[each.manifest.precision] = timer.warm(partial(opened, inputs))
     taken = timing.interleave(samples, budget)
     first = timing.quantiles(taken[m.precision])[0]
@@ -173,12 +175,12 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
         row |= {
             "speedup_over_fp32": first / median,
             "recipe": said.recipe,
-            "method": said.flags.get("int8", {}).get("method", ""),
+            "method": said.flags.int8.method if said.flags.int8 else "",
         }
-        row |= {ERRORS[name]: value for name, value in said.measured["error"].items() if name in ERRORS}
+        row |= {ERRORS[name]: value for name, value in (said.measured.error or {}).items() if name in ERRORS}
         row |= {
-            "error_pictures": said.measured["pictures"],
-            "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6,
+            "error_pictures": said.measured.pictures or 0,
+            "megabytes": sum(file.bytes for file in said.files.values()) / 1e6,
         }
         rows.append(row | {"samples": len(mine), "quiet": int(all(one.quiet for one in mine))})
     return rows

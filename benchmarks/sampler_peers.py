@@ -18,9 +18,9 @@ import coalescer_fast
 from coalescer_fast.acceleration import RUNTIMES, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.runtime import compiled
-from coalescer_fast.runtime.onnx_file import export
-from coalescer_fast.runtime.static import Bind, Evaluation, StaticRuntime, Tensors
+from coalescer_fast.runtime.engines import compiled
+from coalescer_fast.runtime.engines.onnx import export
+from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, PerShapeRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
 from . import timing
@@ -66,7 +66,7 @@ def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, fo
     return eager(compiled.channels_last(module, dtype), args, dtype, folder)
 
 
-class EagerRuntime(StaticRuntime):
+class EagerRuntime(PerShapeRuntime):
     """Copies that torch runs as they are, also under hooks of all modules, as those that count operations have."""
 
     runs_own_code = True

@@ -31,12 +31,12 @@ from unittest import mock
 
 import torch
 
-from coalescer_fast.ops import triton_runtime
+from coalescer_fast.ops import triton_launch
 
 # what lies in Triton's cache has the source paths of another checkout
 os.environ.setdefault("TRITON_ALWAYS_COMPILE", "1")
 
-FOLDERS = {"group_norm_silu": "group_norm", "dual_head": "head", "bias_residual": "residual", "coalesce_step": "step"}
+OPS = ("group_norm_silu", "dual_head", "bias_residual", "coalesce_step")
 TARGETS = (80, 90, 100, 120)
 # what a program may have of shared memory, kilobytes (CUDA C++ Programming Guide, table of compute capabilities)
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}
@@ -72,16 +72,18 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     def look_up(*place: str) -> dict[str, int]:
         nonlocal key
         key = place  # type: ignore[assignment]
-        return triton_runtime.configuration(*place)
+        return triton_launch.configuration(*place)
 
     def note(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
         launches.append(Launch(kernel, args, options, key))
 
     with ExitStack() as stack:
-        for folder in FOLDERS.values():
-            stack.enter_context(mock.patch(f"coalescer_fast.ops.{folder}.triton.launch", note))
-            stack.enter_context(mock.patch(f"coalescer_fast.ops.{folder}.triton.configuration", look_up))
-        stack.enter_context(mock.patch("coalescer_fast.ops.group_norm.triton.multiprocessors", return_value=132))
+        for op in OPS:
+            stack.enter_context(mock.patch(f"coalescer_fast.ops.kernels.{op}.triton.launch", note))
+            stack.enter_context(mock.patch(f"coalescer_fast.ops.kernels.{op}.triton.configuration", look_up))
+        stack.enter_context(
+            mock.patch("coalescer_fast.ops.kernels.group_norm_silu.triton.multiprocessors", return_value=132)
+        )
         call()
     return launches
 
@@ -145,7 +147,7 @@ def calls(
 
 def implementation(op: str, file: str = "triton") -> Callable[..., Any]:
     """The op's function in that file of its folder."""
-    return getattr(importlib.import_module(f"coalescer_fast.ops.{FOLDERS[op]}.{file}"), op)
+    return getattr(importlib.import_module(f"coalescer_fast.ops.kernels.{op}.{file}"), op)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import triton_aot
-from coalescer_fast.ops import triton_runtime
+from coalescer_fast.ops import triton_launch
 
 Key = tuple[str, str, str]
 
@@ -66,8 +66,8 @@ def put(table: dict[str, Any], key: Key, entry: dict[str, Any]) -> None:
 
 def use(key: Key, candidate: dict[str, int]) -> None:
     """Let the ops launch the candidate from now on."""
-    put(triton_runtime._table(), key, {"configuration": candidate})
-    triton_runtime.configuration.cache_clear()
+    put(triton_launch._table(), key, {"configuration": candidate})
+    triton_launch.configuration.cache_clear()
 
 
 def bytes_in_flight(row: dict[str, Any]) -> int:
@@ -132,12 +132,12 @@ def choose(key: Key, candidates: list[dict[str, int]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_triton", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=triton_runtime.CONFIGURATIONS)
+    parser.add_argument("--output", type=Path, default=triton_launch.CONFIGURATIONS)
     parser.add_argument(
         "--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone"
     )
     arguments = parser.parse_args()
-    table = json.loads(triton_runtime.CONFIGURATIONS.read_text("utf-8")) if arguments.kernel else {}
+    table = json.loads(triton_launch.CONFIGURATIONS.read_text("utf-8")) if arguments.kernel else {}
     chosen = {key: candidates for key, candidates in CANDIDATES.items() if arguments.kernel in (None, key[0])}
     for key, candidates in chosen.items():
         use(key, candidates[0])

@@ -18,10 +18,11 @@ from . import ops
 from .acceleration import check_pipeline
 from .console import table
 from .dtypes import dtype_name
-from .ops import library
+from .ops import native_library
 from .prompts import check_count, check_texts
-from .runtime.artefact import Schedule, network_sha256
 from .runtime.eager import EagerRuntime
+from .runtime.engines.hashes import network_sha256
+from .runtime.engines.manifest import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -274,7 +275,9 @@ def receipt(
         "schedule": str(Schedule.of(scheduler, scale)),
         "runtime": runtime.name,
         "dtype": runtime.precision,
-        "instruction_set": None if isinstance(runtime, EagerRuntime) or library.unavailable() else library.isa(),
+        "instruction_set": None
+        if isinstance(runtime, EagerRuntime) or native_library.unavailable()
+        else native_library.isa(),
         "pixels": hashlib.sha256(b"".join(pictures)).hexdigest(),
         "pictures": [hashlib.sha256(each).hexdigest() for each in pictures],
     }

@@ -120,10 +120,16 @@ CF_API const char* cf_cpu_isa(void);
 /* CF_INVALID_ARGUMENT if the processor or the library does not have it. Not to be called beside a kernel. */
 CF_API int cf_cpu_set_isa(const char* isa);
 
-CF_API int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args);
-CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
-CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
-CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
+/* The ops: OP(name) has the function cf_cpu_NAME of cf_NAME_args, and a kernel `name` in a header of csrc/cpu. */
+#define CF_OPS(OP)      \
+    OP(group_norm_silu) \
+    OP(bias_residual)   \
+    OP(dual_head)       \
+    OP(coalesce_step)
+
+#define CF_FUNCTION(name) CF_API int cf_cpu_##name(const cf_##name##_args* args);
+CF_OPS(CF_FUNCTION)
+#undef CF_FUNCTION
 
 /* Programs: a network as a list of steps, run in one call by threads that stay together from the first step to the
  * last. Memory is laid out and weights are packed beforehand; only attention packs its keys and values as it runs. */

@@ -15,13 +15,9 @@ const char* cf_cpu_isa(void) { return kernels->isa; }
 
 int cf_cpu_set_isa(const char* isa) { return choose_isa(isa) ? CF_OK : CF_INVALID_ARGUMENT; }
 
-int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args) { return kernels->group_norm_silu(*args); }
-
-int cf_cpu_bias_residual(const cf_bias_residual_args* args) { return kernels->bias_residual(*args); }
-
-int cf_cpu_dual_head(const cf_dual_head_args* args) { return kernels->dual_head(*args); }
-
-int cf_cpu_coalesce_step(const cf_coalesce_step_args* args) { return kernels->coalesce_step(*args); }
+#define CF_ENTRY(name) \
+    int cf_cpu_##name(const cf_##name##_args* args) { return kernels->name(*args); }
+CF_OPS(CF_ENTRY)
 
 int cf_cpu_vector_width(void) { return kernels->width; }
 

@@ -14,10 +14,9 @@ namespace cf {
 // Each checks its arguments and returns a cf_status.
 struct Kernels {
     const char* isa;
-    int (*group_norm_silu)(const cf_group_norm_silu_args&);
-    int (*bias_residual)(const cf_bias_residual_args&);
-    int (*dual_head)(const cf_dual_head_args&);
-    int (*coalesce_step)(const cf_coalesce_step_args&);
+#define CF_FUNCTION(name) int (*name)(const cf_##name##_args&);
+    CF_OPS(CF_FUNCTION)
+#undef CF_FUNCTION
     int (*run_program)(const cf_program_args&);
     int width;     // floats in a vector
     int products;  // see cf_cpu_products

@@ -20,14 +20,11 @@ int op(const Args& args) {
 }  // namespace
 }  // namespace cf
 
-#define CF_KERNELS(name)                                      \
-    const cf::Kernels cf::name##_kernels = {                  \
-        #name,                                                \
-        cf::op<cf_group_norm_silu_args, cf::group_norm_silu>, \
-        cf::op<cf_bias_residual_args, cf::bias_residual>,     \
-        cf::op<cf_dual_head_args, cf::dual_head>,             \
-        cf::op<cf_coalesce_step_args, cf::coalesce_step>,     \
-        cf::run_program,                                      \
-        cf::W,                                                \
-        cf::PRODUCTS,                                         \
+#define CF_OP(name) cf::op<cf_##name##_args, cf::name>,
+#define CF_KERNELS(isa)                     \
+    const cf::Kernels cf::isa##_kernels = { \
+        #isa,                               \
+        CF_OPS(CF_OP) cf::run_program,      \
+        cf::W,                              \
+        cf::PRODUCTS,                       \
     };

@@ -8,10 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import Artefact, Port
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import Port
+from coalescer_fast.schema import table as table_of
 
-from ..engine import LAYERS, counts
+from ..engine.builder import LAYERS, counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts(found: Artefact) -> dict[str, Any]:
-    """The manifest, and ``operators``, ``stored`` and ``layers`` of an ONNX graph, or ``fused`` of a plan, its `engine.Layer`s.
+    """The manifest, and ``operators``, ``stored`` and ``layers`` of an ONNX graph, or ``fused`` of an engine, its `engine.Layer`s.
 
     operators: op type -> nodes; stored: dtype -> {"tensors", "bytes"} of constants; layers: op type -> dtype of the weights -> nodes.
     """
@@ -81,15 +83,12 @@ def table(found: Artefact) -> str:
         ("calibration", m.calibration or ""),
         *[
             (m.engine if key == "version" else key.replace("_", " "), plain(value))
-            for key, value in (m.tensorrt or {}).items()
+            for key, value in table_of(m.tensorrt or {}).items()
         ],
-        ("flags", ", ".join(f"{k} {v}" for k, v in m.flags.items() if v)),
-        *[(f"measured {k}", f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in flat(m.measured)],
+        ("flags", ", ".join(f"{k} {v}" for k, v in table_of(m.flags).items() if v)),
+        *[(f"measured {k}", f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in flat(table_of(m.measured))],
         ("made by", ", ".join(f"{name} {number}" for name, number in m.packages.items())),
-        *[
-            (f"file {name}", f"{each['bytes'] / 1e6:.2f} MB, SHA-256 {each['sha256'][:12]}")
-            for name, each in m.files.items()
-        ],
+        *[(f"file {name}", f"{each.bytes / 1e6:.2f} MB, SHA-256 {each.sha256[:12]}") for name, each in m.files.items()],
         ("operators", ", ".join(f"{op} {n}" for op, n in said.get("operators", {}).items())),
         *[
             (f"stored {dtype}", f"{each['tensors']} tensors, {each['bytes'] / 1e6:.2f} MB")
@@ -110,7 +109,7 @@ def described(port: Port) -> str:
 
 
 def plain(value: Any) -> str:
-    """A part of a plan's `Manifest.tensorrt` in words."""
+    """A part of an engine's `Manifest.tensorrt` in words."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain(each)}" for key, each in value.items())
     if isinstance(value, list):

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from coalescer_fast.console import MAX_STEPS, open_pipeline, positive, up_to
-from coalescer_fast.runtime.artefact import KINDS, creating
+from coalescer_fast.runtime.engines.manifest import KINDS
+from coalescer_fast.runtime.engines.writing import creating
 
 from . import stage
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..exporting import export_onnx
+        from ..onnx.exporter import export_onnx
 
         pipe = open_pipeline(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)

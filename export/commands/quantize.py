@@ -13,10 +13,11 @@ from pathlib import Path
 from coalescer_fast import files
 from coalescer_fast.console import natural, open_pipeline, positive
 from coalescer_fast.files import check_writable
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import creating
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.manifest import MANIFEST
+from coalescer_fast.runtime.engines.writing import creating
 
-from ..ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
+from ..quantize.ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
 from . import stage
 
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if not 50 <= args.percentile <= 100:
         raise ValueError(f"--percentile is {args.percentile:g}; expected 50 to 100, such as {PERCENTILE}")
     sources = artefact.find(args.source)
-    several = not (args.source / artefact.MANIFEST).is_file()
+    several = not (args.source / MANIFEST).is_file()
     for option, given in (("--ranges", args.ranges), ("--sensitivity", args.sensitivity), ("--keep-fp16", args.keep)):
         if several and given:
             raise ValueError(
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..quantizing import quantise
+        from ..quantize.quantizer import quantise
 
         known = None if args.ranges is None else read_ranges(args.ranges)
         load = cache(open_pipeline)

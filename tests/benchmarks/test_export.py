@@ -7,14 +7,14 @@ import pytest
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 from benchmarks import export, timing  # noqa: E402
-from export import quantizing  # noqa: E402
+from export.quantize import quantizer  # noqa: E402
 
-from ..export.conftest import build  # noqa: E402
+from ..helpers.exports import build  # noqa: E402
 
 
 def test_rows_of_both_precisions(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "ROUNDS", (2, 3))
-    monkeypatch.setattr(quantizing, "HELD_OUT", 4)
+    monkeypatch.setattr(quantizer, "HELD_OUT", 4)
     build(anchor="mlp", anchor_hidden_dim=16).save_pretrained(tmp_path / "model")
     path = tmp_path / "export.csv"
     words = [

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import cuda_aot
-from coalescer_fast.ops import cuda_library, library
+from coalescer_fast.ops import cuda_library, native_library
 
 needs_nvcc = pytest.mark.skipif(bool(cuda_aot.missing()), reason=cuda_aot.missing() or "can run")
 
@@ -53,7 +53,7 @@ def test_every_kernel_that_streams_has_vectors_of_every_type(rows, targets):
 
 @needs_nvcc
 def test_planned_launches_are_possible(rows, targets):
-    if reason := library.find("cuda", cuda_library.PATH)[1]:
+    if reason := native_library.find("cuda", cuda_library.PATH)[1]:
         pytest.skip(reason)
     launches = list(cuda_aot.plans(targets, cuda_aot.bounds(rows)))
     assert [(row["call"], row["dtype"], row["target"], row["faults"]) for row in launches if row["faults"]] == []
@@ -177,7 +177,7 @@ def test_the_command_fails_for_a_fault(monkeypatch, tmp_path, capsys, stores, st
     row = ROW | {"layout": "", "stores": {stores: 3}}
     monkeypatch.setattr(cuda_aot, "report", lambda targets: [row | {"faults": cuda_aot.faults(row)}])
     monkeypatch.setattr(cuda_aot, "missing", lambda targets: "")
-    monkeypatch.setattr(cuda_aot.library, "find", lambda *args: (None, "it is not built"))
+    monkeypatch.setattr(cuda_aot.native_library, "find", lambda *args: (None, "it is not built"))
     monkeypatch.setattr(sys, "argv", ["cuda_aot", "--json", str(tmp_path / "rows.json")])
     assert cuda_aot.main() == status
     assert [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["kernels"]] == [

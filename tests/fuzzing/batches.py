@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import coalescer_fast as cf
-from coalescer_fast.runtime.cpu import no_programs
+from coalescer_fast.runtime.native.runtime import no_programs
 
 from .configurations import write
 

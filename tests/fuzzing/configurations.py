@@ -21,8 +21,8 @@ from coalescer_fast import (
     DescriptionEncoder,
 )
 from coalescer_fast.models.unet import Conditioning
-from coalescer_fast.ops import library
-from coalescer_fast.runtime.cpu import CpuRuntime, no_programs
+from coalescer_fast.ops import native_library
+from coalescer_fast.runtime.native.runtime import NativeRuntime, no_programs
 
 # |y - y64| / |y64|, of a direction and of distances: what rounding every layer's input and weights may come to in these small networks
 BUDGET = {"float32": 3e-6, "bfloat16": 0.03, "int8": 0.04}
@@ -78,7 +78,7 @@ def figures(configuration: dict[str, Any], dtype: str, seed: int) -> dict[str, f
     wide = [x.double() if x.is_floating_point() else x for x in described]
     with torch.no_grad():
         expected = exact(sample.double(), exact.condition(*wide), return_dict=False)
-    runtime = CpuRuntime(pipe, getattr(torch, dtype))
+    runtime = NativeRuntime(pipe, getattr(torch, dtype))
     assert not runtime.refused, runtime.refused
     found: dict[str, float] = {}
     conditioning: Conditioning = runtime.conditioning(described)
@@ -112,7 +112,7 @@ def run(count: int, seed: int) -> list[dict[str, Any]]:
                 {
                     "configuration": i,
                     "dtype": dtype,
-                    "instruction_set": library.isa(),
+                    "instruction_set": native_library.isa(),
                     **{k: f"{v:.3g}" for k, v in found.items()},
                 }
             )

@@ -343,7 +343,7 @@ def _pipeline() -> Any:
 
 
 def make_artefact(folder: Path) -> None:
-    from coalescer_fast.export.exporting import export_onnx
+    from coalescer_fast.export.onnx.exporter import export_onnx
 
     for kind in ("unet", "decoder", "generator"):
         (folder / kind).mkdir()

@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 
 from . import batches, configurations
 
-pytestmark = pytest.mark.skipif(bool(library.unavailable()), reason=library.unavailable() or "the library is there")
+pytestmark = pytest.mark.skipif(
+    bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
+)
 
 
 def test_random_configurations_are_within_the_budget_in_every_call():
