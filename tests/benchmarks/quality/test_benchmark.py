@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import quality
+from benchmarks.quality import benchmark as quality
 from coalescer_fast.training.flow_matching import FlowMatchingUNet
 
-from ..training.test_evaluation import UNET, classifier, tiny_data, tiny_pipeline
+from ...training.test_evaluation import UNET, classifier, tiny_data, tiny_pipeline
 
 
 def tiny_flow() -> FlowMatchingUNet:

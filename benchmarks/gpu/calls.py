@@ -1,7 +1,7 @@
-"""The ops on small, awkward calls: right by the rule of `benchmarks.kernels.Check`, and the same bits when asked again.
+"""The ops on small, awkward calls: right by the rule of `benchmarks.kernels.benchmark.Check`, and the same bits when asked again.
 
-    python -m benchmarks.gpu_calls [--backends cuda triton] [--all]
-    compute-sanitizer --error-exitcode 1 python -m benchmarks.gpu_calls --backends cuda --all
+    python -m benchmarks.gpu.calls [--backends cuda triton] [--all]
+    compute-sanitizer --error-exitcode 1 python -m benchmarks.gpu.calls --backends cuda --all
 
 The reference runs on the CPU, so that under compute-sanitizer the GPU has the backend's own kernels and torch's copies to run, no more.
 """
@@ -18,9 +18,9 @@ from coalescer_fast import ops
 from coalescer_fast.cli import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from . import shapes
-from .common import Parser
-from .kernels import DTYPES, Cell, Check, several
+from ..harness.results import Parser
+from ..kernels import shapes
+from ..kernels.benchmark import DTYPES, Cell, Check, several
 
 # with their batches: vectors with a rest, groups that are no power of two, one group and C groups, several tiles
 CALLS: tuple[tuple[shapes.Call, int], ...] = (
@@ -44,7 +44,7 @@ LAYOUTS = ("channels_last", "contiguous", "sliced")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    top = Parser(prog="python -m benchmarks.gpu_calls", description=__doc__.partition("\n")[0])
+    top = Parser(prog="python -m benchmarks.gpu.calls", description=__doc__.partition("\n")[0])
     on_gpu = [name for name, backend in BACKENDS.items() if backend.device == "cuda"]
     top.add_argument(
         "--backends",

@@ -48,10 +48,12 @@ from coalescer_fast import sampling
 from coalescer_fast.cli import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
 
-from . import common, sampler_peers, sampler_report, timing
-from .common import Parser, Row, add_report_options, append, command, open_csv, reported
-from .kernels import compiler, listed, positive, positive_list
-from .sampler_peers import DTYPES, PEERS, RANDOM, Engine, Missing, Tensors
+from ..harness import results, timing
+from ..harness.results import Parser, Row, add_report_options, append, command, open_csv, reported
+from ..kernels.benchmark import compiler, listed, positive, positive_list
+from . import providers as sampler_peers
+from . import report as sampler_report
+from .providers import DTYPES, PEERS, RANDOM, Engine, Missing, Tensors
 
 MODELS = ("emoji-64", "m", "l")
 PARTS = ("unet", "sampler", "decoder", "pipeline")
@@ -472,14 +474,10 @@ def line(row: Row) -> str:
 
 
 def environment(device: str) -> Row:
-    found: Row = {**common.environment(), "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    found: Row = {**results.environment(), "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     for package in ("onnxruntime", "openvino"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = ""
     return {**found, "gpu": found["gpu"] if device == "cuda" else "", "coalescer_fast": coalescer_fast.__version__}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

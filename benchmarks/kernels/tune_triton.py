@@ -1,6 +1,6 @@
 """Chooses the configurations of the Triton kernels and writes `coalescer_fast/ops/triton_configs.json`.
 
-    python -m benchmarks.tune_triton [--output FILE] [--kernel NAME]
+    python -m benchmarks.kernels.tune_triton [--output FILE] [--kernel NAME]
 
 With a CUDA device it times every candidate of every class of sizes (results checked against the reference, L2 cache cleared) and keeps the
 fastest. Without one nothing is measured: it keeps the candidate that spills no register on any target and has the most bytes of its
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import triton_aot
 from coalescer_fast.ops import triton_runtime
+
+from . import triton_aot
 
 Key = tuple[str, str, str]
 
@@ -131,7 +132,7 @@ def choose(key: Key, candidates: list[dict[str, int]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_triton", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune_triton", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=triton_runtime.CONFIGURATIONS)
     parser.add_argument(
         "--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone"

@@ -23,7 +23,7 @@ from coalescer_fast.runtime.onnx_file import export
 from coalescer_fast.runtime.static import Bind, Evaluation, StaticRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
-from . import timing
+from ..harness import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANDOM = "random weights, timing only"

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import common, gpu, gpu_calls, gpu_report, kernels, sampler, shapes
+from benchmarks.gpu import benchmark as gpu
+from benchmarks.gpu import calls as gpu_calls
+from benchmarks.gpu import report as gpu_report
+from benchmarks.harness import results as common
+from benchmarks.kernels import benchmark as kernels
+from benchmarks.kernels import shapes
+from benchmarks.sampler import benchmark as sampler
 from coalescer_fast import ops
 from coalescer_fast.ops.dispatch import Backend
 
@@ -112,7 +118,7 @@ def test_every_part_of_both_plans_asks_for_what_exists(tmp_path, monkeypatch):
         assert {cell.call.op for cell in kernels.cells(args)} >= {"group_norm_silu", "bias_residual", "coalesce_step"}
         assert args.budget * len(kernels.CACHES) < 1
     assert any(cell.batch * cell.call.elements * 2 >= gpu_report.LARGE for cell in kernels.cells(args))
-    assert sum("benchmarks.gpu_calls" in argv for argv in asked) == 5
+    assert sum("benchmarks.gpu.calls" in argv for argv in asked) == 5
     drawn = [sampler.parser().parse_args(argv[3:]) for argv in asked if argv[1:3] == ["-m", "benchmarks.sampler"]]
     assert [args.model for args in drawn] == [["emoji-64"], ["m"], ["l"]]
     for args in drawn:
@@ -139,7 +145,7 @@ def test_sanitizer(monkeypatch, tmp_path):
     status, output = gpu.sanitize("racecheck", ["--all"], 20.0)
     assert status == "failed"
     assert output.startswith("--tool racecheck --error-exitcode 97")
-    assert "benchmarks.gpu_calls --backends cuda --all\ncaching: 1" in output
+    assert "benchmarks.gpu.calls --backends cuda --all\ncaching: 1" in output
 
 
 def test_tests_that_cannot_run_here(monkeypatch, tmp_path):
@@ -368,8 +374,8 @@ def test_needs_torch_alone(tmp_path):
 import sys
 for name in "diffusers transformers accelerate safetensors tokenizers huggingface_hub matplotlib numpy scipy PIL tqdm".split():
     sys.modules[name] = None
-import coalescer_fast, coalescer_fast.cli, benchmarks.shapes, benchmarks.gpu, benchmarks.gpu_calls
-from benchmarks import kernels
+import coalescer_fast, coalescer_fast.cli, benchmarks.kernels.shapes, benchmarks.gpu.benchmark, benchmarks.gpu.calls
+from benchmarks.kernels import benchmark as kernels
 argv = "--quick --op bias_residual --calls 96x8x8 --backends reference --peers eager --budget 0.001 --csv kernels.csv"
 raise SystemExit(kernels.main(argv.split()))
 """

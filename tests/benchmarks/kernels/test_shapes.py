@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks.kernels import shapes
 from coalescer_fast import CoalescerScheduler, CoalescerUNet, ops
 from coalescer_fast.models.unet import CONFIGURATIONS
 

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels ahead of time, without a GPU, and reports what each needs of one.
 
-    python -m benchmarks.cuda_aot [--targets 80,90,100,120] [--json FILE]
+    python -m benchmarks.kernels.cuda_aot [--targets 80,90,100,120] [--json FILE]
 
 Needs nvcc, and a cuobjdump: the toolkit's, or the one that Triton brings. A row is one instantiation of a kernel on one target:
 
@@ -36,12 +36,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks import shapes
-from benchmarks.triton_aot import FOLDERS, SHARED, TARGETS
 from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, library
 
-ROOT = Path(__file__).parents[1]
+from . import shapes
+from .triton_aot import FOLDERS, SHARED, TARGETS
+
+ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the package compiles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # A100, H100, B200, RTX 5090
 TYPES = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
@@ -269,7 +270,7 @@ def plan_faults(row: dict[str, Any], threads: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.cuda_aot", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reports what each needs of one.
 
-    python -m benchmarks.triton_aot [--targets 80,90,100,120] [--dtypes bfloat16,float32] [--all-flags] [--json FILE]
+    python -m benchmarks.kernels.triton_aot [--targets 80,90,100,120] [--dtypes bfloat16,float32] [--all-flags] [--json FILE]
 
 The ops themselves say what they would launch: they are called on tensors of the meta device, each launch is noted down instead of made,
 and compiled with the specialisation that the just-in-time compiler would derive from its arguments. A row is one kernel with one
@@ -294,7 +294,7 @@ def report(targets: tuple[int, ...], dtypes: tuple[str, ...], all_flags: bool = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.triton_aot", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of the activations")
     parser.add_argument("--all-flags", action="store_true", help="not only the most demanding set of flags")

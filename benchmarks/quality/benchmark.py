@@ -33,9 +33,9 @@ from coalescer_fast.training.evaluation import (
 )
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
 
-from .common import Row, environment, read, write
+from ..harness.results import Row, environment, read, write
 
-RESULTS = Path(__file__).parent / "results" / "quality.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
 FLOW_MATCHING_GUIDANCE = (1.0, 1.5)
 QUICK_LIMIT = 40
 
@@ -195,7 +195,3 @@ def plot(source: Path, target: Path) -> None:
     axes[0].set_ylabel("Fréchet distance to the training pictures")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     files.write_picture(target, figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ Errors are those that `quantize` measures, against the reference on 64 names tha
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,9 +24,9 @@ import coalescer_fast
 from coalescer_fast.runtime import onnx_file
 from coalescer_fast.runtime.artefact import KINDS, Artefact
 
-from . import common, timing
-from .common import Parser, Row, append, command, open_csv
-from .kernels import listed, positive, positive_list
+from ..harness import results, timing
+from ..harness.results import Parser, Row, append, command, open_csv
+from ..kernels.benchmark import listed, positive, positive_list
 
 METHODS = ("max", "percentile", "entropy")
 BUDGET = 3.0
@@ -192,12 +191,8 @@ def line(row: Row) -> str:
 
 
 def environment() -> Row:
-    found = common.environment()
+    found = results.environment()
     del found["gpu"]
     versions: Row = {name: version(name) for name in ("onnx", "onnxruntime")}
     stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {**found, **versions, "timestamp": stamp, "coalescer_fast": coalescer_fast.__version__}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,10 +6,11 @@ import pytest
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
-from benchmarks import export, timing  # noqa: E402
+from benchmarks.export import benchmark as export  # noqa: E402
+from benchmarks.harness import timing  # noqa: E402
 from export import quantizing  # noqa: E402
 
-from ..export.conftest import build  # noqa: E402
+from ...export.conftest import build  # noqa: E402
 
 
 def test_rows_of_both_precisions(monkeypatch, tmp_path, capsys):

@@ -6,7 +6,7 @@
 
 Providers of a call are measured in turn, in one run: the backends that can run it, and the peers
 
-- eager: plain torch as an expert writes it (`benchmarks.peers`), channels innermost in memory, as the backends get them;
+- eager: plain torch as an expert writes it (`benchmarks.kernels.peers`), channels innermost in memory, as the backends get them;
 - eager_contiguous: the same on contiguous tensors;
 - compile: eager under torch.compile, for the very shapes (on a GPU: max-autotune); seconds to compile have a column of their own;
 - copy: y.copy_(x) of the main tensor (`shapes.Call.elements`), the rate that memory gives: ``percent_of_copy`` is the bytes that a call
@@ -16,7 +16,7 @@ Providers of a call are measured in turn, in one run: the backends that can run 
 Every result is held against the reference in float64; a provider that fails has no time. With --csv, rows are added to the file, which
 must have the same columns; of a call measured twice, the summary and the plot take the later run. The column quiet is 0 for a time taken
 while other processes had the CPUs; the summary and the plot leave it out, and --again measures it again. On Linux, memory that is freed
-stays with the process unless --allocator is system: see `benchmarks.timing.keep_freed_memory`.
+stays with the process unless --allocator is system: see `benchmarks.harness.timing.keep_freed_memory`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from coalescer_fast import ops
 from coalescer_fast.cli import cpu_name, sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from . import peers, report, shapes, timing
-from .common import Parser, Row, add_report_options, append, command, open_csv, read, reported, tqdm
+from ..harness import timing
+from ..harness.results import Parser, Row, add_report_options, append, command, open_csv, read, reported, tqdm
+from . import peers, report, shapes
 
 PEERS = ("eager", "eager_contiguous", "compile")
 YARDSTICKS = ("copy", "empty")
@@ -553,7 +554,3 @@ def positive(text: str) -> int:
 
 def positive_list(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

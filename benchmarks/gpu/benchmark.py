@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--quick] --out DIR
 
-Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu_calls` by itself and under
+Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu.calls` by itself and under
 compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long; `benchmarks.sampler` for each model,
 beside torch.compile as far as the time goes. What fails is reported, and the rest still runs. A part has its share of the time that is
 left; what was not measured in it is said. Needs torch, Triton, nvcc and, for the tests, pytest and numpy (without hypothesis, those that
@@ -40,11 +40,11 @@ from coalescer_fast import files, ops
 from coalescer_fast.cli import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from . import kernels
-from .common import Parser, read
-from .gpu_report import Result, goals, slower, summary, targets
+from ..harness.results import Parser, read
+from ..kernels import benchmark as kernels
+from .report import Result, goals, slower, summary, targets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS, QUICK_SECONDS = 550.0, 100.0
 GRACE = 5.0  # seconds from the interrupt to the kill
 TAIL = 6000  # characters of a part's output that are kept
@@ -201,7 +201,7 @@ def build(limit: float) -> tuple[str, str]:
 
 
 def calls(arguments: Sequence[str], limit: float) -> tuple[str, str]:
-    return command([sys.executable, "-m", "benchmarks.gpu_calls", *arguments], limit)
+    return command([sys.executable, "-m", "benchmarks.gpu.calls", *arguments], limit)
 
 
 def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
@@ -210,7 +210,7 @@ def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, s
         return "not installed", "compute-sanitizer is on no path"
     # what torch asks of the driver and is refused is no fault of a kernel
     argv = [tool, "--tool", check, "--error-exitcode", "97", *["--report-api-errors", "no"] * (check == "memcheck")]
-    argv += [sys.executable, "-m", "benchmarks.gpu_calls", "--backends", "cuda", *arguments]
+    argv += [sys.executable, "-m", "benchmarks.gpu.calls", "--backends", "cuda", *arguments]
     return command(argv, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # a tensor an allocation, so that its end is known
 
 
@@ -336,7 +336,3 @@ def said(argv: Sequence[str]) -> str:
         return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

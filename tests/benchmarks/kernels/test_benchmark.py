@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 
 import benchmarks
-from benchmarks import common, kernels, peers, report, shapes, timing
+from benchmarks.harness import results as common
+from benchmarks.harness import timing
+from benchmarks.kernels import benchmark as kernels
+from benchmarks.kernels import peers, report, shapes
 from coalescer_fast import ops
 from coalescer_fast.ops import dispatch
 
@@ -652,7 +655,7 @@ def test_a_sample_is_long_enough_to_time():
 
 
 def test_needs_no_diffusers():
-    code = "import sys, benchmarks.kernels; print(sorted({'diffusers', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)))"
+    code = "import sys, benchmarks.kernels.benchmark; print(sorted({'diffusers', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)))"
     folders = [str(Path(module.__file__).parents[1]) for module in (benchmarks, sys.modules["coalescer_fast"])]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"],
@@ -667,7 +670,7 @@ def test_needs_no_diffusers():
 def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch
-from benchmarks import timing
+from benchmarks.harness import timing
 assert timing.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,7 +1,7 @@
 """The calls of the four ops that the package's own networks make: emoji-64, m and l, as a plain table.
 
 A call is all that matters to an op's speed but the batch, the dtype and the device. `CALLS` says how often each occurs in one network
-evaluation; the sampler's update follows every evaluation once, in the one mode or the other. tests/benchmarks/test_shapes.py proves the
+evaluation; the sampler's update follows every evaluation once, in the one mode or the other. tests/benchmarks/kernels/test_shapes.py proves the
 table against the networks themselves.
 """
 

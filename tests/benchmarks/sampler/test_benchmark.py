@@ -9,7 +9,11 @@ from PIL import Image
 from torch import nn
 
 import coalescer_fast
-from benchmarks import common, sampler, sampler_peers, sampler_report, timing
+from benchmarks.harness import results as common
+from benchmarks.harness import timing
+from benchmarks.sampler import benchmark as sampler
+from benchmarks.sampler import providers as sampler_peers
+from benchmarks.sampler import report as sampler_report
 from coalescer_fast import acceleration, sampling
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
