@@ -10,13 +10,13 @@ from benchmarks.export import benchmark as export  # noqa: E402
 from benchmarks.harness import timing  # noqa: E402
 from export import quantizing  # noqa: E402
 
-from ...export.conftest import build  # noqa: E402
+from ...helpers.pipelines import small_pipeline  # noqa: E402
 
 
 def test_rows_of_both_precisions(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "ROUNDS", (2, 3))
     monkeypatch.setattr(quantizing, "HELD_OUT", 4)
-    build(anchor="mlp", anchor_hidden_dim=16).save_pretrained(tmp_path / "model")
+    small_pipeline(anchor="mlp", anchor_hidden_dim=16).save_pretrained(tmp_path / "model")
     path = tmp_path / "export.csv"
     words = [
         "--model",
