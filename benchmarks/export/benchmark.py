@@ -1,9 +1,10 @@
-"""Exported graphs in ONNX Runtime on a CPU: int8 beside the float32 that it was made of, in turn, and what it costs in pictures.
+"""Exported graphs in ONNX Runtime on a CPU: int8 and the float32 that it was made from, in turn, and what int8 costs.
 
     python -m benchmarks.export --csv benchmarks/results/cpu/export.csv
 
-It exports the model and quantises it, as `coalescer-export onnx` and `quantize` do, and times both graphs on the inputs of a real call.
-Errors are those that `quantize` measures, against the reference on 64 names that calibration never saw. Threads are ONNX Runtime's.
+The model is exported and quantized as by `coalescer-export onnx` and `quantize`, and both graphs are timed on the
+inputs of a real call. Errors are those that `quantize` measures, against the reference on 64 names that calibration
+never saw. Threads are ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ import coalescer_fast
 from coalescer_fast.runtime import onnx_file
 from coalescer_fast.runtime.artefact import KINDS, Artefact
 
-from ..harness import results, timing
-from ..harness.results import Parser, Row, append, command, open_csv
-from ..kernels.benchmark import listed, positive, positive_list
+from ..harness import environment as machine
+from ..harness import timing
+from ..harness.arguments import Parser, add_timing_options, command, listed, positive, positive_list
+from ..harness.results import Row, append, open_csv
 
 METHODS = ("max", "percentile", "entropy")
 BUDGET = 3.0
 PROMPTS = 64  # to calibrate on
 PROVIDER = "CPUExecutionProvider"
-ERRORS = {  # of a manifest
+ERRORS = {  # what a manifest calls an error -> its column
     "direction, relative L2 error": "direction_error",
     "direction, cosine, minimum": "cosine_minimum",
     "distance, relative error, maximum": "distance_error",
@@ -41,29 +41,9 @@ ERRORS = {  # of a manifest
     "largest error": "largest_error",
 }
 COLUMNS = (
-    *(
-        "model",
-        "what",
-        "precision",
-        "batch",
-        "threads",
-        "provider",
-        "metric_unit",
-        "y_value_50",
-        "y_value_20",
-        "y_value_80",
-    ),
-    *(
-        "images_per_s",
-        "speedup_over_fp32",
-        *ERRORS.values(),
-        "error_pictures",
-        "recipe",
-        "method",
-        "megabytes",
-        "samples",
-        "quiet",
-    ),
+    *("model", "what", "precision", "batch", "threads", "provider", "metric_unit", *timing.TIMES),
+    *("images_per_s", "speedup_over_fp32", *ERRORS.values(), "error_pictures"),
+    *("recipe", "method", "megabytes", "samples", "quiet"),
     *("allocator", "timestamp", "cpu", "python", "torch", "onnx", "onnxruntime", "coalescer_fast"),
 )
 
@@ -86,21 +66,7 @@ def parser() -> Parser:
     top.add_argument(
         "--prompts", type=positive, default=PROMPTS, metavar="N", help="to calibrate on (default: %(default)s)"
     )
-    top.add_argument("--threads", type=positive, metavar="N", help="(default: torch's own choice)")
-    top.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET,
-        metavar="S",
-        help="seconds for one batch of a graph (default: %(default)s)",
-    )
-    top.add_argument(
-        "--allocator",
-        choices=["keep", "system"],
-        default="keep",
-        help="as in benchmarks.kernels (default: %(default)s)",
-    )
-    top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
+    add_timing_options(top, BUDGET, "one batch of a graph")
     return top
 
 
@@ -117,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of one batch of a graph after the other, each printed as it is there."""
+    """The rows of one batch of a graph after the other, each printed as soon as it is measured."""
     from coalescer_fast.pipeline import CoalescerPipeline
     from export import exporting, quantizing  # the checkout's, which need not be installed
 
@@ -131,7 +97,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
             exact = exporting.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
             int8 = quantizing.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
             for batch in args.batch:
-                rows = measure(pipe, (exact, int8), batch, args.budget)
+                rows = measure(pipe, (exact, int8), batch, args.budget or BUDGET)
                 for row in rows:
                     row["model"] = args.model
                     print(line(row), flush=True)
@@ -139,7 +105,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
-    """A row for each of the artefacts, the first of which is that in float32."""
+    """A row for each artefact, the first of which is in float32."""
     from coalescer_fast.parity import descriptions
     from export import figures
 
@@ -154,45 +120,36 @@ def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> 
     first = timing.quantiles(taken[m.precision])[0]
     rows = []
     for each in found:
-        mine, said = taken[each.manifest.precision], each.manifest
-        median, low, high = timing.quantiles(mine)
+        mine, manifest = taken[each.manifest.precision], each.manifest
+        median = timing.quantiles(mine)[0]
         row: Row = {
-            "what": said.kind,
-            "precision": said.precision,
+            "what": manifest.kind,
+            "precision": manifest.precision,
             "batch": batch,
             "provider": PROVIDER,
             "metric_unit": "ms",
-        }
-        row |= {
-            "y_value_50": median * 1e3,
-            "y_value_20": low * 1e3,
-            "y_value_80": high * 1e3,
+            **timing.columns(mine, 1e3),
             "images_per_s": batch / median,
-        }
-        row |= {
             "speedup_over_fp32": first / median,
-            "recipe": said.recipe,
-            "method": said.flags.get("int8", {}).get("method", ""),
+            "recipe": manifest.recipe,
+            "method": manifest.flags.get("int8", {}).get("method", ""),
+            "error_pictures": manifest.measured["pictures"],
+            "megabytes": sum(file["bytes"] for file in manifest.files.values()) / 1e6,
         }
-        row |= {ERRORS[name]: value for name, value in said.measured["error"].items() if name in ERRORS}
-        row |= {
-            "error_pictures": said.measured["pictures"],
-            "megabytes": sum(file["bytes"] for file in said.files.values()) / 1e6,
-        }
-        rows.append(row | {"samples": len(mine), "quiet": int(all(one.quiet for one in mine))})
+        rows.append(row | {ERRORS[name]: e for name, e in manifest.measured["error"].items() if name in ERRORS})
     return rows
 
 
 def line(row: Row) -> str:
     mark = " " if row["quiet"] else "~"
-    head = f"{row['model']} {row['what']:9} {row['precision']} batch {row['batch']:3}"
-    words = f"{head} {row['y_value_50']:9.2f}{mark} {row['y_value_20']:9.2f} -{row['y_value_80']:9.2f}  {row['speedup_over_fp32']:.2f}x"
+    words = f"{row['model']} {row['what']:9} {row['precision']} batch {row['batch']:3} {row['y_value_50']:9.2f}{mark}"
+    words += f" {row['y_value_20']:9.2f} -{row['y_value_80']:9.2f}  {row['speedup_over_fp32']:.2f}x"
     return words + (f"  median {row['psnr_median_db']:.1f} dB" if "psnr_median_db" in row else "")
 
 
 def environment() -> Row:
-    found = results.environment()
+    """The columns that are the same in all rows of a run."""
+    found = machine.environment()
     del found["gpu"]
-    versions: Row = {name: version(name) for name in ("onnx", "onnxruntime")}
-    stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {**found, **versions, "timestamp": stamp, "coalescer_fast": coalescer_fast.__version__}
+    found |= {**machine.versions("onnx", "onnxruntime"), "timestamp": machine.timestamp()}
+    return {**found, "coalescer_fast": coalescer_fast.__version__}

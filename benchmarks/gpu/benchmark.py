@@ -40,7 +40,8 @@ from coalescer_fast import files, ops
 from coalescer_fast.cli import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness.results import Parser, read
+from ..harness.arguments import Parser
+from ..harness.results import read
 from ..kernels import benchmark as kernels
 from .report import Result, goals, slower, summary, targets
 

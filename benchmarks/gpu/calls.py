@@ -1,4 +1,4 @@
-"""The ops on small, awkward calls: right by the rule of `benchmarks.kernels.benchmark.Check`, and the same bits when asked again.
+"""The ops on small, awkward calls: right by the rule of `benchmarks.harness.refcheck`, and the same bits when asked again.
 
     python -m benchmarks.gpu.calls [--backends cuda triton] [--all]
     compute-sanitizer --error-exitcode 1 python -m benchmarks.gpu.calls --backends cuda --all
@@ -18,9 +18,11 @@ from coalescer_fast import ops
 from coalescer_fast.cli import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness.results import Parser
+from ..harness.arguments import Parser
+from ..harness.refcheck import several
 from ..kernels import shapes
-from ..kernels.benchmark import DTYPES, Cell, Check, several
+from ..kernels.grid import DTYPES, Cell
+from ..kernels.providers import Check
 
 # with their batches: vectors with a rest, groups that are no power of two, one group and C groups, several tiles
 CALLS: tuple[tuple[shapes.Call, int], ...] = (

@@ -1,9 +1,9 @@
-"""Seconds a call, of several functions side by side: on the CPU by the clock, on a GPU by events.
+"""Seconds per call of several functions, measured in turn: on the CPU by the clock, on a GPU by events.
 
-A timer makes of a function another one, which measures it once: ``warm`` on caches that the function itself has just filled, ``cold`` on
-caches filled with something else. `interleave` takes such measurements in turn, so that whatever disturbs the machine disturbs all alike,
-and sets aside those during which a thread of this process had to wait for a CPU: with OpenMP, one thread that waits holds up all, for
-milliseconds.
+A timer turns a function into another one that measures it once: ``warm`` on caches that the function itself has just
+filled, ``cold`` on caches filled with something else. `interleave` takes such measurements in turn, so that whatever
+disturbs the machine disturbs all alike, and sets aside those during which a thread of this process had to wait for a
+CPU: with OpenMP, one thread that waits holds up all others, for milliseconds.
 """
 
 from __future__ import annotations
@@ -21,20 +21,28 @@ from pathlib import Path
 
 import torch
 
+from .results import Row
+
 Function = Callable[[], object]
 
-SAMPLE_SECONDS = 200e-6  # shortest stretch to time: the clock and the loop are below a hundredth of it
-LONG_SECONDS = 5e-3  # a call of this length has no use for caches filled beforehand
+SAMPLE_SECONDS = 200e-6  # shortest time to measure: the clock and the loop take less than a hundredth of it
+LONG_SECONDS = 5e-3  # a call that takes this long does not depend on how the caches were filled before it
 ROUNDS = (5, 200)  # at least and at most
 PATIENCE = 4  # budgets to spend where most measurements are disturbed
 DISTURBED = 0.02  # share of a measurement that was spent waiting for a CPU
-DEFAULT_CACHE = 32 * 2**20
-EVICTIONS = 4  # sizes of a GPU's cache to read, which does not throw out the oldest first
+DEFAULT_CACHE = 32 * 2**20  # bytes
+EVICTIONS = 4  # sizes of a GPU's cache to read, since it does not evict the oldest lines first
+TIMES = ("y_value_50", "y_value_20", "y_value_80")  # columns of a time: median, 20 % and 80 % quantile
 
 
 @dataclass
 class Measurement:
-    """seconds: a call; quiet: whether nothing else had the CPUs meanwhile, as far as the system says."""
+    """A measured time.
+
+    Attributes:
+        seconds: per call.
+        quiet: whether no other process had the CPUs meanwhile, as far as the system says.
+    """
 
     seconds: float
     quiet: bool = True
@@ -44,7 +52,11 @@ Sample = Callable[[], Measurement]
 
 
 class CpuTimer:
-    """By the clock, which ``synchronize`` makes wait for a GPU: then it is what calls cost on the host."""
+    """Measures by the clock.
+
+    Args:
+        synchronize: waits for a GPU, where calls are launched on one; then launches are in the time.
+    """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None):
         self.synchronize = synchronize
@@ -52,7 +64,7 @@ class CpuTimer:
         self.evictor = torch.empty(0)
 
     def measure(self, function: Function, calls: int, fill: bool = False) -> Measurement:
-        """fill: call it once before the clock starts."""
+        """The time of a call, from so many in a row; with ``fill``, one more before the clock starts."""
         waited = seconds_waited()
         if fill:
             function()
@@ -66,7 +78,7 @@ class CpuTimer:
 
     def warm(self, function: Function) -> Sample:
         once = math.inf
-        for n in range(4):  # the shortest: a disturbed one would say that a short call is long
+        for n in range(4):  # the shortest of them: a disturbed one would make a short call look long
             once = min(once, self.measure(function, 1).seconds)
             if n and once > LONG_SECONDS:
                 break
@@ -78,19 +90,19 @@ class CpuTimer:
             self.evictor = torch.ones(2 * self.cache_bytes // 4 + 2**20)
 
         def sample() -> Measurement:
-            self.evictor.sum()  # reads only: dirty lines would be written back at the function's expense
+            self.evictor.sum()  # reads only: dirty lines would be written back during the function's time
             return self.measure(function, 1)
 
         return sample
 
 
 class CudaTimer:
-    """By CUDA events around the replay of a CUDA graph, so that launches from the host are not in the time. Not yet run on a GPU.
+    """Measures by CUDA events around the replay of a CUDA graph, so that launches from the host are not in the time.
 
-    warm: many calls in one graph; a call's time is that of its kernels and of the gaps between them. cold: one call, so that its time has
-    in it the start of the graph, too, and is no finer than the events, half a microsecond; nothing is subtracted, but a kernel that has
-    nothing to do, measured in the same way, shows how much that is. The GPU is kept busy until the host has queued event, graph and event:
-    else the time would run while the host is at it.
+    Warm, many calls are in one graph, and a call's time is that of its kernels and of the gaps between them. Cold, it
+    is one call, whose time includes the start of the graph and is no finer than the events, half a microsecond. Nothing
+    is subtracted; a kernel that has nothing to do, measured in the same way, shows how much that is. The GPU is kept
+    busy until the host has queued event, graph and event, or the time would include the queueing.
     """
 
     def __init__(self) -> None:
@@ -100,10 +112,10 @@ class CudaTimer:
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def capture(self, function: Function, calls: int) -> torch.cuda.CUDAGraph:
-        """Raises what the function raises, and RuntimeError for one that cannot be captured."""
+        """A graph of so many calls. Raises what the function raises, and RuntimeError if it cannot be captured."""
         home = torch.cuda.current_stream()
         self.stream.wait_stream(home)
-        with torch.cuda.stream(self.stream):  # what is done once, such as workspaces, is not for the graph
+        with torch.cuda.stream(self.stream):  # what is done only once, such as workspaces, stays out of the graph
             for _ in range(3):
                 function()
         home.wait_stream(self.stream)
@@ -113,7 +125,7 @@ class CudaTimer:
                 for _ in range(calls):
                     function()
         finally:
-            torch.cuda.set_stream(home)  # a capture that fails leaves its own stream as the current one
+            torch.cuda.set_stream(home)  # a capture that fails leaves its own stream current
         return graph
 
     def measure(self, before: Function, graph: torch.cuda.CUDAGraph, calls: int) -> Measurement:
@@ -126,7 +138,7 @@ class CudaTimer:
 
     def warm(self, function: Function) -> Sample:
         calls, wanted = 0, 1
-        while wanted > 1.5 * calls:  # of a short graph the start is most of the time, and says that a call is long
+        while wanted > 1.5 * calls:  # most of the time of a short graph is its start, which makes a call look long
             calls = wanted
             graph = self.capture(function, calls)
             wanted = calls_for(self.measure(graph.replay, graph, calls).seconds)
@@ -136,18 +148,26 @@ class CudaTimer:
         if not self.evictor.numel():
             self.evictor = torch.ones(EVICTIONS * self.cache_bytes // 4, device="cuda")
         graph = self.capture(function, 1)
-        graph.replay()  # the first one takes the graph to the device
-        # reads only: dirty lines would be written back at the function's expense
+        graph.replay()  # the first replay uploads the graph to the device
+        # reads only: dirty lines would be written back during the function's time
         return lambda: self.measure(self.evictor.sum, graph, 1)
 
 
 def calls_for(seconds: float) -> int:
+    """How many calls of this time make a measurement."""
     return max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
 def interleave(samples: dict[str, Sample], budget: float) -> dict[str, list[Measurement]]:
-    """Measurements in turn, each round beginning with another, for ``budget`` seconds, longer as long as few are quiet. Of a function
-    with enough quiet ones, only those are given back; else all."""
+    """Take measurements in turn, each round beginning with another function.
+
+    Args:
+        samples: what takes a measurement of each function.
+        budget: seconds to spend in all; more, up to `PATIENCE` times, while few measurements are quiet.
+
+    Returns:
+        The quiet measurements of a function that has enough of them, else all of its measurements.
+    """
     names, taken = list(samples), {name: list[Measurement]() for name in samples}
     least, most = ROUNDS
     start = time.perf_counter()
@@ -164,7 +184,7 @@ def interleave(samples: dict[str, Sample], budget: float) -> dict[str, list[Meas
 
 
 def seconds_waited() -> float:
-    """How long the threads of this process have been ready to run without a CPU so far; 0 where the system does not say."""
+    """Seconds for which threads of this process have waited for a CPU so far; 0 where the system does not say."""
     waited = 0
     try:
         for thread in os.scandir("/proc/self/task"):
@@ -185,8 +205,14 @@ def quantiles(taken: list[Measurement]) -> tuple[float, float, float]:
     return median, low, high
 
 
+def columns(taken: list[Measurement], scale: float) -> Row:
+    """The columns of a time in units of 1 / ``scale`` seconds, the number of samples, and whether all were quiet."""
+    times = (seconds * scale for seconds in quantiles(taken))
+    return {**dict(zip(TIMES, times)), "samples": len(taken), "quiet": int(all(m.quiet for m in taken))}
+
+
 def last_level_cache() -> int:
-    """Bytes of the first CPU's largest cache, 32 MiB where nothing says."""
+    """Bytes of the first CPU's largest cache; 32 MiB where the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         if match := re.fullmatch(r"(\d+)([KM])", path.read_text("utf-8").strip()):
@@ -195,8 +221,10 @@ def last_level_cache() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed, as torch does on a GPU: else every large result is new pages from the system, whose faults can cost
-    ten times a copy. After a call or two most results then lie in known pages. Returns whether it could be done."""
+    """Have glibc keep freed memory, as torch does on a GPU; returns whether it could be done.
+
+    Otherwise every large result takes new pages from the system, whose page faults can cost ten times a copy.
+    """
     if not sys.platform.startswith("linux"):
         return False
     m_trim_threshold, m_mmap_max = -1, -4
@@ -209,7 +237,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def settings(threads: int | None, keep: bool) -> Iterator[None]:
-    """Inside, torch has so many threads (its own choice, if None); with ``keep``, from here on, see `keep_freed_memory`."""
+    """Set the number of torch's threads inside, unless None; with ``keep``, freed memory is kept from here on."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     if keep:

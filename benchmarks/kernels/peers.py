@@ -1,7 +1,8 @@
-"""The four ops as an expert writes them in plain torch, for speed: what the package's backends are measured against.
+"""The four ops as an expert writes them in plain torch for speed: what the package's backends are measured against.
 
-Each takes the arguments of the op of its name. They are faster than the reference backend, or as fast: what is theirs alone is changed
-in place, products and sums go together where torch has one function for both, and nothing is checked. They are right for inference only.
+Each takes the arguments of the op of its name. They are at least as fast as the reference backend: intermediate results
+are changed in place, products and sums are one call where torch has one, and nothing is checked. They are right for
+inference only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The calls of the four ops that the package's own networks make: emoji-64, m and l, as a plain table.
+"""The calls of the four ops that the package's own networks make, emoji-64, m and l, as a plain table.
 
-A call is all that matters to an op's speed but the batch, the dtype and the device. `CALLS` says how often each occurs in one network
-evaluation; the sampler's update follows every evaluation once, in the one mode or the other. tests/benchmarks/kernels/test_shapes.py proves the
-table against the networks themselves.
+A call is all that matters to an op's speed except the batch, the dtype and the device. `CALLS` has how often each
+occurs in one evaluation of a network; the sampler's update follows every evaluation once, in one mode or the other.
+tests/benchmarks/kernels/test_shapes.py checks the table against the networks themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """channels: of the first tensor; size: its height and width."""
+    """A call of an op.
+
+    Attributes:
+        op: its name.
+        channels: of the first tensor.
+        size: height and width of the first tensor.
+    """
 
     op: ClassVar[str]
     channels: int
@@ -26,25 +32,34 @@ class Call:
 
     @property
     def elements(self) -> int:
-        """Elements a sample of the main tensor: the output, but the features of dual_head, whose output is little of what it reads."""
+        """Elements of a sample of the main tensor: the output, or the features where the output is far smaller."""
         return self.channels * self.size**2
 
     @property
     def moved(self) -> int:
-        """Elements a sample that must be read or written, each once."""
+        """Elements of a sample that must be read or written, each once."""
         raise NotImplementedError
 
     def __str__(self) -> str:
         return f"{self.channels}x{self.size}x{self.size}"
 
     def inputs(self, batch: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-        """Arguments for the op, random, of size 1, images and weights of convolutions with their channels innermost."""
+        """Random arguments of the op with variance 1; images and weights of convolutions are channels_last."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class GroupNorm(Call):
-    """group_norm_silu; skip: channels that are concatenated; film: has scale and shift."""
+    """group_norm_silu.
+
+    Attributes:
+        groups: of the normalization.
+        skip: channels that are concatenated.
+        activation: of the output.
+        film: whether there are scale and shift.
+        pre_bias: whether there is one.
+        eps: of the normalization.
+    """
 
     op = "group_norm_silu"
     groups: int
@@ -92,7 +107,7 @@ class GroupNorm(Call):
 
 @dataclass(frozen=True)
 class BiasResidual(Call):
-    """bias_residual, with both."""
+    """bias_residual, with bias and residual."""
 
     op = "bias_residual"
 
@@ -108,7 +123,12 @@ class BiasResidual(Call):
 
 @dataclass(frozen=True)
 class DualHead(Call):
-    """dual_head; latent: channels of the direction; anchored: has sample and anchor."""
+    """dual_head.
+
+    Attributes:
+        latent: channels of the direction.
+        anchored: whether there are sample and anchor.
+    """
 
     op = "dual_head"
     latent: int
@@ -134,7 +154,7 @@ class DualHead(Call):
 
 @dataclass(frozen=True)
 class CoalesceStep(Call):
-    """coalesce_step."""
+    """coalesce_step, in one mode."""
 
     op = "coalesce_step"
     mode: str
@@ -164,14 +184,14 @@ class Draw:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def image(self, batch: int, channels: int, size: int) -> torch.Tensor:
-        """(N, C, H, W) with channels innermost in memory."""
+        """(N, C, H, W), channels_last."""
         return self(batch, size, size, channels).permute(0, 3, 1, 2)
 
 
-# Arguments with one entry a sample; the others are parameters.
+# Arguments with one entry per sample; the others are parameters.
 BATCHED = ("x", "skip", "residual", "scale", "shift", "h", "sample", "anchor", "direction", "distance")
 
-# The cost of a call that has next to nothing to compute.
+# Calls that have next to nothing to compute, for what a call costs.
 TINY: dict[Call, int] = {
     GroupNorm(8, size=2, groups=2, film=True, pre_bias=True): 1,
     BiasResidual(8, size=2): 1,

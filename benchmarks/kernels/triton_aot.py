@@ -294,7 +294,9 @@ def report(targets: tuple[int, ...], dtypes: tuple[str, ...], all_flags: bool = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.triton_aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.triton_aot", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities times ten")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of the activations")
     parser.add_argument("--all-flags", action="store_true", help="not only the most demanding set of flags")

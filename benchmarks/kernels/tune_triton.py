@@ -2,9 +2,10 @@
 
     python -m benchmarks.kernels.tune_triton [--output FILE] [--kernel NAME]
 
-With a CUDA device it times every candidate of every class of sizes (results checked against the reference, L2 cache cleared) and keeps the
-fastest. Without one nothing is measured: it keeps the candidate that spills no register on any target and has the most bytes of its
-tile in flight on a multiprocessor, as far as registers and shared memory let programs share one; the first listed of equals.
+With a CUDA device it times every candidate of every class of sizes (results checked against the reference, L2 cache
+cleared) and keeps the fastest. Without one nothing is measured: it keeps the candidate that spills no register on any
+target and has the most bytes of its tile in flight on a multiprocessor, as far as registers and shared memory let
+programs share one; of equals, the first listed.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def use(key: Key, candidate: dict[str, int]) -> None:
 
 
 def bytes_in_flight(row: dict[str, Any]) -> int:
-    """Bytes of the main tile in flight on one multiprocessor: 64 Ki registers, 2048 threads (1536 on sm_120), 32 programs."""
+    """Bytes of the main tile in flight on a multiprocessor: 64 Ki registers, 2048 or 1536 threads, 32 programs."""
     options, threads = row["options"], row["threads"]
     elements = options.get("BLOCK") or (options["BLOCK_P"] * options["BLOCK_K"] if "BLOCK_P" in options else 0)
     elements = elements or options["BLOCK_R"] * options["BLOCK_C"]
@@ -132,7 +133,9 @@ def choose(key: Key, candidates: list[dict[str, int]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune_triton", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.tune_triton", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, default=triton_runtime.CONFIGURATIONS)
     parser.add_argument(
         "--kernel", choices=sorted({kernel for kernel, _, _ in CANDIDATES}), help="choose for this one alone"

@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality --data emoji_64.npz --flow-matching runs/flow-matching/unet --plot quality.png
 
-The baseline has the coalescer's network, anchor, descriptions and automatic styles, and is integrated by equal Euler steps. A row of
-the CSV is a sampler at a step count and a guidance scale, with the columns of `coalescer_fast.training.evaluation`; the plot is drawn
-from the CSV alone.
+The baseline has the coalescer's network, anchor, descriptions and automatic styles, and is integrated in equal Euler
+steps. A row of the CSV is a sampler at a step count and a guidance scale, with the columns of
+`coalescer_fast.training.evaluation`; the plot is drawn from the CSV alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from coalescer_fast import files
 from coalescer_fast.cli import check_writable, counts
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
@@ -33,14 +32,33 @@ from coalescer_fast.training.evaluation import (
 )
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
 
-from ..harness.results import Row, environment, read, write
+from ..harness.environment import environment
+from ..harness.results import Row, read, write
+from .plot import draw
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
 FLOW_MATCHING_GUIDANCE = (1.0, 1.5)
 QUICK_LIMIT = 40
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if not args.plot_only:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.csv)
+        pipe = CoalescerPipeline.from_pretrained(args.model)
+        flow = FlowMatchingUNet.from_pretrained(args.flow_matching).eval() if args.flow_matching else None
+        rows: list[Row] = []
+        limit = QUICK_LIMIT if args.quick else None
+        for row in compare(pipe, load(args.data), args.steps, flow, args.seed, limit, guided_steps=args.guided_steps):
+            rows.append(row)
+            write(args.csv, rows)  # after every row: a run takes long
+    if args.plot is not None:
+        draw(read(args.csv), args.plot)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", metavar="FILE", help="the data set, as for coalescer-fast evaluate")
     parser.add_argument(
@@ -68,20 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.plot_only and args.plot is None:
         parser.error("--plot-only needs --plot FILE.png")
-    if not args.plot_only:
-        if args.data is None:
-            parser.error("--data is missing: give the data set that the model was trained on")
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(args.csv)
-        pipe = CoalescerPipeline.from_pretrained(args.model)
-        flow = FlowMatchingUNet.from_pretrained(args.flow_matching).eval() if args.flow_matching else None
-        rows: list[Row] = []
-        limit = QUICK_LIMIT if args.quick else None
-        for row in compare(pipe, load(args.data), args.steps, flow, args.seed, limit, guided_steps=args.guided_steps):
-            rows.append(row)
-            write(args.csv, rows)  # after every row: a run is long
-    if args.plot is not None:
-        plot(args.csv, args.plot)
+    if not args.plot_only and args.data is None:
+        parser.error("--data is missing: give the data set that the model was trained on")
+    return args
 
 
 def compare(
@@ -95,7 +102,22 @@ def compare(
     guided_steps: Sequence[int] | None = None,
     **options: Any,
 ) -> Iterator[Row]:
-    """One row a sampler, guidance scale and step count, as they are measured; options: further arguments of `RealPictures`."""
+    """Measure the samplers.
+
+    Args:
+        pipe: the coalescer.
+        data: the whole data set, held-out pictures included.
+        steps: step counts.
+        flow: the baseline, if it is to be measured.
+        seed: of the noise.
+        limit: at most so many prompts of each kind.
+        progress: show bars.
+        guided_steps: step counts with guidance; None for ``steps``.
+        options: further arguments of `RealPictures`.
+
+    Yields:
+        A row for each sampler, guidance scale and step count.
+    """
     options.setdefault("without", exclusions(pipe.description_encoder, data))
     runs = list(samplers(pipe, flow, steps, guided_steps))
     real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
@@ -120,7 +142,7 @@ def samplers(
     steps: Sequence[int],
     guided_steps: Sequence[int] | None = None,
 ) -> Iterator[tuple[Row, Sampler, FirstStep | None]]:
-    """What is compared: labels, sampler and, of a coalescer, what its heads say first. nfe: network evaluations a picture."""
+    """What is compared: labels, sampler and, for a coalescer, its first step. nfe: network evaluations per picture."""
     scheduler, guided_steps = pipe.scheduler.config, steps if guided_steps is None else guided_steps
     for scale in sorted({1.0, float(scheduler.guidance_scale)}):
         for n in steps if scale == 1 else guided_steps:
@@ -143,7 +165,7 @@ def samplers(
 def flow_matching_sampler(
     pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps: int, guidance_scale: float
 ) -> Sampler:
-    """The baseline as a `Sampler`, with the descriptions, automatic styles included, that the pipeline has for the same noise."""
+    """The baseline as a `Sampler`, with the pipeline's descriptions for the same noise, automatic styles included."""
 
     def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(flow.device)
@@ -151,47 +173,3 @@ def flow_matching_sampler(
         return euler(flow, noise, description, steps, guidance_scale)
 
     return sample
-
-
-PANELS = {"fd_name": "name alone", "fd_name_style": "name and style"}
-
-
-def plot(source: Path, target: Path) -> None:
-    """Fréchet distance against network evaluations a picture: a panel a kind of prompt, a line a sampler and guidance scale."""
-    from matplotlib.figure import Figure  # without pyplot: no display and no global state
-    from matplotlib.ticker import NullLocator
-
-    rows = read(source)
-    panels = {column: title for column, title in PANELS.items() if rows and rows[0].get(column)}
-    if not panels:
-        raise ValueError(f"{source} has no row with a Fréchet distance: measure first")
-    figure = Figure(figsize=(1.8 + 4 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    lines = list(dict.fromkeys((row["sampler"], row["guidance_scale"]) for row in rows))
-    colours = {sampler: f"C{i}" for i, sampler in enumerate(dict.fromkeys(sampler for sampler, _ in lines))}
-    for axis, (column, title) in zip(axes, panels.items()):
-        for sampler, scale in lines:
-            mine = [row for row in rows if (row["sampler"], row["guidance_scale"]) == (sampler, scale)]
-            points = sorted((int(row["nfe"]), float(row[column])) for row in mine)
-            style, label = (
-                ("o--", f"{sampler}, no guidance") if float(scale) == 1 else ("o-", f"{sampler}, guidance {scale}")
-            )
-            axis.plot(*zip(*points), style, color=colours[sampler], label=label, markersize=4)
-        axis.axhline(
-            float(rows[0]["fd_floor_autoencoder"]),
-            color="grey",
-            linewidth=0.8,
-            linestyle=":",
-            label="autoencoder's floor",
-        )
-        axis.set(xscale="log", yscale="log", xlabel="network evaluations a picture", title=title)
-        for side, ticks in (
-            (axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128)),
-            (axis.yaxis, (10, 20, 50, 100, 200, 500, 1000, 2000)),
-        ):
-            low, high = side.get_view_interval()
-            side.set_ticks([n for n in ticks if low <= n <= high], labels=[str(n) for n in ticks if low <= n <= high])
-            side.set_minor_locator(NullLocator())
-    axes[0].set_ylabel("Fréchet distance to the training pictures")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    files.write_picture(target, figure)

@@ -1,25 +1,28 @@
-"""Speed of the sampler, accelerated, beside every strong way to run the same networks, in one run.
+"""Speed of the accelerated sampler beside every strong way to run the same networks, in one run.
 
     python -m benchmarks.sampler --model emoji-64,m --csv benchmarks/results/sampler.csv
     python -m benchmarks.sampler --summary benchmarks/results/sampler.csv
     python -m benchmarks.sampler --plot docs/sampler.png --from benchmarks/results/sampler.csv
 
-Parts: unet, one evaluation; sampler, the two steps from what is derived of the descriptions to latents, without guidance and with the
-model's own; decoder; pipeline, a whole call, prompt to pictures (the last two of emoji-64 alone). m and l have random weights: their
-times say something, their latents nothing. Providers of a part are measured in turn:
+Parts: unet, one evaluation; sampler, two steps from the conditioning to latents, without guidance and with the model's
+own; decoder; pipeline, a whole call, prompt to pictures (the last two of emoji-64 alone). m and l have random weights:
+their times mean something, their latents nothing. The providers of a part are measured in turn:
 
-- ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched kernel by kernel;
-- ours_int8: the same with dtype="int8", on the CPU; of larger error, so that it is compared with nobody;
-- eager: the reference, float32, as users have it; eager_channels_last: channels innermost, float32 and bfloat16;
-- compile: torch.compile of the reference, channels innermost, weights frozen, static shapes; on a GPU max-autotune;
-- onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for latency. Both on the CPU;
-- convolutions: the part's convolutions alone, by torch, weights packed once, in either dtype, on a GPU as one CUDA graph:
-  ``percent_of_floor`` is their time over a provider's. What beats torch's own convolutions is above 100.
+- ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched
+  kernel by kernel;
+- ours_int8: the same with dtype="int8", on the CPU; its error is larger, so it is compared with no peer;
+- eager: the reference in float32, as users have it; eager_channels_last: channels_last, float32 and bfloat16;
+- compile: torch.compile of the reference, channels_last, weights frozen, static shapes; on a GPU max-autotune;
+- onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for
+  latency. Both on the CPU;
+- convolutions: the part's convolutions alone, by torch, weights packed once, in either dtype, on a GPU as one CUDA
+  graph: ``percent_of_floor`` is their time over a provider's. What beats torch's own convolutions is above 100.
 
-Conditioning is computed before the clock starts, but for the pipeline. Every result is held against the reference in float32: relative
-error of the direction and of the distance, or of the whole result; a provider that is off by more than a tenth has no time. compile_s is
-the first preparation of a network, without the export to ONNX. --cold measures new processes instead, from start to first picture. On
-a GPU times are by the clock, launches included, as a user waits for them; not yet run on one.
+Conditioning is computed before the clock starts, except in the pipeline. Every result is compared with the reference in
+float32 by the relative error of the direction and of the distance, or of the whole result; a provider whose error is
+above a tenth has no time. compile_s is the first preparation of a network, without the export to ONNX. --cold measures
+new processes instead, from start to first picture. On a GPU times are by the clock, launches included, as a user waits
+for them; not yet run on one.
 """
 
 from __future__ import annotations
@@ -33,9 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +46,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
-from coalescer_fast.cli import sentence
 from coalescer_fast.pipeline import CoalescerPipeline
 
-from ..harness import results, timing
-from ..harness.results import Parser, Row, add_report_options, append, command, open_csv, reported
-from ..kernels.benchmark import compiler, listed, positive, positive_list
-from . import providers as sampler_peers
-from . import report as sampler_report
-from .providers import DTYPES, PEERS, RANDOM, Engine, Missing, Tensors
+from ..harness import environment as machine
+from ..harness import refcheck, timing
+from ..harness.arguments import (
+    Parser,
+    add_report_options,
+    add_timing_options,
+    command,
+    listed,
+    positive_list,
+    reported,
+)
+from ..harness.peers import OK, attempt, fresh_compiler_cache
+from ..harness.results import Row, append, as_text, open_csv
+from . import providers, report
+from .plot import draw
+from .providers import DTYPES, PEERS, RANDOM, Engine, Tensors
 
 MODELS = ("emoji-64", "m", "l")
 PARTS = ("unet", "sampler", "decoder", "pipeline")
 PROMPTS = ("octopus", "red apple", "dog", "pizza", "rocket", "umbrella", "tiger", "guitar")
 BUDGET = 3.0
-LOOSE = 0.1
-REST = 5e-3  # seconds after which the idle threads of the provider before have ceased to spin
-COLD = {  # what a new process does between loading and drawing, and how many of them
+LOOSE = 0.1  # largest relative error of a provider that has a time
+REST = 5e-3  # seconds until the idle threads of the provider before have stopped spinning
+COLD = {  # what a new process does between loading and drawing, and how many processes there are
     "eager": ("", 5),
     "ours": ("coalescer_fast.accelerate(pipe)", 5),
     "compile": (
@@ -74,45 +84,40 @@ COLD = {  # what a new process does between loading and drawing, and how many of
 
 COLUMNS = (
     *("model", "part", "guidance_scale", "evaluations", "batch", "provider", "dtype", "metric_unit"),
-    *(
-        "y_value_50",
-        "y_value_20",
-        "y_value_80",
-        "images_per_s",
-        "speedup_over_eager",
-        "gflop",
-        "gflop_per_s",
-        "percent_of_floor",
-    ),
-    *(
-        "compile_s",
-        "direction_error",
-        "distance_error",
-        "result_error",
-        "cosine",
-        "status",
-        "samples",
-        "quiet",
-        "weights",
-        "allocator",
-    ),
+    *(*timing.TIMES, "images_per_s", "speedup_over_eager", "gflop", "gflop_per_s", "percent_of_floor"),
+    *("compile_s", "direction_error", "distance_error", "result_error", "cosine"),
+    *("status", "samples", "quiet", "weights", "allocator"),
     *("timestamp", "cpu", "gpu", "threads", "python", "torch", "onnxruntime", "openvino", "coalescer_fast"),
 )
 
 
 @dataclass
 class Provider:
-    """engine: None if it cannot run here, or could not be prepared; status says why."""
+    """A way to run a pipeline.
+
+    Attributes:
+        name: as in the column provider.
+        dtype: of its networks.
+        engine: None if it cannot run here or could not be prepared.
+        status: "ok", or why there is no engine.
+    """
 
     name: str
     dtype: str
     engine: Engine | None = None
-    status: str = "ok"
+    status: str = OK
 
 
 @dataclass
 class Part:
-    """What is measured: its name, guidance, and evaluations; prepare: (engine) -> the call that is timed."""
+    """What is measured.
+
+    Attributes:
+        name: one of `PARTS`.
+        guidance_scale: "" where there is no guidance.
+        evaluations: of the UNet.
+        prepare: (engine) -> the call that is timed.
+    """
 
     name: str
     guidance_scale: float | str
@@ -145,33 +150,19 @@ def parser() -> Parser:
         "--parts", type=listed(*PARTS), default=list(PARTS), metavar="P,P", help=f"default: {','.join(PARTS)}"
     )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    top.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU (default: torch's own choice)")
+    add_timing_options(top, BUDGET, "one part of a batch")
     top.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET,
-        metavar="S",
-        help="seconds for one part of a batch (default: %(default)s)",
-    )
-    top.add_argument(
-        "--seconds", type=float, metavar="S", help="begin no batch that would end later, judged by the longest so far"
-    )
-    top.add_argument(
-        "--allocator",
-        choices=["keep", "system"],
-        default="keep",
-        help="as in benchmarks.kernels (default: %(default)s)",
+        "--seconds", type=float, metavar="S", help="start no batch that would end later, judged by the longest so far"
     )
     top.add_argument(
         "--cold", action="store_true", help="measure instead the time to the first picture of a new process"
     )
-    top.add_argument("--csv", type=Path, metavar="F.csv", help="add the results to a file")
     add_report_options(top)
     return top
 
 
 def run(args: argparse.Namespace) -> int:
-    if reported(args, sampler_report):
+    if reported(args, report.summary, draw):
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and there is none: use --device cpu")
@@ -183,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     with (
         timing.settings(args.threads, args.allocator == "keep" and not args.cold),
         torch.inference_mode(),
-        compiler(args),
+        fresh_compiler_cache("compile" in args.peers),
     ):
         labels: Row = {
             **environment(args.device),
@@ -195,54 +186,57 @@ def run(args: argparse.Namespace) -> int:
             if args.csv is not None:
                 append(args.csv, rows[-len(new) :], COLUMNS)
     print()
-    print("\n".join(sampler_report.summary([{key: str(value) for key, value in row.items()} for row in rows])))
+    print("\n".join(report.summary(as_text(rows))))
     return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) else 0
 
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of one part after the other, each printed as it is there."""
+    """The rows of one part after the other, each printed as soon as it is measured."""
     device = torch.device(args.device)
     timer = timing.CpuTimer(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     if "compile" in args.peers:
-        torch.compile(torch.neg)(torch.ones(1, device=device))  # the compiler's own start is no network's time
-    print(
-        "Milliseconds, the median; in brackets, how many times as fast as eager; ~ marks a time that other processes disturbed."
-    )
+        torch.compile(torch.neg)(torch.ones(1, device=device))  # starting the compiler is part of no network's time
+    print("Milliseconds, the median; in brackets, how many times as fast as eager;", end=" ")
+    print("~ marks a time that other processes disturbed.")
     start, longest = time.monotonic(), 0.0
     for model in args.model:
         with torch.inference_mode(False):
-            pipe = sampler_peers.load(model, device)
-        weights = "embedded" if model == "emoji-64" else RANDOM
+            pipe = providers.load(model, device)
         for batch in args.batch:
             begun = time.monotonic()
             if args.seconds is not None and longest and begun - start + longest > args.seconds:
                 print(f"LEFT OUT {model} batch {batch}")
                 continue
-            torch._dynamo.reset()
-            gc.collect()  # compiled functions are in cycles, and hold on to tensors
-            config = pipe.unet.config
-            shape = (batch, config.latent_channels, config.sample_size, config.sample_size)
-            sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-            texts = [PROMPTS[n % len(PROMPTS)] for n in range(batch)]
-            parts = [part for part in parts_of(pipe, model, sample, texts) if part.name in args.parts]
-            with tempfile.TemporaryDirectory() as folder:
-                decodes = model == "emoji-64" and not {"decoder", "pipeline"}.isdisjoint(args.parts)
-                found = list(providers(args, pipe, sample, texts, decodes, Path(folder)))
-                for part in parts:
-                    title = f"{model} ({weights}), {part.name}" + (
-                        f" w={part.guidance_scale:g}" if part.guidance_scale != "" else ""
-                    )
-                    print(f"{title}, batch {batch}", flush=True)
-                    rows: list[Row] = []
-                    for row in measure(part, found, batch, timer, args.budget):
-                        print(line(row), flush=True)
-                        rows.append({**row, "model": model, "batch": batch, "weights": weights})
-                    yield rows
-                del found
+            yield from benchmark_batch(args, pipe, model, batch, timer)
             longest = max(longest, time.monotonic() - begun)
 
 
-def providers(
+def benchmark_batch(
+    args: argparse.Namespace, pipe: CoalescerPipeline, model: str, batch: int, timer: timing.CpuTimer
+) -> Iterator[list[Row]]:
+    """The rows of one part after the other, for a model and a batch."""
+    torch._dynamo.reset()
+    gc.collect()  # compiled functions are in cycles, and hold on to tensors
+    config, weights = pipe.unet.config, "embedded" if model == "emoji-64" else RANDOM
+    shape = (batch, config.latent_channels, config.sample_size, config.sample_size)
+    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device)
+    texts = [PROMPTS[n % len(PROMPTS)] for n in range(batch)]
+    decodes = model == "emoji-64" and not {"decoder", "pipeline"}.isdisjoint(args.parts)
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(prepared(args, pipe, sample, texts, decodes, Path(folder)))
+        for part in parts_of(pipe, model, sample, texts):
+            if part.name not in args.parts:
+                continue
+            guided = f" w={part.guidance_scale:g}" if part.guidance_scale != "" else ""
+            print(f"{model} ({weights}), {part.name}{guided}, batch {batch}", flush=True)
+            rows: list[Row] = []
+            for row in measure(part, found, batch, timer, args.budget or BUDGET):
+                print(line(row), flush=True)
+                rows.append({**row, "model": model, "batch": batch, "weights": weights})
+            yield rows
+
+
+def prepared(
     args: argparse.Namespace,
     pipe: CoalescerPipeline,
     sample: torch.Tensor,
@@ -250,32 +244,24 @@ def providers(
     decodes: bool,
     folder: Path,
 ) -> Iterator[Provider]:
-    """All of them, prepared as far as they can be. The first is the reference, whether or not it is asked for."""
-    wanted = [
-        ("eager", "fp32"),
-        ("ours", "auto"),
-        ("ours", "fp32"),
-        *([("ours_int8", "int8")] if args.device == "cpu" else []),
+    """The providers that are asked for, with an engine where they can run; the first is the reference in any case."""
+    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
+    wanted += [("ours_int8", "int8")] if args.device == "cpu" else []
+    wanted += [
+        (name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name].dtypes if dtype in args.dtypes
     ]
-    wanted += [(name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name] if dtype in args.dtypes]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:
-        if (name, dtype) in known:  # ours chose it itself
+        if (name, dtype) in known:  # "auto" has chosen it already
             continue
+        if name in ("ours", "ours_int8"):
+            make = partial(providers.ours, dtype, pipe)
+        else:
+            make = partial(providers.peer, name, dtype, pipe, sample, texts, decodes, folder)
+        engine, status = attempt(make, *([Exception] if name == "eager" else []))
+        dtype = dtype if engine is None else engine.dtype
         known.add((name, dtype))
-        try:
-            if name in ("ours", "ours_int8"):
-                engine = sampler_peers.ours(dtype, pipe)
-            else:
-                engine = sampler_peers.peer(name, dtype, pipe, sample, texts, decodes, folder)
-            known.add((name, engine.dtype))
-            yield Provider(name, engine.dtype, engine)
-        except Missing as reason:
-            yield Provider(name, dtype, status=f"skipped: {reason}")
-        except Exception as error:  # whatever a compiler or an exporter raises is its result
-            if name == "eager":
-                raise
-            yield Provider(name, dtype, status=f"FAIL: {sentence(error)}")
+        yield Provider(name, dtype, engine, status)
 
 
 def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: list[str]) -> Iterator[Part]:
@@ -311,17 +297,15 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
 
 
 def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.CpuTimer, budget: float) -> Iterator[Row]:
-    """A row a provider and two of the convolutions alone."""
+    """A row for each provider, and two for the convolutions alone."""
     reference = found[0].engine
     assert reference is not None
-    with torch.backends.cudnn.flags(allow_tf32=False):  # the truth; whoever is measured runs as users have it
+    with torch.backends.cudnn.flags(allow_tf32=False):  # the truth; the providers run as users have them
         expected = tuple(y.clone() for y in part.prepare(reference)())
     with torch.inference_mode(False), torch.no_grad():
         once = part.prepare(reference)
-        with (
-            FlopCounterMode(display=False) as flops,
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # its matmuls are counted; not the CPU's fused one
+        # attention by matmuls, which are counted, where the CPU's fused kernel is not
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
             once()
     gflop = flops.get_total_flops() / 1e9
     runs: dict[str, Callable[[], Any]] = {}
@@ -331,55 +315,44 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
         rows[key] = {"provider": provider.name, "dtype": provider.dtype, "status": provider.status}
         if provider.engine is None:
             continue
-        try:
-            run = part.prepare(provider.engine)
-            errors = check(part.name, run(), expected)
-        except Exception as error:  # is its result, too
-            rows[key]["status"] = f"FAIL: {sentence(error)}"
+        tried, rows[key]["status"] = attempt(partial(try_out, part, provider.engine, expected))
+        if tried is None:
             continue
+        run, errors = tried
         networks = {"decoder": ("decoder",), "pipeline": ("unet", "decoder")}.get(part.name, ("unet",))
         if mine := [seconds for network, seconds in provider.engine.seconds.items() if network in networks]:
             rows[key]["compile_s"] = sum(mine)
         rows[key] |= errors
-        wrong = [
-            f"{name.replace('_', ' ')} {e:.3g}"
-            for name, e in errors.items()
-            if name != "cosine" and not float(e) <= LOOSE
-        ]
-        if wrong:  # NaN is, too
-            rows[key]["status"] = f"FAIL: {', '.join(wrong)}"
+        if wrong := too_large(errors):
+            rows[key]["status"] = f"FAIL: {wrong}"
         else:
             runs[key] = run
     for name, dtype in DTYPES.items():
         key = f"convolutions {name}"
-        runs[key] = sampler_peers.convolutions(once, dtype)
-        rows[key] = {"provider": "convolutions", "dtype": name, "status": "ok"}
+        runs[key] = providers.convolutions(once, dtype)
+        rows[key] = {"provider": "convolutions", "dtype": name, "status": OK}
     taken = timing.interleave({key: rested(timer.warm(run)) for key, run in runs.items()}, budget)
-    quantiles = {key: timing.quantiles(mine) for key, mine in taken.items()}
-    floors = {name: quantiles[f"convolutions {name}"][0] for name in DTYPES}
+    medians = {key: timing.quantiles(mine)[0] for key, mine in taken.items()}
+    floors = {name: medians[f"convolutions {name}"] for name in DTYPES}
+    what = {"part": part.name, "guidance_scale": part.guidance_scale, "evaluations": part.evaluations, "gflop": gflop}
     for key, row in rows.items():
-        row |= {
-            "part": part.name,
-            "guidance_scale": part.guidance_scale,
-            "evaluations": part.evaluations,
-            "gflop": gflop,
-        }
-        if key in quantiles:
-            median, low, high = quantiles[key]
-            row |= {
-                "y_value_50": median * 1e3,
-                "y_value_20": low * 1e3,
-                "y_value_80": high * 1e3,
-                "images_per_s": batch / median,
-            }
-            row |= {"speedup_over_eager": quantiles["eager fp32"][0] / median, "gflop_per_s": gflop / median}
+        row |= what
+        if key in taken:
+            median = medians[key]
+            row |= {**timing.columns(taken[key], 1e3), "images_per_s": batch / median}
+            row |= {"speedup_over_eager": medians["eager fp32"] / median, "gflop_per_s": gflop / median}
             row["percent_of_floor"] = 100 * floors.get(str(row["dtype"]), min(floors.values())) / median
-            row |= {"samples": len(taken[key]), "quiet": int(all(m.quiet for m in taken[key]))}
         yield row
 
 
+def try_out(part: Part, engine: Engine, expected: Tensors) -> tuple[Callable[[], Tensors], Row]:
+    """What is timed, run once, and its errors."""
+    run = part.prepare(engine)
+    return run, errors_of(part.name, run(), expected)
+
+
 def rested(sample: timing.Sample) -> timing.Sample:
-    """Each provider has threads of its own, which spin for a while after a call: not at the next one's expense."""
+    """Wait before a measurement until the threads of the provider before, which spin for a while, are idle."""
 
     def measure() -> timing.Measurement:
         time.sleep(REST)
@@ -388,71 +361,66 @@ def rested(sample: timing.Sample) -> timing.Sample:
     return measure
 
 
-def check(part: str, result: Tensors, expected: Tensors) -> Row:
-    """Relative errors ||y - y_ref|| / ||y_ref||, and the cosine of the first output. Raises ValueError for other shapes."""
-    if shapes := [
-        f"{tuple(y.shape)}, expected {tuple(e.shape)}" for y, e in zip(result, expected) if y.shape != e.shape
-    ]:
-        raise ValueError(f"result has shape {shapes[0]}")
-    pairs = [(y.double().flatten(), e.double().flatten()) for y, e in zip(result, expected)]
-    errors = [float((y - e).norm() / e.norm()) for y, e in pairs]
+def errors_of(part: str, result: Tensors, expected: Tensors) -> Row:
+    """Relative errors of the outputs of a part, and the cosine of the first. Raises ValueError for other shapes."""
     names = ("direction_error", "distance_error") if part == "unet" else ("result_error",)
-    return {**dict(zip(names, errors)), "cosine": float(torch.cosine_similarity(*pairs[0], dim=0))}
+    errors = dict(zip(names, refcheck.relative_errors(result, expected)))
+    first = (result[0].double().flatten(), expected[0].double().flatten())
+    return {**errors, "cosine": float(torch.cosine_similarity(*first, dim=0))}
+
+
+def too_large(errors: Row) -> str:
+    """The errors above the limit, or that are NaN, in words; "" if there is none."""
+    wrong = {name: e for name, e in errors.items() if name != "cosine" and not float(e) <= LOOSE}
+    return ", ".join(f"{name.replace('_', ' ')} {e:.3g}" for name, e in wrong.items())
 
 
 def cold(args: argparse.Namespace) -> Iterator[list[Row]]:
-    """Seconds from the start of a Python process to its first picture, processes in turn."""
+    """The rows of the time from the start of a Python process to its first picture, with processes in turn."""
     print("Milliseconds from the start of a process to the first picture; whether others had the CPUs is not known.")
     taken: dict[str, list[timing.Measurement]] = {name: [] for name in COLD if name != "compile" or name in args.peers}
-    status = dict.fromkeys(taken, "ok")
+    status = dict.fromkeys(taken, OK)
     root = str(Path(coalescer_fast.__file__).parents[1])
     for n in range(max(count for _, count in COLD.values())):
         for name, mine in taken.items():
             way, count = COLD[name]
-            if status[name] != "ok" or n >= count:
+            if status[name] != OK or n >= count:
                 continue
-            code = [
-                "import coalescer_fast",
-                "pipe = coalescer_fast.CoalescerPipeline.from_pretrained('emoji-64')",
-                *([f"pipe.to({args.device!r})"] if args.device != "cpu" else []),
-                way,
-                f"pipe({PROMPTS[0]!r})",
-            ]
-            with tempfile.TemporaryDirectory() as cache:
-                paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-                env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": paths}
-                start = time.perf_counter()
-                done = subprocess.run(
-                    [sys.executable, "-c", "\n".join(code)], env=env, capture_output=True, text=True, check=False
-                )
-                mine.append(timing.Measurement(time.perf_counter() - start))
+            done, measurement = first_picture(way, args.device, root)
+            mine.append(measurement)
             if done.returncode:
                 status[name] = f"FAIL: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    dtypes = {"eager": "fp32", "ours": "auto", "compile": "bf16"}
     rows = []
     for name, mine in taken.items():
-        row: Row = {
-            "model": "emoji-64",
-            "part": "cold",
-            "batch": 1,
-            "provider": name,
-            "status": status[name],
-            "weights": "embedded",
-        }
-        row["dtype"] = {"eager": "fp32", "ours": "auto", "compile": "bf16"}[name]
-        if status[name] == "ok":
-            median, low, high = timing.quantiles(mine)
-            row |= {
-                "y_value_50": median * 1e3,
-                "y_value_20": low * 1e3,
-                "y_value_80": high * 1e3,
-                "images_per_s": 1 / median,
-            }
-            if status["eager"] == "ok":
+        row: Row = {"model": "emoji-64", "part": "cold", "batch": 1, "provider": name, "dtype": dtypes[name]}
+        row |= {"status": status[name], "weights": "embedded"}
+        if status[name] == OK:
+            median = timing.quantiles(mine)[0]
+            row |= {**timing.columns(mine, 1e3), "quiet": "", "images_per_s": 1 / median}
+            if status["eager"] == OK:
                 row["speedup_over_eager"] = timing.quantiles(taken["eager"])[0] / median
-            row["samples"] = len(mine)
         print(line(row), flush=True)
         rows.append(row)
     yield rows
+
+
+def first_picture(way: str, device: str, root: str) -> tuple[subprocess.CompletedProcess[str], timing.Measurement]:
+    """Run a process that loads the model, accelerates it in this way, and draws one picture."""
+    code = [
+        "import coalescer_fast",
+        "pipe = coalescer_fast.CoalescerPipeline.from_pretrained('emoji-64')",
+        *([f"pipe.to({device!r})"] if device != "cpu" else []),
+        way,
+        f"pipe({PROMPTS[0]!r})",
+    ]
+    with tempfile.TemporaryDirectory() as cache:
+        paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": paths}
+        start = time.perf_counter()
+        command = [sys.executable, "-c", "\n".join(code)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        return done, timing.Measurement(time.perf_counter() - start)
 
 
 def line(row: Row) -> str:
@@ -474,10 +442,10 @@ def line(row: Row) -> str:
 
 
 def environment(device: str) -> Row:
-    found: Row = {**results.environment(), "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    for package in ("onnxruntime", "openvino"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = ""
+    """The columns that are the same in all rows of a run."""
+    found: Row = {
+        **machine.environment(),
+        "timestamp": machine.timestamp(),
+        **machine.versions("onnxruntime", "openvino"),
+    }
     return {**found, "gpu": found["gpu"] if device == "cuda" else "", "coalescer_fast": coalescer_fast.__version__}

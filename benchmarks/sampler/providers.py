@@ -1,4 +1,4 @@
-"""What `benchmarks.sampler` compares: one pipeline by every provider at its best: `coalescer_fast.accelerate` and eager PyTorch."""
+"""What `benchmarks.sampler` compares: a pipeline run by `coalescer_fast.accelerate`, and by every peer at its best."""
 
 from __future__ import annotations
 
@@ -24,26 +24,24 @@ from coalescer_fast.runtime.static import Bind, Evaluation, StaticRuntime, Tenso
 from coalescer_fast.scheduler import CoalescerScheduler
 
 from ..harness import timing
+from ..harness.peers import Missing, Peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANDOM = "random weights, timing only"
 
-
-class Missing(Exception):
-    """A provider that cannot run here, and why: no failure of its own."""
+Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
 
 
 def load(model: str, device: torch.device) -> CoalescerPipeline:
-    """emoji-64 as it is embedded; m and l with random weights, and with other components that only make a pipeline of them."""
+    """emoji-64 as it is embedded; m and l with random weights, and other components that only complete the pipeline."""
     disable_progress_bar()
     pipe = CoalescerPipeline.from_pretrained("emoji-64")
     if model != "emoji-64":
         torch.manual_seed(0)
         unet = CoalescerUNet.named(model).eval()
         for parameter in unet.parameters():
-            if (
-                parameter.ndim > 1 and not parameter.any()
-            ):  # a branch that starts as the identity would give a trivial output
+            # a residual branch that starts at zero would make the output trivial
+            if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.5 / parameter[0].numel() ** 0.5)
         encoder = pipe.description_encoder
         if (dim := unet.config.description_dim) != encoder.config.dim:
@@ -58,7 +56,7 @@ def load(model: str, device: torch.device) -> CoalescerPipeline:
 
 
 def eager(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
-    """As users have it: float32, channels outermost."""
+    """As users have it: float32, contiguous."""
     return lambda rest: lambda x: module(x, *rest)
 
 
@@ -67,24 +65,42 @@ def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, fo
 
 
 class EagerRuntime(StaticRuntime):
-    """Copies that torch runs as they are, also under hooks of all modules, as those that count operations have."""
+    """Copies of the networks that torch runs as they are, also under the hooks of a FLOP counter."""
 
     runs_own_code = True
 
 
-EAGER = {"eager": eager, "eager_channels_last": eager_channels_last}
-PEERS = {
-    "eager": ("fp32",),
-    "eager_channels_last": ("fp32", "bf16"),
-    "compile": ("fp32", "bf16"),
-    "onnxruntime": ("fp32", "bf16"),
-    "openvino": ("fp32", "bf16"),
-}
+def run_eagerly(name: str, prepare: Prepare, pipe: Any, dtype: torch.dtype) -> None:
+    """Give the pipeline a runtime whose networks are prepared so."""
+    pipe.runtime = EagerRuntime(pipe, name, prepare, dtype)
+    pipe.runtime.backend = "reference"
+
+
+def run_accelerated(name: str, pipe: Any, dtype: torch.dtype) -> None:
+    """Accelerate the pipeline with a backend that compiles its networks. Raises Missing."""
+    try:
+        accelerate(pipe, name, dtype)
+    except ValueError as reason:
+        raise Missing(str(reason)) from reason
+
+
+PEERS = Peers()
+PEERS.register("eager", "fp32")(partial(run_eagerly, "eager", eager))
+PEERS.register("eager_channels_last", *DTYPES)(partial(run_eagerly, "eager_channels_last", eager_channels_last))
+COMPILERS = ("compile", "onnxruntime", "openvino")
+for _name in COMPILERS:
+    PEERS.register(_name, *DTYPES)(partial(run_accelerated, _name))
 
 
 @dataclass
 class Engine:
-    """What a provider made of a pipeline: one that draws by the provider's ``runtime``; seconds: to prepare each network."""
+    """A pipeline as a provider runs it.
+
+    Attributes:
+        pipe: draws with the provider's runtime.
+        dtype: a key of `DTYPES`, or int8.
+        seconds: to prepare each network, "unet" and "decoder".
+    """
 
     pipe: CoalescerPipeline
     dtype: str
@@ -98,24 +114,31 @@ class Engine:
 def peer(
     name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
 ) -> Engine:
-    """The engine of a peer, prepared for samples of this shape. Raises Missing."""
+    """The engine of a peer, prepared for samples of this shape.
+
+    Args:
+        name: of the peer.
+        dtype: of its networks.
+        pipe: whose networks it runs.
+        sample: what one evaluation takes.
+        texts: descriptions, one for each sample.
+        decodes: whether the decoder is prepared as well.
+        folder: for exported networks, one for all peers.
+
+    Raises:
+        Missing: if the peer cannot run here.
+    """
     mine: Any = twin(pipe)
-    if name in EAGER:
-        mine.runtime = EagerRuntime(mine, name, EAGER[name], DTYPES[dtype])
-        mine.runtime.backend = "reference"
-    else:
-        try:
-            accelerate(mine, name, DTYPES[dtype])
-        except ValueError as reason:
-            raise Missing(str(reason)) from reason
+    PEERS[name].prepare(mine, DTYPES[dtype])
+    compiles = name in COMPILERS
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
-        if name not in EAGER and "onnx" in BACKENDS[name].packages:
-            export(module, args, folder)  # once for all who read it, and before the clock starts
+        if compiles and "onnx" in BACKENDS[name].packages:
+            export(module, args, folder)  # once for all peers that read it, and before the clock starts
         start = time.perf_counter()
         bind = prepare(module, args, dtype, folder)
-        if name not in EAGER:
+        if compiles:
             seconds["unet" if isinstance(module, Evaluation) else "decoder"] = time.perf_counter() - start
         return bind
 
@@ -127,8 +150,12 @@ def peer(
 
 
 def ours(dtype: str, pipe: CoalescerPipeline) -> Engine:
-    """`coalescer_fast.accelerate`, dtype "auto", "int8" or one of `DTYPES`. Raises Missing for int8 where there is none."""
-    with torch.inference_mode(False):  # it looks after changes of its weights, as a user's
+    """The engine of `coalescer_fast.accelerate`, for dtype "auto", "int8" or one of `DTYPES`.
+
+    Raises:
+        Missing: for int8 where it cannot run.
+    """
+    with torch.inference_mode(False):  # weights whose changes are noticed, as those of a user
         start = time.perf_counter()
         try:
             mine: Any = coalescer_fast.accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
@@ -146,7 +173,7 @@ def twin(pipe: CoalescerPipeline) -> CoalescerPipeline:
     return mine
 
 
-class Recorder(TorchDispatchMode):
+class Convolutions(TorchDispatchMode):
     """Keeps the arguments of every convolution."""
 
     def __init__(self) -> None:
@@ -160,14 +187,16 @@ class Recorder(TorchDispatchMode):
 
 
 def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable[[], None]:
-    """All convolutions that the function makes and nothing else, channels innermost, weights packed once where oneDNN can; on a GPU as one
-    CUDA graph, so that launches are not in the floor."""
-    with torch.inference_mode(False), torch.no_grad(), Recorder() as recorder:
+    """All convolutions that the function makes and nothing else: channels_last, weights packed once where oneDNN can.
+
+    On a GPU they are one CUDA graph, so that launches are not in the floor.
+    """
+    with torch.inference_mode(False), torch.no_grad(), Convolutions() as made:
         function()
     inputs: dict[torch.Size, torch.Tensor] = {}
     packed: dict[tuple[Any, ...], torch.Tensor] = {}
     calls: list[Callable[[], object]] = []
-    for x, weight, bias, stride, padding, dilation, _, _, groups in recorder.found:
+    for x, weight, bias, stride, padding, dilation, _, _, groups in made.found:
         if x.shape not in inputs:
             inputs[x.shape] = torch.randn_like(x).to(dtype, memory_format=torch.channels_last)
         bias, key = None if bias is None else bias.to(dtype), (weight.data_ptr(), weight.shape, x.shape)
@@ -190,7 +219,7 @@ def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable
         for call in calls:
             call()
 
-    if not recorder.found or recorder.found[0][0].is_cpu:
+    if not made.found or made.found[0][0].is_cpu:
         return run_all
     graph = timing.CudaTimer().capture(run_all, 1)
 

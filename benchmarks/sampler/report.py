@@ -1,18 +1,17 @@
-"""What the results of `benchmarks.sampler` say: from rows of their CSV file alone, in words and as a picture."""
+"""What the results of `benchmarks.sampler` say in words, from the rows of their CSV file alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from coalescer_fast import files
-
-Text = dict[str, str]
+from ..harness.results import Text
+from ..harness.tables import Table
 
 MACHINE = ("cpu", "gpu", "threads", "torch", "allocator")
 CELL = ("model", "part", "guidance_scale", "batch")
-COLOURS = {
+NEEDED = (*MACHINE, *CELL, "provider", "dtype", "y_value_50", "timestamp")
+COLOURS = {  # of the providers in a plot, and their order
     "ours": "C3",
     "ours_int8": "C4",
     "openvino": "C0",
@@ -27,9 +26,7 @@ def groups(rows: Sequence[Text]) -> dict[tuple[str, ...], dict[str, Text]]:
     """Rows by machine and cell, then by provider and dtype; of what was measured more than once, the latest run."""
     found: dict[tuple[str, ...], dict[str, Text]] = {}
     for row in rows:
-        if missing := [
-            name for name in (*MACHINE, *CELL, "provider", "dtype", "y_value_50", "timestamp") if name not in row
-        ]:
+        if missing := [name for name in NEEDED if name not in row]:
             raise ValueError(f"the column {missing[0]} is missing: give a CSV file that benchmarks.sampler has written")
         mine = found.setdefault(tuple(row[name] for name in (*MACHINE[:-1], *CELL)), {})
         newest = max((known["timestamp"] for known in mine.values()), default="")
@@ -48,37 +45,35 @@ def time(row: Text | None) -> float:
 
 
 def fastest(mine: dict[str, Text], *names: str) -> Text | None:
+    """The row with the shortest time of these providers."""
     rows = [row for row in mine.values() if row["provider"] in names and row["y_value_50"]]
     return min(rows, key=time, default=None)
 
 
 def summary(rows: Sequence[Text]) -> Iterator[str]:
-    """Lines: ours beside the fastest peer, a row a part; then where ours is slower, what could not run, and what went wrong."""
+    """Lines: ours beside the fastest peer for each part; then where ours is slower, what could not run, what failed."""
     machine: tuple[str, ...] = ()
     losses: list[tuple[float, str]] = []
     others: dict[str, list[str]] = {}
+    layout = {"model": "<9", "part": "<14", "batch": ">5", "eager": ">10", "ours": ">17", "fastest peer": ">37"}
+    table = Table({**layout, "peer/ours": ">9", "% of floor": ">10"}, indent="  ")
     for key, mine in groups(rows).items():
         if key[:4] != machine:
             machine = key[:4]
             cpu, gpu, threads, torch = machine
             where = f"{gpu or cpu}, {threads} thread{'s' if threads != '1' else ''}, torch {torch}"
             yield f"{where}; milliseconds, ~ disturbed by other processes"
-            heads = f"{'eager':>10} {'ours':>17} {'fastest peer':>37} {'peer/ours':>9} {'% of floor':>10}"
-            yield f"  {'model':9} {'part':14} {'batch':>5} {heads}"
+            yield table.head
         model, part, guidance, batch = key[4:]
         own, peer = fastest(mine, "ours"), fastest(mine, *(name for name in COLOURS if not name.startswith("ours")))
         ratio = time(peer) / time(own)
         title = part + (f" w={float(guidance):g}" if guidance else "")
         floor = own["percent_of_floor"] if own else ""
-        cells = [f"{cell(fastest(mine, 'eager')):>10}", f"{cell(own, named=True):>17}", f"{cell(peer, named=True):>37}"]
-        cells += [f"{ratio:9.2f}" if own and peer else f"{'-':>9}", f"{float(floor):10.0f}" if floor else f"{'-':>10}"]
-        yield f"  {model:9} {title:14} {batch:>5} {' '.join(cells)}"
+        figures = [f"{ratio:.2f}" if own and peer else "-", f"{float(floor):.0f}" if floor else "-"]
+        times = [cell(fastest(mine, "eager")), cell(own, named=True), cell(peer, named=True)]
+        yield table.line(model, title, batch, *times, *figures)
         if own and peer and ratio < 1:
-            within = ", within their spread" if float(own["y_value_20"]) <= float(peer["y_value_80"]) else ""
-            disturbed = ", disturbed" if "0" in (own["quiet"], peer["quiet"]) else ""
-            losses.append(
-                (1 / ratio, f"{model} {title} batch {batch}, {peer['provider']} {peer['dtype']}{within}{disturbed}")
-            )
+            losses.append((1 / ratio, f"{model} {title} batch {batch}, {loss(own, peer)}"))
         for name, row in mine.items():
             if row["status"] != "ok":
                 others.setdefault(f"{name} {row['status']}", []).append(f"{model} {title} {batch}")
@@ -88,56 +83,16 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
     yield from (f"  {words}" + (f" ({', '.join(where)})" if "FAIL" in words else "") for words, where in others.items())
 
 
+def loss(own: Text, peer: Text) -> str:
+    """The peer that is faster, and how sure that is."""
+    within = ", within their spread" if float(own["y_value_20"]) <= float(peer["y_value_80"]) else ""
+    disturbed = ", disturbed" if "0" in (own["quiet"], peer["quiet"]) else ""
+    return f"{peer['provider']} {peer['dtype']}{within}{disturbed}"
+
+
 def cell(row: Text | None, named: bool = False) -> str:
+    """A time in the table; with ``named``, the provider unless it is ours, and its dtype."""
     if row is None:
         return "-"
-    label = (
-        f"{row['provider']} {row['dtype']} "
-        if named and row["provider"] != "ours"
-        else f"{row['dtype']} "
-        if named
-        else ""
-    )
-    return f"{label}{time(row):.2f}{'~' if row['quiet'] == '0' else ''}"
-
-
-def plot(rows: Sequence[Text], target: Path) -> None:
-    """Images a second: a panel a model and part, a group of bars a batch, a bar a provider in its faster dtype."""
-    from matplotlib.figure import Figure  # without pyplot: no display and no global state
-
-    found = groups([row for row in rows if row["part"] != "cold"])
-    newest = max(found, key=lambda key: max(row["timestamp"] for row in found[key].values()))
-    panels: dict[tuple[str, ...], list[tuple[int, dict[str, Text]]]] = {}
-    for key, mine in found.items():
-        if key[:4] == newest[:4]:
-            panels.setdefault(key[4:7], []).append((int(key[7]), mine))
-    cpu, gpu, threads, torch = newest[:4]
-    columns = min(3, len(panels))
-    height = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1 + 3.6 * columns, 1.2 + 2.6 * height), layout="constrained")
-    axes = list(figure.subplots(height, columns, squeeze=False).flat)
-    for axis, ((model, part, guidance), cells) in zip(axes, panels.items()):
-        for n, (_, mine) in enumerate(cells):
-            bars = [(name, row) for name in COLOURS if (row := fastest(mine, name)) is not None]
-            for i, (name, row) in enumerate(bars):
-                x, rate = n + 0.8 * (i + 0.5) / len(bars) - 0.4, float(row["images_per_s"])
-                axis.bar(x, rate, 0.75 / len(bars), color=COLOURS[name], label=name.replace("_", " "))
-                axis.annotate(
-                    f"{rate:{'.0f' if rate >= 100 else '.3g'}}\n{row['dtype']}",
-                    (x, rate),
-                    ha="center",
-                    va="bottom",
-                    fontsize=5,
-                )
-        axis.set_xticks(range(len(cells)), [f"batch {batch}" for batch, _ in cells])
-        axis.set(yscale="log", ylabel="images/s")
-        axis.margins(y=0.15)
-        axis.set_title(f"{model} {part}" + (f", guidance {float(guidance):g}" if guidance else ""), fontsize=9)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.suptitle(f"{gpu or cpu}, {threads} thread{'s' if threads != '1' else ''}, torch {torch}", fontsize=10)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=7, frameon=False
-    )
-    files.write_picture(target, figure)
+    words = [row["provider"]] * (row["provider"] != "ours") + [row["dtype"]] if named else []
+    return " ".join([*words, f"{time(row):.2f}{'~' if row['quiet'] == '0' else ''}"])

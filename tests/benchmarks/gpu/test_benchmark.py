@@ -15,6 +15,7 @@ import benchmarks
 from benchmarks.gpu import benchmark as gpu
 from benchmarks.gpu import calls as gpu_calls
 from benchmarks.gpu import report as gpu_report
+from benchmarks.harness import refcheck
 from benchmarks.harness import results as common
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.kernels import shapes
@@ -352,7 +353,7 @@ def test_calls_that_are_wrong(broken, monkeypatch, capsys):
         if broken == "raises":
             raise RuntimeError("no such kernel")
         factor = 1.1 + (next(count) if broken == "unsteady" else 0)
-        return tuple(x * factor for x in kernels.several(result))
+        return tuple(x * factor for x in refcheck.several(result))
 
     monkeypatch.setattr(gpu_calls, "several", several)
     assert gpu_calls.main(["--backends", "reference"]) == 1

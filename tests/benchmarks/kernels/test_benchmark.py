@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ import benchmarks
 from benchmarks.harness import results as common
 from benchmarks.harness import timing
 from benchmarks.kernels import benchmark as kernels
-from benchmarks.kernels import peers, report, shapes
+from benchmarks.kernels import grid, peers, providers, report, shapes
 from coalescer_fast import ops
 from coalescer_fast.ops import dispatch
 
@@ -278,11 +275,11 @@ def test_whatever_is_wrong_is_caught(broken, monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("call", SMALL["m"], ids=str)
 def test_the_peers_are_right(call, dtype):
-    cell = kernels.Cell("m", call, 1, 3, dtype)
-    inputs = call.inputs(3, kernels.DTYPES[dtype], torch.device("cpu"))
+    cell = grid.Cell("m", call, 1, 3, dtype)
+    inputs = call.inputs(3, grid.DTYPES[dtype], torch.device("cpu"))
     before = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-    for arguments in (inputs, {name: kernels.contiguous(x) for name, x in inputs.items()}):
-        assert kernels.Check(cell, inputs)(peers.EAGER[call.op](**arguments))[1] == ""
+    for arguments in (inputs, {name: providers.contiguous(x) for name, x in inputs.items()}):
+        assert providers.Check(cell, inputs)(peers.EAGER[call.op](**arguments))[1] == ""
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
 
 
@@ -317,7 +314,7 @@ def test_overhead(tmp_path, capsys):
     rows = common.read(path)
     assert {row["metric_name"] for row in rows} == {"overhead"}
     assert {row["kernel_name"] for row in rows} == {"group_norm_silu", "bias_residual", "dual_head", "coalesce_step"}
-    assert "microseconds a call on 1x8x2x2" in capsys.readouterr().out
+    assert "microseconds per call on 1x8x2x2" in capsys.readouterr().out
     assert kernels.main(["--plot", str(tmp_path / "out.png"), "--from", str(path)]) == 1
 
 
@@ -400,7 +397,7 @@ def test_chosen_calls_alone(tmp_path):
 def test_time_that_is_over(tmp_path, capsys, monkeypatch):
     """One call of every op comes before a second one of any."""
     path, clock = tmp_path / "kernels.csv", iter(range(100))
-    monkeypatch.setattr(kernels, "prepare", lambda *args: {"copy": kernels.Provider(lambda: None)})
+    monkeypatch.setattr(kernels, "providers_of", lambda *args: {"copy": providers.Provider(lambda: None)})
     monkeypatch.setattr(kernels.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(timing.CpuTimer, "warm", lambda self, function: function)
     monkeypatch.setattr(
@@ -458,204 +455,9 @@ def test_a_call_that_needs_too_much_memory_is_left_out(tmp_path, monkeypatch, ca
     assert "LEFT OUT bias_residual" in capsys.readouterr().err
 
 
-class FakeGpu:
-    """What CudaTimer uses of torch.cuda, with a clock of microseconds: what was queued, in order, and how long it takes."""
-
-    START, KERNEL, READ = 4.0, 2.0, 60.0  # of a graph, of a call, of the evictor
-
-    def __init__(self):
-        self.now, self.log, self.capturing, self.current = 0.0, [], None, "default"
-        self.stream_made = 0
-
-    def run(self, what: str, us: float) -> None:
-        self.log.append(what)
-        self.now += us
-
-    def call(self) -> None:
-        if self.capturing is None:
-            self.run(f"call on {self.current}", self.KERNEL)
-        else:
-            self.capturing.calls += 1
-
-    def modules(self):
-        gpu = self
-
-        class Stream:
-            def wait_stream(self, other):
-                gpu.log.append("wait")
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                gpu.log.append("event")
-                self.at = gpu.now
-
-            def synchronize(self):
-                gpu.log.append("synchronize")
-
-            def elapsed_time(self, end):
-                return (end.at - self.at) / 1e3
-
-        class CUDAGraph:
-            calls = 0
-
-            def replay(self):
-                gpu.run(f"graph of {self.calls}", gpu.START + gpu.KERNEL * self.calls)
-
-        class capture:
-            def __init__(self, graph, stream):
-                self.graph, self.stream = graph, stream
-
-            def __enter__(self):
-                gpu.capturing, gpu.current = self.graph, self.stream
-
-            def __exit__(self, kind, *rest):
-                gpu.capturing = None  # like torch's, one that fails leaves its stream as the current one
-                if kind is None:
-                    gpu.current = "default"
-
-        class stream:
-            def __init__(self, stream):
-                self.stream = stream
-
-            def __enter__(self):
-                self.before, gpu.current = gpu.current, "side"
-
-            def __exit__(self, *rest):
-                gpu.current = self.before
-
-        home = Stream()
-
-        def set_stream(stream):
-            assert stream is home
-            gpu.current = "default"
-
-        class Properties:
-            L2_cache_size = 1000
-
-        names = {
-            "Stream": Stream,
-            "Event": Event,
-            "CUDAGraph": CUDAGraph,
-            "graph": capture,
-            "stream": stream,
-            "set_stream": set_stream,
-        }
-        names |= {
-            "current_stream": lambda: home,
-            "current_device": lambda: 0,
-            "get_device_properties": lambda n: Properties,
-        }
-        return names
-
-
-@pytest.fixture
-def gpu(monkeypatch) -> FakeGpu:
-    fake = FakeGpu()
-    for name, value in fake.modules().items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "ones", lambda n, device: Evictor(fake, n, device))
-    return fake
-
-
-class Evictor:
-    def __init__(self, gpu, n, device):
-        assert n * 4 >= 2 * 1000
-        assert device == "cuda"
-        self.sum = partial(gpu.run, "evict", gpu.READ)
-        self.numel = lambda: n
-
-
-def test_warm_calls_on_a_gpu_fill_a_graph(gpu):
-    timer = timing.CudaTimer()
-    sample = timer.warm(gpu.call)
-    assert gpu.log[:5] == ["wait", *["call on side"] * 3, "wait"]
-    gpu.log.clear()
-    seconds = sample().seconds
-    graph = gpu.log[0]
-    assert gpu.log == [
-        graph,
-        "event",
-        graph,
-        "event",
-        "synchronize",
-    ]  # busy with the first replay while the second is queued
-    calls = int(graph.split()[-1])
-    assert calls * gpu.KERNEL >= 1e6 * timing.SAMPLE_SECONDS / 1.5
-    assert seconds == pytest.approx(1e-6 * (gpu.KERNEL + gpu.START / calls))
-    gpu.KERNEL = 1e4
-    gpu.log.clear()
-    timer.warm(gpu.call)()
-    assert set(gpu.log) == {"wait", "call on side", "graph of 1", "event", "synchronize"}
-
-
-def test_cold_calls_on_a_gpu_follow_the_eviction(gpu):
-    timer = timing.CudaTimer()
-    sample = timer.cold(gpu.call)
-    gpu.log.clear()
-    assert sample().seconds == pytest.approx(1e-6 * (gpu.START + gpu.KERNEL))
-    assert gpu.log == ["evict", "event", "graph of 1", "event", "synchronize"]
-
-
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(gpu):
-    def function():
-        if gpu.capturing is not None:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(RuntimeError, match="not permitted"):
-        timing.CudaTimer().warm(function)
-    assert gpu.current == "default"
-
-
-def test_measurements_are_taken_in_turn():
-    taken = []
-
-    def sample(name: str) -> timing.Measurement:
-        taken.append(name)
-        return timing.Measurement(float(len(taken)))
-
-    times = timing.interleave({name: partial(sample, name) for name in "abc"}, 0.0)
-    assert "".join(taken) == "abcbca"
-    assert [m.seconds for m in times["a"]] == [1.0, 6.0]
-    six = [timing.Measurement(float(n)) for n in range(1, 7)]
-    assert timing.quantiles(six) == pytest.approx((3.5, 2.0, 5.0))
-
-
-def test_disturbed_measurements_are_set_aside_if_there_are_others(monkeypatch):
-    monkeypatch.setattr(timing, "ROUNDS", (2, 6))
-    seen = iter(range(100))
-    often = timing.interleave({"a": lambda: timing.Measurement(1.0, next(seen) % 3 == 2)}, 0.01)
-    assert [m.quiet for m in often["a"]] == [True, True]
-    always = timing.interleave({"a": lambda: timing.Measurement(1.0, False)}, 0.01)
-    assert len(always["a"]) == 6
-
-
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux with scheduler statistics")
-def test_waiting_for_a_cpu_is_noticed():
-    """Two processes bound to one CPU wait for each other."""
-    cpus = os.sched_getaffinity(0)
-    code = f"import os; os.sched_setaffinity(0, [{min(cpus)}])\nprint(flush=True)\nwhile True: pass"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        other.stdout.readline()
-        os.sched_setaffinity(0, {min(cpus)})
-        assert not timing.CpuTimer().measure(lambda: sum(range(3_000_000)), 1).quiet
-    finally:
-        os.sched_setaffinity(0, cpus)
-        other.kill()
-        other.wait()
-
-
-def test_a_sample_is_long_enough_to_time():
-    assert timing.calls_for(3e-6) == 67
-    assert timing.calls_for(1.0) == 1
-    assert timing.calls_for(0.0) == 1000
-
-
 def test_needs_no_diffusers():
-    code = "import sys, benchmarks.kernels.benchmark; print(sorted({'diffusers', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)))"
+    code = "import sys, benchmarks.kernels.benchmark; names = {'diffusers', 'transformers', 'matplotlib', 'triton'}; "
+    code += "print(sorted(names & set(sys.modules)))"
     folders = [str(Path(module.__file__).parents[1]) for module in (benchmarks, sys.modules["coalescer_fast"])]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {code}"],
@@ -666,32 +468,10 @@ def test_needs_no_diffusers():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_kept():
-    code = """
-import resource, sys, torch
-from benchmarks.harness import timing
-assert timing.keep_freed_memory()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**21)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sum(faults() < 100 for _ in range(40)) >= 20)  # 2048 pages, were they new
-"""
-    folder = str(Path(benchmarks.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}){code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "True"
-
-
 def test_every_runnable_backend_is_measured():
-    cell = kernels.Cell("m", next(iter(SMALL["m"])), 1, 1, "fp32")
+    cell = grid.Cell("m", next(iter(SMALL["m"])), 1, 1, "fp32")
     args = kernels.parser().parse_args(["--peers", "none"])
-    found = kernels.prepare(cell, torch.device("cpu"), args)
+    found = providers.providers_of(cell, torch.device("cpu"), args)
     able = [
         name
         for name, (can, _) in ops.backends("group_norm_silu").items()

@@ -118,7 +118,7 @@ def test_plot_is_drawn_from_the_csv_alone(rows, tmp_path):
 def test_a_table_without_rows_cannot_be_drawn(tmp_path):
     (tmp_path / "empty.csv").write_text("sampler,steps\n")
     with pytest.raises(ValueError, match="no row"):
-        quality.plot(tmp_path / "empty.csv", tmp_path / "out.png")
+        quality.draw(quality.read(tmp_path / "empty.csv"), tmp_path / "out.png")
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -272,13 +272,13 @@ def test_the_floor_makes_every_convolution_of_the_network_once():
     def once():
         pipe.unet(sample, pipe.condition(["cat"], sample.device), return_dict=False)
 
-    with torch.no_grad(), sampler_peers.Recorder() as recorder:
+    with torch.no_grad(), sampler_peers.Convolutions() as made:
         once()
     modules = [m for m in pipe.unet.modules() if isinstance(m, nn.Conv2d)]
     skips = sum(
         isinstance(part[0], ResidualBlock) for part in pipe.unet.up
     )  # their 1x1 convolution is one of x and one of the skip
-    assert len(recorder.found) == len(modules) + skips
+    assert len(made.found) == len(modules) + skips
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             sampler_peers.convolutions(once, dtype)()
