@@ -1,4 +1,4 @@
-"""The same pipeline, faster: what runs it is decided once, by `accelerate`, and said by `explain`."""
+"""Run the same pipeline faster: `accelerate` chooses what runs its networks, once, and `explain` says what it chose."""
 
 from __future__ import annotations
 
@@ -10,28 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .console import table
+from .dtypes import DTYPES, dtype_name
 from .ops import library
+from .pipeline import CoalescerPipeline
 from .runtime import artefact as artefacts
 from .runtime import compiled, onnx_file, tensorrt
 from .runtime.artefact import Artefact
 from .runtime.cpu import CpuRuntime, native_bfloat16
-from .runtime.cuda import CudaRuntime
+from .runtime.cuda.runtime import CudaRuntime
+from .runtime.eager import EagerRuntime
 from .runtime.exported import ExportedRuntime
 from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
-    from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-BOTH = ("float32", "bfloat16")
+FLOATS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Backend:
-    """make: (pipe, dtype) -> runtime, None where it runs artefacts alone; dtypes: device type -> what it can compute in there; packages:
-    what it needs; unavailable: why it cannot run in this process all the same, or ""; load: (pipe, artefacts by kind) -> runtime of
-    these, which needs the first of the packages alone; engines: of artefacts that it runs."""
+class RuntimeKind:
+    """A runtime that `accelerate` can choose, under its name in `RUNTIMES`.
+
+    Attributes:
+        make: (pipe, dtype) -> runtime, or None where it runs artefacts alone.
+        dtypes: device type -> names of the dtypes that it can compute in there.
+        packages: what it needs to prepare networks. To load an artefact it needs the first of them alone.
+        unavailable: why it cannot run in this process although the packages are there, or "".
+        load: (pipe, artefacts by kind) -> runtime of these artefacts, or None where it runs none.
+        engines: what the artefacts that it runs were made for, see `Manifest.engine`.
+    """
 
     make: Callable[[CoalescerPipeline, torch.dtype], Runtime] | None
     dtypes: Mapping[str, Sequence[str]]
@@ -41,29 +50,29 @@ class Backend:
     engines: Sequence[str] = ()
 
 
-BACKENDS = {
-    "cpu": Backend(CpuRuntime, {"cpu": (*BOTH, "int8")}, unavailable=lambda: library.unavailable()),
-    "cuda": Backend(
+RUNTIMES = {
+    "cpu": RuntimeKind(CpuRuntime, {"cpu": (*FLOATS, "int8")}, unavailable=lambda: library.unavailable()),
+    "cuda": RuntimeKind(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
-        {"cuda": (*BOTH, "float16")},
+        {"cuda": (*FLOATS, "float16")},
         unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
     ),
-    "compile": Backend(
-        lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": BOTH, "cuda": BOTH}
+    "compile": RuntimeKind(
+        lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": FLOATS, "cuda": FLOATS}
     ),
-    "onnxruntime": Backend(
+    "onnxruntime": RuntimeKind(
         lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
         load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnx_file.open_artefact),
         engines=["onnx"],
     ),
-    "openvino": Backend(
+    "openvino": RuntimeKind(
         lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
-        {"cpu": BOTH},
+        {"cpu": FLOATS},
         ("openvino", "onnx", "onnxscript"),
     ),
-    "tensorrt": Backend(
+    "tensorrt": RuntimeKind(
         None,
         {"cuda": ()},  # an artefact has its own precision
         unavailable=tensorrt.unavailable,
@@ -71,26 +80,35 @@ BACKENDS = {
         engines=list(tensorrt.TITLES),
     ),
 }
-# device type: what "auto" takes there, even where ops of its have to run on the reference
+# device type -> what "auto" takes there, even where ops of its have to run on the reference
 AUTO = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def unavailable(name: str, loads: bool = False) -> str:
-    """Why backend ``name`` cannot run in this process (or load artefacts), as what is to be said of it, or ""."""
-    packages = BACKENDS[name].packages[: 1 if loads else None]
+    """Why a runtime cannot run in this process.
+
+    Args:
+        name: one of `RUNTIMES`.
+        loads: whether it only has to load artefacts.
+
+    Returns:
+        What follows its name in a sentence, or "" if it can run.
+    """
+    packages = RUNTIMES[name].packages[: 1 if loads else None]
     for package in packages:
         if importlib.util.find_spec(package) is None:
             return f"needs the package {package}, which is not installed: run pip install {' '.join(packages)}"
-    reason = BACKENDS[name].unavailable()
+    reason = RUNTIMES[name].unavailable()
     return f"cannot run: {reason}" if reason else ""
 
 
 def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device of this type multiplies bfloat16 itself; emulated it is slower than float32."""
     return native_bfloat16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def native_dtype(device: str, dtypes: Sequence[str]) -> str:
-    """Of the dtypes, bfloat16 where the device multiplies it itself, else on a GPU float16, else float32."""
+    """Choose among dtypes: bfloat16 where the device multiplies it, else on a GPU float16, else float32."""
     order = ["bfloat16"] * multiplies_bfloat16(device) + ["float16"] * (device == "cuda") + ["float32"]
     return next(name for name in order if name in dtypes)
 
@@ -101,8 +119,9 @@ def accelerate(
     dtype: str | torch.dtype = "auto",
     artefact: str | Path | None = None,
 ) -> CoalescerPipeline:
-    """Have the pipeline's calls run fast from now on; the same call with the same seed gives the same pictures, up to
-    rounding.
+    """Have the pipeline's calls run fast from now on.
+
+    The same call with the same seed gives the same pictures, up to rounding.
 
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size
       and resolution. Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images
@@ -117,8 +136,8 @@ def accelerate(
     - "onnxruntime" with ``artefact``, a folder that `coalescer-export` wrote: its graphs, for the batch sizes and in
       the precision that they were exported for. Nothing is prepared. They are of these weights, or refused, now and in
       every call.
-    - "tensorrt" with ``artefact``, a folder of plans that `coalescer-export engine` built for this GPU: on the caller's
-      stream, in a CUDA graph for each batch size. Not yet run on a GPU.
+    - "tensorrt" with ``artefact``, a folder of engines that `coalescer-export engine` built for this GPU: on the
+      caller's stream, in a CUDA graph for each batch size. Not yet run on a GPU.
 
     What depends on the description alone is computed once a call, in float32; R, distances and the update are float32.
     What is changed of the networks later, weights, layers, attributes or hooks, takes effect at the next call (see
@@ -133,29 +152,32 @@ def accelerate(
     Args:
         pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
         backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
-            `BACKENDS`.
-        dtype: "auto", which is bfloat16 where device and backend have it (else float32, and float16 by "cuda"), or a
-            dtype or its name, as in `BACKENDS`.
+            `RUNTIMES`.
+        dtype: "auto", which is bfloat16 where device and runtime have it (else float32, and float16 by "cuda"), or a
+            dtype or its name, as in `RUNTIMES`.
+        artefact: a folder that `coalescer-export` wrote, to run it instead of the pipeline's own networks.
 
-    Returns: ``pipe`` itself, whose ``runtime`` is now set; `restore` undoes it.
+    Returns:
+        ``pipe`` itself, with another ``runtime``; `restore` undoes it.
 
-    Raises: ValueError, in one sentence, for a backend or dtype that does not exist or cannot run here, and for an
-        artefact that is damaged or of another model.
+    Raises:
+        ValueError: for a backend or dtype that does not exist or cannot run here, and for an artefact that is damaged
+            or of another model.
     """
     check_pipeline(pipe)
     if artefact is not None and not isinstance(artefact, (str, Path)):
         raise TypeError(f"artefact is {artefact!r:.80}; expected the name of a folder")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(BACKENDS)}")
+    if backend not in ("auto", *RUNTIMES):
+        raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
     if artefact is not None:
         return _load(pipe, backend, dtype, artefact)
     _check_device(pipe, backend)
     device = pipe.device.type
     name = AUTO[device] if backend == "auto" else backend
-    if (make := BACKENDS[name].make) is None:
+    if (make := RUNTIMES[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
-    dtypes = BACKENDS[name].dtypes[device]
-    chosen = native_dtype(device, dtypes) if dtype == "auto" else str(dtype).removeprefix("torch.")
+    dtypes = RUNTIMES[name].dtypes[device]
+    chosen = native_dtype(device, dtypes) if dtype == "auto" else dtype_name(dtype)
     if chosen not in dtypes:
         raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {name!r} on {device}")
     if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
@@ -167,7 +189,7 @@ def accelerate(
 
 
 def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:
-    loads = {name: each.load for name, each in BACKENDS.items() if each.load is not None}
+    loads = {name: kind.load for name, kind in RUNTIMES.items() if kind.load is not None}
     if backend not in ("auto", *loads):
         raise ValueError(f"backend {backend!r} takes no artefact; use one of auto, {', '.join(loads)}")
     if dtype != "auto":
@@ -176,7 +198,7 @@ def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artef
     if backend == "auto":
         found = artefacts.find(artefact)
         engine = next(iter(found.values())).manifest.engine
-        backend = next(name for name in loads if engine in BACKENDS[name].engines)
+        backend = next(name for name in loads if engine in RUNTIMES[name].engines)
     _check_device(pipe, backend)
     if reason := unavailable(backend, loads=True):
         raise ValueError(f"backend {backend!r} {reason}")
@@ -186,7 +208,7 @@ def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artef
 
 
 def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
-    devices = list(AUTO if backend == "auto" else BACKENDS[backend].dtypes)
+    devices = list(AUTO if backend == "auto" else RUNTIMES[backend].dtypes)
     if pipe.device.type not in devices:
         where = f"runs on {' and '.join(devices)}, and the pipeline is on {pipe.device}"
         raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
@@ -195,35 +217,42 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
 def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
     """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
     check_pipeline(pipe)
-    pipe.runtime = pipe.recipe = None
+    pipe.runtime, pipe.recipe = EagerRuntime(pipe), None
     return pipe
 
 
 def refresh(pipe: CoalescerPipeline) -> CoalescerPipeline:
-    """Have an accelerated pipeline take over its networks as they are now, whatever it can tell of their changes.
-    Returns ``pipe``.
+    """Have an accelerated pipeline take over its networks as they are now, whether or not it sees a change.
 
     Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch
     counts. What torch does not count, writes through ``.data`` or numpy, it finds on a CPU if they change a whole
     tensor, and else perhaps not: call this after them.
 
-    Raises: ValueError if the pipeline is not accelerated, or if an artefact is not of its weights.
+    Returns:
+        ``pipe``.
+
+    Raises:
+        ValueError: if the pipeline is not accelerated, or if an artefact is not of its weights.
     """
-    runtime = accelerated(pipe)
+    runtime = _accelerated(pipe)
     runtime.forget()
     runtime.refresh()
     return pipe
 
 
 def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: Any) -> None:
-    """Do now what the first call of these batch sizes would do once: pack the weights, prepare the networks, capture graphs.
+    """Do now what the first call of these batch sizes would do once: pack weights, prepare networks, capture graphs.
 
-    ``call``: what else the calls to come will be given, of that which is prepared for: num_inference_steps, height, width, output_type,
-    guidance_scale (whether it is 1).
+    Args:
+        pipe: an accelerated pipeline.
+        batch_sizes: pictures a call.
+        **call: what else the calls to come will be given, of that which is prepared for: num_inference_steps, height,
+            width, output_type, guidance_scale (whether it is 1).
 
-    Raises: ValueError if the pipeline is not accelerated.
+    Raises:
+        ValueError: if the pipeline is not accelerated.
     """
-    accelerated(pipe)
+    _accelerated(pipe)
     for n in batch_sizes:
         pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), **{"output_type": "pt", **call})
 
@@ -231,23 +260,21 @@ def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: A
 def explain(pipe: CoalescerPipeline) -> str:
     """A table of what runs each part of a pipeline, and why."""
     check_pipeline(pipe)
-    plain = [{"part": "all", "runs on": "reference", "because": "the pipeline is not accelerated"}]
-    rows = plain if pipe.runtime is None else pipe.runtime.explain()
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    rows = [(part.name, part.runs_on, part.because) for part in pipe.runtime.explain()]
+    return table([("part", "runs on", "because"), *rows])
 
 
 def check_pipeline(pipe: object) -> None:
     """Raise TypeError for anything but a pipeline."""
-    if not hasattr(type(pipe), "runtime"):
+    if not isinstance(pipe, CoalescerPipeline):
         raise TypeError(
             f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"
         )
 
 
-def accelerated(pipe: CoalescerPipeline) -> Runtime:
+def _accelerated(pipe: CoalescerPipeline) -> Runtime:
+    """The runtime of an accelerated pipeline. Raises ValueError for any other."""
     check_pipeline(pipe)
-    if pipe.runtime is None:
+    if isinstance(pipe.runtime, EagerRuntime):
         raise ValueError("the pipeline is not accelerated: call coalescer_fast.accelerate(pipe) first")
     return pipe.runtime

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
-import os
 import platform
 import re
 import secrets
@@ -14,25 +12,37 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, files
+from .collect_env import cpu_name
+from .console import (
+    MAX_IMAGES,
+    MAX_STEPS,
+    Parser,
+    add_common_options,
+    counts,
+    execute,
+    logging_to_stderr,
+    natural,
+    open_pipeline,
+    positive,
+    prompt,
+    table,
+    transposed_table,
+    up_to,
+)
 from .files import check_writable
 
-# Heavy modules (torch, diffusers, ...) are imported by the commands that need them; these names are those of `acceleration`.
-BACKENDS = ("auto", "cpu", "cuda", "compile", "onnxruntime", "openvino", "tensorrt")
+if TYPE_CHECKING:
+    from .pipeline import CoalescerPipeline
+
+# Heavy modules (torch, diffusers) are imported by the commands that need them, so these names repeat those of
+# acceleration.RUNTIMES and dtypes.DTYPES.
+RUNTIMES = ("auto", "cpu", "cuda", "compile", "onnxruntime", "openvino", "tensorrt")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
-MOST_PICTURES = 1024  # a prompt, and in all four times as many
-MOST_STEPS = 1000
-NO_MEMORY = "there is not enough memory for this: ask for fewer or smaller pictures at a time"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.partition(' ')[0]}: {message} (see '{self.prog} --help')\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,74 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return execute(parser(), argv)
 
 
-def execute(top: Parser, argv: Sequence[str] | None) -> int:
-    """Run what ``top`` makes of ``argv``: its ``run(args)``. Whatever fails is said in one sentence, with ``--debug`` by its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path, or a prompt, of any bytes
-    debug = False
-    try:
-        try:
-            args = top.parse_args(argv)
-            debug = args.debug
-            return args.run(args) or 0
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        # what is left in the buffer has nowhere to go, and Python would say so once more at its end
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message, status = (
-            "the output was closed before all of it was written: read it to its end, or write it to a file",
-            141,
-        )
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except Exception as error:
-        if debug:
-            raise
-        message, status = unforeseen(error), 1
-    with suppress(OSError):
-        print(f"{top.prog}: {message}", file=sys.stderr)
-    return status
-
-
-def sentence(error: BaseException) -> str:
-    """An exception's message in one line, with the fix where the message is Python's own, or another library's, and has none."""
-    said = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the package {error.name.partition('.')[0]} is missing: run pip install 'coalescer_fast[all]'"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"cannot use {error.filename} ({error.strerror.lower()}): give another path"
-    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
-        return NO_MEMORY
-    if isinstance(error, RecursionError):
-        return "what was read is nested too deeply: give another file"
-    return said or type(error).__name__
-
-
-def unforeseen(error: Exception) -> str:
-    """`sentence` of what is no mistake of a user's that was thought of."""
-    said, name = sentence(error), type(error).__name__
-    foreseen = type(error) in (ValueError, TypeError) or isinstance(
-        error, (OSError, ImportError, MemoryError, RecursionError)
-    )
-    if foreseen or said == NO_MEMORY:
-        return said
-    what = name if said == name else f"{name}: {said[:300]}"
-    return f"{what} (add --debug for the traceback, and report it unless the command was wrong)"
-
-
 def parser() -> Parser:
     top = Parser(prog="coalescer-fast", description="Text-to-image sampling in two network evaluations.")
     top.add_argument("--version", action="version", version=__version__)
-    add_common(top)
+    add_common_options(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        add_common(sub, above=True)
+        add_common_options(sub, is_subcommand=True)
         sub.set_defaults(run=run)
         return sub
 
@@ -117,7 +68,7 @@ def parser() -> Parser:
             "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
         )
         sub.add_argument(
-            "--backend", choices=BACKENDS, default=default, help=f"what runs the networks (default: {said})"
+            "--backend", choices=RUNTIMES, default=default, help=f"what runs the networks (default: {said})"
         )
         sub.add_argument("--dtype", choices=DTYPES, default=default, help=f"what they compute in (default: {said})")
         sub.add_argument(
@@ -127,11 +78,11 @@ def parser() -> Parser:
     sub = command("sample", sample, "draw pictures of prompts")
     sub.add_argument("prompts", nargs="+", type=prompt, metavar="PROMPT")
     model(sub)
-    text = f"pictures a prompt, at most {MOST_PICTURES:,}, for they are drawn together and held in memory (default: %(default)s)"
-    sub.add_argument("-n", type=up_to(MOST_PICTURES), default=1, metavar="N", help=text)
+    text = f"pictures a prompt, at most {MAX_IMAGES:,}, for they are drawn together and held in memory (default: %(default)s)"
+    sub.add_argument("-n", type=up_to(MAX_IMAGES), default=1, metavar="N", help=text)
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
-    text = f"steps, the network evaluations without guidance, at most {MOST_STEPS:,}, for the model is made for 2 (default: %(default)s)"
-    sub.add_argument("--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help=text)
+    text = f"steps, the network evaluations without guidance, at most {MAX_STEPS:,}, for the model is made for 2 (default: %(default)s)"
+    sub.add_argument("--steps", type=up_to(MAX_STEPS), default=2, metavar="N", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
     sub.add_argument(
         "--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)"
@@ -202,19 +153,10 @@ def parser() -> Parser:
     return top
 
 
-def add_common(parser: argparse.ArgumentParser, above: bool = False) -> None:
-    """The options that stand before the command or behind it; ``above``: another parser has them, too, and their defaults."""
-    default: Any = argparse.SUPPRESS if above else False
-    parser.add_argument(
-        "--quiet", action="store_true", default=default, help="no progress bars and no messages but warnings and errors"
-    )
-    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
-
-
 def sample(args: argparse.Namespace) -> None:
-    if (count := len(args.prompts) * args.n) > 4 * MOST_PICTURES:
+    if (count := len(args.prompts) * args.n) > 4 * MAX_IMAGES:
         raise ValueError(
-            f"{count:,} pictures are more than the {4 * MOST_PICTURES:,} that are drawn at once: ask for fewer prompts or -n"
+            f"{count:,} pictures are more than the {4 * MAX_IMAGES:,} that are drawn at once: ask for fewer prompts or -n"
         )
     from PIL import Image
 
@@ -241,15 +183,16 @@ def sample(args: argparse.Namespace) -> None:
     pipe = load(args)
     loaded = time.perf_counter()
     noise = pipe.initial_noise(count, torch.Generator().manual_seed(seed))
-    pictures = pipe(
+    output: Any = pipe(
         args.prompts,
         num_images_per_prompt=args.n,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         latents=noise,
         negative_prompt=args.negative,
-    ).images
+    )
     drawn = time.perf_counter()
+    pictures = output.images
     prompts = [text for text in args.prompts for _ in range(args.n)]
     if len(pictures) == 1:
         picture = pictures[0]
@@ -272,9 +215,9 @@ def info(args: argparse.Namespace) -> None:
     import torch
 
     from . import acceleration
+    from .folders import WEIGHTS, embedded_models
     from .ops import backends
     from .ops.dispatch import BACKENDS
-    from .pipeline import WEIGHTS, embedded_models
 
     facts: dict[str, Any] = {
         "coalescer_fast": __version__,
@@ -289,7 +232,7 @@ def info(args: argparse.Namespace) -> None:
     facts["backends"] = {
         name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()
     }
-    reasons = {name: acceleration.unavailable(name) for name in acceleration.BACKENDS}
+    reasons = {name: acceleration.unavailable(name) for name in acceleration.RUNTIMES}
     facts["accelerate"] = {name: {"able": not reason, "reason": reason} for name, reason in reasons.items()}
     facts["models"] = {
         name: sum(file.stat().st_size for file in (WEIGHTS / name).rglob("*")) for name in embedded_models()
@@ -303,9 +246,7 @@ def info(args: argparse.Namespace) -> None:
         facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}{note}"
     for name, state in facts.pop("accelerate").items():
         facts[f"accelerate {name}"] = state["reason"] or "can run"
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}s}  {value or 'none'}")
+    print(table([(name, str(value or "none")) for name, value in facts.items()]))
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -321,7 +262,6 @@ def warmup(args: argparse.Namespace) -> None:
     import torch
 
     from .acceleration import warmup as prepare
-    from .runtime.base import precision
 
     pipe = load(args)
     pipe.set_progress_bar_config(disable=True)
@@ -338,8 +278,8 @@ def warmup(args: argparse.Namespace) -> None:
     for n in args.batch_sizes:
         row = {"pictures": n, "warm-up, s": seconds(prepare, pipe, (n,))}
         rows.append({**row, "call, s": statistics.median(seconds(call, n) for _ in range(5))})
-    print(f"{pipe.runtime.name}, {precision(pipe.runtime)}, {torch.get_num_threads()} threads")
-    print(aligned(rows))
+    print(f"{pipe.runtime.name}, {pipe.runtime.precision}, {torch.get_num_threads()} threads")
+    print(transposed_table(rows))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -359,7 +299,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .training.evaluation import evaluate as measure
 
     rows = measure(load(args), data, steps=args.steps, progress=not args.quiet)
-    print(aligned(rows))
+    print(transposed_table(rows))
     if args.csv:
         files.write_csv(args.csv, rows, list(rows[0]))
 
@@ -373,7 +313,7 @@ def build_data(args: argparse.Namespace) -> None:
     print(path)
 
 
-def load(args: argparse.Namespace) -> Any:
+def load(args: argparse.Namespace) -> CoalescerPipeline:
     """The pipeline that the options name, accelerated if they name a backend, a dtype or an artefact."""
     from .acceleration import accelerate
 
@@ -381,86 +321,6 @@ def load(args: argparse.Namespace) -> Any:
     pipe.set_progress_bar_config(disable=args.quiet, delay=1.0)  # none for what takes less than a second
     plain = args.backend is None and args.dtype is None and args.artefact is None
     return pipe if plain else accelerate(pipe, args.backend or "auto", args.dtype or "auto", args.artefact)
-
-
-def open_pipeline(model: str) -> Any:
-    """The pipeline of a name, without the bar of diffusers for its parts, which are there in a moment."""
-    from diffusers.utils import logging as theirs
-
-    from .pipeline import CoalescerPipeline
-
-    shown = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        return CoalescerPipeline.from_pretrained(model)
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
-
-
-def up_to(most: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from 1 to ``most``."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or len(text) > 18 or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 1 to {most:,}")
-        return int(text)
-
-    return number
-
-
-positive = up_to(1_000_000)
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def counts(text: str) -> tuple[int, ...]:
-    return tuple(map(up_to(MOST_PICTURES), map(str.strip, text.split(","))))
-
-
-def prompt(text: str) -> str:
-    """Raise ArgumentTypeError for what is no text: bytes of another encoding, half of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!a:.80} holds bytes that are no text in UTF-8: type it again") from None
-    return text
-
-
-def aligned(rows: Sequence[dict[str, Any]]) -> str:
-    """A plain table, a line a figure and a column a row, numbers to four digits and to the right."""
-
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    lines = [[name, *(cell(row.get(name, "")) for row in rows)] for name in names]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def logging_to_stderr(quiet: bool = False) -> AbstractContextManager[None]:
-    """Show the package's INFO messages on stderr, above the progress bars."""
-    if quiet:
-        return nullcontext()
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger(__package__).setLevel(logging.INFO)
-    return logging_redirect_tqdm()
 
 
 if __name__ == "__main__":

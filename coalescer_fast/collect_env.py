@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli import cpu_name
+from .console import table
 
 PARTS = ("cpu", "cuda")
 LIBRARIES = Path(__file__).parent / "lib"
@@ -123,6 +123,16 @@ def cpu() -> Facts:
         "usable_cores": usable,
         "flags": {name: name in flags for name in FLAGS},
     }
+
+
+def cpu_name() -> str:
+    """The model name of the processor, or what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def build() -> Facts:
@@ -238,9 +248,7 @@ def ask(command: list[str]) -> Any:
 
 def text(facts: Facts) -> str:
     """One line a fact, its path in front."""
-    rows = list(lines(facts))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in rows)
+    return table(lines(facts))
 
 
 def lines(value: Any, path: str = "") -> list[tuple[str, str]]:

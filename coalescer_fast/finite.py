@@ -38,3 +38,12 @@ def first_not_finite(batch: Tensor) -> int | None:
     """The first sample of a batch (N, ...) that is not finite, or None."""
     bad = ~batch.isfinite().flatten(1).all(1)
     return int(bad.nonzero()[0]) if bad.any() else None
+
+
+def nan_where_not_finite(pictures: Tensor, latents: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W), all NaN where the latents (N, C, h, w) they were decoded from are not finite.
+
+    A decoder clamps its input and would make a picture of infinity.
+    """
+    finite = latents.isfinite().flatten(1).all(1)[:, None, None, None]
+    return pictures.where(finite, torch.nan)

@@ -30,6 +30,7 @@ COMPONENTS: dict[str, type] = {
     "description_encoder": DescriptionEncoder,
     "vae": CoalescerAutoencoder,
 }
+WEIGHTS = Path(__file__).parent / "weights"  # a folder for each embedded model
 NETWORKS = ("unet", "description_encoder", "vae")
 INDEX_END = ".safetensors.index.json"
 INDEX, CHECKSUMS, CODE = "model_index.json", "checksums.json", "pipeline.py"
@@ -38,6 +39,37 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
 # settings that count layers, each of which has tensors
 COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks")
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that the package carries."""
+    return sorted(p.parent.name for p in WEIGHTS.glob(f"*/{INDEX}"))
+
+
+def locate(name: str) -> Path | None:
+    """Find the folder that a name stands for.
+
+    Args:
+        name: an embedded model, a folder or a Hub id.
+
+    Returns:
+        The folder, or None for a Hub id.
+
+    Raises:
+        ValueError: for a name that can be none of them.
+    """
+    if name in embedded_models():
+        return WEIGHTS / name
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"there is no model {name!r:.80}: {(error.strerror or str(error)).lower()}") from error
+    if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
+        known = ", ".join(embedded_models())
+        raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
+    return None
 
 
 def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:

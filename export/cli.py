@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coalescer_fast import __version__
-from coalescer_fast.cli import Parser, add_common, execute
+from coalescer_fast.console import Parser, add_common_options, execute
 
 from .commands import engine, inspect, onnx, quantize, verify
 
@@ -24,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     top = Parser(prog="coalescer-export", description="Exports a coalescer, and checks what was exported.")
     top.add_argument("--version", action="version", version=__version__)
-    add_common(top)
+    add_common_options(top)
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         text = (command.__doc__ or "").partition("\n")[0].rstrip(".")
         sub = subparsers.add_parser(
             command.__name__.rpartition(".")[2], help=text[0].lower() + text[1:], description=f"{text}."
         )
-        add_common(sub, above=True)
+        add_common_options(sub, is_subcommand=True)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return top

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.parity import NUM_PROMPTS, Budget, Row, Verification, at_least, at_most, descriptions, finite
+from coalescer_fast.prompts import Descriptions
 from coalescer_fast.runtime import onnx_file, tensorrt
 from coalescer_fast.runtime.artefact import Artefact, Manifest
-from coalescer_fast.runtime.base import quiet_torch
+from coalescer_fast.runtime.base import Part, Runtime, quiet_torch
 from coalescer_fast.runtime.exported import Described
 
 Tensors = tuple[Tensor, ...]
@@ -54,20 +55,19 @@ class Trajectory:
         return [((self.noise, *self.description), (self.pictures,))]
 
 
-class _Witness:
+class _Witness(Runtime):
     """A pipeline's runtime: the float32 reference, or another UNet ``run``, with what goes in and comes out noted."""
 
     name, backend, dtype = "reference", "reference", torch.float32
 
     def __init__(self, pipe: Any, run: Callable[[Tensors], Tensors] | None):
         self.seen: Trajectory  # of the call that runs
-        self.pipe, self.device, self.run = pipe, pipe.device, run
+        super().__init__(pipe)
+        self.device, self.run = pipe.device, run
         self.unet = copy.deepcopy(pipe.unet)
         self.unet.set_backend("reference")
 
-    def refresh(self) -> None: ...
-
-    def condition(self, texts: list[str], device: torch.device) -> Described:
+    def condition(self, texts: Descriptions, device: torch.device) -> Described:
         return Described([], None, [], description=self.pipe.describe(texts, device))
 
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,9 @@ class _Witness:
     def decode(self, latents: Tensor) -> Tensor:
         self.seen.latents, self.seen.decoded = latents, self.pipe.decode(latents)
         return self.seen.decoded
+
+    def explain(self) -> list[Part]:
+        return [Part("all", self.name, "what goes in and comes out is noted")]
 
 
 def trajectories(
@@ -108,7 +111,7 @@ def trajectories(
         size = next(sizes)
         part, texts = texts[:size], texts[size:]
         part += [part[-1]] * (min(batches) - len(part))  # a graph may take no fewer
-        noise = pipe._initial_sample(len(part), None, None, generator, None)
+        noise = pipe.initial_noise(len(part), generator)
         witness.seen = Trajectory(noise)
         try:
             pipe.runtime = witness

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from coalescer_fast.cli import cpu_name
+from coalescer_fast.collect_env import cpu_name
 from coalescer_fast.parity import Verification, descriptions
 from coalescer_fast.runtime import artefact, onnx_file
 from coalescer_fast.runtime.artefact import Artefact, Manifest

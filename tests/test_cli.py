@@ -17,6 +17,7 @@ from PIL import Image
 
 import coalescer_fast
 from coalescer_fast import __version__, acceleration, cli
+from coalescer_fast.dtypes import DTYPES
 from coalescer_fast.parity import Verification, at_least
 from coalescer_fast.training.config import CONFIGS
 
@@ -209,11 +210,11 @@ def test_help_is_quick():
 
 
 def test_names_of_backends_and_dtypes(run):
-    assert ("auto", *acceleration.BACKENDS) == cli.BACKENDS
-    assert ("auto", *acceleration.DTYPES) == cli.DTYPES
+    assert ("auto", *acceleration.RUNTIMES) == cli.RUNTIMES
+    assert ("auto", *DTYPES) == cli.DTYPES
     for command in ("sample", "verify", "warmup", "evaluate"):
         _, out, _ = run(command, "--help")
-        assert f"{{{','.join(cli.BACKENDS)}}}" in out
+        assert f"{{{','.join(cli.RUNTIMES)}}}" in out
         assert f"{{{','.join(cli.DTYPES)}}}" in out
     for option, value in (("--backend", "magic"), ("--dtype", "float8")):
         status, _, error = run("sample", "octopus", option, value)
@@ -379,7 +380,7 @@ def test_info(run):
     assert facts["models"]["emoji-64"] > 1e5
     assert list(facts["backends"]) == ["reference", "cpu", "triton", "cuda"]
     assert facts["backends"]["reference"] == {"able": True, "reason": "", "note": ""}
-    assert list(facts["accelerate"]) == list(acceleration.BACKENDS)
+    assert list(facts["accelerate"]) == list(acceleration.RUNTIMES)
     assert facts["accelerate"]["compile"] == {"able": True, "reason": ""}
     status, out, _ = run("info")
     assert status == 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 import coalescer_fast
 from coalescer_fast import CoalescerPipeline
-from coalescer_fast.pipeline import embedded_models
+from coalescer_fast.folders import embedded_models
 
 PACKAGE = Path(coalescer_fast.__file__).parent
 

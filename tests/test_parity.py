@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,17 +13,25 @@ import coalescer_fast as cf
 from coalescer_fast import CoalescerPipeline, accelerate, ops, verify
 from coalescer_fast.ops import dispatch, library
 from coalescer_fast.parity import Budget, Verification, at_least
+from coalescer_fast.runtime.base import Part, Runtime
 
 from .test_pipeline import FREE, tiny_pipeline
 
 OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 
 
-class Runtime:
+class StandIn(Runtime):
     """A runtime that `verify` knows nothing of: copies of a pipeline's networks in ``dtype``, and what faults a test plants in them."""
 
-    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype = torch.float32, name: str = "stand-in"):
-        self.name, self.dtype = name, dtype
+    def __init__(
+        self,
+        pipe: CoalescerPipeline,
+        dtype: torch.dtype = torch.float32,
+        name: str = "stand-in",
+        parts: Sequence[Part] = (),
+    ):
+        super().__init__(pipe)
+        self.name, self.dtype, self.parts = name, dtype, list(parts)
         self.unet, self.vae, self.encoder = (
             copy.deepcopy(pipe.unet).to(dtype),
             copy.deepcopy(pipe.vae).to(dtype),
@@ -31,8 +40,8 @@ class Runtime:
         self.device, self.backend = pipe.device, "reference"
         self.direction_fault = self.distance_fault = self.picture_fault = lambda x: x
 
-    def refresh(self):
-        pass
+    def explain(self):
+        return self.parts
 
     def condition(self, texts, device):
         rows = self.encoder.token_rows(texts) if self.unet.config.cross_attention_dim else ()
@@ -47,10 +56,14 @@ class Runtime:
 
 
 def accelerated(
-    unet: dict | None = None, dtype: torch.dtype = torch.float32, name: str = "stand-in", **scheduler
+    unet: dict | None = None,
+    dtype: torch.dtype = torch.float32,
+    name: str = "stand-in",
+    parts: Sequence[Part] = (),
+    **scheduler,
 ) -> CoalescerPipeline:
     pipe = tiny_pipeline(unet, **scheduler)
-    pipe.runtime = Runtime(pipe, dtype, name)
+    pipe.runtime = StandIn(pipe, dtype, name, parts)
     return pipe
 
 
@@ -86,7 +99,7 @@ def test_it_draws_what_the_pipeline_draws():
         pipe(prompts, output_type="latent", **call).images,
         pipe(prompts, output_type="pt", **call).images,
     )
-    pipe.runtime = None
+    cf.restore(pipe)
     expected, reference = (
         pipe(prompts, output_type="latent", **call).images,
         pipe(prompts, output_type="pt", **call).images,
@@ -170,7 +183,7 @@ def test_nan_fails(where):
 def test_ops_on_the_native_kernels(dtype, unet):
     if reason := dispatch.BACKENDS["cpu"].refusal({}):
         pytest.skip(reason)
-    pipe = accelerated(unet, dtype, "cpu")
+    pipe = accelerated(unet, dtype, "cpu", [Part.of_op(op, "cpu", "") for op in OPS])
     pipe.runtime.unet.set_backend("cpu")
     result = verify(pipe, 1)
     assert "pictures: PSNR, median" not in failed(result)
@@ -183,13 +196,15 @@ def test_ops_on_the_native_kernels(dtype, unet):
 
 
 def test_ops_are_those_that_the_runtime_explains():
-    pipe = accelerated()
-    pipe.runtime.explain = lambda: [
-        {"part": "bias_residual", "runs on": "reference", "because": "a"},
-        {"part": "bias_residual", "runs on": "reference", "because": "b"},
-        {"part": "dual_head", "runs on": "oneDNN"},
-        {"stage": "decode"},
-    ]
+    pipe = accelerated(
+        parts=[
+            Part.of_op("bias_residual", "reference", "a"),
+            Part.of_op("bias_residual", "reference", "b"),
+            Part("dual_head", "oneDNN", ""),
+            Part.of_op("coalesce_step", "auto", "each call chooses"),
+            Part("decode", "reference", ""),
+        ]
+    )
     rows = verify(pipe).rows
     assert [row.what for row in rows if "allowed error" in row.what] == [
         "bias_residual; reference, float32: error / allowed error"
@@ -209,8 +224,7 @@ def test_a_wrong_op_fails(monkeypatch, op, fault):
         return out
 
     monkeypatch.setattr(ops, op, wrong)
-    pipe = accelerated()
-    pipe.runtime.explain = lambda: [{"part": op, "runs on": "triton"}]
+    pipe = accelerated(parts=[Part.of_op(op, "triton", "")])
     wrong_ones = failed(verify(pipe))
     assert wrong_ones
     assert all(what.startswith(op) and "triton" in what for what in wrong_ones)

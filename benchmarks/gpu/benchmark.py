@@ -1,6 +1,6 @@
 """All that is to be known of the package on a CUDA machine, by one command, from a plain checkout, in under ten minutes.
 
-    python -m benchmarks.gpu [--quick] --out DIR
+    python -m benchmarks.gpu [--quick] [--seconds S] --out DIR
 
 Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu.calls` by itself and under
 compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long; `benchmarks.sampler` for each model,
@@ -37,7 +37,7 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import files, ops
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from ..harness.arguments import Parser
@@ -84,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="P,P",
         help="the parts whose names begin so (default: all)",
     )
+    top.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"for all parts (default: {SECONDS:g}, with --quick {QUICK_SECONDS:g})",
+    )
     top.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = top.parse_args(argv)
     if not torch.cuda.is_available():
@@ -99,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = [
         part for part in parts(args.out.resolve(), args.quick) if args.only is None or part.name.startswith(args.only)
     ]
-    return run(plan, args.out, QUICK_SECONDS if args.quick else SECONDS, environment())
+    return run(plan, args.out, args.seconds or (QUICK_SECONDS if args.quick else SECONDS), environment())
 
 
 def run(parts: Sequence[Part], out: Path, seconds: float, facts: dict[str, str]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from ..harness.arguments import Parser

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 
 from .results import Text, read
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from coalescer_fast.cli import cpu_name
+from coalescer_fast.collect_env import cpu_name
 
 from .results import Row
 

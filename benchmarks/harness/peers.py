@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from coalescer_fast.cli import sentence
+from coalescer_fast.console import sentence
 
 OK = "ok"
 T = TypeVar("T")

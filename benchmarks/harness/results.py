@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coalescer_fast import files
-from coalescer_fast.cli import check_writable
 
 Row = dict[str, float | int | str]
 Text = dict[str, str]  # a row as it is read from a file
@@ -27,7 +26,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def open_csv(path: Path, columns: Sequence[str]) -> None:
     """Raise an OSError or ValueError now if rows of these columns cannot be added to the file later."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
+    files.check_writable(path)
     if path.exists():
         append(path, [], columns)
 

@@ -37,7 +37,8 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import ops
-from coalescer_fast.cli import cpu_name, sentence
+from coalescer_fast.collect_env import cpu_name
+from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from ..harness import timing

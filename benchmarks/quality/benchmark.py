@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from coalescer_fast.cli import check_writable, counts
+from coalescer_fast.console import counts
+from coalescer_fast.files import check_writable
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import (

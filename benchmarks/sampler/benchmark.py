@@ -47,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import coalescer_fast
 from coalescer_fast import sampling
 from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.runtime.eager import EagerRuntime
 
 from ..harness import environment as machine
 from ..harness import refcheck, timing
@@ -275,12 +276,12 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
     def steps(engine: Engine, scale: float) -> Callable[[], Tensors]:
         conditioning, empty = (engine.runtime.condition(some, sample.device) for some in (texts, [""] * batch))
         given = (pipe.scheduler, sample, conditioning, None if scale == 1 else empty, scale)
-        if at_once := getattr(engine.runtime, "generate", None):
-            return lambda: (at_once(*given, decode=False),)
-        return lambda: (sampling.sample(engine.runtime, *given),)
+        return lambda: (engine.runtime.generate(*given, decode=False),)
 
     def decoding(engine: Engine) -> Callable[[], Tensors]:
-        latents = sampling.sample(pipe, pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0)
+        latents = sampling.sample(
+            EagerRuntime(pipe), pipe.scheduler, sample, pipe.condition(texts, sample.device), None, 1.0
+        )
         return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coalescer_fast
-from coalescer_fast.acceleration import BACKENDS, accelerate
+from coalescer_fast.acceleration import RUNTIMES, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime import compiled
@@ -64,7 +64,7 @@ def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, fo
     return eager(compiled.channels_last(module, dtype), args, dtype, folder)
 
 
-class EagerRuntime(StaticRuntime):
+class EagerCopies(StaticRuntime):
     """Copies of the networks that torch runs as they are, also under the hooks of a FLOP counter."""
 
     runs_own_code = True
@@ -72,7 +72,7 @@ class EagerRuntime(StaticRuntime):
 
 def run_eagerly(name: str, prepare: Prepare, pipe: Any, dtype: torch.dtype) -> None:
     """Give the pipeline a runtime whose networks are prepared so."""
-    pipe.runtime = EagerRuntime(pipe, name, prepare, dtype)
+    pipe.runtime = EagerCopies(pipe, name, prepare, dtype)
     pipe.runtime.backend = "reference"
 
 
@@ -134,7 +134,7 @@ def peer(
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
-        if compiles and "onnx" in BACKENDS[name].packages:
+        if compiles and "onnx" in RUNTIMES[name].packages:
             export(module, args, folder)  # once for all peers that read it, and before the clock starts
         start = time.perf_counter()
         bind = prepare(module, args, dtype, folder)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops, sampling
 from ..models.unet import Conditioning
 from ..ops import library
-from .base import OfPipeline, channels_last_copy, counted, entered, quiet_torch
+from .base import Part, PipelineRuntime, channels_last_copy, counted, entered, quiet_torch
 from .packed import Range, Weights
 from .program import Program
 from .recorder import Hollow, Recorder, Unsupported, record
@@ -56,7 +56,7 @@ def no_programs(dtype: torch.dtype) -> str:
     return "the processor has neither AVX2 nor AVX-512" if library.isa() == "portable" else ""
 
 
-class CpuRuntime(OfPipeline):
+class CpuRuntime(PipelineRuntime):
     """name: the runtime's; backend: of the ops; dtype: of weights and activations. R, directions, distances and
     pictures are float32.
 
@@ -80,6 +80,10 @@ class CpuRuntime(OfPipeline):
         self.backend = "reference" if library.unavailable() else "cpu"
         self.observing = False
         self.refresh()
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self.quantised else super().precision
 
     def take_over(self) -> None:
         """Forget what was prepared; with 8 bits, find the ranges anew."""
@@ -256,7 +260,7 @@ class CpuRuntime(OfPipeline):
                     self.plain[name].set_backend(self.backend)
             return self.plain[name]
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> list[Part]:
         """What runs each part, and why not something faster."""
         rows = []
         for name in self._networks():
@@ -266,22 +270,14 @@ class CpuRuntime(OfPipeline):
                 way = "reference"
             if native and name == "unet" and self.quantised:
                 way += f", {max(map(len, self.ranges.values()))} convolutions in int8"
-            rows.append(
-                {
-                    "part": name,
-                    "runs on": way,
-                    "because": f"it can run on {library.isa()}" if native else self.refused[name],
-                }
-            )
+            rows.append(Part(name, way, f"it can run on {library.isa()}" if native else self.refused[name]))
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and "unet" not in self.refused:
-                rows.append(
-                    {"part": op, "runs on": "native program", "because": "a convolution adds bias and residual itself"}
-                )
+                rows.append(Part(op, "native program", "a convolution adds bias and residual itself"))
                 continue
             backend = "reference" if "unet" in self.own and op != "coalesce_step" else self.backend
             able, reason = ops.backends(op)[backend]
-            rows.append({"part": op, "runs on": backend, "because": "it can run" if able else reason})
+            rows.append(Part.of_op(op, backend, "it can run" if able else reason))
         return rows
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import sampling
 from ..models.unet import Conditioning
 from ..ops import library
 from ..scheduler import CoalescerScheduler
 from . import artefact
 from .artefact import Artefact, Schedule
-from .base import OfPipeline, counted, entered, quiet_torch
+from .base import Part, PipelineRuntime, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
     from ..prompts import Descriptions
+    from ..sampling import Call, OnStep
 
 Tensors = tuple[Tensor, ...]
 # of an artefact: a function of its inputs, in order, that gives its outputs; several threads may call it at once
@@ -38,12 +38,12 @@ class Described(Conditioning):
         return Described([], None, [], description=tuple(x.expand(n, *x.shape[1:]) for x in self.description))
 
 
-class ExportedRuntime(OfPipeline):
+class ExportedRuntime(PipelineRuntime):
     """name: the runtime's; artefacts: by kind, as of `artefact.find`; open_artefact: makes one callable.
 
     A call without callback and trace is one run of the generator, where there is one for its schedule; else each evaluation is a run of
     the UNet and the decoding one of the decoder. What is not among the artefacts is the pipeline's own, see `explain`; but a generator
-    alone refuses a call with another schedule. most_pictures: of a call.
+    alone refuses a call with another schedule.
 
     Raises: ValueError for artefacts that cannot be opened or were made of other networks.
     """
@@ -53,12 +53,16 @@ class ExportedRuntime(OfPipeline):
         self.name, self.device = name, pipe.device
         self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
         self.artefacts = artefacts
-        self.most_pictures = min(each.manifest.batch[2] for each in artefacts.values())
+        self.max_batch = min(each.manifest.batch[2] for each in artefacts.values())
         self.refresh()
         self.runs = {kind: counted(open_artefact(each)) for kind, each in self.artefacts.items()}
         # of several, the coarsest
         precision = max((each.manifest.precision for each in self.artefacts.values()), key=list(DTYPES).index)
         self.dtype, self.quantised = DTYPES[precision], precision == "int8"
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self.quantised else super().precision
 
     def take_over(self) -> None:
         """Raise ValueError if the pipeline's networks are not those that were exported: other weights, layers or settings of layers, or
@@ -89,33 +93,39 @@ class ExportedRuntime(OfPipeline):
             else self.pipe.decode(entered(latents, self.device))
         )
 
-    @quiet_torch()
     def generate(
         self,
         scheduler: CoalescerScheduler,
         sample: Tensor,
-        conditioning: Described,
-        empty: Described | None,
+        conditioning: Conditioning,
+        empty: Conditioning | None,
         guidance_scale: float,
         decode: bool,
+        on_step: OnStep | None = None,
+        call: Call | None = None,
     ) -> Tensor:
         """The latents of `sampling.sample`, or with ``decode`` their pictures, about in [-1, 1]."""
-        if "generator" in self.runs:
+        if "generator" in self.runs and on_step is None:
+            assert isinstance(conditioning, Described)
+            assert empty is None or isinstance(empty, Described)
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
             negative = empty is not None and bool(
                 empty.description[0].any()
             )  # a generator has the empty description inside
             if decode and wanted == made and not negative:
-                return 2 * self._run("generator", sample, *conditioning.description)[0] - 1
+                with quiet_torch():
+                    pictures = 2 * self._run("generator", sample, *conditioning.description)[0] - 1
+                if call is not None:
+                    call.progress(len(scheduler.etas))
+                return pictures
             if "unet" not in self.runs:
                 asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
                 raise ValueError(
                     f"{reason}: export that with --steps and --guidance, or --what all, which serves every call"
                 )
-        latents = sampling.sample(self, scheduler, sample, conditioning, empty, guidance_scale)
-        return self.decode(latents) if decode else latents
+        return super().generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step, call)
 
     def _run(self, kind: str, *inputs: Tensor) -> Tensors:
         found = self.artefacts[kind]
@@ -125,18 +135,15 @@ class ExportedRuntime(OfPipeline):
             tuple(entered(x, self.device, getattr(torch, p.dtype)).contiguous() for p, x in zip(ports, inputs))
         )
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> list[Part]:
         """What runs each part, from which artefact."""
         rows = []
         for part in artefact.KINDS:
             if (found := self.artefacts.get(part)) is not None:
                 m = found.manifest
                 because = f"{found.folder}, {m.schedule or 'any schedule'}, {m.batch[0]} to {m.batch[2]} pictures"
-                rows.append({"part": part, "runs on": f"{self.name}, {m.precision}", "because": because})
+                rows.append(Part(part, f"{self.name}, {m.precision}", because))
             elif part != "generator":
                 alone = "in calls with a callback or a trace alone; " if "generator" in self.runs else ""
-                rows.append({"part": part, "runs on": "reference", "because": f"{alone}it is not among the artefacts"})
-        return [
-            *rows,
-            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
-        ]
+                rows.append(Part(part, "reference", f"{alone}it is not among the artefacts"))
+        return [*rows, Part.of_op("coalesce_step", self.backend, library.unavailable() or "it can run")]

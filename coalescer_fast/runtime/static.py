@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..models.unet import CoalescerUNet, Conditioning
 from ..ops import library
-from .base import OfPipeline, counted, entered, quiet_torch
+from .base import Part, PipelineRuntime, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
     from ..pipeline import CoalescerPipeline
@@ -81,7 +81,7 @@ class Decoding(nn.Module):
         return (F.pixel_shuffle(self.decoder(x).float(), self.patch_size),)
 
 
-class StaticRuntime(OfPipeline):
+class StaticRuntime(PipelineRuntime):
     """name: the runtime's; prepare: makes a network run; dtype: what it computes in; takes: the dtype of what it is given of descriptions.
 
     The pipeline's own networks stay as they are: what runs is made of copies, for a batch size and resolution when it first comes, and
@@ -156,7 +156,7 @@ class StaticRuntime(OfPipeline):
                 reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
                 raise ValueError(f"backend {self.name!r} cannot prepare the networks: {reason}") from error
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> list[Part]:
         """What runs each part, and for which sizes it is ready."""
         rows = []
         for part in ("UNet", "decoder"):
@@ -166,8 +166,5 @@ class StaticRuntime(OfPipeline):
                 if sizes
                 else "it was asked for; not prepared yet"
             )
-            rows.append({"part": part, "runs on": f"{self.name}, {self.dtype}", "because": ready})
-        return [
-            *rows,
-            {"part": "coalesce_step", "runs on": self.backend, "because": library.unavailable() or "it can run"},
-        ]
+            rows.append(Part(part, f"{self.name}, {self.dtype}", ready))
+        return [*rows, Part.of_op("coalesce_step", self.backend, library.unavailable() or "it can run")]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .artefact import BATCH, Artefact, Manifest
-from .cuda import MOST_GRAPHS, graph_bytes
-from .graphs import CudaRecorder, Graphs
+from .cuda.graphs import CudaGraphCapture, Graphs
+from .cuda.runtime import MOST_GRAPHS, graph_bytes
 
 Tensors = tuple[Tensor, ...]
 # engine of a manifest, which is the package's name, too -> what it is called
@@ -113,7 +113,7 @@ def open_artefact(artefact: Artefact) -> Callable[[Tensors], Tensors]:
     if reason := refusal(m, trt.__version__, gpu()):
         raise ValueError(f"{artefact.folder} {reason}: {artefact.mend}")
     device = torch.device("cuda", torch.cuda.current_device())
-    return Plan(artefact, trt, device, Graphs(CudaRecorder(device), MOST_GRAPHS, graph_bytes(device)))
+    return Plan(artefact, trt, device, Graphs(CudaGraphCapture(device), MOST_GRAPHS, graph_bytes(device)))
 
 
 class Plan:
@@ -155,7 +155,7 @@ class Plan:
     def __call__(self, inputs: Tensors) -> Tensors:
         with self.lock:
             if not self.graphs.most_bytes:
-                with self.graphs.recorder.turn():
+                with self.graphs.capture.turn():
                     return self._enqueue(0, inputs)
             batch = len(inputs[0])
             outputs = self.graphs.run(batch, inputs, lambda *given: self._enqueue(batch, given))

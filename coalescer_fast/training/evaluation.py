@@ -39,8 +39,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..folders import WEIGHTS
 from ..models import CoalescerAutoencoder, DescriptionEncoder
-from ..pipeline import WEIGHTS, CoalescerPipeline, TraceStep
+from ..pipeline import CoalescerPipeline, TraceStep
 from .autoencoder import encode, psnr
 from .classifier import PictureClassifier
 from .config import CONFIGS, tomllib
@@ -96,8 +97,7 @@ def evaluate(
         without = exclusions(pipe.description_encoder, data)
     real = RealPictures(data, pipe.vae, classifier, without, limit, progress, every_pair=limit is None)
     scale = pipe.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-    most = min(CHUNK, getattr(pipe.runtime, "most_pictures", CHUNK))
-    decode = pipe.decode if pipe.runtime is None else pipe.runtime.decode
+    most = CHUNK if pipe.runtime.max_batch is None else min(CHUNK, pipe.runtime.max_batch)
     rows: list[Row] = []
     with (
         quiet(pipe),
@@ -108,7 +108,13 @@ def evaluate(
         for count in steps:
             sample = coalescer_sampler(pipe, count, guidance_scale)
             measured = measure(
-                sample, real, seed, first_step_of(pipe), bar, lambda x: in_parts(decode, x.to(pipe.device), most), most
+                sample,
+                real,
+                seed,
+                first_step_of(pipe),
+                bar,
+                lambda x: in_parts(pipe.runtime.decode, x.to(pipe.device), most),
+                most,
             )
             rows.append({"steps": count, "guidance_scale": float(scale), **measured, **real.floors})
     return rows

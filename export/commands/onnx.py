@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coalescer_fast.cli import MOST_STEPS, open_pipeline, positive, up_to
+from coalescer_fast.console import MAX_STEPS, open_pipeline, positive, up_to
 from coalescer_fast.runtime.artefact import KINDS, creating
 
 from . import stage
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-batch", type=positive, default=16, metavar="N", help="most pictures a run (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=up_to(MOST_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)"
+        "--steps", type=up_to(MAX_STEPS), default=2, metavar="N", help="of the generator (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance", type=float, metavar="W", help="of the generator; 1 is none (default: the model's own)"

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from coalescer_fast import files
-from coalescer_fast.cli import check_writable, natural, open_pipeline, positive
+from coalescer_fast.console import natural, open_pipeline, positive
+from coalescer_fast.files import check_writable
 from coalescer_fast.runtime import artefact
 from coalescer_fast.runtime.artefact import creating
 

@@ -7,7 +7,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from coalescer_fast.cli import natural, open_pipeline, positive
+from coalescer_fast.console import natural, open_pipeline, positive
 from coalescer_fast.runtime import artefact
 
 

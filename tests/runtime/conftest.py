@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from coalescer_fast.runtime.graphs import Output, own
+from coalescer_fast.runtime.cuda.graphs import Output, own
 
 
 def tensors(output: Output) -> tuple[torch.Tensor, ...]:
     return (output,) if isinstance(output, torch.Tensor) else output
 
 
-class CpuRecorder:
+class CpuGraphCapture:
     """Stands in for a CUDA device: a graph is its function, run again at every replay on its static inputs, into the same output. Like a
     pool of torch's, memory that a graph once took is held until `clear`."""
 
@@ -59,5 +59,11 @@ class CpuRecorder:
 
 
 @pytest.fixture
-def recorder() -> CpuRecorder:
-    return CpuRecorder()
+def capture() -> CpuGraphCapture:
+    return CpuGraphCapture()
+
+
+@pytest.fixture
+def recorder(capture) -> CpuGraphCapture:
+    """`capture` under the name that tests/runtime/test_tensorrt.py has for it."""
+    return capture

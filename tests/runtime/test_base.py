@@ -12,10 +12,11 @@ from coalescer_fast import acceleration
 from coalescer_fast.ops import library
 from coalescer_fast.runtime.base import entered, quiet_torch
 from coalescer_fast.runtime.cpu import CpuRuntime
-from coalescer_fast.runtime.cuda import CudaRuntime
+from coalescer_fast.runtime.cuda.runtime import CudaRuntime
+from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.static import StaticRuntime
 
-from .conftest import CpuRecorder
+from .conftest import CpuGraphCapture
 
 
 def plain(module, args, dtype, folder):
@@ -24,17 +25,19 @@ def plain(module, args, dtype, folder):
 
 
 def engine(name: str):
-    return lambda pipe: acceleration.BACKENDS[name].make(pipe, torch.float32)
+    return lambda pipe: acceleration.RUNTIMES[name].make(pipe, torch.float32)
 
 
 def runtimes():
     yield pytest.param(lambda pipe: StaticRuntime(pipe, "plain", plain, torch.float32), id="plain")
-    yield pytest.param(lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, recorder=CpuRecorder()), id="cuda")
+    yield pytest.param(
+        lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
+    )
     native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
     yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [
-            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+            package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None
         ]
         marks = [pytest.mark.skip(reason=f"{', '.join(missing)} is missing")] if missing else []
         yield pytest.param(engine(name), marks=marks, id=name)
@@ -126,7 +129,7 @@ def test_a_callback_may_return_another_dtype(pipe):
         ).images
 
     found = call()
-    runtime, pipe.runtime = pipe.runtime, None
+    runtime, pipe.runtime = pipe.runtime, EagerRuntime(pipe)
     try:
         expected = call()
     finally:

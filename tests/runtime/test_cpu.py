@@ -457,7 +457,7 @@ def test_a_copy_is_accelerated_in_the_same_way(pipe, how, dtype):
         pipe.unet.conv_in.weight.mul_(2)
     assert torch.equal(draw(other), expected)
     assert not torch.equal(draw(pipe), expected)
-    assert copy.deepcopy(cf.restore(pipe)).runtime is None
+    assert copy.deepcopy(cf.restore(pipe)).runtime.name == "reference"
 
 
 def test_a_copy_that_cannot_be_accelerated_draws_by_the_reference(pipe, monkeypatch, caplog):
@@ -613,4 +613,4 @@ def test_int8_of_a_network_without_a_program(pipe):
 def test_explain_says_what_runs_on_the_reference(pipe, monkeypatch):
     monkeypatch.setattr(library, "unavailable", lambda: "not here")
     rows = cpu.CpuRuntime(pipe, torch.float32).explain()
-    assert {row["part"]: row["runs on"] for row in rows}["conditioning"] == "reference"
+    assert {part.name: part.runs_on for part in rows}["conditioning"] == "reference"

@@ -265,7 +265,7 @@ def engines():
     ):
         marks = [pytest.mark.slow] if name == "compile" else []
         missing = [
-            package for package in acceleration.BACKENDS[name].packages if importlib.util.find_spec(package) is None
+            package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None
         ]
         if missing or (dtype == "bfloat16" and not native_bfloat16()):
             marks.append(pytest.mark.skip(reason=f"{', '.join(missing) or 'bfloat16 of the CPU'} is missing"))
@@ -367,6 +367,7 @@ def test_a_new_size_and_new_weights_just_work(engine):
         engine.unet.conv_in.weight.mul_(1.2)
     after = draw(engine, "octopus")
     assert "inputs 1x16x8x8\n" in cf.explain(engine) + "\n"
-    runtime, engine.runtime = engine.runtime, None
+    runtime = engine.runtime
+    cf.restore(engine)
     assert psnr(after, draw(engine, "octopus")).min() > 35
     engine.runtime = runtime

@@ -15,7 +15,7 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.runtime import artefact, tensorrt
 from coalescer_fast.runtime.artefact import Manifest, Port
-from coalescer_fast.runtime.graphs import Graphs
+from coalescer_fast.runtime.cuda.graphs import Graphs
 from coalescer_fast.runtime.tensorrt import Plan, refusal
 
 from ..tensorrt_api import Fake, recorded
@@ -285,7 +285,7 @@ def test_accelerate(folder, monkeypatch):
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no exported artefact"):
         cf.accelerate(pipe, "tensorrt", artefact=folder)
-    assert pipe.runtime is None
+    assert pipe.runtime.name == "reference"
     assert acceleration.unavailable("tensorrt") == ""
 
 

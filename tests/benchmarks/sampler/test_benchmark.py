@@ -14,10 +14,11 @@ from benchmarks.harness import timing
 from benchmarks.sampler import benchmark as sampler
 from benchmarks.sampler import providers as sampler_peers
 from benchmarks.sampler import report as sampler_report
-from coalescer_fast import acceleration, sampling
+from coalescer_fast import acceleration
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
 from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.scheduler import CoalescerScheduler
 
 UNET = dict(
@@ -73,19 +74,13 @@ def small():
 def accelerate(pipe, backend="auto", dtype="auto", wrong=0.0):
     """What the accelerated pipeline looks like from outside; with dtype "auto" it says that it took bfloat16."""
 
-    def evaluate(sample, conditioning):
-        direction, distance = pipe.unet(sample, conditioning, return_dict=False)
-        return direction * (1 + wrong), distance
+    class Stub(EagerRuntime):
+        def evaluate(self, sample, conditioning):
+            direction, distance = super().evaluate(sample, conditioning)
+            return direction * (1 + wrong), distance
 
-    pipe.runtime = SimpleNamespace(
-        condition=pipe.condition,
-        evaluate=evaluate,
-        decode=pipe.decode,
-        refresh=lambda: None,
-        backend="reference",
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16 if dtype == "auto" else dtype,
-    )
+    Stub.dtype = torch.bfloat16 if dtype == "auto" else dtype
+    pipe.runtime = Stub(pipe)
     return pipe
 
 
@@ -171,7 +166,7 @@ def test_evaluations_are_those_that_the_pipeline_makes(monkeypatch):
         count += 1
         return pipe.unet(sample, conditioning, return_dict=False)
 
-    pipe.runtime = SimpleNamespace(condition=pipe.condition, evaluate=evaluate, backend="reference")
+    pipe.runtime.evaluate = evaluate
     engine = sampler_peers.Engine(pipe, "fp32")
     with torch.inference_mode():
         for part in sampler.parts_of(pipe, "m", sample, texts):
@@ -197,10 +192,9 @@ def test_a_runtime_that_draws_at_once_is_measured_so(tmp_path, monkeypatch):
     calls = []
 
     def at_once(pipe, **kwargs):
-        def generate(scheduler, sample, conditioning, empty, guidance_scale, decode):
+        def generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step=None, call=None):
             calls.append((len(sample), guidance_scale, decode))
-            latents = sampling.sample(pipe, scheduler, sample, conditioning, empty, guidance_scale)
-            return pipe.decode(latents) if decode else latents
+            return EagerRuntime(pipe).generate(scheduler, sample, conditioning, empty, guidance_scale, decode)
 
         accelerate(pipe, **kwargs).runtime.generate = generate
         return pipe

@@ -78,7 +78,7 @@ def test_it_runs_as_a_pipeline(run, exported, small):
     assert list(artefact.find("int8")) == ["unet", "decoder", "generator"]
     cf.accelerate(small, "onnxruntime", artefact="int8")
     try:
-        assert {row["runs on"] for row in small.runtime.explain()[:3]} == {"onnxruntime, int8"}
+        assert {part.runs_on for part in small.runtime.explain()[:3]} == {"onnxruntime, int8"}
         assert len(small(["octopus"] * 3).images) == 3
         assert cf.verify(small, ["octopus"]).dtype == "int8"
     finally:

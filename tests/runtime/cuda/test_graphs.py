@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from coalescer_fast.models.unet import Conditioning
-from coalescer_fast.runtime import graphs
-from coalescer_fast.runtime.graphs import CudaRecorder, Graphs
+from coalescer_fast.runtime.cuda import graphs
+from coalescer_fast.runtime.cuda.graphs import CudaGraphCapture, Graphs
 
 PLENTY = 10**9
 
@@ -33,16 +33,16 @@ def given(x: float, factor: float, scale: float, size: int = 2):
     return torch.full((1, 3, size, size), x, dtype=torch.float32), conditioning(factor), None, scale
 
 
-def test_captured_once_and_replayed_on_what_is_given(recorder):
-    held = Graphs(recorder, 4, PLENTY)
+def test_captured_once_and_replayed_on_what_is_given(capture):
+    held = Graphs(capture, 4, PLENTY)
     for x, factor, scale in ((1.0, 2.0, 3.0), (2.0, 2.0, 3.0), (2.0, 5.0, 3.0), (2.0, 5.0, 0.5)):
         assert (held.run("key", given(x, factor, scale), scaled) == x * factor * scale).all()
     assert held.captures == 1
-    assert recorder.replays == 4
+    assert capture.replays == 4
 
 
-def test_a_result_is_the_callers_own(recorder):
-    held = Graphs(recorder, 4, PLENTY)
+def test_a_result_is_the_callers_own(capture):
+    held = Graphs(capture, 4, PLENTY)
     first = held.run("key", given(1, 1, 1.0), scaled)
     second = held.run("key", given(2, 1, 1.0), scaled)
     second += 1
@@ -52,8 +52,8 @@ def test_a_result_is_the_callers_own(recorder):
     assert first.is_contiguous()
 
 
-def test_a_tensor_is_copied_always_and_conditioning_when_it_is_another(recorder):
-    held = Graphs(recorder, 4, PLENTY)
+def test_a_tensor_is_copied_always_and_conditioning_when_it_is_another(capture):
+    held = Graphs(capture, 4, PLENTY)
     x, factor = torch.ones(1, 3, 2, 2), conditioning(2)
     held.run("key", (x, factor, None, 1.0), scaled)
     x += 1
@@ -62,8 +62,8 @@ def test_a_tensor_is_copied_always_and_conditioning_when_it_is_another(recorder)
     assert (held.run("key", (x, conditioning(7), None, 1.0), scaled) == 14).all()
 
 
-def test_in_and_out_of_inference_mode(recorder):
-    held = Graphs(recorder, 4, PLENTY)
+def test_in_and_out_of_inference_mode(capture):
+    held = Graphs(capture, 4, PLENTY)
     with torch.inference_mode():
         inside = held.run("key", given(1, 2, 1.0), scaled)
     with torch.no_grad():
@@ -73,32 +73,32 @@ def test_in_and_out_of_inference_mode(recorder):
     assert held.captures == 1
 
 
-def test_the_least_recently_used_goes(recorder):
-    held = Graphs(recorder, 2, PLENTY)
+def test_the_least_recently_used_goes(capture):
+    held = Graphs(capture, 2, PLENTY)
     for key in "abbacaca":
         held.run(key, given(1, 1, 1.0), scaled)
     assert [key for key, _ in held.sizes()] == ["c", "a"]
     assert held.captures == 3
-    assert recorder.waits == 1  # nothing may run on memory that goes
+    assert capture.waits == 1  # nothing may run on memory that goes
     held.run("b", given(1, 1, 1.0), scaled)
     assert held.captures == 4
-    one = Graphs(recorder, 1, PLENTY)
+    one = Graphs(capture, 1, PLENTY)
     for key in "aab":
         one.run(key, given(1, 1, 1.0), scaled)
     assert one.captures == 2
-    assert recorder.clears == 1  # a pool without a graph is no more
+    assert capture.clears == 1  # a pool without a graph is no more
 
 
-def test_where_another_does_not_fit_all_make_room(recorder):
+def test_where_another_does_not_fit_all_make_room(capture):
     size = 3 * 8 * 8 * 4
-    held = Graphs(recorder, 10, 5 * size)
+    held = Graphs(capture, 10, 5 * size)
     for key in "abab":
         held.run(key, given(1, 1, 1.0, 8), scaled)
     assert held.bytes() >= 4 * size  # inputs and outputs
-    assert recorder.clears == 0
+    assert capture.clears == 0
     assert (held.run("c", given(2, 1, 1.0, 8), scaled) == 2).all()
     assert [key for key, _ in held.sizes()] == ["c"]
-    assert recorder.clears == 1
+    assert capture.clears == 1
     assert 2 * size <= held.bytes() < 3 * size
     held.run("large", given(1, 1, 1.0, 100), scaled)
     assert [key for key, _ in held.sizes()] == ["large"]  # it is held though it is too large
@@ -107,8 +107,8 @@ def test_where_another_does_not_fit_all_make_room(recorder):
     assert held.captures == captures
 
 
-def test_sizes_are_what_each_graph_added(recorder):
-    held = Graphs(recorder, 10, PLENTY)
+def test_sizes_are_what_each_graph_added(capture):
+    held = Graphs(capture, 10, PLENTY)
     held.run("a", given(1, 1, 1.0, 8), scaled)
     held.run("b", given(1, 1, 1.0, 16), scaled)
     small, large = (size for _, size in held.sizes())
@@ -116,15 +116,15 @@ def test_sizes_are_what_each_graph_added(recorder):
     assert small + large == held.bytes()
 
 
-def test_without_bytes_there_are_no_graphs(recorder):
-    held = Graphs(recorder, 10, 0)
+def test_without_bytes_there_are_no_graphs(capture):
+    held = Graphs(capture, 10, 0)
     assert (held.run("a", given(2, 3, 1.5), scaled) == 9).all()
     assert held.captures == 0
     assert held.bytes() == 0
 
 
-def test_what_is_dropped_is_freed(recorder):
-    held = Graphs(recorder, 1, PLENTY)
+def test_what_is_dropped_is_freed(capture):
+    held = Graphs(capture, 1, PLENTY)
     outputs = []
 
     def noted(*given):
@@ -139,8 +139,8 @@ def test_what_is_dropped_is_freed(recorder):
     assert all(output() is None for output in outputs)
 
 
-def test_a_capture_that_fails_leaves_nothing(recorder):
-    held = Graphs(recorder, 4, PLENTY)
+def test_a_capture_that_fails_leaves_nothing(capture):
+    held = Graphs(capture, 4, PLENTY)
 
     def broken(*given):
         raise RuntimeError("no kernel")
@@ -148,16 +148,16 @@ def test_a_capture_that_fails_leaves_nothing(recorder):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no kernel"):
             held.run("key", given(1, 1, 1.0), broken)
-    assert recorder.clears == 2
+    assert capture.clears == 2
     assert (held.run("key", given(2, 1, 1.0), scaled) == 2).all()
     with pytest.raises(RuntimeError, match="no kernel"):
         held.run("other", given(1, 1, 1.0), broken)
     assert [key for key, _ in held.sizes()] == ["key"]
-    assert recorder.clears == 2
+    assert capture.clears == 2
 
 
-def test_threads(recorder):
-    held = Graphs(recorder, 2, PLENTY)
+def test_threads(capture):
+    held = Graphs(capture, 2, PLENTY)
 
     def one(i: int) -> bool:
         return bool((held.run(i % 3, given(i, 2, 1.0, 2 + i % 3), scaled) == 2 * i).all())
@@ -213,9 +213,9 @@ def test_order_of_streams_and_events(monkeypatch):
         "empty_cache": lambda: log.append("empty_cache"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    recorder = CudaRecorder(torch.device("cuda:0"))
-    with recorder.turn():
-        replay, _ = recorder.capture(lambda: log.append(f"function on {current[-1].name}"))
+    capture = CudaGraphCapture(torch.device("cuda:0"))
+    with capture.turn():
+        replay, _ = capture.capture(lambda: log.append(f"function on {current[-1].name}"))
         replay()
     assert log == [
         "home.wait_event(done)",
@@ -230,16 +230,16 @@ def test_order_of_streams_and_events(monkeypatch):
         "graph.replay()",
         "done.record(home)",
     ]
-    assert recorder.bytes() == 10
-    recorder.wait()
-    recorder.clear()
+    assert capture.bytes() == 10
+    capture.wait()
+    capture.clear()
     assert log[-2:] == ["done.synchronize()", "empty_cache"]
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_and_its_pool():
-    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
-    held = Graphs(recorder, 2, PLENTY)
+    capture = CudaGraphCapture(torch.device("cuda", torch.cuda.current_device()))
+    held = Graphs(capture, 2, PLENTY)
 
     def on(*items):
         x, factor, nothing, scale = items
@@ -249,9 +249,9 @@ def test_a_cuda_graph_and_its_pool():
         for x in (1.0, 2.0):
             assert (held.run(key, on(*given(x, 3, 0.5, size)), scaled) == x * 1.5).all()
     assert held.captures == 3
-    assert recorder.bytes() > 0
+    assert capture.bytes() > 0
     held.clear()
-    assert recorder.bytes() == held.bytes() == 0
+    assert capture.bytes() == held.bytes() == 0
     assert (held.run("a", on(*given(1, 3, 0.5)), scaled) == 1.5).all()
 
 

@@ -12,8 +12,9 @@ import coalescer_fast as cf
 from coalescer_fast import nvtx_ranges
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.ops import library
-from coalescer_fast.runtime import base, cuda
-from coalescer_fast.runtime.cuda import CudaRuntime
+from coalescer_fast.runtime import base
+from coalescer_fast.runtime.cuda import runtime as cuda
+from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.scheduler import CoalescerScheduler
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style", "red apple"]
@@ -37,14 +38,14 @@ def pipe():
 
 
 @pytest.fixture
-def fast(pipe, recorder):
+def fast(pipe, capture):
     """A pipeline whose graphs are captured on the CPU."""
-    pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, PLENTY, recorder=recorder)
+    pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, PLENTY, capture=capture)
     return pipe
 
 
 @pytest.fixture
-def free(recorder):
+def free(capture):
     """Without an anchor, with cross-attention: any size."""
     torch.manual_seed(0)
     unet = CoalescerUNet(4, 12, (8, 8), 1, 4, (1,), False, 2, 6, 6, 16).eval()
@@ -59,7 +60,7 @@ def free(recorder):
     vae = CoalescerAutoencoder(2, 12, 8, (1, 1), (1, 1)).eval()
     pipe = cf.CoalescerPipeline(unet, CoalescerScheduler(guidance_scale=1.5), encoder, vae)
     pipe.set_progress_bar_config(disable=True)
-    pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, PLENTY, recorder=recorder)
+    pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, PLENTY, capture=capture)
     return pipe
 
 
@@ -91,9 +92,9 @@ def test_a_graph_draws_what_its_steps_draw(fast, steps, guidance_scale):
 
 
 @pytest.mark.parametrize("backend", ["reference", *([] if library.unavailable() else ["cpu"])])
-def test_same_call_same_seed_same_pictures(pipe, recorder, backend):
+def test_same_call_same_seed_same_pictures(pipe, capture, backend):
     reference = draw(pipe)
-    pipe.runtime = CudaRuntime(pipe, backend, torch.float32, PLENTY, recorder=recorder)
+    pipe.runtime = CudaRuntime(pipe, backend, torch.float32, PLENTY, capture=capture)
     assert psnr(draw(pipe), reference).median() > 70
     verification = cf.verify(pipe, prompts=2)
     assert verification.passed, str(verification)
@@ -190,9 +191,9 @@ def test_pictures_are_not_overwritten_by_the_next_call(fast):
     assert torch.equal(first, kept)
 
 
-def test_eviction_and_a_cap_change_no_picture(pipe, recorder):
+def test_eviction_and_a_cap_change_no_picture(pipe, capture):
     for most_bytes, most_graphs in ((PLENTY, 2), (100_000, 10), (1, 10), (0, 10)):
-        pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, most_bytes, most_graphs, type(recorder)())
+        pipe.runtime = CudaRuntime(pipe, "reference", torch.float32, most_bytes, most_graphs, type(capture)())
         for n in (1, 2, 3, 1, 3):
             assert torch.equal(draw(pipe, PROMPTS[:n]), plainly(pipe, PROMPTS[:n]))
             held = pipe.runtime.graphs
@@ -251,8 +252,8 @@ def test_a_profiler_sees_the_graph(fast, monkeypatch):
     assert seen[:4] == ["encode", "condition", "graph", "evaluate[0]"]
     seen.clear()
     draw(fast)
-    monkeypatch.setattr(type(fast.runtime.graphs.recorder), "turn", None)  # nobody asks for a graph
-    assert [name for name in seen if not name.startswith("evaluate")] == ["encode", "condition", "graph", "decode"]
+    monkeypatch.setattr(type(fast.runtime.graphs.capture), "turn", None)  # nobody asks for a graph
+    assert [name for name in seen if not name.startswith("evaluate")] == ["encode", "condition", "graph"]
     draw(fast, callback_on_step_end=lambda *_: {})
     assert seen[-4:] == ["evaluate[0]", "evaluate[1]", "evaluate_empty[1]", "decode"]
 
@@ -272,14 +273,14 @@ def test_explain_names_ops_and_graphs(fast, free):
     assert "77 tokens" in cf.explain(free)
 
 
-def test_explain_says_why_an_op_runs_where_it_does(pipe, recorder):
-    pipe.runtime = CudaRuntime(pipe, "auto", torch.float32, PLENTY, recorder=recorder)
-    rows = {row["part"]: row for row in pipe.runtime.explain()}
+def test_explain_says_why_an_op_runs_where_it_does(pipe, capture):
+    pipe.runtime = CudaRuntime(pipe, "auto", torch.float32, PLENTY, capture=capture)
+    rows = {part.name: part for part in pipe.runtime.explain()}
     if library.unavailable():
-        assert rows["dual_head"]["runs on"] == "reference"
-        assert f"not on cpu: {library.unavailable()}" in rows["dual_head"]["because"]
+        assert rows["dual_head"].backend == "reference"
+        assert f"not on cpu: {library.unavailable()}" in rows["dual_head"].because
     else:
-        assert rows["dual_head"] == {"part": "dual_head", "runs on": "cpu", "because": "it can run"}
+        assert rows["dual_head"] == base.Part("dual_head", "cpu", "it can run", backend="cpu")
 
 
 def test_bytes_for_graphs(monkeypatch):

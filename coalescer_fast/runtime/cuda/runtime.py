@@ -9,17 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, sampling
-from ..models.unet import Conditioning
-from ..nvtx_ranges import span
-from ..ops.dispatch import BACKENDS, PREFERENCE
-from ..scheduler import CoalescerScheduler
-from .base import OfPipeline, channels_last_copy, entered, quiet_torch
-from .graphs import CudaRecorder, Graphs, Recorder
+from ... import ops, sampling
+from ...finite import nan_where_not_finite
+from ...models.unet import Conditioning
+from ...nvtx_ranges import span
+from ...ops.dispatch import BACKENDS, PREFERENCE
+from ...scheduler import CoalescerScheduler
+from ..base import Part, PipelineRuntime, channels_last_copy, entered, quiet_torch
+from .graphs import CudaGraphCapture, GraphCapture, Graphs
 
 if TYPE_CHECKING:
-    from ..pipeline import CoalescerPipeline
-    from ..prompts import Descriptions
+    from ...pipeline import CoalescerPipeline
+    from ...prompts import Descriptions
+    from ...sampling import Call, OnStep
 
 MOST_GRAPHS = 16
 SHARE = 4  # of the device's memory, one part in so many is for graphs
@@ -49,7 +51,7 @@ class Key(NamedTuple):
         return ", ".join(words + ([f"{self.tokens[0]} tokens"] if any(self.tokens) else []))
 
 
-class CudaRuntime(OfPipeline):
+class CudaRuntime(PipelineRuntime):
     """Copies of a pipeline's networks, channels innermost, and their steps and decoder as one graph for each `Key`.
 
     R, directions, distances and pictures are float32. The pipeline's own networks stay as they are; the copies are made anew when a weight
@@ -61,7 +63,7 @@ class CudaRuntime(OfPipeline):
         dtype: of weights and activations.
         most_bytes: of memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no graphs.
         most_graphs: the least recently used goes.
-        recorder: what captures; CUDA if None.
+        capture: what captures; CUDA if None.
     """
 
     name = "cuda"
@@ -73,12 +75,12 @@ class CudaRuntime(OfPipeline):
         dtype: torch.dtype,
         most_bytes: int | None = None,
         most_graphs: int = MOST_GRAPHS,
-        recorder: Recorder | None = None,
+        capture: GraphCapture | None = None,
     ):
         super().__init__(pipe)
         if most_bytes is None:
             most_bytes = graph_bytes(pipe.device)
-        self.graphs = Graphs(CudaRecorder(pipe.device) if recorder is None else recorder, most_graphs, most_bytes)
+        self.graphs = Graphs(CudaGraphCapture(pipe.device) if capture is None else capture, most_graphs, most_bytes)
         self.backend, self.dtype, self.device = backend, dtype, pipe.device
         self.refresh()
 
@@ -118,7 +120,6 @@ class CudaRuntime(OfPipeline):
         """Give the graphs' memory back; the next call captures anew."""
         self.graphs.clear()
 
-    @quiet_torch()
     def generate(
         self,
         scheduler: CoalescerScheduler,
@@ -127,8 +128,13 @@ class CudaRuntime(OfPipeline):
         empty: Conditioning | None,
         guidance_scale: float,
         decode: bool,
+        on_step: OnStep | None = None,
+        call: Call | None = None,
     ) -> Tensor:
-        """The latents of `sampling.sample`, or with ``decode`` their pictures, by one graph, on the caller's stream."""
+        """The latents of `sampling.sample`, or with ``decode`` their pictures, by one graph, on the caller's stream; step by step if
+        somebody watches the steps."""
+        if on_step is not None:
+            return super().generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step, call)
         guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
         tokens = tuple(0 if c is None or c.mask is None else c.mask.shape[1] for c in (conditioning, empty))
         batch, _, *size = sample.shape
@@ -140,22 +146,17 @@ class CudaRuntime(OfPipeline):
             latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)
             if not decode:
                 return latents
-            # the decoder's clamp would make a picture of infinity
-            finite = latents.isfinite().flatten(1).all(1)[:, None, None, None]
-            return self.decode(latents).where(finite, torch.nan)
+            return nan_where_not_finite(self.decode(latents), latents)
 
-        with span("graph"):
-            return self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)
+        with span("graph"), quiet_torch():
+            found = self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)
+        if call is not None:
+            call.progress(len(scheduler.etas))
+        return found
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> list[Part]:
         """What runs each part, and why not something faster; then the graphs that are held."""
-        rows = [
-            {
-                "part": "convolutions, linear layers",
-                "runs on": f"torch, {self.dtype}",
-                "because": "channels innermost in memory",
-            }
-        ]
+        rows = [Part("convolutions, linear layers", f"torch, {self.dtype}", "channels innermost in memory")]
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             states = ops.backends(op, probe)
@@ -168,14 +169,11 @@ class CudaRuntime(OfPipeline):
                 else []
             )
             reason = "; ".join(passed) or ("it can run" if able else states[chosen][1])
-            rows.append({"part": op, "runs on": chosen, "because": reason})
+            rows.append(Part.of_op(op, chosen, reason))
         for key, size in self.graphs.sizes():
-            rows.append({"part": "graph", "runs on": str(key), "because": f"{size / 1e6:.1f} MB"})
+            rows.append(Part("graph", str(key), f"{size / 1e6:.1f} MB"))
         total = f"{self.graphs.bytes() / 1e6:.1f} MB of {self.graphs.most_bytes / 1e6:.0f} MB"
-        return [
-            *rows,
-            {"part": "graphs", "runs on": f"{len(self.graphs.held)} of {self.graphs.most}", "because": total},
-        ]
+        return [*rows, Part("graphs", f"{len(self.graphs.held)} of {self.graphs.most}", total)]
 
 
 def graph_bytes(device: torch.device) -> int:

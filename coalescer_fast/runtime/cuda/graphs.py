@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..models.unet import Conditioning
-from .base import counted
+from ...models.unet import Conditioning
+from ..base import counted
 
 # what a graph is given: a tensor; conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
 Input = Tensor | Conditioning | float | None
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Output)
 _capturing = threading.Lock()  # torch captures one graph at a time in a process
 
 
-class Recorder(Protocol):
+class GraphCapture(Protocol):
     """Captures on a device. ``bytes()``: of all memory that captured graphs hold, but for their inputs."""
 
     def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
@@ -71,13 +71,13 @@ class Graphs:
     """Functions of tensors, captured once for each key and replayed from then on; any number of threads may `run` them.
 
     Args:
-        recorder: captures.
+        capture: captures.
         most: graphs to hold; the least recently used goes.
         most_bytes: to hold, in all. Where another graph does not fit, all make room for it. One is held whatever it takes; 0 is no graphs.
     """
 
-    def __init__(self, recorder: Recorder, most: int, most_bytes: int):
-        self.recorder, self.most, self.most_bytes = recorder, most, most_bytes
+    def __init__(self, capture: GraphCapture, most: int, most_bytes: int):
+        self.capture, self.most, self.most_bytes = capture, most, most_bytes
         self.held: OrderedDict[Hashable, Graph] = OrderedDict()
         self.captures = 0
         self._lock = threading.RLock()
@@ -87,7 +87,7 @@ class Graphs:
         the shapes of that."""
         if not self.most_bytes:
             return function(*given)
-        with self._lock, self.recorder.turn():
+        with self._lock, self.capture.turn():
             graph = self.held.get(key)
             if graph is None:
                 graph = self._add(key, given, function)
@@ -99,10 +99,10 @@ class Graphs:
 
     def _add(self, key: Hashable, given: Sequence[Input], function: Callable[..., Output]) -> Graph:
         if len(self.held) >= self.most:
-            self.recorder.wait()
+            self.capture.wait()
             self.held.popitem(last=False)
             if not self.held:
-                self.recorder.clear()
+                self.capture.clear()
         graph = self.held[key] = self._captured(given, function)
         if self.bytes() > self.most_bytes and len(self.held) > 1:
             del graph  # torch gives memory that graphs share back when none of them is left
@@ -111,27 +111,27 @@ class Graphs:
         return graph
 
     def _captured(self, given: Sequence[Input], function: Callable[..., Output]) -> Graph:
-        before = self.recorder.bytes()
+        before = self.capture.bytes()
         # ordinary tensors, which may be written to in and out of inference mode
         with torch.inference_mode(False), torch.no_grad():
             device = next(x.device for x in given if isinstance(x, Tensor))
             inputs = [static(x, device) for x in given]
             try:
                 with _capturing:
-                    replay, output = self.recorder.capture(lambda: function(*inputs))
+                    replay, output = self.capture.capture(lambda: function(*inputs))
             except BaseException:
                 if not self.held:
-                    self.recorder.clear()
+                    self.capture.clear()
                 raise
         self.captures += 1
         graph = counted(Graph(inputs, [None if isinstance(x, Tensor) else x for x in given], replay, output, 0))
-        graph.bytes = input_bytes(graph) + self.recorder.bytes() - before
+        graph.bytes = input_bytes(graph) + self.capture.bytes() - before
         return graph
 
     def bytes(self) -> int:
         """All that is held."""
         with self._lock:
-            return self.recorder.bytes() + sum(map(input_bytes, self.held.values()))
+            return self.capture.bytes() + sum(map(input_bytes, self.held.values()))
 
     def sizes(self) -> list[tuple[Hashable, int]]:
         """Each key, and what its graph added to the bytes."""
@@ -141,9 +141,9 @@ class Graphs:
     def clear(self) -> None:
         with self._lock:
             if self.held:
-                self.recorder.wait()
+                self.capture.wait()
                 self.held.clear()
-                self.recorder.clear()
+                self.capture.clear()
 
 
 def static(given: Input, device: torch.device) -> Tensor | Conditioning | None:
@@ -169,7 +169,7 @@ def input_bytes(graph: Graph) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-class CudaRecorder:
+class CudaGraphCapture:
     """CUDA graphs of one device, in one memory pool: they are replayed one after the other, whatever the streams of their callers."""
 
     WARM_UPS = 2  # the first compiles, chooses and makes workspaces, the second shows that nothing is left to do

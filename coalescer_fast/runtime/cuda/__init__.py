@@ -1,0 +1,1 @@
+"""A pipeline on a CUDA device, its calls captured as CUDA graphs."""
