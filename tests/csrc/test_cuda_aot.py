@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import cuda_aot
+from benchmarks.kernels import cuda_aot
 from coalescer_fast.ops import cuda_library, native_library
 
 needs_nvcc = pytest.mark.skipif(bool(cuda_aot.missing()), reason=cuda_aot.missing() or "can run")

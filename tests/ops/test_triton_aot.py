@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import triton_aot, tune_triton
+from benchmarks.kernels import triton_aot, tune_triton
 
 pytest.importorskip("triton")
 
@@ -19,7 +19,7 @@ ROOT = Path(benchmarks.__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
     "PYTHONPATH": str(ROOT)
 }
-# float32 on the target with the least shared memory alone, for time; `python -m benchmarks.triton_aot` compiles it for all
+# float32 on the target with the least shared memory alone, for time; `python -m benchmarks.kernels.triton_aot` compiles it for all
 FEW, ALL = (("bfloat16", "120"),), (("bfloat16", "80,90,100,120"), ("float32", "120"))
 
 
@@ -38,7 +38,7 @@ def rows(runs, tmp_path_factory):
         command = [
             sys.executable,
             "-m",
-            "benchmarks.triton_aot",
+            "benchmarks.kernels.triton_aot",
             "--dtypes",
             dtype,
             "--targets",
@@ -77,7 +77,7 @@ def test_kernels_that_stream_do_so_by_16_bytes(rows):
 
 PLANTED = """
 import json, sys, torch
-from benchmarks import triton_aot, tune_triton
+from benchmarks.kernels import triton_aot, tune_triton
 
 def compiled(key, configuration, op, *args):
     tune_triton.use(key, configuration)
@@ -133,7 +133,7 @@ def test_registers_of_a_program_are_limited():
 
 
 def test_the_interpreter_is_no_compiler():
-    command = [sys.executable, "-m", "benchmarks.triton_aot"]
+    command = [sys.executable, "-m", "benchmarks.kernels.triton_aot"]
     done = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
@@ -143,7 +143,7 @@ def test_the_interpreter_is_no_compiler():
 
 ONES = """
 import torch
-from benchmarks import triton_aot
+from benchmarks.kernels import triton_aot
 
 def tensor(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
