@@ -97,7 +97,9 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
             for each in folders:
                 each.mkdir()
             exact = exporter.export_onnx(pipe, what, folders[0], model=args.model, batch=sizes)
-            int8 = quantizer.quantise(pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True)
+            int8 = quantizer.quantize_artefact(
+                pipe, exact, folders[1], method=args.method, prompts=args.prompts, force=True
+            )
             for batch in args.batch:
                 rows = measure(pipe, (exact, int8), batch, args.budget or BUDGET)
                 for row in rows:
@@ -109,10 +111,10 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
 def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each artefact, the first of which is in float32."""
     from coalescer_fast.parity import descriptions
-    from export.measure import accuracy
+    from export.measure import reference
 
     m = replace(found[0].manifest, batch=(batch, batch, batch))
-    (inputs, *_) = accuracy.calls(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
+    (inputs, *_) = reference.graph_inputs(pipe, m, descriptions(pipe, batch, torch.Generator().manual_seed(0)), 0)
     timer = timing.CpuTimer()
     samples = {}
     for each in found:

@@ -44,7 +44,7 @@ def exported_half(model, exported) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Callable[[str, str], Path]:
-    """(precision, target) -> the folder of the embedded model's three artefacts, made on first use as users do."""
+    """(precision, target) -> the folder of the embedded model's three artefacts, made at the first use as users do."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs the package {package}")
     root = tmp_path_factory.mktemp("embedded")

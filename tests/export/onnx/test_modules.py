@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coalescer_fast.export.measure.accuracy import trajectories
+from coalescer_fast.export.measure.reference import trajectories
 from coalescer_fast.export.onnx import modules
 
 from ...helpers.pipelines import small_pipeline
