@@ -230,10 +230,12 @@ PRIVATE = {
     "coalescer_fast/training/autoencoder.py",
     "coalescer_fast/runtime/engines/onnx.py",
     "export/engine/builder.py",
+    "export/engine/layers.py",
     "export/onnx/graph.py",
     "export/quantize/qdq.py",
     "export/quantize/quantizer.py",
-    "export/quantize/ranges.py",
+    "export/quantize/sensitivity.py",
+    "export/quantize/calibration.py",
 }
 
 

@@ -26,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     artefacts = artefact.find(args.folder)
     from ..measure.accuracy import compare, opened
-    from ..quantize.ranges import prompts_for
+    from ..quantize.prompts import prompts_for
 
-    runs = {
-        kind: opened(found) for kind, found in artefacts.items()
-    }  # what cannot run here is said before anything is loaded
+    # before any model is loaded, so that what cannot run here is said at once
+    runs = {kind: opened(found) for kind, found in artefacts.items()}
     load = cache(open_pipeline)
     results = {}
     for kind, found in artefacts.items():

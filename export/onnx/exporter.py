@@ -1,4 +1,4 @@
-"""From a pipeline to an artefact in ONNX."""
+"""A network of a pipeline becomes an artefact in ONNX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from coalescer_fast import __version__
 from coalescer_fast.runtime.base import quiet_torch
@@ -16,16 +16,20 @@ from coalescer_fast.runtime.engines.hashes import network_hashes
 from coalescer_fast.runtime.engines.manifest import Manifest, Schedule
 
 from ..measure import accuracy
+from ..measure.reference import batches
 from . import graph, modules
 
-GRAPH = "model.onnx"
-HALF_PICTURES = 4  # that torch draws in float16, slowly
+if TYPE_CHECKING:
+    from coalescer_fast.pipeline import CoalescerPipeline
+
+GRAPH = "model.onnx"  # name of the file
+HALF_PICTURES = 4  # how many pictures torch draws in float16, which is slow
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
 
 
 @quiet_torch()
 def export_onnx(
-    pipe: Any,
+    pipe: CoalescerPipeline,
     kind: str,
     folder: Path,
     *,
@@ -38,20 +42,29 @@ def export_onnx(
     command: tuple[str, ...] = (),
     stage: Callable[[str], object] = lambda text: None,
 ) -> Artefact:
-    """Export one network into an empty folder (of `writing.creating`), and measure it in ONNX Runtime at batches 1, 2 and 5.
+    """Export one network, and compare it in ONNX Runtime with the float32 reference.
 
-    In float16 the manifest has the figures of the same network in torch: ONNX Runtime on a CPU computes most of such a graph in float32,
-    which shows that it is right, and not what is lost where every result is rounded.
+    In float16 the manifest has the figures of the same network in torch: ONNX Runtime on a CPU computes most of such a
+    graph in float32, which shows that the graph is right, but not what is lost where every result is rounded.
 
     Args:
+        pipe: The pipeline.
         kind: "unet", "decoder" or "generator", see `modules`.
-        model: name of the pipeline, as of ``from_pretrained``.
-        precision: "fp32" or "fp16"; target: "cpu" or "tensorrt", which decide the opset.
-        batch: least, best and most pictures.
-        steps, guidance: a generator's; the model's own guidance if None.
-        command: see `Manifest`; stage: told what begins.
+        folder: An empty folder, from `writing.creating`.
+        model: Name of the model, as given to ``from_pretrained``.
+        precision: "fp32" or "fp16".
+        target: "cpu" or "tensorrt".
+        batch: Smallest, best and largest number of pictures in one run.
+        steps: Number of steps of a generator.
+        guidance: Guidance scale of a generator; the model's own if None.
+        command: Arguments of ``coalescer-export``, for the manifest.
+        stage: Called with the name of each stage when it begins.
 
-    Raises: ValueError for a network that cannot be exported, or whose figures are beyond `accuracy.BUDGETS`.
+    Returns:
+        The artefact.
+
+    Raises:
+        ValueError: If the network cannot be exported, or if its figures are beyond `accuracy.BUDGETS`.
     """
     least, best, most = batch
     if not 1 <= least <= best <= most:
@@ -79,7 +92,7 @@ def export_onnx(
     )
     stage("compare")
     written = Artefact(folder, manifest)
-    result = accuracy.compare(written, onnxruntime.open_artefact(written), pipe, sum(accuracy.batches(manifest)))
+    result = accuracy.compare(written, onnxruntime.open_artefact(written), pipe, sum(batches(manifest)))
     accuracy.require(result, f"the exported {kind}")
     if precision == "fp16":
         stage("compare in float16")
@@ -89,7 +102,7 @@ def export_onnx(
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Versions of this package and of those that are installed."""
+    """Versions of this package, and of those among ``names`` that are installed."""
     found = {"coalescer_fast": __version__}
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""From a module to an ONNX file that is small, checked, and names its layers after the module's."""
+"""A module becomes an ONNX file: traced, simplified, its layers named as in the module, and checked."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from coalescer_fast.runtime.engines.onnx import quiet_exporter
 
 from .modules import example
 
-# the largest file of protobuf's is 2 GiB
-LARGEST = 3 << 29
+LARGEST = 3 << 29  # bytes of weights in one file; protobuf allows 2 GiB
+# operators whose second input is a weight
 WEIGHTED = ("Conv", "Gemm", "MatMul", "GroupNormalization", "LayerNormalization")
 
 
 def opset(target: str, precision: str) -> int:
-    """18 for float32 in ONNX Runtime on a CPU, which has no kernel for GroupNormalization and is slower with what it makes of it; 21, which
-    has that operator, for TensorRT, which fuses it, and for float16, where its statistics are float32."""
+    """The ONNX opset to write a graph in.
+
+    Opset 21 has GroupNormalization, which TensorRT fuses, and whose statistics are in float32 even in a float16 graph.
+    ONNX Runtime on a CPU has no kernel for it and is slower with the operators that it replaces it by, so that float32
+    for the CPU is written in opset 18.
+    """
     return 18 if (target, precision) == ("cpu", "fp32") else 21
 
 
@@ -39,9 +43,19 @@ def export_graph(
     path: Path,
     stage: Callable[[str], object] = lambda text: None,
 ) -> None:
-    """Write the module to ``path``, weights that are too large for one file to ``path``.data; the first axis is ``batch``'s range.
+    """Export a module.
 
-    ``stage``: told what begins. Raises ValueError for a module that the exporter or the checker refuses.
+    Args:
+        module: The module; its arguments and results are those of ``inputs`` and ``outputs``.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph.
+        batch: Smallest, best and largest extent of the first axis.
+        opset: ONNX opset.
+        path: File to write. Weights that are too large for one file go to ``path``.data.
+        stage: Called with the name of each stage when it begins.
+
+    Raises:
+        ValueError: If the exporter or the checker refuses the module.
     """
     least, _, most = batch
     args = example(inputs, max(least, min(2, most)))
@@ -49,7 +63,7 @@ def export_graph(
     try:
         with quiet_exporter():
             stage("trace")
-            # and not by torch.onnx.export, which falls back to fixed sizes
+            # here, because torch.onnx.export would fall back to fixed sizes when the batch size cannot vary
             traced = torch.export.export(module, args, dynamic_shapes=_axes(args, axis))
             stage("translate")
             program = torch.onnx.export(
@@ -76,19 +90,22 @@ def export_graph(
 
 
 def stored(initializer: Any) -> int:
-    """Its bytes."""
+    """Bytes of an initializer."""
     return initializer.const_value.nbytes
 
 
 def _axes(args: tuple[Any, ...], axis: Any) -> Any:
-    """As torch.export wants them: the arguments after the first are one, *description."""
+    """Dynamic shapes for torch.export, to which the arguments after the first are one, ``*description``."""
     if axis is None:
         return None
     return (axis,) if len(args) == 1 else (axis, tuple(axis for _ in args[1:]))
 
 
 def name_weights(graph: Any) -> None:
-    """Call what is computed of a weight alone, a part or its transpose, after the weight: "unet.up.0.0.shortcut.weight:2" is the second."""
+    """Name what is computed from a weight alone after the weight.
+
+    That is a part of it, or its transpose: "unet.up.0.0.shortcut.weight:2" is the second part of that weight.
+    """
     parts: Counter[str] = Counter()
     for node in graph:
         if node.op_type not in WEIGHTED or (value := node.inputs[1]).producer() is None:
@@ -102,20 +119,23 @@ def name_weights(graph: Any) -> None:
 
 
 def name_layers(graph: Any) -> None:
-    """Call every layer what the module calls it, "unet.up.0.0.conv1", and from its second use on "unet.up.0.0.conv1/2"."""
+    """Name every layer as in the module: "unet.up.0.0.conv1", and "unet.up.0.0.conv1/2" where it is used again."""
     uses: Counter[str] = Counter()
     for node in graph:
         if node.op_type in WEIGHTED and node.inputs[1].name in graph.initializers and ".weight" in node.inputs[1].name:
             weight = node.inputs[1].name
             if f"{weight.removesuffix(':1')}:2" not in graph.initializers:
-                weight = weight.removesuffix(":1")  # the only part
+                weight = weight.removesuffix(":1")  # there is only one part
             layer = weight.replace(".weight", "")
             uses[layer] += 1
             node.name = layer if uses[layer] == 1 else f"{layer}/{uses[layer]}"
 
 
 def simplify(model: Any) -> None:
-    """Fold constants whatever their size (parts of a weight are then weights), keep equal ones once, drop what tells of this machine."""
+    """Fold constants, whatever their size, and merge equal ones; drop metadata, which would tell about this machine.
+
+    After folding, the parts of a weight are weights of their own.
+    """
     anything = 1 << 40
     optimizer.optimize_ir(model, input_size_limit=anything, output_size_limit=anything)
     for each in (

@@ -1,1 +1,1 @@
-"""A float artefact becomes int8: ranges by calibration, QuantizeLinear and DequantizeLinear nodes, and what that costs."""
+"""A float artefact becomes int8: which layers, their ranges, and where the Q/DQ nodes are placed."""

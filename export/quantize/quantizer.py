@@ -1,107 +1,94 @@
-"""From an artefact in float to one in int8: calibrated, measured for error and speed, and refused where it does not win."""
+"""A float artefact becomes one in int8: calibrated, measured for error and speed, and refused where it does not win."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import onnx
 import torch
-from torch import Tensor
 
 from coalescer_fast.collect_env import cpu_name
 from coalescer_fast.parity import Verification, descriptions
 from coalescer_fast.runtime.base import quiet_torch
 from coalescer_fast.runtime.engines import onnxruntime, writing
 from coalescer_fast.runtime.engines.artefact import Artefact
-from coalescer_fast.runtime.engines.manifest import Manifest, Measured, Quantization
+from coalescer_fast.runtime.engines.manifest import Figures, Manifest, Quantization
 
-from ..measure import accuracy
+from ..measure import accuracy, speed
+from ..measure.reference import graph_inputs
 from ..onnx.exporter import GRAPH, packages
 from . import qdq, ranges
-from .qdq import Layer
+from .calibration import PERCENTILE, PROMPTS, observe
+from .layers import Layer, fitting, without
+from .prompts import held_out
 from .ranges import Ranges
+from .sensitivity import LayerCost, sensitivity
+from .source import Source
+
+if TYPE_CHECKING:
+    from coalescer_fast.pipeline import CoalescerPipeline
 
 HELD_OUT = 64  # pictures that the error is measured on
-SENSITIVITY_PROMPTS = 8
-Stage = Callable[[str], object]
-Row = dict[str, float | str]
-
-
-@dataclass
-class Source:
-    """An artefact in float and its prepared graph, see `qdq.prepare`."""
-
-    artefact: Artefact
-    model: Any
-    layers: list[Layer]
-
-    @classmethod
-    def of(cls, found: Artefact) -> Source:
-        m = found.manifest
-        wrong = None
-        if m.engine != "onnx" or m.precision not in ("fp32", "fp16"):
-            wrong = f"{m.precision} for {m.engine}"
-        elif (m.target, m.precision) == ("cpu", "fp16"):
-            wrong = "fp16 for a CPU, which computes it in float32"
-        if wrong:
-            raise ValueError(
-                f"{found.folder} is {wrong}: quantise what coalescer-export onnx has written in fp32, or in fp16 for tensorrt"
-            )
-        model = onnx.load(str(found.graph))
-        return cls(found, model, qdq.prepare(model, m.target))
-
-    def quantised(self, layers: Sequence[Layer], known: Ranges) -> Any:
-        return qdq.insert(self.model, layers, known.layers, self.artefact.manifest.target)
+Stage = Callable[[str], object]  # called with the name of each stage when it begins
 
 
 @quiet_torch()
-def quantise(
-    pipe: Any,
+def quantize_artefact(
+    pipe: CoalescerPipeline,
     found: Artefact,
     folder: Path,
     *,
     method: str = "percentile",
-    percentile: float = ranges.PERCENTILE,
-    prompts: int = ranges.PROMPTS,
+    percentile: float = PERCENTILE,
+    prompts: int = PROMPTS,
     seed: int = 0,
     known: Ranges | None = None,
     keep: Sequence[str] = (),
     force: bool = False,
     command: tuple[str, ...] = (),
-    report: Callable[[list[Row]], object] | None = None,
+    report: Callable[[list[LayerCost]], object] | None = None,
     stage: Stage = lambda text: None,
 ) -> Artefact:
-    """Write an artefact in int8 into an empty folder (of `writing.creating`), for the target of the one that is ``found``.
+    """Write an artefact in int8, for the target of the float artefact that it is made from.
 
     Args:
-        method, percentile: see `ranges.Histogram.range`; prompts: how many names to calibrate on; seed: of their choice and the noise.
-        known: ranges to use instead.
-        keep: names or patterns of layers that stay as they are.
-        force: write it even if it is beyond `accuracy.BUDGETS`, or no faster.
-        command: see `Manifest`; stage: told what begins.
-        report: given `sensitivity`, which is measured for it.
+        pipe: The pipeline that the float artefact was exported from.
+        found: The float artefact.
+        folder: An empty folder, from `writing.creating`.
+        method: How ranges are cut, see `Histogram.range`.
+        percentile: See `Histogram.range`.
+        prompts: How many names to calibrate on.
+        seed: Of the choice of names and the noise.
+        known: Ranges to use instead of a calibration.
+        keep: Names or patterns of layers that stay in float.
+        force: Write it even if it is beyond `accuracy.BUDGETS`, or no faster.
+        command: Arguments of ``coalescer-export``, for the manifest.
+        report: Called with what each layer costs, which is measured only for this.
+        stage: Called with the name of each stage when it begins.
 
-    Raises: ValueError for what cannot be quantised, or does not win.
+    Returns:
+        The artefact.
+
+    Raises:
+        ValueError: If no layer can be quantized, or if the result is beyond its budget or no faster.
     """
     source = Source.of(found)
     found.check_weights(pipe)
-    layers = qdq.without(source.layers, keep)
+    layers = without(source.layers, keep)
     if not layers:
         raise ValueError(f"no layer of {found.folder} is left to quantise: keep fewer")
     if known is None:
         known = calibrate(pipe, source, method, percentile, prompts, seed, stage)
-    layers, unfit = qdq.fitting(source.model, layers, known.layers, found.manifest.target)
+    layers, unfit = fitting(source.model, layers, known.layers, found.manifest.target)
     if not layers:
         name, reason = next(iter(unfit.items()))
         raise ValueError(f"no layer of {found.folder} can be quantised, {name} for one, for {reason}: use it in float")
     if report is not None:
         report(sensitivity(pipe, source, layers, known, stage))
-    m, path = found.manifest, folder / GRAPH
-    qdq.save(source.quantised(layers, known), path)
+    m = found.manifest
+    qdq.save(source.quantized(layers, known), folder / GRAPH)
     (folder / ranges.FILE).write_text(known.to_json(), "utf-8")
     quantization = Quantization(
         method=known.method,
@@ -121,60 +108,88 @@ def quantise(
         packages=packages(),
         files={},
     )
-    written = Artefact(folder, manifest)
+    return _measured(pipe, source, Artefact(folder, manifest), layers, known, seed + 1, force, stage)
+
+
+def _measured(
+    pipe: CoalescerPipeline,
+    source: Source,
+    written: Artefact,
+    layers: Sequence[Layer],
+    known: Ranges,
+    seed: int,
+    force: bool,
+    stage: Stage,
+) -> Artefact:
+    """Measure an int8 graph, and write its manifest. Raises ValueError as `quantize_artefact` does."""
+    m = source.artefact.manifest
     stage("load")
     run = onnxruntime.open_artefact(written)
-    if m.target == "cpu" and (left := qdq.float_layers(path, layers)):
-        raise ValueError(
-            f"ONNX Runtime computes {left[0]} ({len(left)} of {len(layers)} layers) in float: report this with its version"
-        )
+    if m.target == "cpu" and (left := qdq.float_layers(written.graph, layers)):
+        what = f"{left[0]} ({len(left)} of {len(layers)} layers) in float"
+        raise ValueError(f"ONNX Runtime computes {what}: report this with its version")
     stage("compare")
-    result = accuracy.compare(written, run, pipe, ranges.held_out(pipe, known.prompts, HELD_OUT, seed + 1), seed + 1)
+    result = accuracy.compare(written, run, pipe, held_out(pipe, known.prompts, HELD_OUT, seed), seed)
+    if not force:
+        require(m, result)
     measured = accuracy.to_measured(result)
     if m.target == "cpu":
         stage("measure speed")
-        times = accuracy.speed(pipe, m, {"source": onnxruntime.open_artefact(found), "int8": run})
-        speed = {**times, "threads": torch.get_num_threads(), "cpu": cpu_name()}
-        measured = replace(measured, speed=speed)
-    if not force:
-        check(m, result, measured)
-    return writing.write(folder, replace(manifest, measured=measured))
+        times = speed.measure_speed(pipe, m, {"source": onnxruntime.open_artefact(source.artefact), "int8": run})
+        if not force:
+            speed.require_faster(f"the {m.kind}", times, m.precision)
+        setting: Figures = {"threads": torch.get_num_threads(), "cpu": cpu_name()}
+        measured = replace(measured, speed={**times.figures(), **setting})
+    return writing.write(written.folder, replace(written.manifest, measured=measured))
 
 
 def recipe(m: Manifest, layers: int, convolutions: int) -> str:
-    what = (
-        "inputs and outputs in uint8, weights in int8, bias in int32"
-        if m.target == "cpu"
-        else "inputs and weights in int8"
+    """What is quantized and how, in words."""
+    what = "inputs and weights in int8"
+    if m.target == "cpu":
+        what = "inputs and outputs in uint8, weights in int8, bias in int32"
+    kept = (
+        "conv_in, both heads and the last before them, three of the decoder, the conditioning path, normalisations and "
+        "attention"
     )
-    kept = "conv_in, both heads and the last before them, three of the decoder, the conditioning path, normalisations and attention"
-    return f"{layers} of {convolutions} convolutions: {what}, weights with a scale a channel; the rest, {kept} among it, in {m.precision}"
+    scales = "weights with a scale a channel"
+    return f"{layers} of {convolutions} convolutions: {what}, {scales}; the rest, {kept} among it, in {m.precision}"
 
 
-def check(m: Manifest, result: Verification, measured: Measured) -> None:
-    """Raise ValueError if the quantised graph does not win."""
+def require(m: Manifest, result: Verification) -> None:
+    """Raise ValueError if an int8 graph is beyond its budget."""
     if not result.passed:
         row = next(row for row in result.rows if not row.ok)
         limit = "which is not finite" if row.limit is None else f"the limit {row.limit}{row.unit}"
         how = f"{row.what} is {row.value:.3g}{row.unit}, {limit}"
-        mend = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
-        raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {mend}, or add --force to have it")
-    if times := measured.speed:
-        accuracy.require_faster(f"the {m.kind}", times, m.precision)
+        fix = "keep the layers that --sensitivity names first (--keep-fp16), use another --method"
+        raise ValueError(f"the {m.kind} in int8 is beyond its budget, {how}: {fix}, or add --force to have it")
 
 
 def calibrate(
-    pipe: Any, source: Source, method: str, percentile: float, prompts: int, seed: int, stage: Stage
+    pipe: CoalescerPipeline, source: Source, method: str, percentile: float, prompts: int, seed: int, stage: Stage
 ) -> Ranges:
-    """Ranges of all layers over the reference's trajectories of so many known names: every evaluation that a call makes."""
-    found = source.artefact
-    m = found.manifest
+    """Find the ranges of all layers, over every evaluation of the reference's calls.
+
+    Args:
+        pipe: The pipeline.
+        source: What to calibrate.
+        method: See `Histogram.range`.
+        percentile: See `Histogram.range`.
+        prompts: How many names to call with.
+        seed: Of the choice of names and the noise.
+        stage: Called with the name of each stage when it begins.
+
+    Raises:
+        ValueError: If a tensor is not finite, or if too few names would be left to measure on.
+    """
+    m = source.artefact.manifest
     names = descriptions(pipe, prompts, torch.Generator().manual_seed(seed))
-    ranges.held_out(pipe, names, HELD_OUT, seed)  # so that what is missing is not said after a long calibration
+    held_out(pipe, names, HELD_OUT, seed)  # raises now, and not after a long calibration
     by_layer = {layer.name: layer.tensors(m.target) for layer in source.layers}
     tensors = list(dict.fromkeys(name for each in by_layer.values() for name in each.values()))
     stage("calibrate")
-    histograms = ranges.observe(source.model, tensors, accuracy.calls(pipe, m, names, seed))
+    histograms = observe(source.model, tensors, graph_inputs(pipe, m, names, seed))
     stage(f"{method} of {len(tensors)} tensors")
     ends = {name: histogram.range(method, percentile) for name, histogram in histograms.items()}
     return Ranges(
@@ -184,35 +199,3 @@ def calibrate(
         prompts=tuple(names),
         layers={name: {which: ends[tensor] for which, tensor in each.items()} for name, each in by_layer.items()},
     )
-
-
-def sensitivity(
-    pipe: Any, source: Source, layers: Sequence[Layer], known: Ranges, stage: Stage = lambda text: None
-) -> list[Row]:
-    """What each layer costs if it alone is quantised, in all its uses, worst first: of every output the relative L2 error
-    ||y - y_float|| / ||y_float||, of pictures the median PSNR, too. On real prompts that were not calibrated on."""
-    m = source.artefact.manifest
-    names = ranges.held_out(pipe, known.prompts, SENSITIVITY_PROMPTS, known.seed + 2)
-    inputs = accuracy.calls(pipe, m, names, known.seed + 2)
-    exact = _outputs(onnxruntime.open_artefact(source.artefact), inputs)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        alone = Artefact(Path(folder), replace(m, graph=GRAPH))
-        for module in dict.fromkeys(layer.module for layer in layers):
-            stage(f"sensitivity: {module}")
-            qdq.save(source.quantised([layer for layer in layers if layer.module == module], known), alone.graph)
-            found = _outputs(onnxruntime.open_artefact(alone), inputs)
-            row: Row = {"layer": module}
-            for port, y, e in zip(m.outputs, found, exact):
-                row[f"{port.name} error"] = float((y - e).norm() / e.norm())
-                if port.name == "picture":
-                    scale = 2 if m.kind == "decoder" else 1  # whose pictures are in [-1, 1]
-                    psnr = -10 * ((y - e) / scale).square().mean((1, 2, 3)).log10()
-                    row["PSNR dB"] = float(psnr.median())
-            rows.append(row)
-    first = f"{m.outputs[0].name} error"
-    return sorted(rows, key=lambda row: -float(row[first]))
-
-
-def _outputs(run: Callable[[Any], Any], inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    return [torch.cat(each).double() for each in zip(*(run(each) for each in inputs))]

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import triton_aot, tune_triton  # noqa: E402
+from benchmarks.kernels import triton_aot, tune_triton  # noqa: E402
 from coalescer_fast import ops  # noqa: E402
 from coalescer_fast.ops import dispatch, layout, triton_launch  # noqa: E402
 from coalescer_fast.ops.kernels.bias_residual import triton as residual  # noqa: E402

@@ -12,8 +12,12 @@ from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
-from coalescer_fast.export.measure import accuracy  # noqa: E402
+import onnx  # noqa: E402
+
+from coalescer_fast.export.measure import accuracy, speed  # noqa: E402
 from coalescer_fast.export.quantize import qdq, quantizer, ranges  # noqa: E402
+from coalescer_fast.export.quantize.calibration import METHODS  # noqa: E402
+from coalescer_fast.export.quantize.layers import find_layers  # noqa: E402
 
 BRIEF = ("--calibration-prompts", "8")
 # untrained networks draw noise
@@ -57,7 +61,7 @@ def test_verify_and_inspect(run, unet):
     assert status == 0, out
     assert "in int8 against the float32 reference, 3 pictures" in out
     facts = json.loads(run("inspect", "int8", "--json")[1])["unet"]
-    layers = len(qdq.prepare(quantizer.onnx.load("int8/model.onnx"), "tensorrt"))
+    layers = len(find_layers(onnx.load("int8/model.onnx"), "tensorrt"))
     assert layers == 0  # what reads int8 has no weight of its own
     assert facts["layers"]["Conv"]["int8"] == int(unet.manifest.recipe.split()[0])
     assert "uint8" in run("inspect", "int8")[1]
@@ -90,7 +94,7 @@ def test_it_runs_as_a_pipeline(run, exported, small):
 
 @pytest.mark.parametrize("kind", ["unet", "generator"])
 def test_ranges_are_reused_to_the_bit(run, exported, kind):
-    for method in ranges.METHODS:
+    for method in METHODS:
         assert run("quantize", exported / kind, "-o", "one", *BRIEF, "--method", method, "--force")[0] == 0
         assert run("quantize", exported / kind, "-o", "two", "--ranges", "one/ranges.json", "--force")[0] == 0
         one, two = (artefact.read(name).manifest for name in ("one", "two"))
@@ -164,7 +168,7 @@ def test_what_does_not_win_needs_force(run, exported, monkeypatch, tmp_path, why
         monkeypatch.setitem(accuracy.BUDGETS, "int8", Budget(psnr_median=200.0))
         said = "the decoder in int8 is beyond its budget, pictures: PSNR, median is "
     else:
-        monkeypatch.setattr(accuracy, "interleaved", lambda functions: {name: [1.0] for name in functions})
+        monkeypatch.setattr(speed, "interleaved", lambda functions: {name: [1.0] for name in functions})
         said = "the decoder in int8 is no faster here than in fp32, 1e+03 ms against 1e+03 for 4 pictures"
     status, out, error = run("quantize", exported / "decoder", "-o", "int8", *BRIEF)
     assert (status, out) == (1, "")

@@ -1,4 +1,4 @@
-"""Plans: built on stand-ins for full TensorRT, made of what was recorded of each version, and by TensorRT-RTX where it is installed."""
+"""Engines, built on stand-ins for TensorRT that are made from what was recorded of each version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from coalescer_fast.export.engine import builder
-from coalescer_fast.export.measure import accuracy
+from coalescer_fast.export.measure import speed
 from coalescer_fast.export.onnx import modules
 from coalescer_fast.export.quantize import ranges
 from coalescer_fast.runtime.engines import artefact, tensorrt, writing
@@ -81,7 +81,7 @@ def newest(monkeypatch) -> Fake:
     return install(monkeypatch, Fake(NEWEST))
 
 
-def test_a_plan_says_what_it_is(run, source, fake):
+def test_an_engine_says_what_it_is(run, source, fake):
     status, out, _ = run("engine", "onnx", "--saveEngine", "plan", "--maxShapes", "sample:8x2x3x3,description:8x4")
     assert (status, out) == (0, "plan\n")
     found = artefact.read("plan")
@@ -148,9 +148,9 @@ def test_the_equivalent_line(run, source, newest, capsys):
     line = capsys.readouterr().err.splitlines()[0]
     assert line == (
         "trtexec --onnx=onnx/model.onnx --saveEngine=plan/model.plan --minShapes=sample:1x2x3x3,description:1x4 "
-        "--optShapes=sample:2x2x3x3,description:2x4 --maxShapes=sample:16x2x3x3,description:16x4 --stronglyTyped --noTF32 "
-        "--profilingVerbosity=detailed --skipInference --hardwareCompatibilityLevel=ampere+ --versionCompatible --stripWeights "
-        "--timingCacheFile=t"
+        "--optShapes=sample:2x2x3x3,description:2x4 --maxShapes=sample:16x2x3x3,description:16x4 --stronglyTyped "
+        "--noTF32 --profilingVerbosity=detailed --skipInference --hardwareCompatibilityLevel=ampere+ "
+        "--versionCompatible --stripWeights --timingCacheFile=t"
     )
 
 
@@ -263,7 +263,8 @@ def test_what_the_library_says_of_a_failure_is_one_sentence(run, source, newest,
     status, out, error = run("engine", "onnx", "-o", "plan")
     assert (status, out) == (1, "")
     assert error.startswith(
-        f"coalescer-export: TensorRT 11.4.0.106 {words} onnx/model.onnx (In node 3 conv1: Assertion failed: input has type"
+        f"coalescer-export: TensorRT 11.4.0.106 {words} onnx/model.onnx "
+        "(In node 3 conv1: Assertion failed: input has type"
     )
     assert "an engine is strongly typed" in error
     assert "by coalescer-export onnx --what unet" in error
@@ -310,32 +311,6 @@ def test_tensorrt_rtx_builds_for_gpus_that_are_not_here(run, source, monkeypatch
     assert error.endswith("TensorRT-RTX 1.7.1.116 has no compute capability 90: use some of 75, 80, 86, 89, 120, 121")
 
 
-def test_layers_of_the_log():
-    text = (
-        "Layers:\n"
-        "Name: conv1_myl0_14, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,2], Strides: [2,1], StrideOrder: [1,0], "
-        "Datatype: Int8, Format: (NHWC) Channel major format }], Constants: [ { Name: w, Dimensions: [2], Strides: [1], StrideOrder: [0], "
-        "Datatype: Int8, Format: (Linear) Row major linear format }, { Name: b, Dimensions: [2], Strides: [1], StrideOrder: [0], Datatype: "
-        "Float, Format: (Linear) Row major linear format }], Outputs: [ { Name: y, Dimensions: [-1,2], Strides: [2,1], StrideOrder: [1,0], "
-        "Datatype: Half, Format: (Linear) Row major linear format }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: a.b:1]\x1e[ONNX "
-        "Layer: c/2]\n"
-        "Name: s, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: \n"
-    )
-    conv = {
-        "name": "conv1_myl0_14",
-        "type": "correlation",
-        "inputs": ["Int8"],
-        "constants": ["Int8", "Float"],
-        "outputs": ["Half"],
-    }
-    nothing = {"name": "s", "type": "shape_call", "inputs": [], "constants": [], "outputs": [], "of": []}
-    assert builder.layers_of_log(text) == [{**conv, "of": ["a.b:1", "c/2"]}, nothing]
-    assert builder.counts([conv, conv, nothing]) == [
-        ("correlation", "2: Int8 to Half 2"),
-        ("shape_call", "1: nothing to nothing 1"),
-    ]
-
-
 def test_interrupted(run, source, newest, monkeypatch):
     def stop(bar, *args):
         raise KeyboardInterrupt
@@ -369,7 +344,7 @@ def test_inspect_and_tampering(run, source, newest, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch, newest, small, model, tmp_path):
-    """(precision, seconds of an engine by name, error): the UNet's artefact "onnx", and "float" that it was quantised from; engines run."""
+    """Makes the UNet's artefact "onnx" in a precision, and "float" that it was quantized from; then engines can run."""
 
     def make(precision: str, seconds: dict[str, float], off: float = 1e-3) -> None:
         inputs, outputs = modules.ports(small, "unet")
@@ -386,12 +361,12 @@ def measured(monkeypatch, newest, small, model, tmp_path):
         monkeypatch.setattr(tensorrt, "open_artefact", open_artefact)
         monkeypatch.setattr(builder, "measure", MEASURE)
         monkeypatch.setattr(builder, "DEVICE", "cpu")
-        monkeypatch.setattr(accuracy, "interleaved", lambda functions: {name: [seconds[name]] for name in functions})
+        monkeypatch.setattr(speed, "interleaved", lambda functions: {name: [seconds[name]] for name in functions})
 
     return make
 
 
-def test_a_plan_that_can_run_is_measured(run, measured):
+def test_an_engine_that_can_run_is_measured(run, measured):
     measured("fp16", {"fp16": 2e-3})
     assert run("engine", "onnx", "-o", "plan")[:2] == (0, "plan\n")
     found = artefact.read("plan").manifest.measured
@@ -402,18 +377,19 @@ def test_a_plan_that_can_run_is_measured(run, measured):
     assert "measured fp16 ms 2" in lines
 
 
-def test_a_plan_beyond_the_budget_needs_force(run, measured):
+def test_an_engine_beyond_the_budget_needs_force(run, measured):
     measured("fp16", {"fp16": 2e-3}, off=0.5)
     status, out, error = run("engine", "onnx", "-o", "plan")
     assert (status, out) == (1, "")
     assert error.startswith(
-        "coalescer-export: the engine of the unet is not the model's: distance, relative error, maximum is 0.5, the limit"
+        "coalescer-export: the engine of the unet is not the model's: "
+        "distance, relative error, maximum is 0.5, the limit"
     )
     assert not Path("plan").exists()
     assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")
 
 
-def test_int8_is_compared_in_speed_with_a_plan_of_what_was_quantised(run, measured, newest):
+def test_int8_is_compared_in_speed_with_an_engine_of_what_was_quantised(run, measured, newest):
     measured("int8", {"source": 3e-3, "int8": 2e-3})
     assert run("engine", "onnx", "-o", "plan")[0] == 0
     assert artefact.read("plan").manifest.measured.speed == {
@@ -427,8 +403,8 @@ def test_int8_that_is_no_faster_needs_force(run, measured):
     status, out, error = run("engine", "onnx", "-o", "plan")
     assert (status, out) == (1, "")
     assert error == (
-        "coalescer-export: the engine of the unet in int8 is no faster here than in fp16, 2 ms against 2 for 4 pictures: use that, "
-        "or add --force to have this"
+        "coalescer-export: the engine of the unet in int8 is no faster here than in fp16, "
+        "2 ms against 2 for 4 pictures: use that, or add --force to have this"
     )
     assert not Path("plan").exists()
     assert run("engine", "onnx", "-o", "plan", "--force")[:2] == (0, "plan\n")

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX makes of the embedded model's graphs without a GPU, for each compute capability: the fused layers of its log."""
+"""What TensorRT-RTX fuses in the embedded model's graphs, built without a GPU for each compute capability."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_fusions(embedded, unet, tmp_path, precision, capability):
     import onnx
 
     source = embedded(precision, "tensorrt")
-    engines = build(source, tmp_path / "plan", capability)
+    engines = build(source, tmp_path / "engine", capability)
     assert set(engines) == set(KINDS)
     blocks = residual_blocks(unet)
     attentions = [
@@ -129,9 +129,9 @@ def test_int8(embedded, unet, tmp_path, capability):
     import onnx
 
     source = embedded("int8", "tensorrt")
-    for kind, layers in build(source, tmp_path / "plan", capability).items():
+    for kind, layers in build(source, tmp_path / "engine", capability).items():
         nodes = onnx.load(source / kind / "model.onnx").graph.node
-        # every Q and DQ is in a layer of the plan, but none that was not inserted
+        # every Q and DQ is in a layer of the engine, but none that was not inserted
         inserted = {node.name for node in nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
         of = {name for each in layers for name in each["of"]}
         assert {name for name in of if name.endswith(("/quantize", "/dequantize"))} == inserted

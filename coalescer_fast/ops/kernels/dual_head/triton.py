@@ -125,7 +125,7 @@ def finish_kernel(
     terms = tl.zeros([BLOCK], tl.float64)  # of one number a sample, float64 costs nothing
     for start in range(0, tiles, BLOCK):
         terms += tl.load(partials + n * tiles + start + i, mask=start + i < tiles, other=0).to(tl.float64)
-    result = softplus(tl.sum(terms) / positions.to(tl.float64) + tl.load(distance_bias).to(tl.float64))
+    result = softplus(tl.sum(terms) / positions + tl.load(distance_bias).to(tl.float64))
     if sample is not None:
         o = tl.arange(0, BLOCK_O).to(tl.int64)[None, :]
         p = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
@@ -142,7 +142,8 @@ def finish_kernel(
                     sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
                 ).to(tl.float32)
                 squares += (to - at) * (to - at)
-        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), (positions * latent).to(tl.float32)))
+        # Triton takes a size of 1 for a constant, which has no .to
+        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * latent * 1.0))
         result *= length
         divisor = tl.where(length < 1e-6, 1e-6, length)  # NaN is kept
         for c in range(0, latent, BLOCK_O):

@@ -121,7 +121,7 @@ def group_statistics(
     """Mean, less K and pre_bias of the group's first channel, and variance of each of ``groups`` (G,): their channels are begin to end."""
     s = tl.arange(0, BLOCK_S)[:, None]
     count = tl.maximum(tl.minimum(spatial - s * rows_per_split, rows_per_split), 0).to(tl.float32)
-    positions = spatial.to(tl.float32)
+    positions = spatial * 1.0  # Triton takes a size of 1 for a constant, which has no .to
     merged = tl.zeros([BLOCK_G], tl.float32)  # channels so far
     mean = tl.zeros([BLOCK_G], tl.float32)
     m2 = tl.zeros([BLOCK_G], tl.float32)
