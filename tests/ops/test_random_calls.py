@@ -1,5 +1,7 @@
-"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any default dtype. Each
-result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that was asked for by name."""
+"""400 random calls: every op, dtype and layout, tensors of every kind, every mode of autograd, any default dtype.
+
+Each result is held to the rule of `numerics`, or a backend that was asked for by name refuses the call in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +185,10 @@ def outcome(seed: int) -> str:
     return ""
 
 
-REFUSED = r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: \w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+REFUSED = (
+    r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: "
+    r"\w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
