@@ -1,12 +1,13 @@
 """Builds the native libraries where they can be built. Everything else about the package is in pyproject.toml.
 
 The libraries are plain C behind csrc/abi.h, loaded by ctypes. They use no header of torch or Python, so one wheel
-serves every version of both. ``python setup.py build_native`` builds them in a checkout. Two variables of the environment say
+serves every version of both. ``python setup.py build_native`` builds them in a checkout. Two environment variables say
 what is built:
 
 - COALESCER_FAST_BUILD: ``off`` for nothing, ``cpu`` for the CPU kernels, ``cuda`` for the CUDA kernels as well,
-  ``auto`` (the default) for the CUDA kernels only where there is a GPU. A part that cannot be built is left out; one line says
-  why, and `coalescer_fast.ops.backends` repeats it. ``require`` is ``cuda``, but the installation then fails.
+  ``auto`` (the default) for the CUDA kernels only where there is a GPU. A part that cannot be built is left out; one
+  line says why, and `coalescer_fast.ops.backends` repeats it. With ``require``, which is ``cuda`` otherwise, the
+  installation fails instead.
 - TORCH_CUDA_ARCH_LIST: the compute capabilities that CUDA kernels are compiled for, such as ``8.0;9.0``.
 """
 
