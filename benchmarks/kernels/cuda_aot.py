@@ -37,6 +37,7 @@ import torch
 
 from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, native_library
+from coalescer_fast.ops.binding import NativeKernel
 from coalescer_fast.ops.op import OPS
 
 from . import shapes
@@ -233,8 +234,9 @@ def packed(call: shapes.Call, batch: int, dtype: torch.dtype) -> bytes:
         bound = inspect.signature(getattr(ops, call.op)).bind(**call.inputs(batch, dtype, torch.device("meta")))
         bound.apply_defaults()
         arguments = [bound.arguments[name] for name in OPS[call.op].names]
-        packed: bytes = OPS[call.op].implementation("cpu").packed(*arguments)
-    return packed
+        kernel = OPS[call.op].implementation("cpu")
+        assert isinstance(kernel, NativeKernel)
+        return kernel.packed(*arguments)
 
 
 def plans(targets: Sequence[int], threads: dict[str, int]) -> Iterator[dict[str, Any]]:
