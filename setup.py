@@ -75,7 +75,9 @@ def build_cpu(target: Path) -> str:
     cxx = compiler()
     if not shutil.which(cxx[0]):
         return f"there is no C++ compiler{' ' + cxx[0] if cxx[0] else ''}: install g++ or set CXX"
-    extra = {"runtime": (), "portable": ()} | (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})
+    names = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
+    extra = {name: flags.get(name, ()) for name in names if name in flags or name not in X86_FLAGS}
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(*arguments: str) -> str:

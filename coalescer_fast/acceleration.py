@@ -12,9 +12,8 @@ import torch
 
 from .console import table
 from .dtypes import DTYPES, dtype_name
-from .ops import library
+from .ops import native_library
 from .pipeline import CoalescerPipeline
-from .runtime.cpu import CpuRuntime, native_bfloat16
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.engines import artefact as artefacts
@@ -22,6 +21,7 @@ from .runtime.engines import compiled, onnxruntime, openvino, tensorrt
 from .runtime.engines.artefact import Artefact
 from .runtime.engines.exported import ExportedRuntime
 from .runtime.engines.per_shape import PerShapeRuntime
+from .runtime.native.runtime import NativeRuntime, native_bfloat16
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
@@ -51,7 +51,7 @@ class RuntimeKind:
 
 
 RUNTIMES = {
-    "cpu": RuntimeKind(CpuRuntime, {"cpu": (*FLOATS, "int8")}, unavailable=lambda: library.unavailable()),
+    "cpu": RuntimeKind(NativeRuntime, {"cpu": (*FLOATS, "int8")}, unavailable=lambda: native_library.unavailable()),
     "cuda": RuntimeKind(
         lambda pipe, dtype: CudaRuntime(pipe, "auto", dtype),
         {"cuda": (*FLOATS, "float16")},

@@ -1,4 +1,7 @@
-"""The command ``coalescer-fast``. Whatever a user can get wrong ends in one sentence on stderr and a non-zero exit status."""
+"""The command ``coalescer-fast``.
+
+Whatever a user can get wrong ends in one sentence on stderr and a non-zero exit status.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
+    """Build the parser; it sets ``run``, the function of the command."""
     top = Parser(prog="coalescer-fast", description="Text-to-image sampling in two network evaluations.")
     top.add_argument("--version", action="version", version=__version__)
     add_common_options(top)
@@ -78,10 +82,16 @@ def parser() -> Parser:
     sub = command("sample", sample, "draw pictures of prompts")
     sub.add_argument("prompts", nargs="+", type=prompt, metavar="PROMPT")
     model(sub)
-    text = f"pictures a prompt, at most {MAX_IMAGES:,}, for they are drawn together and held in memory (default: %(default)s)"
+    text = (
+        f"pictures a prompt, at most {MAX_IMAGES:,}, for they are drawn together and held in memory "
+        "(default: %(default)s)"
+    )
     sub.add_argument("-n", type=up_to(MAX_IMAGES), default=1, metavar="N", help=text)
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
-    text = f"steps, the network evaluations without guidance, at most {MAX_STEPS:,}, for the model is made for 2 (default: %(default)s)"
+    text = (
+        f"steps, the network evaluations without guidance, at most {MAX_STEPS:,}, for the model is made for 2 "
+        "(default: %(default)s)"
+    )
     sub.add_argument("--steps", type=up_to(MAX_STEPS), default=2, metavar="N", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
     sub.add_argument(
@@ -155,9 +165,8 @@ def parser() -> Parser:
 
 def sample(args: argparse.Namespace) -> None:
     if (count := len(args.prompts) * args.n) > 4 * MAX_IMAGES:
-        raise ValueError(
-            f"{count:,} pictures are more than the {4 * MAX_IMAGES:,} that are drawn at once: ask for fewer prompts or -n"
-        )
+        too_many = f"{count:,} pictures are more than the {4 * MAX_IMAGES:,} that are drawn at once"
+        raise ValueError(f"{too_many}: ask for fewer prompts or -n")
     from PIL import Image
 
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
@@ -215,9 +224,9 @@ def info(args: argparse.Namespace) -> None:
     import torch
 
     from . import acceleration
+    from .folders import WEIGHTS, embedded_models
     from .ops import backends
     from .ops.dispatch import BACKENDS
-    from .pipeline import WEIGHTS, embedded_models
 
     facts: dict[str, Any] = {
         "coalescer_fast": __version__,

@@ -1,7 +1,7 @@
 """``python -m coalescer_fast.collect_env [--json]``: what is installed, what loads, and what cannot run and why.
 
-Made for installations that do not work: it imports the standard library alone, and whatever is to be tried, torch, diffusers, the native
-libraries, is tried in a process of its own, so that an import that raises, crashes or hangs is one line of the report.
+Made for installations that do not work: it imports the standard library alone, and it tries torch, diffusers and the
+native libraries each in a process of its own. An import that raises, crashes or hangs is then one line of the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .console import table
 
 PARTS = ("cpu", "cuda")
 LIBRARIES = Path(__file__).parent / "lib"
-# name: the distributions that bring it
+# package -> the distributions that contain it
 PACKAGES = {
     **{name: (name,) for name in ("torch", "triton", "diffusers", "numpy", "safetensors", "tokenizers", "onnx")},
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -42,10 +42,11 @@ Facts = dict[str, Any]
 
 
 class Failed(Exception):
-    """Its message says all."""
+    """A probe has failed; the message is the whole reason."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m coalescer_fast.collect_env", description="Report the environment.")
     parser.add_argument("--json", action="store_true", help="as JSON")
     as_json = parser.parse_args(argv).json
@@ -55,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect() -> Facts:
-    """The report as nested dicts of strings, numbers, booleans, lists and None. What fails is {"error": one line}; it never raises."""
+    """Collect the report as nested dicts of strings, numbers, booleans, lists and None.
+
+    It never raises: what fails is {"error": one line}.
+    """
     with ThreadPoolExecutor(2) as pool:
         trials = {name: pool.submit(tried, name) for name in TRIALS}
         facts = {
@@ -84,6 +88,7 @@ def guarded(probe: Callable[..., Any], *args: Any) -> Any:
 
 
 def one_line(message: str) -> str:
+    """A message without newlines, cut off where it is long."""
     return " ".join(message.split())[:500]
 
 
@@ -136,7 +141,7 @@ def cpu_name() -> str:
 
 
 def build() -> Facts:
-    """What the installation wrote of each library, in build.json."""
+    """Read what the installation wrote about each library, in build.json."""
     reasons = json.loads((LIBRARIES / "build.json").read_text("utf-8"))
     return {part: f"not built: {reason}" if reason else "built" for part, reason in reasons.items()}
 
@@ -170,13 +175,13 @@ def try_torch() -> Facts:
 
 
 def try_pipeline() -> Facts:
-    """Everything that sampling imports, and the OpenMP runtimes that are then in the process: more than one fight for the cores."""
+    """Import all that sampling needs, and list the OpenMP runtimes that are then there: two fight for the cores."""
     import_module(f"{__package__}.pipeline")
     return {"imports": True, "openmp": guarded(openmp)}
 
 
 def try_backends() -> Facts:
-    """Of every op, every backend: whether it can run here at all, and if not, why."""
+    """Whether each backend of each op can run here, and if not, why."""
     ops = import_module(f"{__package__}.ops")
     return {
         op: {name: {"able": able, "reason": reason} for name, (able, reason) in ops.backends(op).items()}
@@ -213,7 +218,7 @@ TRIALS: dict[str, Callable[[], Facts]] = {
 
 
 def tried(name: str) -> Any:
-    """The trial's facts, from a process that sees the modules that this one sees; {"error": ...} if it dies or hangs."""
+    """Run a trial in a process that sees the same modules; {"error": ...} if it dies or hangs."""
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from {__package__} import collect_env; collect_env.answer({name!r})"
     )

@@ -1,4 +1,7 @@
-"""What command lines share: the parser, types of arguments, errors in one sentence, tables. Imports the standard library alone."""
+"""What command lines share: the parser, types of arguments, errors in one sentence, tables.
+
+Only the standard library is imported at the top.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Files and folders that are whole, or as they were before: whatever the package writes goes through here.
+"""Atomic writes of files and folders. Whatever the package writes goes through here.
 
-A file is written beside its target as ``.NAME.PID.TOKEN.partial``, brought to the disk, and takes the target's name in one step. If that
-fails, or is interrupted, the target is as it was and nothing is left beside it; what a process that was killed has left, the next one that
-writes there removes. Where the target is a symbolic link, the file that it leads to is written.
+A file is written beside its target as ``.NAME.PID.TOKEN.partial``, synchronised to the disk, and renamed to the target
+in one step. If that fails or is interrupted, the target is as it was and nothing is left beside it. What a killed
+process has left is removed by the next one that writes there. Where the target is a symbolic link, the file that it
+leads to is written.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-LONGEST = 180  # bytes of a target's name that are in that of its partial file: names have 255 at most
+MAX_NAME = 180  # bytes of the target's name in that of its partial file, for a name has at most 255 bytes
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file, open for writing and reading, that becomes ``path`` when the block ends without an error.
+    """Open a binary file, for writing and reading, that becomes ``path`` when the block ends without an error.
 
-    Its mode is that of the file that it replaces, else what the umask leaves. Raises OSError, in one sentence that names ``path``, for
-    what cannot be written: a folder, a device or a pipe, a full disk.
+    Its mode is that of the file that it replaces, else what the umask leaves.
+
+    Raises:
+        OSError: for what cannot be written: a folder, a device or a pipe, a full disk. The message names ``path``.
     """
     with _named(path):
         target = _target(path)
@@ -42,7 +45,7 @@ def writing(path: str | Path) -> Iterator[IO[bytes]]:
         try:
             yield file
         except Exception as error:
-            # libraries have words of their own for a full disk
+            # libraries that write raise errors of their own for a full disk
             if raw.failed is not None:
                 with _named(path):
                     raise raw.failed from error
@@ -61,7 +64,11 @@ def writing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 class _File(io.FileIO):
-    """failed: the error of a write, if one failed."""
+    """A file that remembers the error of a write.
+
+    Attributes:
+        failed: the error, if a write has failed.
+    """
 
     failed: OSError | None = None
 
@@ -74,16 +81,18 @@ class _File(io.FileIO):
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file. Raises OSError, see `writing`."""
     with writing(path) as file:
         file.write(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """As UTF-8, with the newlines that it has."""
+    """Write a text as UTF-8, with the newlines that it has. Raises OSError, see `writing`."""
     write_bytes(path, text.encode())
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows as CSV with a header. Raises OSError, see `writing`."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, list(columns), lineterminator="\n")
     table.writeheader()
@@ -92,20 +101,23 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequ
 
 
 def write_picture(path: str | Path, picture: Any) -> None:
-    """A PIL image or a figure of matplotlib, in the format that the name ends in."""
-    content = io.BytesIO()
-    if hasattr(picture, "savefig"):
-        picture.savefig(content, format=Path(path).suffix[1:], dpi=150)
-    else:
-        from PIL import Image
+    """Write a PIL image or a matplotlib figure, in the format that the name ends in. Raises OSError, see `writing`."""
+    from PIL import Image
 
+    content = io.BytesIO()
+    if isinstance(picture, Image.Image):
         picture.save(content, Image.registered_extensions()[Path(path).suffix.lower()])
+    else:
+        picture.savefig(content, format=Path(path).suffix[1:], dpi=150)
     write_bytes(path, content.getvalue())
 
 
 @contextmanager
 def writing_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder whose files move into ``folder`` when the block ends without an error, each in one step; other files stay there."""
+    """Make an empty folder whose files move into ``folder`` when the block ends without an error, each in one step.
+
+    Other files in ``folder`` stay there. Raises OSError, see `writing`.
+    """
     folder = Path(folder)
     with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,9 +127,8 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
         with _named(folder):
             yield partial
             sync(partial)
-            mode = (
-                stat.S_IMODE(partial.stat().st_mode) & 0o666
-            )  # some libraries write files that their owner alone can read
+            # some libraries write files that their owner alone can read
+            mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
             for source in sorted(path for path in partial.rglob("*") if path.is_file()):
                 place = target / source.relative_to(partial)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +140,7 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an OSError that names the fix unless ``path`` can be written; leaves everything as it is."""
+    """Raise OSError, see `writing`, unless ``path`` can be written. Everything stays as it is."""
     with _named(path):
         target = _target(path)
         partial = _partial(target)
@@ -138,7 +149,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def new_folder(target: Path) -> Path:
-    """An empty folder beside ``target``, which no other process and no other thread has; removes what killed ones have left there."""
+    """Make an empty folder beside ``target``, for this thread alone, and remove what killed processes have left."""
     remove_abandoned(target)
     partial = _partial(target)
     partial.mkdir()
@@ -146,7 +157,7 @@ def new_folder(target: Path) -> Path:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove the partial files and folders of ``target`` that belong to processes which are no more."""
+    """Remove the partial files and folders of ``target`` whose processes have ended."""
     head = f".{_shortened(target.name)}."
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
         found = (
@@ -160,7 +171,7 @@ def remove_abandoned(target: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring all files in a folder, and in those in it, to the disk."""
+    """Synchronise all files in a folder and its subfolders to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -170,7 +181,7 @@ def sync(folder: Path) -> None:
 
 
 def sha256(file: IO[bytes], size: int | None = None) -> str:
-    """Of the next ``size`` bytes of a file, or of all that is left of it, in hexadecimal."""
+    """Hash the next ``size`` bytes of a file, or all that is left of it; in hexadecimal."""
     digest, left = hashlib.sha256(), sys.maxsize if size is None else size
     while chunk := file.read(min(left, 1 << 20)):
         digest.update(chunk)
@@ -179,7 +190,7 @@ def sha256(file: IO[bytes], size: int | None = None) -> str:
 
 
 def _target(path: str | Path) -> Path:
-    """The file that is written for ``path``. Raises OSError for what is no file, or cannot be one."""
+    """The file that a write to ``path`` replaces. Raises OSError for what is not, and cannot be, a file."""
     target = Path(os.path.realpath(path))
     if not target.name or target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -196,12 +207,12 @@ def _partial(target: Path) -> Path:
 
 
 def _shortened(name: str) -> str:
-    return os.fsencode(name)[:LONGEST].decode("utf-8", "ignore")
+    return os.fsencode(name)[:MAX_NAME].decode("utf-8", "ignore")
 
 
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
-    """Errors of the system name ``path`` and say what to do."""
+    """Inside, an OSError is raised again with a message that names ``path`` and a fix."""
     try:
         yield
     except OSError as error:
@@ -215,7 +226,8 @@ def _named(path: str | Path) -> Iterator[None]:
 
 
 def alive(pid: int) -> bool:
-    if os.name == "nt":  # there, this would end it
+    """Whether there is a process of this number."""
+    if os.name == "nt":  # there, os.kill would end it
         return True
     try:
         os.kill(pid, 0)
@@ -227,7 +239,7 @@ def alive(pid: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that a file keeps its new name when the machine stops."""
+    """Synchronise a folder, so that a renamed file keeps its name when the machine stops."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

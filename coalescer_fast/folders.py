@@ -1,7 +1,7 @@
-"""Saved pipelines: what is written beside diffusers' own files, and what a folder must be before diffusers reads it.
+"""Folders of saved pipelines: where they are, what is written beside diffusers' files, and checks before a load.
 
 A stranger's folder runs no code here. It may name no class but ours (or one derived from ours that this process has
-imported already), its weights are safetensors, and whatever does not fit is said in one sentence.
+imported already), its weights are safetensors, and whatever does not fit is an error in one sentence.
 """
 
 from __future__ import annotations
@@ -30,20 +30,56 @@ COMPONENTS: dict[str, type] = {
     "description_encoder": DescriptionEncoder,
     "vae": CoalescerAutoencoder,
 }
+WEIGHTS = Path(__file__).parent / "weights"  # a folder for each embedded model
 NETWORKS = ("unet", "description_encoder", "vae")
 INDEX_END = ".safetensors.index.json"
 INDEX, CHECKSUMS, CODE = "model_index.json", "checksums.json", "pipeline.py"
-# of safetensors' names: what may stand in a file for a tensor that computes, and what must for one of integers
+# safetensors' names of dtypes: those that a file may have for a floating-point tensor, and must have for integers
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
-# settings that count layers, each of which has tensors
+# settings that count layers; every layer has tensors
 COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks")
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that the package carries."""
+    return sorted(p.parent.name for p in WEIGHTS.glob(f"*/{INDEX}"))
+
+
+def locate(name: str) -> Path | None:
+    """Find the folder that a name stands for.
+
+    Args:
+        name: an embedded model, a folder or a Hub id.
+
+    Returns:
+        The folder, or None for a Hub id.
+
+    Raises:
+        ValueError: for a name that can be none of them.
+    """
+    if name in embedded_models():
+        return WEIGHTS / name
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"there is no model {name!r:.80}: {(error.strerror or str(error)).lower()}") from error
+    if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
+        known = ", ".join(embedded_models())
+        raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
+    return None
 
 
 def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
     """Write what a saved folder has beside diffusers' files: code by which diffusers finds the class, and checksums.
 
     ``model_index.json`` then names the class as diffusers names those of a ``pipeline.py``.
+
+    Args:
+        folder: as diffusers has saved it.
+        pipeline: the class.
     """
     index = read_json(folder / INDEX)
     index["_class_name"] = [Path(CODE).stem, pipeline.__name__]
@@ -56,7 +92,7 @@ def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
     )
     parts = [folder / name for name in index if (folder / name).is_dir()]
     for stale in [path for part in parts for path in part.glob(f"*{INDEX_END}")]:
-        # diffusers takes shards away that whole weights replace, and leaves their index, which would be read instead
+        # where whole weights replace shards, diffusers removes the shards and leaves their index, which would be read
         whole = stale.with_name(stale.name.removesuffix(INDEX_END) + ".safetensors")
         shards = set(read_json(stale).get("weight_map", {}).values())
         if whole.is_file() and not all((stale.parent / shard).is_file() for shard in shards):
@@ -72,9 +108,16 @@ def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
 def check(
     folder: Path, pipeline: type[DiffusionPipeline], given: Collection[str] = (), variant: str | None = None
 ) -> None:
-    """Raise ValueError, in one sentence, if ``folder`` is no saved ``pipeline`` that can be loaded as it was saved.
+    """Check that a folder is a saved pipeline that can be loaded as it was saved.
 
-    given: components that need not be there; variant: of the weights, as in diffusers.
+    Args:
+        folder: the folder.
+        pipeline: the class that is to be loaded.
+        given: components that need not be there.
+        variant: of the weights, as in diffusers.
+
+    Raises:
+        ValueError: if it is not.
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is not a saved pipeline: it has no {INDEX}")
@@ -94,6 +137,7 @@ def check(
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read an object from a JSON file. Raises ValueError if there is none."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -118,7 +162,7 @@ def _check_class(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
 
 
 def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPipeline]) -> None:
-    """Raise ValueError for what the pipeline has not; its own components, beside those of all, must bring no code."""
+    """Raise ValueError for a name that the pipeline does not have, or a component of a subclass that brings code."""
     modules, settings = pipeline._get_signature_keys(pipeline)
     for name, entry in index.items():
         if name.startswith("_") or name in COMPONENTS or name in settings:
@@ -131,20 +175,21 @@ def _check_names(folder: Path, index: dict[str, Any], pipeline: type[DiffusionPi
 
 
 def _class_of(where: str, entry: Any, base: type) -> type:
-    """The class that an entry [module, class] names, found among what is imported already."""
+    """Find the class that an entry [module, class] names among what is imported already."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise ValueError(f"{where} is {entry!r:.80}; expected [module, class]")
     module, name = entry
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     if not (isinstance(found, type) and issubclass(found, base)):
+        named = f"{module:.80}.{name:.80}"
         raise ValueError(
-            f"{where} is {module:.80}.{name:.80}, which is not a {base.__name__} that is imported here; no other is loaded"
+            f"{where} is {named}, which is not a {base.__name__} that is imported here; no other is loaded"
         )
     return found
 
 
 def _check_component(folder: Path, kind: type, variant: str | None) -> list[Path]:
-    """The files that diffusers will read of a component, which are there and fit each other."""
+    """Check a component, and return the files that diffusers will read of it."""
     if kind.config_name != CONFIG_NAME:  # type: ignore[attr-defined]
         path = _file(folder, kind.config_name)  # type: ignore[attr-defined]
         _check_config(path, kind)
@@ -162,7 +207,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _weights(folder: Path, variant: str | None) -> Iterator[Path]:
-    """The index, where the weights are in several files, and the files of weights, as diffusers chooses them."""
+    """The files of weights that diffusers will choose, and before them their index if there are several."""
     has_variant = variant is not None and any(
         path.name.partition(".")[2].startswith(variant) for path in folder.iterdir()
     )
@@ -204,8 +249,7 @@ def _check_config(path: Path, kind: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a type; types that the configurations of networks do not have are not looked
-    at."""
+    """Whether a value out of JSON is of a type. Only types that configurations of networks have are checked."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:
@@ -219,7 +263,7 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a file is no dict)
+                for name in file.keys():  # noqa: SIM118 (not a dict)
                     part = file.get_slice(name)
                     found[name] = part.get_dtype(), part.get_shape(), path
         except (SafetensorError, OSError) as error:
@@ -228,7 +272,7 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
     try:
         with torch.device("meta"):
             expected = kind.from_config(config).state_dict()  # type: ignore[attr-defined]
-    except Exception as error:  # whatever layers say of sizes that they cannot have
+    except Exception as error:  # whatever a layer raises for sizes that it cannot have
         raise ValueError(
             f"{folder / CONFIG_NAME} is damaged: {' '.join(str(error).split())[:300] or type(error).__name__}"
         ) from error
@@ -245,7 +289,7 @@ def _check_weights(folder: Path, kind: type, config: dict[str, Any], files: list
 
 
 def _check_sizes(folder: Path, config: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise ValueError for sizes that the weights cannot have, which would take memory or time without end to build."""
+    """Raise ValueError for sizes that the weights cannot have, and that could take forever to build."""
     numbers = sum(torch.Size(shape).numel() for _, shape, _ in found.values())
     for name, value in config.items():
         most = len(found) if name in COUNTS else numbers

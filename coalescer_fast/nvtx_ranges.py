@@ -1,9 +1,11 @@
 """Named ranges around the stages of a call, for profilers (Nsight Systems); off unless asked for.
 
-``COALESCER_FAST_NVTX=1``, read when a pipeline is first imported, or `enable`, turns them on; they need the package ``nvtx``. A call
-has ``encode`` (styles are chosen), ``condition``, then for step i ``evaluate[i]``, and ``evaluate_empty[i]`` where it is guided, and
-``decode``; where steps and decoder are one CUDA graph, ``graph``, in which those are opened while it is captured. All in the domain
-"coalescer_fast".
+``COALESCER_FAST_NVTX=1``, read when a pipeline is first imported, or `enable` turns them on. They need the package
+``nvtx`` and are in the domain "coalescer_fast".
+
+A call has ``encode`` (styles are chosen), ``condition``, for step i ``evaluate[i]`` and, where it is guided,
+``evaluate_empty[i]``, and ``decode``. Where steps and decoder are one CUDA graph, they are the range ``graph``, and the
+ranges of the steps open while it is captured.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _open: Callable[..., AbstractContextManager[Any]] | None = None  # None: off
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """A context that is the range ``name`` on a profiler's time line; while off, one that does nothing, always the same (0.2 us)."""
+    """A context manager for the range ``name``; while ranges are off, always the same one, which does nothing."""
     return _NOTHING if _open is None else _open(name, domain=DOMAIN)
 
 
@@ -46,7 +48,7 @@ def _read_environment() -> None:
     if os.environ.get("COALESCER_FAST_NVTX") == "1":
         try:
             enable()
-        except ImportError as error:  # a profiler's switch is no reason not to draw
+        except ImportError as error:  # no reason not to draw
             logger.warning("COALESCER_FAST_NVTX=1 has no effect: %s", error)
 
 

@@ -1,5 +1,4 @@
-"""Whether an accelerated pipeline draws what its own float32 reference draws, `verify`, and what another machine draws,
-`receipt`."""
+"""Compare an accelerated pipeline with its own float32 reference, `verify`, and with another machine, `receipt`."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import ops
 from .acceleration import check_pipeline
-from .models.unet import Conditioning
-from .ops import library
+from .console import table
+from .dtypes import dtype_name
+from .ops import native_library
 from .prompts import check_count, check_texts
 from .runtime.eager import EagerRuntime
 from .runtime.engines.hashes import network_sha256
@@ -26,6 +27,7 @@ from .runtime.engines.manifest import Schedule
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .models.unet import CoalescerUNet
     from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
@@ -36,8 +38,14 @@ SPATIAL = 16  # largest height and width of an op's test call
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pipeline may differ by. psnr_median, psnr_minimum: dB, over the pictures; direction_cosine: smallest, and distance_error:
-    largest relative error, over the pictures of a step."""
+    """What a pipeline may differ by.
+
+    Attributes:
+        psnr_median: in dB, over the pictures.
+        psnr_minimum: in dB, over the pictures.
+        direction_cosine: the smallest over the pictures of a step.
+        distance_error: the largest relative error over the pictures of a step.
+    """
 
     psnr_median: float = 35.0
     psnr_minimum: float = 25.0
@@ -46,14 +54,25 @@ class Budget:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Budget:
-        """The default for networks that run in ``dtype``. What float32 must keep beside the median is as loose as for the others: a
-        convolution in TF32 rounds as float16 does."""
+        """The default for networks that run in ``dtype``.
+
+        Only the median is stricter in float32: a convolution in TF32 rounds as float16 does.
+        """
         return cls(psnr_median=60.0) if dtype == torch.float32 else cls()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: ``value`` is to be ``comparison`` (">=" or "<=") ``limit``, or merely finite where limit is None."""
+    """One figure and its limit.
+
+    Attributes:
+        what: its name.
+        value: as measured.
+        limit: None where it only has to be finite.
+        comparison: how the value has to compare with the limit, ">=" or "<=".
+        ok: whether it does.
+        unit: printed after value and limit.
+    """
 
     what: str
     value: float
@@ -67,8 +86,12 @@ class Row:
 class Verification:
     """What `verify` found.
 
-    runtime, dtype (or "int8"): what was compared with the float32 reference; pictures: how many; rows: figures;
-    receipt: of the accelerated pictures, see `receipt`, if there are any.
+    Attributes:
+        runtime: name of what was compared with the float32 reference.
+        dtype: what it multiplies in, see `Runtime.precision`.
+        pictures: how many were compared.
+        rows: the figures.
+        receipt: of the accelerated pictures, see `receipt`, if there is one.
     """
 
     runtime: str
@@ -79,6 +102,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether all figures are within their limits."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,10 +119,10 @@ class Verification:
         for row in self.rows:
             limit = "finite" if row.limit is None else f"{row.comparison} {number(row.limit)}{row.unit}"
             cells.append((row.what, number(row.value) + row.unit, limit, "PASS" if row.ok else "FAIL"))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in cells]
+        lines = [table(cells, "<>><")]
         count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
-        subject = f"{self.runtime} in {self.dtype} against the float32 reference, {self.pictures} picture{'s' * (self.pictures != 1)}"
+        pictures = f"{self.pictures} picture{'s' * (self.pictures != 1)}"
+        subject = f"{self.runtime} in {self.dtype} against the float32 reference, {pictures}"
         if self.receipt is not None:
             where = self.receipt["instruction_set"] or "no native kernels"
             lines.append(f"pixels: SHA-256 {self.receipt['pixels'][:16]}..., {where}")
@@ -106,24 +130,28 @@ class Verification:
 
 
 def number(value: float) -> str:
+    """Three digits, and five of what is close to 1."""
     return f"{value:.5f}" if 0.99 <= value < 1 else f"{value:.3g}"
 
 
 def at_least(what: str, value: float, limit: float, unit: str = "") -> Row:
+    """A figure that must not be below the limit."""
     return Row(what, value, limit, ">=", value >= limit, unit)
 
 
 def at_most(what: str, value: float, limit: float, unit: str = "") -> Row:
+    """A figure that must not be above the limit."""
     return Row(what, value, limit, "<=", value <= limit, unit)
 
 
 def finite(what: str, value: float) -> Row:
+    """A figure without a limit."""
     return Row(what, value, None, "", math.isfinite(value))
 
 
 @torch.no_grad()
 def verify(
-    pipe: Any,
+    pipe: CoalescerPipeline,
     prompts: int | str | Sequence[str] | None = None,
     *,
     num_images: int = 1,
@@ -132,28 +160,34 @@ def verify(
 ) -> Verification:
     r"""Compare an accelerated pipeline with its own float32 reference, on the same noise: ops, steps and pictures.
 
-    - every fused op on the backend and in the dtype that the runtime runs it in: ``max |y - y64| <= 2 max |y_plain - y64| + ulp``, with y64
-      in float64, y_plain plain torch in the same dtype, and one ulp of the largest number that goes in or comes out;
-    - every step's evaluation at the R where the reference is then: ``|d - d_ref|_2 / |d_ref|_2``, the smallest cosine of d and d_ref, the
-      largest ``|l / l_ref - 1|`` of the distance l; and after the step ``|R - R_ref|_2 / |R_ref|_2``, each on its own way from the noise;
+    - every fused op on the backend and in the dtype that the runtime runs it in:
+      ``max |y - y64| <= 2 max |y_plain - y64| + ulp``, with y64 in float64, y_plain plain torch in the same dtype, and
+      one ulp of the largest number that goes in or comes out;
+    - every step's evaluation at the R where the reference is then: ``|d - d_ref|_2 / |d_ref|_2``, the smallest cosine
+      of d and d_ref, the largest ``|l / l_ref - 1|`` of the distance l; and after the step
+      ``|R - R_ref|_2 / |R_ref|_2``, where each has come by its own steps from the noise;
     - the pictures of two ordinary calls: PSNR ``-10 log10 mean (x - x_ref)^2``, x in [0, 1].
 
     Args:
-        pipe: a `CoalescerPipeline` after `accelerate`. It is used as it is, and left so; no other thread may call it meanwhile.
-        prompts: descriptions, or how many names to draw from those that the model was trained on (all, if it has fewer); 16 if None.
+        pipe: a pipeline after `accelerate`. It is left as it is.
+        prompts: descriptions, or how many names to draw from those that the model was trained on (all, if it has
+            fewer); 16 if None.
         num_images: pictures a prompt.
         seed: of the noise and of the choice of names.
-        budget: limits; the default of the runtime's dtype, `Budget.of`, with those replaced that a mapping names.
+        budget: limits. A mapping replaces some of the default, `Budget.of` the runtime's dtype.
 
-    Returns: a `Verification`; ``passed``, and its ``str`` is a table. A figure that is NaN fails.
+    Returns:
+        The figures, and whether they are within their limits; printed, a table. A figure that is NaN fails.
 
-    Raises: ValueError for a pipeline that is not accelerated, and for arguments other than these.
+    Raises:
+        ValueError: for a pipeline that is not accelerated, and for arguments other than these.
     """
     check_pipeline(pipe)
     runtime = pipe.runtime
     if isinstance(runtime, EagerRuntime):
         raise ValueError(
-            "the pipeline is not accelerated, so there is nothing to compare: call coalescer_fast.accelerate(pipe) first"
+            "the pipeline is not accelerated, so there is nothing to compare: "
+            "call coalescer_fast.accelerate(pipe) first"
         )
     if pipe.unet.dtype != torch.float32 or pipe.vae.dtype != torch.float32:
         raise ValueError(
@@ -162,17 +196,19 @@ def verify(
     limits = _limits(budget, runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
     check_count(num_images)
-    texts = [text for text in check_texts("prompts", descriptions(pipe, prompts, generator)) for _ in range(num_images)]
+    texts = [text for text in descriptions(pipe, prompts, generator) for _ in range(num_images)]
     noise = pipe.initial_noise(len(texts), generator)
     rows = [_op_row(*call) for call in _op_calls(pipe, runtime)]
 
     batches = []
     size = BATCH_SIZE if runtime.max_batch is None else min(BATCH_SIZE, runtime.max_batch)
     starts = range(0, len(texts), size)
-    with pipe.progress_bar(total=len(starts)) as bar, _quiet(pipe):
+    fast, reference = _counting(pipe), _counting(pipe)
+    fast.runtime = runtime
+    with pipe.progress_bar(total=len(starts)) as bar:
         for start in starts:
             part = slice(start, start + size)
-            batches.append(_compare(pipe, runtime, texts[part], noise[part]))
+            batches.append(_compare(fast, reference, texts[part], noise[part]))
             bar.update()
     # of each step: (figures of its pictures), joined over the batches
     for i, step in enumerate(zip(*(steps for steps, _, _ in batches))):
@@ -201,22 +237,25 @@ def receipt(
     guidance_scale: float | None = None,
     negative_prompt: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Hashes of all that decides the bits of pictures, and of the pictures: two machines with the same receipt have
-    drawn the same.
+    """Hash all that decides the bits of pictures, and the pictures.
 
-    Where two receipts differ, the first field that differs says why. With backend "cpu", the fields before ``pixels``
-    decide it.
+    Two machines with the same receipt have drawn the same. Where two receipts differ, the first field that differs says
+    why. With backend "cpu", the fields before ``pixels`` decide it.
 
     Args:
         pipe: what drew them.
         prompts: one a picture.
         latents: the noise that the call was given, (N, C, h, w).
-        images: what it gave: (N, 3, H, W) in [0, 1], or PIL pictures.
-        num_inference_steps, guidance_scale, negative_prompt: of the call.
+        images: what it returned: (N, 3, H, W) in [0, 1], or PIL pictures.
+        num_inference_steps: of the call.
+        guidance_scale: of the call.
+        negative_prompt: of the call.
 
-    Returns: a dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32),
-    and ``pixels`` (8-bit RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``,
-    ``negative_prompt``, ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel runs) as they are.
+    Returns:
+        A dictionary for JSON. SHA-256 of ``weights`` (by network, with its configuration), ``noise`` (float32), and
+        ``pixels`` (8-bit RGB, row by row, all pictures in turn; also one by one in ``pictures``); ``prompts``,
+        ``negative_prompt``, ``schedule``, ``runtime``, ``dtype``, ``instruction_set`` (None where no native kernel
+        runs) as they are.
     """
     check_pipeline(pipe)
     if isinstance(images, Tensor):  # rounded as PIL pictures are
@@ -227,7 +266,7 @@ def receipt(
     runtime, scheduler = pipe.runtime, copy.copy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     scale = scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
-    networks = {name: getattr(pipe, name) for name in ("unet", "description_encoder", "vae")}
+    networks = {"unet": pipe.unet, "description_encoder": pipe.description_encoder, "vae": pipe.vae}
     return {
         "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},
         "prompts": list(prompts),
@@ -236,7 +275,9 @@ def receipt(
         "schedule": str(Schedule.of(scheduler, scale)),
         "runtime": runtime.name,
         "dtype": runtime.precision,
-        "instruction_set": None if isinstance(runtime, EagerRuntime) or library.unavailable() else library.isa(),
+        "instruction_set": None
+        if isinstance(runtime, EagerRuntime) or native_library.unavailable()
+        else native_library.isa(),
         "pixels": hashlib.sha256(b"".join(pictures)).hexdigest(),
         "pictures": [hashlib.sha256(each).hexdigest() for each in pictures],
     }
@@ -255,10 +296,12 @@ def _limits(budget: Budget | Mapping[str, float] | None, dtype: torch.dtype) -> 
     return replace(Budget.of(dtype), **budget)
 
 
-def descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
-    """``prompts``, or names that the model was trained on, without repeats."""
-    if prompts is not None and (not isinstance(prompts, int) or isinstance(prompts, bool)):
-        return prompts
+def descriptions(
+    pipe: CoalescerPipeline, prompts: int | str | Sequence[str] | None, generator: torch.Generator
+) -> list[str]:
+    """The prompts themselves, or so many names that the model was trained on, without repeats."""
+    if isinstance(prompts, bool) or not isinstance(prompts, int | None):
+        return check_texts("prompts", prompts)
     wanted = NUM_PROMPTS if prompts is None else prompts
     if wanted < 1:
         raise ValueError(f"prompts is {prompts}; expected descriptions, or a number of them from 1 up")
@@ -268,25 +311,40 @@ def descriptions(pipe: Any, prompts: Any, generator: torch.Generator) -> Any:
     return [names[i] for i in torch.randperm(len(names), generator=generator)[:wanted].tolist()]
 
 
-def _compare(
-    pipe: Any, runtime: Any, texts: list[str], noise: Tensor
-) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor, Tensor]:
-    """Of every step: squared relative L2 error of the direction, cosine, relative error of the distance, squared relative L2 error of the
-    latents, each (N,); the pictures' PSNR (N,), all float64 on the CPU; and the pictures."""
-    with _reference(pipe):
-        expected_path, expected = _walk(pipe, texts, noise), _draw(pipe, texts, noise)
-    # the pictures come from a call without a callback: what users make
-    path, drawn = _walk(pipe, texts, noise), _draw(pipe, texts, noise)
+def _counting(pipe: CoalescerPipeline) -> CoalescerPipeline:
+    """A twin that shows no progress bars, and returns pictures that are not finite, so that they are counted."""
+    twin = pipe.twin()
+    twin.set_progress_bar_config(disable=True)
+    twin._checks_finite = False
+    return twin
 
-    styled = pipe.with_styles(texts, noise)
-    conditioning: Conditioning = runtime.condition(styled, noise.device)
-    with _reference(pipe):
-        expected_conditioning = pipe.condition(styled, noise.device)
+
+def _compare(
+    fast: CoalescerPipeline, reference: CoalescerPipeline, texts: list[str], noise: Tensor
+) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor, Tensor]:
+    """Compare two pipelines on one batch.
+
+    Returns:
+        Of every step: squared relative L2 error of the direction, cosine, relative error of the distance, squared
+        relative L2 error of the latents, each (N,); the pictures' PSNR (N,), all float64 on the CPU; and the pictures.
+    """
+    plain_ops = partial(_plain_ops, reference.unet)
+    with plain_ops():
+        expected_path, expected = _walk(reference, texts, noise), _draw(reference, texts, noise)
+    # the pictures come from a call without a callback: what users make
+    path, drawn = _walk(fast, texts, noise), _draw(fast, texts, noise)
+
+    styled = reference.with_styles(texts, noise)
+    conditioning = fast.runtime.condition(styled, noise.device)
+    with plain_ops():
+        expected_conditioning = reference.runtime.condition(styled, noise.device)
     steps = []
     for start, expected_end, end in zip([noise, *expected_path], expected_path, path):
-        with _reference(pipe):
-            expected_direction, expected_distance = map(_exact, pipe.evaluate(start, expected_conditioning))
-        direction, distance = map(_exact, runtime.evaluate(start, conditioning))
+        with plain_ops():
+            expected_direction, expected_distance = map(
+                _exact, reference.runtime.evaluate(start, expected_conditioning)
+            )
+        direction, distance = map(_exact, fast.runtime.evaluate(start, conditioning))
         off = _relative(direction, expected_direction)
         cosine = (direction * expected_direction).sum(1) / (direction.norm(dim=1) * expected_direction.norm(dim=1))
         # an untrained network's direction may be 0
@@ -298,11 +356,11 @@ def _compare(
     return steps, psnr, drawn
 
 
-def _walk(pipe: Any, texts: list[str], noise: Tensor) -> list[Tensor]:
+def _walk(pipe: CoalescerPipeline, texts: list[str], noise: Tensor) -> list[Tensor]:
     """R after each step of a call."""
     path: list[Tensor] = []
 
-    def note(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def note(pipe: CoalescerPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         path.append(tensors["latents"].clone())
         return {}
 
@@ -310,38 +368,25 @@ def _walk(pipe: Any, texts: list[str], noise: Tensor) -> list[Tensor]:
     return path
 
 
-def _draw(pipe: Any, texts: list[str], noise: Tensor) -> Tensor:
-    return pipe(texts, latents=noise, output_type="pt").images
+def _draw(pipe: CoalescerPipeline, texts: list[str], noise: Tensor) -> Tensor:
+    output: Any = pipe(texts, latents=noise, output_type="pt")
+    pictures: Tensor = output.images
+    return pictures
 
 
 @contextmanager
-def _reference(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline draws by plain torch in its own dtype."""
-    runtime, backend = pipe.runtime, pipe.unet.backend
-    pipe.runtime = EagerRuntime(pipe)
-    pipe.unet.set_backend("reference")
+def _plain_ops(unet: CoalescerUNet) -> Iterator[None]:
+    """Inside, the network runs its ops by plain torch."""
+    backend = unet.backend
+    unet.set_backend("reference")
     try:
         yield
     finally:
-        pipe.unet.set_backend(backend)
-        pipe.runtime = runtime
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline's calls show no progress bars of their own, and return what is not finite, to be counted."""
-    config = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**config, "disable": True})
-    pipe._checks_finite = False
-    try:
-        yield
-    finally:
-        pipe._checks_finite = True
-        pipe.set_progress_bar_config(**config)
+        unet.set_backend(backend)
 
 
 def _exact(x: Tensor) -> Tensor:
-    """(N, ...) as float64 (N, M), and (N,) as it is, on the CPU: a copy, for a runtime may write over its results."""
+    """A copy in float64 on the CPU, of (N, ...) as (N, M)."""
     x = x.detach().to("cpu", torch.float64, copy=True)
     return x.flatten(1) if x.ndim > 1 else x
 
@@ -356,17 +401,17 @@ def _pooled(squares: Tensor) -> float:
     return float(squares.mean().sqrt())
 
 
+# op, what is special about the call, backend, dtype of the computation, arguments, keywords
 OpCall = tuple[str, str, str, torch.dtype, tuple[Any, ...], dict[str, Any]]
 
 
 def _op_backends(runtime: Runtime) -> list[tuple[str, str]]:
-    """(op, backend) for every fused op and backend that the runtime runs it on. Empty for a runtime of other kernels."""
+    """(op, backend) for every fused op and backend that the runtime runs it on; none for other kernels."""
     return sorted({(part.name, part.backend) for part in runtime.explain() if part.backend is not None})
 
 
 def _op_calls(pipe: CoalescerPipeline, runtime: Runtime) -> Iterator[OpCall]:
-    """Small seeded calls, of the network's own channels and groups and in the arguments that it and the sampler give: (op, what, backend,
-    dtype of the computation, arguments, keywords)."""
+    """Small seeded calls of ops, with the network's own channels and groups, as it and the sampling loop call them."""
     config, dtype, wide = pipe.unet.config, runtime.dtype, torch.float32
     channels, latent, side = config.block_out_channels[0], config.latent_channels, min(config.sample_size, SPATIAL)
     generator = torch.Generator().manual_seed(0)
@@ -401,7 +446,7 @@ def _op_calls(pipe: CoalescerPipeline, runtime: Runtime) -> Iterator[OpCall]:
 
 def _op_row(op: str, what: str, backend: str, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row:
     """The largest error of an op's results as a multiple of what the rule allows each."""
-    function = getattr(ops, op)
+    function = getattr(ops, op)  # by the name that `explain` and the table give it
 
     def results(backend: str, wide: bool = False) -> list[Tensor]:
         def cast(x: Any) -> Any:
@@ -421,4 +466,4 @@ def _op_row(op: str, what: str, backend: str, dtype: torch.dtype, args: tuple[An
     # max() would pass over a NaN that comes second
     share = next((each for each in shares if math.isnan(each)), max(shares))
     name = f"{op}, {what}" if what else op
-    return at_most(f"{name}; {backend}, {str(dtype).removeprefix('torch.')}: error / allowed error", share, 1.0)
+    return at_most(f"{name}; {backend}, {dtype_name(dtype)}: error / allowed error", share, 1.0)

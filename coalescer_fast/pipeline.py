@@ -19,7 +19,6 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, is_accelerate_available
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from . import folders, prompts, sampling
@@ -27,7 +26,7 @@ from .finite import check_finite, check_readable, first_not_finite, is_finite
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.unet import Conditioning
 from .nvtx_ranges import span
-from .prompts import Descriptions, Embeds
+from .prompts import Descriptions, Embeds, Given
 from .runtime.eager import EagerRuntime
 from .sampling import Call
 from .scheduler import LARGEST, CoalescerScheduler, check_number
@@ -39,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 # what diffusers calls the dtype of weights: "dtype" since it has a message about the old name
 DTYPE = "dtype" if find_spec("diffusers.utils.deprecation_utils") is not None else "torch_dtype"
-WEIGHTS = Path(__file__).parent / "weights"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# of each component, something that it has and others of its kind have not; wrappers (torch.compile's, peft's) have it as well
+# An attribute that each component has and others of its kind have not. Wrappers of torch.compile and peft pass it on,
+# so that a wrapped component is recognised as well.
 HALLMARKS = {
     "unet": "set_backend",
     "scheduler": "is_guided",
@@ -52,7 +51,13 @@ HALLMARKS = {
 
 @dataclass
 class TraceStep:
-    """One step of a call: sample, R (N, C, H, W) before it; distance (N,); direction_length, |direction| (N,) before any guidance."""
+    """One step of a call.
+
+    Attributes:
+        sample: R (N, C, h, w) before the step.
+        distance: (N,).
+        direction_length: |direction| (N,), before any guidance.
+    """
 
     sample: torch.Tensor
     distance: torch.Tensor
@@ -61,38 +66,48 @@ class TraceStep:
 
 @dataclass
 class CoalescerPipelineOutput(BaseOutput):
-    """images: a list of PIL pictures, or an array or tensor, prompt-major; trace: a `TraceStep` per step, if asked for;
-    warnings: of words that are not known and of arguments without an effect, each a sentence."""
+    """What a call returns.
+
+    Attributes:
+        images: a list of PIL pictures, or an array or tensor, prompt-major.
+        trace: a `TraceStep` for each step, if asked for.
+        warnings: about words that are not known and arguments without an effect, a sentence each.
+    """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     trace: list[TraceStep] | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def embedded_models() -> list[str]:
-    """Names of the models that the package carries."""
-    return sorted(p.parent.name for p in WEIGHTS.glob("*/model_index.json"))
-
-
 class CoalescerPipeline(DiffusionPipeline):
     r"""Draws pictures of descriptions: random R, a few steps of direction and distance, decode.
 
-    Components: `CoalescerUNet` unet, `CoalescerScheduler` scheduler, `DescriptionEncoder` description_encoder,
-    `CoalescerAutoencoder` vae. Everything that depends on the description alone is computed once a call.
+    Everything that depends on the description alone is computed once a call.
 
     During a call and after it, ``guidance_scale``, ``num_timesteps``, ``do_classifier_free_guidance`` and ``interrupt``
     are those of the call of the same thread. A callback may set ``_guidance_scale``, of the steps to come, and
     ``_interrupt``, which ends its call with the R that it has; set outside of calls, ``_interrupt`` ends all that are
     running.
+
+    Args:
+        unet: the dual-head network.
+        scheduler: its steps and its guidance.
+        description_encoder: turns texts into vectors.
+        vae: decodes latents.
+
+    Attributes:
+        runtime: runs the networks, an `EagerRuntime` unless `accelerate` has put another in its place.
+        recipe: the arguments that `accelerate` was called with, for copies of the pipeline; None if it was not.
     """
 
-    runtime: Runtime  # runs the networks: an `EagerRuntime`, or what `accelerate` has put in its place
-    recipe: dict[str, Any] | None = None  # the arguments that `accelerate` was called with
+    runtime: Runtime
+    recipe: dict[str, Any] | None = None
     model_cpu_offload_seq = "unet->vae"
-    _exclude_from_cpu_offload = ["description_encoder"]  # noqa: RUF012 (diffusers' interface); it has no parameters to be found by
+    # without parameters, so that diffusers would find no device of it
+    _exclude_from_cpu_offload = ["description_encoder"]  # noqa: RUF012 (diffusers' interface)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers' interface)
     _last_call: Call | None = None
-    _checks_finite = True  # whether a call refuses to return what is not; `verify` counts it
+    _checks_finite = True  # whether a call refuses to return what is not finite; `verify` wants to count it
 
     def __init__(
         self,
@@ -109,7 +124,7 @@ class CoalescerPipeline(DiffusionPipeline):
         self.runtime = EagerRuntime(self)
 
     def _check_components(self) -> None:
-        """Raise TypeError or ValueError for components that are none or do not fit each other."""
+        """Raise TypeError or ValueError for something that is no component, and for components that do not fit."""
         for name, hallmark in HALLMARKS.items():
             part, kind = getattr(self, name), folders.COMPONENTS[name].__name__
             if part is None:
@@ -118,47 +133,49 @@ class CoalescerPipeline(DiffusionPipeline):
                 raise TypeError(f"{name} is a {type(part).__name__}; expected a {kind}")
         unet, encoder, vae = self.unet.config, self.description_encoder.config, self.vae.config
         if vae.latent_channels != unet.latent_channels:
-            raise ValueError(
-                f"vae has {vae.latent_channels} latent channels and unet {unet.latent_channels}; give two that fit each other"
-            )
+            channels = f"vae has {vae.latent_channels} latent channels and unet {unet.latent_channels}"
+            raise ValueError(f"{channels}; give two that fit each other")
         for name in ("description_dim", "cross_attention_dim"):
             if unet[name] not in (encoder.dim, None):
-                raise ValueError(
-                    f"description_encoder has dim {encoder.dim} and unet {name} {unet[name]}; give two that fit each other"
-                )
+                sizes = f"description_encoder has dim {encoder.dim} and unet {name} {unet[name]}"
+                raise ValueError(f"{sizes}; give two that fit each other")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CoalescerPipeline:
-        """The pipeline of an embedded name ("emoji-64"), a folder, or a Hub id; safetensors only. Keywords as in
-        diffusers.
+        """Load a pipeline from safetensors.
 
-        No code of the folder is run, and no class imported that it names, see `folders.check`. Components that are
-        given as keywords need not be there. Where the folder has ``checksums.json``, which `save_pretrained` writes,
-        the files that are read are those that were saved.
+        No code of the folder is run, and no class imported that it names, see `folders.check`. Where the folder has
+        ``checksums.json``, which `save_pretrained` writes, the files that are read are those that were saved.
 
-        Raises ValueError, in one sentence, for a folder that is damaged or holds something else.
+        Args:
+            pretrained_model_name_or_path: an embedded model ("emoji-64"), a folder, or a Hub id.
+            **kwargs: as in diffusers. Components that are given need not be in the folder.
+
+        Returns:
+            The pipeline, in float32 unless ``dtype`` says otherwise.
+
+        Raises:
+            ValueError: for a folder that is damaged or holds something else.
         """
         name = str(pretrained_model_name_or_path)
         given = [part for part in folders.COMPONENTS if part in kwargs]
         if absent := [part for part in given if kwargs[part] is None]:
-            raise ValueError(
-                f"{absent[0]} is None; leave it out for that of {name}, or give a {folders.COMPONENTS[absent[0]].__name__}"
-            )
+            kind = folders.COMPONENTS[absent[0]].__name__
+            raise ValueError(f"{absent[0]} is None; leave it out for that of {name}, or give a {kind}")
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("use_safetensors can only be True: other files of weights may run code and are not loaded")
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs[DTYPE] = torch.float32  # not torch's default dtype, whatever that is
-        kwargs.setdefault(
-            "low_cpu_mem_usage", is_accelerate_available()
-        )  # which diffusers would warn of at every start
-        folder = _local(name)
+        # diffusers' default is True, and without the package accelerate it would warn at every start
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        folder = folders.locate(name)
         if folder is None:
             try:
                 folder = Path(cls.download(name, **kwargs))
             except Exception as error:
                 said = f"{name} is neither a local folder nor a reachable Hub model: check the name and the connection"
                 raise ValueError(said) from error
-        if folder.parent != WEIGHTS:
+        if folder.parent != folders.WEIGHTS:
             folders.check(folder, cls, given, kwargs.get("variant"))
         try:
             pipe = super().from_pretrained(str(folder), **kwargs)
@@ -182,16 +199,22 @@ class CoalescerPipeline(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As in diffusers, safetensors only, with ``checksums.json``, of all files, and ``pipeline.py``, by which
-        ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class."""
+        """Save as diffusers does, safetensors only, with two files more.
+
+        They are ``checksums.json``, of all files, and ``pipeline.py``, by which
+        ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` finds this class.
+
+        Raises:
+            OSError: where nothing can be written.
+        """
         if safe_serialization is not True:
             raise ValueError("safe_serialization can only be True: other files of weights would not be loaded")
         try:
             super().save_pretrained(str(save_directory), safe_serialization, *args, **kwargs)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            said = f"{save_directory} cannot be written ({reason}): save into a folder that can, what is there now may be incomplete"
-            raise OSError(said) from error
+            fix = "save into a folder that can, what is there now may be incomplete"
+            raise OSError(f"{save_directory} cannot be written ({reason}): {fix}") from error
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the index of a folder, the last of diffusers' files, and what goes beside it."""
@@ -199,7 +222,7 @@ class CoalescerPipeline(DiffusionPipeline):
         folders.complete(Path(json_file_path).parent, type(self))
 
     def to(self, *args: Any, **kwargs: Any) -> CoalescerPipeline:
-        """As in diffusers; every floating-point dtype computes on every device."""
+        """Move or cast, as in diffusers; every floating-point dtype computes on every device."""
         kwargs.setdefault("silence_dtype_warnings", True)
         with _without_empty_lists():
             return super().to(*args, **kwargs)
@@ -207,7 +230,7 @@ class CoalescerPipeline(DiffusionPipeline):
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """As in diffusers; for a GPU, on a CPU there is nothing to offload to."""
+        """Offload as in diffusers, from a GPU; on a CPU there is nothing to offload from."""
         if device is not None and torch.device(device).type == "cpu":
             raise ValueError("device is cpu, where all weights are already: enable_sequential_cpu_offload is for a GPU")
         super().enable_sequential_cpu_offload(gpu_id, device)
@@ -249,8 +272,10 @@ class CoalescerPipeline(DiffusionPipeline):
             generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every
                 device.
             latents: R to start from, (pictures, C, h, w), instead of noise.
-            height, width: size in pixels; the model's own if None. A model with an anchor has one size.
+            height: of the pictures, in pixels; the model's own if None. A model with an anchor has one size.
+            width: of the pictures, as height.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
+            return_dict: whether to return a `CoalescerPipelineOutput` and not a tuple.
             return_trace: also return R, distance and |direction| of every step.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": R}); may return {"latents": R} to go
                 on from, of the same shape and device. A function, or diffusers' PipelineCallback or
@@ -261,35 +286,32 @@ class CoalescerPipeline(DiffusionPipeline):
                 art style.
             prompt_embeds: in the place of prompt, description vectors (prompts, D) of RMS 1, or 0 for the empty
                 description, as of `encode_prompt`. Their style is their own.
-            prompt_token_embeds, prompt_attention_mask: with prompt_embeds, for a network with cross-attention, token
-                rows (prompts, L, D') and the mask (prompts, L), non-zero where there is a token (everywhere if None).
-            negative_prompt_embeds, negative_prompt_token_embeds, negative_prompt_attention_mask: the same of
-                negative_prompt.
+            prompt_token_embeds: with prompt_embeds, for a network with cross-attention, token rows (prompts, L, D').
+            prompt_attention_mask: of prompt_token_embeds, (prompts, L), non-zero where there is a token; None is
+                everywhere.
+            negative_prompt_embeds: in the place of negative_prompt, as prompt_embeds.
+            negative_prompt_token_embeds: as prompt_token_embeds.
+            negative_prompt_attention_mask: as prompt_attention_mask.
 
-        Returns: a `CoalescerPipelineOutput`, whose warnings say which words are not known, or with
-            ``return_dict=False`` a tuple of the images and, if asked for, the trace.
+        Returns:
+            The pictures, with warnings about words that are not known; with ``return_dict=False`` a tuple of the
+            images and, if asked for, the trace.
 
-        Raises: TypeError or ValueError, in one sentence, for anything else, and for a picture or R that is not finite.
+        Raises:
+            TypeError, ValueError: for anything else, and for a picture or R that is not finite.
         """
         self._check_components()
-        wanted = prompts.given(
-            "prompt", self.unet.config, prompt, prompt_embeds, prompt_token_embeds, prompt_attention_mask
-        )
-        if wanted is None:
-            raise TypeError("prompt is None; expected a string or a list of strings, or prompt_embeds")
-        prompts.check_count(num_images_per_prompt)
-        avoided = prompts.given(
-            "negative_prompt",
+        wanted, avoided = prompts.check(
+            Given(prompt, prompt_embeds, prompt_token_embeds, prompt_attention_mask),
+            Given(
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_token_embeds,
+                negative_prompt_attention_mask,
+            ),
             self.unet.config,
-            negative_prompt,
-            negative_prompt_embeds,
-            negative_prompt_token_embeds,
-            negative_prompt_attention_mask,
         )
-        if avoided is not None and len(avoided) not in (1, len(wanted)):
-            raise ValueError(
-                f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(wanted)} prompts"
-            )
+        prompts.check_count(num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -302,7 +324,8 @@ class CoalescerPipeline(DiffusionPipeline):
         runtime.refresh()
         warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
         pictures = len(wanted) * num_images_per_prompt
-        sample = self._initial_sample(pictures, height, width, generator, latents)
+        shape = self._latent_shape(pictures, height, width)
+        sample = sampling.initial_sample(shape, runtime.device, generator, latents)
         with span("encode"):
             described = prompts.repeat(wanted, num_images_per_prompt)
             if not isinstance(described, Embeds):
@@ -318,48 +341,36 @@ class CoalescerPipeline(DiffusionPipeline):
 
         trace: list[TraceStep] = []
         decodes = output_type != "latent"
-        watched = return_trace or callback_on_step_end is not None
+
+        def check(found: torch.Tensor, step: int | None = None) -> None:
+            if not self._checks_finite or is_finite(found):
+                return
+            if step is None:
+                step = sampling.first_bad_step(runtime, scheduler, sample, conditioning, empty, scale)
+            row = (first_not_finite(found) or 0) // num_images_per_prompt
+            of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
+            what = "the picture" if step is None else "R"
+            when = "" if step is None else f" after step {step + 1} of {num_inference_steps}"
+            raise ValueError(
+                f"{what} of {of}{when} is not finite: lower guidance_scale, check the weights, or compute in float32"
+            )
+
+        def on_step(
+            i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor
+        ) -> torch.Tensor:
+            if return_trace:
+                trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
+            if callback_on_step_end is not None:
+                check(end, i)
+                given = callback_on_step_end(self, i, i, {name: end for name in inputs})
+                end = _replaced(given, end, LARGEST if self._checks_finite else None)
+            return end
+
+        watch = on_step if return_trace or callback_on_step_end is not None else None
         with self.progress_bar(total=num_inference_steps) as bar:
             call = Call(scale, num_inference_steps, progress=bar.update)
-
-            def on_step(
-                i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor
-            ) -> torch.Tensor:
-                if return_trace:
-                    trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
-                if callback_on_step_end is not None:
-                    check(end, i)
-                    given = callback_on_step_end(self, i, i, {name: end for name in inputs})
-                    end = _replaced(given, end, LARGEST if self._checks_finite else None)
-                return end
-
-            def check(found: torch.Tensor, step: int | None = None) -> None:
-                if not self._checks_finite or is_finite(found):
-                    return
-                if step is None:
-                    step = sampling.first_bad_step(runtime, scheduler, sample, conditioning, empty, scale)
-                row = (first_not_finite(found) or 0) // num_images_per_prompt
-                of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
-                what = (
-                    f"the picture of {of}"
-                    if step is None
-                    else f"R of {of} after step {step + 1} of {num_inference_steps}"
-                )
-                raise ValueError(
-                    f"{what} is not finite: lower guidance_scale, check the weights, or compute in float32"
-                )
-
             with self._calling(call):
-                images = runtime.generate(
-                    scheduler,
-                    sample,
-                    conditioning,
-                    empty,
-                    scale,
-                    decodes,
-                    on_step if watched else None,
-                    call,
-                )
+                images = runtime.generate(scheduler, sample, conditioning, empty, scale, decodes, watch, call)
             check(images)
         if decodes:
             images = self.image_processor.postprocess(images, output_type=output_type)
@@ -435,9 +446,8 @@ class CoalescerPipeline(DiffusionPipeline):
         if inputs is None:
             return self._callback_tensor_inputs
         if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-            raise TypeError(
-                f"callback_on_step_end_tensor_inputs is {inputs!r}; expected a list out of {self._callback_tensor_inputs}"
-            )
+            expected = f"a list out of {self._callback_tensor_inputs}"
+            raise TypeError(f"callback_on_step_end_tensor_inputs is {inputs!r}; expected {expected}")
         if unknown := sorted({str(name) for name in inputs} - set(self._callback_tensor_inputs)):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed: {self._callback_tensor_inputs}"
@@ -451,17 +461,20 @@ class CoalescerPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> torch.Tensor:
-        """The R (batch_size, C, h, w), float32, that a call with this generator begins with; to be given as ``latents``."""
-        return self._initial_sample(batch_size, height, width, generator, None)
+        """Draw the noise that a call with this generator begins with.
 
-    def _initial_sample(
-        self,
-        batch_size: int,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
+        Args:
+            batch_size: pictures of the call.
+            generator: as in a call.
+            height: as in a call.
+            width: as in a call.
+
+        Returns:
+            R (batch_size, C, h, w), float32, which may be given to a call as ``latents``.
+        """
+        return sampling.initial_sample(self._latent_shape(batch_size, height, width), self.runtime.device, generator)
+
+    def _latent_shape(self, batch_size: int, height: int | None, width: int | None) -> tuple[int, ...]:
         config, factor = self.unet.config, self.vae.scale_factor
         native = config.sample_size * factor
         sides = []
@@ -473,38 +486,20 @@ class CoalescerPipeline(DiffusionPipeline):
             if config.anchor is not None and pixels != native:
                 raise ValueError(f"{name} is {pixels}; this model has an anchor and draws {native} pixels only")
             sides.append(pixels // factor)
-        shape = (batch_size, config.latent_channels, *sides)
-        device = self.runtime.device
-        if latents is None:
-            for one in generator if isinstance(generator, list) else [generator]:
-                if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
-                    raise TypeError(
-                        f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture"
-                    )
-                if one is not None and one.device.type == "meta":
-                    raise ValueError("generator is on device meta, which draws nothing; expected one on the CPU")
-            if isinstance(generator, list) and len(generator) != batch_size:
-                raise ValueError(
-                    f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures"
-                )
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise TypeError(f"latents is {kind}; expected a floating-point tensor")
-        check_readable("latents", latents)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
-        if not latents.abs().amax() <= LARGEST:  # not a number is neither more nor less
-            raise ValueError(
-                f"latents holds numbers that are not finite or beyond {LARGEST:g}; expected noise, about N(0, 1)"
-            )
-        return latents.to(device, torch.float32)
+        return (batch_size, config.latent_channels, *sides)
 
     def with_styles(self, prompts: list[str], sample: torch.Tensor) -> list[str]:
-        """Each prompt as it is encoded: with one of the existing styles if it names none, chosen by its R (N, C, h, w) alone.
+        """Add an art style to each prompt that names none, one of those that exist for what it names.
 
-        The choice is ``Phi(sqrt(C h w) mean(R))``, uniform on (0, 1) for a normal R: it depends neither on a sample's neighbours nor
-        on the device or backend.
+        The choice is ``Phi(sqrt(C h w) mean(R))``, uniform on (0, 1) for a normal R: it depends neither on a sample's
+        neighbours nor on the device or backend.
+
+        Args:
+            prompts: N texts.
+            sample: R (N, C, h, w).
+
+        Returns:
+            The texts as they are encoded.
         """
         rows = sample.detach().cpu().double().flatten(1).numpy()
         # row by row: torch's mean depends, in its last bit, on the number of rows and of threads
@@ -512,7 +507,7 @@ class CoalescerPipeline(DiffusionPipeline):
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the runtime, which belongs to this process, and the calls that are running: a copy has its own."""
+        # a copy has a runtime and calls of its own
         return {
             name: value for name, value in self.__dict__.items() if name not in ("runtime", "_running", "_last_call")
         }
@@ -528,6 +523,12 @@ class CoalescerPipeline(DiffusionPipeline):
                 accelerate(self, **self.recipe)
             except ValueError as error:
                 logger.warning("a copy of an accelerated pipeline draws by the reference here: %s", error)
+
+    def twin(self) -> CoalescerPipeline:
+        """Make another pipeline of the same components and settings, which is not accelerated."""
+        other = object.__new__(type(self))
+        other.__setstate__({**self.__getstate__(), "recipe": None})
+        return other
 
     @property
     def is_offloaded(self) -> bool:
@@ -546,26 +547,35 @@ class CoalescerPipeline(DiffusionPipeline):
         do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Descriptions as ``prompt_embeds`` and ``negative_prompt_embeds`` of a call, float32, one a picture.
+        """Encode descriptions as the embeddings that a call takes. No art style is added to a prompt that names none.
 
-        Each is (pictures, D). A network with cross-attention also takes token rows and masks; the tuple then is
-        prompt_embeds, prompt_token_embeds, prompt_attention_mask and the same of the negative prompt. Without
-        ``do_classifier_free_guidance`` what is negative is None. No art style is added to a prompt that names none.
+        Args:
+            prompt: one description or a list.
+            device: of the result; that of the networks if None.
+            num_images_per_prompt: so many rows a prompt.
+            do_classifier_free_guidance: whether the negative prompt is encoded.
+            negative_prompt: one description or one a prompt; the empty description if None.
+
+        Returns:
+            prompt_embeds and negative_prompt_embeds, (pictures, D) float32, the second None without guidance. For a
+            network with cross-attention prompt_embeds, prompt_token_embeds (pictures, L, D') and prompt_attention_mask
+            (pictures, L), and the same of the negative prompt.
         """
         texts = prompts.check_texts("prompt", prompt)
-        avoided = [""] if negative_prompt is None else prompts.check_texts("negative_prompt", negative_prompt)
-        if len(avoided) not in (1, len(texts)):
-            raise ValueError(
-                f"negative_prompt has {len(avoided)} descriptions; expected one, or one for each of the {len(texts)} prompts"
-            )
+        wanted, avoided = prompts.check(Given(texts), Given(negative_prompt), self.unet.config)
         prompts.check_count(num_images_per_prompt)
         where = torch.device(self._execution_device if device is None else device)
-        each = texts, avoided * (len(texts) // len(avoided))
+        away: Descriptions = [""] if avoided is None else avoided
+        each = wanted, prompts.repeat(away, len(wanted) // len(away))
         found = [self.describe(prompts.repeat(some, num_images_per_prompt), where) for some in each]
         return (*found[0], *(found[1] if do_classifier_free_guidance else [None] * len(found[1])))
 
     def describe(self, texts: Descriptions, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What the UNet takes of descriptions: vectors (N, D) and, for cross-attention, token rows (N, L, D) and their mask (N, L)."""
+        """Compute what the UNet takes of N descriptions.
+
+        Returns:
+            Vectors (N, D) and, for cross-attention, token rows (N, L, D') and their mask (N, L).
+        """
         if isinstance(texts, Embeds):
             return tuple(x.to(device, torch.float32 if x.is_floating_point() else x.dtype) for x in texts.tensors())
         described = [self.description_encoder(texts)]
@@ -574,23 +584,23 @@ class CoalescerPipeline(DiffusionPipeline):
         return tuple(x.to(device) for x in described)
 
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
-        """What the UNet derives from descriptions alone."""
+        """Compute what the UNet derives from descriptions alone."""
         described = self.describe(texts, device)
         if self._offload_hook is not None:  # by itself it moves the network when it is called
             self._offload_hook.pre_forward(self.unet)
         return self.unet.condition(*described)
 
     def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """Direction (N, C, h, w) and distance (N,) at R."""
+        """Evaluate direction (N, C, h, w) and distance (N,) at R = ``sample`` (N, C, h, w)."""
         return self.unet(sample, conditioning, return_dict=False)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W), float32, about in [-1, 1]."""
+        """Decode latents (N, C, h, w) to pictures (N, 3, H, W), float32, about in [-1, 1]."""
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
 
 def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch.Tensor:
-    """The latents that a callback gives back to go on from, float32; those that it was given if it gives none."""
+    """The latents that a callback has returned to go on from, float32; those that it was given if it returned none."""
     name = "callback_on_step_end"
     if given is not None and not isinstance(given, dict):
         raise TypeError(f"{name} returned a {type(given).__name__}; expected a dict with latents, or None")
@@ -599,34 +609,17 @@ def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch
         kind = new.dtype if isinstance(new, torch.Tensor) else type(new).__name__
         raise TypeError(f"{name} returned latents of {kind}; expected a floating-point tensor")
     if new.shape != latents.shape or new.device != latents.device:
-        raise ValueError(
-            f"{name} returned latents of shape {tuple(new.shape)} on {new.device}; expected {tuple(latents.shape)} on {latents.device}"
-        )
+        expected = f"{tuple(latents.shape)} on {latents.device}"
+        raise ValueError(f"{name} returned latents of shape {tuple(new.shape)} on {new.device}; expected {expected}")
     check_readable(f"{name} returned latents, which", new)
     if largest is not None and not new.abs().amax() <= largest:
         raise ValueError(f"{name} returned latents with numbers that are not finite or beyond {largest:g}")
     return new.to(torch.float32)
 
 
-def _local(name: str) -> Path | None:
-    """The folder that is meant, or None for a Hub id. Raises ValueError for a name that can be neither."""
-    if name in embedded_models():
-        return WEIGHTS / name
-    folder = Path(name)
-    try:
-        if folder.is_dir():
-            return folder
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"there is no model {name!r:.80}: {(error.strerror or str(error)).lower()}") from error
-    if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
-        known = ", ".join(embedded_models())
-        raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")
-    return None
-
-
 @contextmanager
 def _without_empty_lists() -> Iterator[None]:
-    """diffusers warns at every change of dtype of modules to be kept in float32, also where it has none to list."""
+    """Silence diffusers' warning, at every change of dtype, that an empty list of modules is kept in float32."""
     said = logging.getLogger("diffusers.models.modeling_utils")
 
     def names_one(record: logging.LogRecord) -> bool:

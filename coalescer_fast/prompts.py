@@ -1,4 +1,4 @@
-"""Descriptions as a call gives them: as texts or as embeddings, checked, and what is odd about them."""
+"""The descriptions that a call is given, as texts or as embeddings: checked, and warnings about them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from .finite import check_readable
 from .models import DescriptionEncoder
 from .scheduler import LARGEST
 
-MOST_PICTURES = 2**16  # of a prompt in a call
+MAX_IMAGES_PER_PROMPT = 2**16  # in a call
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Embeds:
-    """Descriptions as the UNet takes them: vectors (N, D) and, for cross-attention, token_rows (N, L, D') with their
-    mask (N, L), True where there is a token."""
+    """Descriptions as the UNet takes them.
+
+    Attributes:
+        vectors: (N, D).
+        token_rows: (N, L, D'), for cross-attention.
+        mask: (N, L) bool, True where there is a token.
+    """
 
     vectors: torch.Tensor
     token_rows: torch.Tensor | None = None
@@ -31,33 +36,56 @@ class Embeds:
         return len(self.vectors)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that there are, in order."""
         return tuple(x for x in (self.vectors, self.token_rows, self.mask) if x is not None)
 
 
 Descriptions = list[str] | Embeds
 
 
+@dataclass
+class Given:
+    """Descriptions as a call is given them, not yet checked: as texts, or as what `Embeds` holds."""
+
+    texts: str | list[str] | None
+    vectors: torch.Tensor | None = None
+    token_rows: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
 def repeat(descriptions: Descriptions, times: int) -> Descriptions:
-    """Each so many times, one after the other."""
+    """Each description so many times, one after the other."""
     if isinstance(descriptions, Embeds):
         return Embeds(*(x.repeat_interleave(times, 0) for x in descriptions.tensors()))
     return [text for text in descriptions for _ in range(times)]
 
 
-def given(
-    name: str,
-    config: Any,
-    texts: str | list[str] | None,
-    vectors: torch.Tensor | None,
-    token_rows: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> Descriptions | None:
-    """The descriptions that a call gives in one of two ways, checked, or None.
+def check(prompt: Given, negative_prompt: Given, config: Any) -> tuple[Descriptions, Descriptions | None]:
+    """Check the descriptions that a call is given, each in one of two ways: as texts or as embeddings.
 
-    name: "prompt" or "negative_prompt"; config: the UNet's; the rest as in `CoalescerPipeline.__call__`.
+    Args:
+        prompt: the descriptions to draw.
+        negative_prompt: those that guidance leads away from.
+        config: the UNet's.
 
-    Raises TypeError or ValueError, in one sentence.
+    Returns:
+        The descriptions of the prompt, and those of the negative prompt if there are any.
+
+    Raises:
+        TypeError, ValueError: for anything else.
     """
+    wanted = _check_given("prompt", prompt, config)
+    if wanted is None:
+        raise TypeError("prompt is None; expected a string or a list of strings, or prompt_embeds")
+    avoided = _check_given("negative_prompt", negative_prompt, config)
+    if avoided is not None and len(avoided) not in (1, len(wanted)):
+        expected = f"one, or one for each of the {len(wanted)} prompts"
+        raise ValueError(f"negative_prompt has {len(avoided)} descriptions; expected {expected}")
+    return wanted, avoided
+
+
+def _check_given(name: str, given: Given, config: Any) -> Descriptions | None:
+    texts, vectors, token_rows, mask = given.texts, given.vectors, given.token_rows, given.mask
     if vectors is None:
         if token_rows is not None or mask is not None:
             raise ValueError(f"{name}_embeds is missing; {name}_token_embeds and {name}_attention_mask go with it")
@@ -84,10 +112,70 @@ def given(
     return Embeds(vectors, token_rows, mask != 0)
 
 
+def check_texts(name: str, given: Any) -> list[str]:
+    """Return one text or several as a list.
+
+    Raises:
+        TypeError, ValueError: for anything but a string or a list of at least one string.
+    """
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} is {given!r:.80}; expected a string or a list of strings")
+    if not texts:
+        raise ValueError(f"{name} is an empty list; give at least one description")
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{name} is {text!r:.80}, which holds half a character (a surrogate); decode it as UTF-8 or UTF-16"
+            )
+    return list(texts)
+
+
+def check_count(num_images_per_prompt: Any) -> None:
+    """Raise ValueError for anything but a whole number of pictures that fit into memory."""
+    if (
+        isinstance(num_images_per_prompt, bool)
+        or not isinstance(num_images_per_prompt, int)
+        or num_images_per_prompt < 1
+    ):
+        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
+    if num_images_per_prompt > MAX_IMAGES_PER_PROMPT:
+        raise ValueError(
+            f"num_images_per_prompt is more than {MAX_IMAGES_PER_PROMPT:,}, "
+            "which are held in memory at once: make several calls"
+        )
+
+
+def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise TypeError(f"{name} is {kind}; expected a floating-point tensor")
+    if (
+        given.ndim != len(shape)
+        or not given.numel()
+        or any(n not in (None, found) for n, found in zip(shape, given.shape))
+    ):
+        expected = ", ".join("N" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({expected})")
+    check_readable(name, given)
+    if not given.abs().amax() <= LARGEST:
+        raise ValueError(f"{name} holds numbers that are not finite or beyond {LARGEST:g}; expected vectors of RMS 1")
+
+
 def warnings(
     encoder: DescriptionEncoder, wanted: Descriptions, avoided: Descriptions | None, guidance_scale: float
 ) -> list[str]:
-    """What is odd about a call that can be run, each logged once in a process."""
+    """List what is odd about a call that can be run, and log each once in a process.
+
+    Args:
+        encoder: says which words it knows.
+        wanted: of the prompt.
+        avoided: of the negative prompt, if there is one.
+        guidance_scale: of the call.
+
+    Returns:
+        A sentence each.
+    """
     found = []
     if avoided is not None and guidance_scale == 1:
         found.append("negative_prompt has no effect with guidance_scale=1: give a larger one")
@@ -111,47 +199,5 @@ def warnings(
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
+    """Log a warning unless it has been logged in this process."""
     logger.warning(message)
-
-
-def check_texts(name: str, given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} is {given!r:.80}; expected a string or a list of strings")
-    if not texts:
-        raise ValueError(f"{name} is an empty list; give at least one description")
-    for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(
-                f"{name} is {text!r:.80}, which holds half a character (a surrogate); decode it as UTF-8 or UTF-16"
-            )
-    return list(texts)
-
-
-def check_count(num_images_per_prompt: Any) -> None:
-    if (
-        isinstance(num_images_per_prompt, bool)
-        or not isinstance(num_images_per_prompt, int)
-        or num_images_per_prompt < 1
-    ):
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; expected a whole number from 1 up")
-    if num_images_per_prompt > MOST_PICTURES:
-        raise ValueError(
-            f"num_images_per_prompt is more than {MOST_PICTURES:,}, which are held in memory at once: make several calls"
-        )
-
-
-def _check_embeds(name: str, given: Any, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
-        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
-        raise TypeError(f"{name} is {kind}; expected a floating-point tensor")
-    if (
-        given.ndim != len(shape)
-        or not given.numel()
-        or any(n not in (None, found) for n, found in zip(shape, given.shape))
-    ):
-        expected = ", ".join("N" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected ({expected})")
-    check_readable(name, given)
-    if not given.abs().amax() <= LARGEST:
-        raise ValueError(f"{name} holds numbers that are not finite or beyond {LARGEST:g}; expected vectors of RMS 1")

@@ -1,4 +1,4 @@
-"""From a random R to latents: the loop of a call, the same for whatever runs the networks."""
+"""From noise to latents: the noise, and the loop of a call, which is the same whatever runs the networks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-from .finite import is_finite
+from .finite import check_readable, is_finite
 from .models.unet import Conditioning
 from .nvtx_ranges import span
-from .scheduler import CoalescerScheduler, guide
+from .scheduler import LARGEST, CoalescerScheduler, guide
 
+Generators = torch.Generator | list[torch.Generator] | None
+# (step, R before it, direction before guidance, distance, R after it) -> the R to go on from
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Networks(Protocol):
-    """What a step needs: an evaluation of the UNet, and the backend of the update. Every `Runtime` has it.
+    """What a step needs; every `Runtime` has it.
 
     Attributes:
         backend: of `ops.coalesce_step`.
@@ -56,16 +59,21 @@ def sample(
     on_step: OnStep | None = None,
     call: Call | None = None,
 ) -> torch.Tensor:
-    """R after ``scheduler``'s steps: evaluate, guide where the scheduler says so, move.
+    """Run the steps: evaluate, guide where the scheduler says so, move.
 
     Args:
-        networks: has ``evaluate(R, conditioning)``, direction and distance, and ``backend``, of the update.
+        networks: evaluates the UNet.
         scheduler: with its steps set.
-        sample: R, (N, C, h, w).
-        conditioning, empty: of the descriptions, N rows; of the empty description, N rows or one, None for no guidance.
-        guidance_scale: see `guide`; `Call.guidance_scale` in its place where there is a call.
-        on_step: called after each step as (step, R before it, direction before guidance, distance, R after it); gives the R to go on from.
-        call: read before each step; where its guidance is 1, the empty description is not evaluated.
+        sample: R (N, C, h, w).
+        conditioning: of N descriptions.
+        empty: of the empty or the negative description, N rows or one; None without guidance.
+        guidance_scale: see `guide`. Where there is a call, its guidance scale counts instead.
+        on_step: called after each step with (step, R before it, direction before guidance, distance, R after it);
+            returns the R to go on from.
+        call: read before each step. Where its guidance scale is 1, ``empty`` is not evaluated.
+
+    Returns:
+        R (N, C, h, w) after the last step.
     """
     if empty is not None:
         empty = empty.expand(sample.shape[0])
@@ -97,7 +105,11 @@ def first_bad_step(
     empty: Conditioning | None,
     guidance_scale: float,
 ) -> int | None:
-    """The first step of `sample` after which R is not finite, found by going them all again, or None."""
+    """Find the first step of `sample` after which R is not finite, by running the steps again.
+
+    Returns:
+        Its index, or None if there is none.
+    """
     call, found = Call(guidance_scale, len(scheduler.timesteps)), []
 
     def on_step(
@@ -110,3 +122,46 @@ def first_bad_step(
 
     sample(networks, scheduler, start, conditioning, empty, guidance_scale, on_step, call)
     return found[0] if found else None
+
+
+def initial_sample(
+    shape: tuple[int, ...], device: torch.device, generator: Generators = None, latents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The R that a call begins with: its latents, or noise.
+
+    Args:
+        shape: (N, C, h, w).
+        device: of the result.
+        generator: one for all, or a list of one a sample.
+        latents: R of this shape, in any floating-point dtype.
+
+    Returns:
+        R (N, C, h, w), float32.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if latents is None:
+        _check_generator(generator, shape[0])
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise TypeError(f"latents is {kind}; expected a floating-point tensor")
+    check_readable("latents", latents)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; expected {shape}")
+    if not latents.abs().amax() <= LARGEST:  # also where it is NaN
+        raise ValueError(
+            f"latents holds numbers that are not finite or beyond {LARGEST:g}; expected noise, about N(0, 1)"
+        )
+    return latents.to(device, torch.float32)
+
+
+def _check_generator(generator: object, batch_size: int) -> None:
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
+            raise TypeError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture")
+        if one is not None and one.device.type == "meta":
+            raise ValueError("generator is on device meta, which draws nothing; expected one on the CPU")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator is a list of {len(generator)}; expected one for each of the {batch_size} pictures")

@@ -13,14 +13,18 @@ from diffusers.utils import BaseOutput
 
 from . import ops
 
-MOST_STEPS = 100_000  # of a call: a mistyped count is said at once, not after hours
+MAX_STEPS = 100_000  # of a call: a mistyped count is an error at once, and not after hours
 LARGEST = 1e6  # of etas, guidance scales and latents: far beyond any use, and far from where squares overflow float32
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
 class CoalescerSchedulerOutput(BaseOutput):
-    """prev_sample: the moved R, of the sample's shape and dtype."""
+    """What a step returns.
+
+    Attributes:
+        prev_sample: the moved R, of the sample's shape and dtype.
+    """
 
     prev_sample: torch.Tensor
 
@@ -35,15 +39,18 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     along the unit direction; other step counts have a row of their own in ``rows``, or go ``etas[0]`` of the distance
     at a time and then the whole.
 
+    ``config`` holds lists for all sequences, before and after it is saved.
+
     Args:
-        etas, modes: the two-step schedule; numbers, and "raw" or "unit" each.
+        etas: of the two-step schedule, a number for each step.
+        modes: of the two-step schedule, "raw" or "unit" for each step.
         rows: schedules of other step counts, {"4": (etas, modes)}.
         guidance_scale: the model's own, used where the call gives none; 1 is no guidance.
         guided_steps: "last" guides the last step alone (one evaluation more a call), "all" every step.
         eps: smallest direction length to divide by.
 
-    ``config`` holds lists for all sequences, before and after a saving. Raises ValueError, in one sentence, for
-    anything that is no schedule or not finite.
+    Raises:
+        ValueError: for anything that is no schedule or not finite.
     """
 
     order = 1
@@ -76,10 +83,10 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(len(etas))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the schedule of a step count; ``timesteps`` are then 0, 1, ..., on the CPU whatever the device."""
+        """Choose the schedule of a step count. ``timesteps`` are then 0, 1, ..., on the CPU whatever the device."""
         given = num_inference_steps
-        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_STEPS:
-            raise ValueError(f"num_inference_steps is {given!r}; expected a whole number from 1 to {MOST_STEPS}")
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps is {given!r}; expected a whole number from 1 to {MAX_STEPS}")
         n, config = num_inference_steps, self.config
         if n == len(config.etas):
             self.etas, self.modes = tuple(config.etas), tuple(config.modes)
@@ -93,7 +100,7 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.arange(n, dtype=torch.int64)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
-        """The sample itself: the network sees R as it is."""
+        """Return the sample itself: the network sees R as it is."""
         return sample
 
     def is_guided(self, timestep: int) -> bool:
@@ -109,7 +116,19 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         backend: str = "reference",
     ) -> CoalescerSchedulerOutput | tuple[torch.Tensor]:
-        """One update of R = ``sample`` (N, C, H, W) by direction (N, C, H, W) and distance (N,)."""
+        """Move R once.
+
+        Args:
+            direction: (N, C, H, W).
+            distance: (N,).
+            timestep: index of the step.
+            sample: R (N, C, H, W).
+            return_dict: whether to return a `CoalescerSchedulerOutput` and not a tuple.
+            backend: of `ops.coalesce_step`.
+
+        Returns:
+            The moved R, of the sample's shape and dtype.
+        """
         i = int(timestep)
         if not 0 <= i < self.num_inference_steps:
             raise ValueError(
@@ -160,12 +179,21 @@ def guide(
     empty_distance: torch.Tensor,
     guidance_scale: float | torch.Tensor,
 ) -> torch.Tensor:
-    r"""The direction towards the guided endpoint, to be gone the distance of the description.
+    r"""Turn the direction towards the guided endpoint; the distance stays that of the description.
 
     ``x = x_d + w (x_d - x_empty)`` with ``x_. = R + distance_. * direction_.`` and w = guidance_scale - 1, so that
-    ``(x - R) / distance = direction + w (direction - distance_empty / distance * direction_empty)``: guidance extrapolates where the
-    network lands, the equivalent of classifier-free guidance (arXiv 2207.12598). Directions (N, C, H, W), distances (N,); a scale that is
-    a tensor is (), float64, which gives the bits of the number.
+    ``(x - R) / distance = direction + w (direction - distance_empty / distance * direction_empty)``: guidance
+    extrapolates where the network lands, the equivalent of classifier-free guidance (arXiv 2207.12598).
+
+    Args:
+        direction: (N, C, H, W), of the description.
+        distance: (N,), of the description.
+        empty_direction: (N, C, H, W), of the empty description.
+        empty_distance: (N,), of the empty description.
+        guidance_scale: a number, or a tensor () in float64, which gives the same bits.
+
+    Returns:
+        The guided direction (N, C, H, W).
     """
     ratio = (empty_distance / distance.clamp_min(1e-6))[:, None, None, None]
     return direction + (guidance_scale - 1) * (direction - ratio * empty_direction)

@@ -1,10 +1,11 @@
-"""What was read from JSON or TOML, held against the types of Python's annotations.
+"""Checks of what was read from JSON or TOML against type annotations.
 
     conform({"steps": 10}, Schedule, "schedule")      a dataclass, from a table of its fields
     conform([1, 4], tuple[Batch, ...], "batches")     where Batch = Annotated[int, between(1, 1024)]
 
-Known are str, int, float (which takes an int), bool, None, Any, unions, Sequence[X] and tuple[X, ...] and tuple[X, Y] of lists,
-dict[str, X], dataclasses, other classes, and Annotated with a `Rule`. A bool is no number, and a number is finite.
+Annotations may be str, int, float (which takes an int), bool, None, Any, unions, dict[str, X], dataclasses, other
+classes, for lists Sequence[X], tuple[X, ...] and tuple[X, Y], and Annotated with a `Rule`. A bool is not a number, and
+a number is finite.
 """
 
 from __future__ import annotations
@@ -20,23 +21,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
-DEEPEST = 12  # levels of what may be anything
+MAX_DEPTH = 12  # levels of what is annotated as Any
 OMITTED = {"omitted": True}  # metadata of a dataclass field that `table` leaves out while it is None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """holds: of a value that has the type already; expected: what is said if it does not."""
+    """A condition on a value that has the right type.
+
+    Attributes:
+        holds: whether it is fulfilled.
+        expected: what the error says was expected.
+    """
 
     holds: Callable[[Any], bool]
     expected: str
 
 
 def between(least: float, most: float) -> Rule:
+    """A number in a closed interval."""
     return Rule(lambda value: least <= value <= most, f"a number from {least:,} to {most:,}")
 
 
 def one_of(*values: str) -> Rule:
+    """One of some words."""
     return Rule(lambda value: value in values, f"one of {', '.join(values)}")
 
 
@@ -44,14 +52,23 @@ def _is_plain(name: str) -> bool:
     return bool(re.fullmatch(r"[^/\\:\x00-\x1f\x7f]{1,200}", name)) and not name.startswith(".") and name.isprintable()
 
 
-# of a file in one folder: not hidden, without separators, and no way out
+# the name of a file in a folder: not hidden, and no path that leads out of it
 FileName = Annotated[str, Rule(_is_plain, "the plain name of a file, without separators")]
 Sha256 = Annotated[str, Rule(lambda text: bool(re.fullmatch("[0-9a-f]{64}", text)), "a SHA-256, 64 hexadecimal digits")]
 WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "nothing"}
 
 
 def conform(value: Any, hint: Any, where: str) -> Any:
-    """The value as the annotation has it: tables as dataclasses, lists as tuples. Raises ValueError, which names ``where``."""
+    """Convert a value to the type of an annotation: tables to dataclasses, lists to tuples.
+
+    Args:
+        value: as it was read.
+        hint: the annotation.
+        where: names the value in an error.
+
+    Raises:
+        ValueError: if the value does not have the type.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         result = conform(value, arguments[0], where)
@@ -60,7 +77,7 @@ def conform(value: Any, hint: Any, where: str) -> Any:
                 raise _wrong(value, rule.expected, where)
         return result
     if hint is Any:
-        _check_depth(value, where, DEEPEST)
+        _check_depth(value, where, MAX_DEPTH)
         return value
     if origin in (Union, types.UnionType):
         return _conform_union(value, arguments, where)
@@ -88,7 +105,16 @@ def conform(value: Any, hint: Any, where: str) -> Any:
 
 
 def build(table: Mapping[str, Any], kind: type, where: str = "") -> Any:
-    """The dataclass ``kind`` of a table of its fields. where: what stands before a field's name in messages."""
+    """Make a dataclass from a table of its fields.
+
+    Args:
+        table: values by the names of fields.
+        kind: the dataclass.
+        where: stands before a field's name in an error.
+
+    Raises:
+        ValueError: for an unknown or a missing field, or a value that does not have the type.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(table) - set(fields)):
@@ -131,7 +157,7 @@ def _conform_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
             return conform(value, hint, where)
         except ValueError as error:
             failures.append((hint, error))
-    # of what may be left out, what is wrong with it if it is there; of a table, what is wrong in it
+    # None aside, one error is left of an optional value; a table is compared with dataclasses alone
     there = [error for hint, error in failures if hint is not type(None)]
     there = [
         error for hint, error in failures if isinstance(value, Mapping) and dataclasses.is_dataclass(hint)
@@ -176,7 +202,7 @@ def _check_depth(value: Any, where: str, left: int) -> None:
     """Raise ValueError for lists and tables too deep in each other to be walked."""
     if isinstance(value, (dict, list, tuple)):
         if not left:
-            raise ValueError(f"{where} is nested too deeply; expected at most {DEEPEST} levels")
+            raise ValueError(f"{where} is nested too deeply; expected at most {MAX_DEPTH} levels")
         for each in value.values() if isinstance(value, dict) else value:
             _check_depth(each, where, left - 1)
 
@@ -186,7 +212,7 @@ def _wrong(value: Any, expected: str, where: str) -> ValueError:
 
 
 def shown(value: Any) -> str:
-    """The value in a message: short, in one line, whatever it is."""
+    """Show a value in a message: short and in one line, whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
         return "a number of more than 30 digits"
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)

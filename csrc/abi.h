@@ -1,11 +1,13 @@
 /* The C interface of the native kernels: every function, its arguments and its status codes.
  *
- * Plain C, no framework: a library built from it loads beside any torch and any Python. A function takes one structure of 64-bit fields
- * (integers and pointers first, doubles last, so that there is no padding) and returns a status. It allocates nothing that outlives the
- * call but a scratch buffer a thread, modifies no input, and keeps no pointer. Formulas are those of the Python functions of the same name.
+ * Plain C, no framework: a library built from it loads beside any torch and any Python. A function takes one
+ * structure of 64-bit fields (integers and pointers first, doubles last, so that there is no padding) and returns a
+ * status. It allocates nothing that outlives the call but a scratch buffer a thread, modifies no input, and keeps no
+ * pointer. Formulas are those of the Python functions of the same name.
  *
- * Shapes: x (n, c1, spatial) with channels innermost in memory (channels_last = 1) or contiguous (0); nothing is broadcast.
- * A null pointer stands for an argument that was not given. Pointers need the alignment of their element type only. */
+ * Shapes: x (n, c1, spatial) with channels innermost in memory (channels_last = 1) or contiguous (0); nothing is
+ * broadcast. A null pointer stands for an argument that was not given. Pointers need the alignment of their element
+ * type only. */
 #ifndef COALESCER_FAST_ABI_H
 #define COALESCER_FAST_ABI_H
 
@@ -106,26 +108,36 @@ typedef struct {
 
 CF_API int cf_abi_version(void);
 
-/* The OpenMP runtime that the process has already: GOMP_parallel, omp_get_thread_num and omp_get_num_threads of one library, which all
- * runtimes export. Until it is given, and for null pointers, everything runs on the calling thread. Not to be called beside a kernel. */
+/* The OpenMP runtime that the process has already: GOMP_parallel, omp_get_thread_num and omp_get_num_threads of one
+ * library, which all runtimes export. Until it is given, and for null pointers, everything runs on the calling
+ * thread. Not to be called beside a kernel. */
 CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void),
                               int (*num_threads)(void));
 
-/* The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable"; the best that the processor has, unless another is chosen. */
+/* The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable"; the best that the processor has, unless
+ * another is chosen. */
 CF_API const char* cf_cpu_isa(void);
 /* CF_INVALID_ARGUMENT if the processor or the library does not have it. Not to be called beside a kernel. */
 CF_API int cf_cpu_set_isa(const char* isa);
 
-CF_API int cf_cpu_group_norm_silu(const cf_group_norm_silu_args* args);
-CF_API int cf_cpu_bias_residual(const cf_bias_residual_args* args);
-CF_API int cf_cpu_dual_head(const cf_dual_head_args* args);
-CF_API int cf_cpu_coalesce_step(const cf_coalesce_step_args* args);
+/* The ops: OP(name) has the function cf_cpu_NAME of cf_NAME_args, and a kernel `name` in a header of csrc/cpu. */
+#define CF_OPS(OP)      \
+    OP(group_norm_silu) \
+    OP(bias_residual)   \
+    OP(dual_head)       \
+    OP(coalesce_step)
 
-/* A network as a list of steps, run by threads that stay together from the first step to the last: nothing is allocated, chosen or packed
- * on the way but what attention makes of its keys and values. */
+#define CF_FUNCTION(name) CF_API int cf_cpu_##name(const cf_##name##_args* args);
+CF_OPS(CF_FUNCTION)
+#undef CF_FUNCTION
 
-/* Images (height, width, channels), channels innermost: element (n, y, x, c) is data[n * sample + y * row + x * channels + c], sizes in
- * bytes. With border = 1, there is a position more on every side, at which data points: whoever writes the image writes `zero` there. */
+/* Programs: a network as a list of steps, run in one call by threads that stay together from the first step to the
+ * last. Memory is laid out and weights are packed beforehand; only attention packs its keys and values as it runs. */
+
+/* Images with channels innermost: channel c of position (y, x) of sample n is element c of the position that begins
+ * at data + n * sample + y * row + x * channels * (bytes of the dtype). With border = 1 there is one position more
+ * on every side, and data points at the corner of the border, which whoever writes the image fills with zeros, in 8
+ * bits with `zero`. */
 typedef struct {
     void* data;
     int64_t dtype;
@@ -133,13 +145,14 @@ typedef struct {
     int64_t border;
 } cf_image;
 
-/* How float values are made 8 bits: q[c] = round(value * inverse[c]) + zero[c], in 0 ... 255; both null for other dtypes. */
+/* How an image of uint8 is made of float values: q[c] = round(value * inverse[c]) + zero[c], cut to 0 ... 255, with one
+ * number for each channel. Both are null for other dtypes. */
 typedef struct {
     const float* inverse;
     const uint8_t* zero;
 } cf_quantisation;
 
-/* group_norm_silu with channels innermost, into an image: norm's own y, dtype of y, and threads are not looked at. */
+/* group_norm_silu with channels innermost, into an image. norm's own y and threads are not used. */
 typedef struct {
     cf_group_norm_silu_args norm;
     cf_image y;
@@ -147,9 +160,12 @@ typedef struct {
     cf_quantisation quantisation;
 } cf_group_norm_image_args;
 
-/* y = act(convolution(x) + bias + residual). Weights are packed: the outputs in vectors of cf_cpu_vector_width(), the vectors in blocks of
- * up to M, which is 4 if the width is 16 and else 3 (ceil(vectors / M) blocks, the first ones larger by one), and a block as (taps,
- * channels * size / 4, vectors, width, 4 / size). */
+/* y = act(convolution(x) + bias + residual), 1x1 or 3x3, act being ReLU or nothing.
+ *
+ * Weights are packed in the order in which the kernel reads them. The outputs form vectors of cf_cpu_vector_width(),
+ * the last one filled up with zeros, and the vectors form ceil(vectors / M) blocks that are as equal as can be, the
+ * larger ones first; M is 4 if the width is 16, else 3. A block lies in memory as (taps, units, vectors, width,
+ * lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and units = channels / lanes. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
@@ -162,7 +178,8 @@ typedef struct {
     int64_t outputs, taps, stride, relu;
 } cf_convolution_args;
 
-/* y = cat([x, skip], 1), each position repeated `factor` times along both axes, converted, channels after the last being zero. */
+/* y = cat(parts, 1), each position repeated `factor` times along both axes, converted to y's dtype. y may have more
+ * channels than the parts; these are zero. */
 typedef struct {
     cf_tensor4 parts[2]; /* (n, channels, height / factor, width / factor), any strides; the second may be null */
     int64_t channels[2];
@@ -197,7 +214,8 @@ typedef struct {
     double eps;
 } cf_layer_norm_args;
 
-/* y = value * gelu(gate), gelu(x) = x (1 + erf(x / sqrt(2))) / 2; rows of value and gate are `stride` elements apart. */
+/* y = value * gelu(gate), with gelu(x) = x (1 + erf(x / sqrt(2))) / 2. Rows of value and gate begin `stride` elements
+ * after one another. */
 typedef struct {
     const void *value, *gate;
     void* y;       /* (rows, channels) */
@@ -216,7 +234,7 @@ typedef struct {
     double x_scale, x_shift, y_scale, y_shift;
 } cf_pointwise_args;
 
-/* y = x, with `row` in the place of every row of x that holds nothing but zeros. */
+/* y = x, where every row of x that is all zeros is replaced by `row`. */
 typedef struct {
     const float* x; /* (rows, channels) */
     const float* row;
@@ -224,21 +242,26 @@ typedef struct {
     int64_t rows, channels;
 } cf_replace_zero_rows_args;
 
-enum cf_step_kind {
-    CF_CONVOLUTION = 0,
-    CF_GROUP_NORM_SILU = 1,
-    CF_GATHER = 2,
-    CF_ATTENTION = 3,
-    CF_DUAL_HEAD = 4,
-    CF_LAYER_NORM = 5,
-    CF_GATE = 6,
-    CF_POINTWISE = 7,
-    CF_REPLACE_ZERO_ROWS = 8
-};
+/* Every step: STEP(name, number, type of its arguments, function of csrc/cpu that runs it). This is the only list of
+ * them: the enum below and the dispatch in csrc/cpu/program.h are made from it. */
+#define CF_STEPS(STEP)                                                   \
+    STEP(CONVOLUTION, 0, cf_convolution_args, convolution)               \
+    STEP(GROUP_NORM_SILU, 1, cf_group_norm_image_args, group_norm_image) \
+    STEP(GATHER, 2, cf_gather_args, gather)                              \
+    STEP(ATTENTION, 3, cf_attention_args, attention)                     \
+    STEP(DUAL_HEAD, 4, cf_dual_head_args, dual_head)                     \
+    STEP(LAYER_NORM, 5, cf_layer_norm_args, layer_norm)                  \
+    STEP(GATE, 6, cf_gate_args, gate)                                    \
+    STEP(POINTWISE, 7, cf_pointwise_args, pointwise)                     \
+    STEP(REPLACE_ZERO_ROWS, 8, cf_replace_zero_rows_args, replace_zero_rows)
+
+#define CF_STEP_KIND(name, number, type, function) CF_##name = number,
+enum cf_step_kind { CF_STEPS(CF_STEP_KIND) };
+#undef CF_STEP_KIND
 
 typedef struct {
     int64_t kind;
-    const void* args; /* of that kind */
+    const void* args; /* of the kind's type in CF_STEPS; `threads` in it is not used */
 } cf_step;
 
 typedef struct {
@@ -258,8 +281,8 @@ typedef struct {
     int64_t bytes; /* a multiple of the dtype's size, whatever that is */
 } cf_span;
 
-/* A hash of what lies in the spans: of the whole of those of up to `whole` bytes, of `samples` places of 8 bytes, at equal distances, of the
- * others. */
+/* A hash of the contents of the spans: of all bytes of a span of up to `whole` bytes, and of `samples` words of 8
+ * bytes, at equal distances, of a longer one. */
 typedef struct {
     const cf_span* spans;
     int64_t count, whole, samples;
@@ -268,9 +291,9 @@ typedef struct {
 
 CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
 
-/* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it neither waits nor
- * allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h, direction_weight, and sample and direction of
- * the step; direction_weight has h's dtype. */
+/* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it
+ * neither waits nor allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h,
+ * direction_weight, and sample and direction of the step; direction_weight has h's dtype. */
 
 /* What a choice of launch depends on. */
 typedef struct {
@@ -289,7 +312,8 @@ typedef struct {
     int64_t workspace;                      /* bytes of device memory that the call needs beside its arguments */
 } cf_cuda_plan;
 
-/* The compute capabilities times ten that the library has code for, "80,90"; "host" if it was built to run on the CPU. */
+/* The compute capabilities times ten that the library has code for, "80,90"; "host" if it was built to run on the
+ * CPU. */
 CF_API const char* cf_cuda_architectures(void);
 /* What a GPU has. */
 CF_API int cf_cuda_describe(int64_t ordinal, cf_cuda_device* device);

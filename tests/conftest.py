@@ -19,7 +19,7 @@ import torch
 
 try:
     from hypothesis import settings
-except ImportError:  # tests/ops/drawn.py
+except ImportError:  # tests/helpers/drawn.py
     pass
 else:
     # A submission is judged on the same examples whenever it is tested; other runs draw new ones.

@@ -11,9 +11,10 @@ import torch
 import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
-from coalescer_fast.ops import library
-from coalescer_fast.runtime import base, cpu
+from coalescer_fast.ops import native_library
+from coalescer_fast.runtime import base
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.native import runtime
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -35,10 +36,10 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def dtypes() -> list[str]:
-    return ["float32", "bfloat16"] if cpu.native_bfloat16() else ["float32"]
+    return ["float32", "bfloat16"] if runtime.native_bfloat16() else ["float32"]
 
 
-@pytest.mark.parametrize("dtype", [*dtypes(), *(["int8"] if torch.uint8 in library.products() else [])])
+@pytest.mark.parametrize("dtype", [*dtypes(), *(["int8"] if torch.uint8 in native_library.products() else [])])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_same_call_same_seed_same_pictures(pipe, dtype, steps):
     reference = draw(pipe, num_inference_steps=steps)
@@ -182,14 +183,17 @@ def test_bad_use_is_one_sentence(pipe, kwargs, words):
 
 def test_a_missing_package_is_one_sentence(pipe, monkeypatch):
     monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
-    words = r"^backend 'openvino' needs the package openvino, which is not installed: run pip install openvino onnx onnxscript$"
+    words = (
+        "^backend 'openvino' needs the package openvino, which is not installed: "
+        "run pip install openvino onnx onnxscript$"
+    )
     with pytest.raises(ValueError, match=words):
         cf.accelerate(pipe, "openvino")
     assert isinstance(pipe.runtime, EagerRuntime)
 
 
 def test_without_the_native_library(pipe, monkeypatch):
-    monkeypatch.setattr(library, "unavailable", lambda: "there is no compiler")
+    monkeypatch.setattr(native_library, "unavailable", lambda: "there is no compiler")
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: there is no compiler"):
         cf.accelerate(pipe, backend="cpu")
     reference = draw(pipe)
@@ -210,7 +214,7 @@ class Odd(torch.nn.Module):
 
 
 def test_int8_needs_a_processor_that_has_it(pipe, monkeypatch):
-    monkeypatch.setattr(library, "products", lambda: (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(native_library, "products", lambda: (torch.float32, torch.bfloat16))
     with pytest.raises(ValueError, match=r"dtype .int8. cannot run: the processor does not multiply uint8 itself"):
         cf.accelerate(pipe, dtype="int8")
     assert isinstance(pipe.runtime, EagerRuntime)

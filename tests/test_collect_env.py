@@ -12,7 +12,7 @@ import pytest
 
 import coalescer_fast
 from coalescer_fast import __version__, collect_env
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 
 PACKAGE = Path(coalescer_fast.__file__).parent
 
@@ -41,7 +41,8 @@ def test_nothing_but_the_standard_library_is_imported(tmp_path):
 import sys
 before = set(sys.modules)
 import coalescer_fast.collect_env
-print([name for name in sorted({name.partition('.')[0] for name in set(sys.modules) - before}) if name not in sys.stdlib_module_names])
+imported = {name.partition('.')[0] for name in set(sys.modules) - before}
+print(sorted(imported - sys.stdlib_module_names))
 """
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
@@ -75,8 +76,12 @@ def test_an_installation_that_works(tmp_path):
     if sys.platform == "linux":
         assert facts["python"]["glibc"]
         assert all("omp" in Path(path).name for path in facts["torch"]["openmp"])
-    if not library.unavailable():
-        assert facts["native"]["cpu"] == {"loads": True, "interface": library.ABI_VERSION, "isa": library.isa()}
+    if not native_library.unavailable():
+        assert facts["native"]["cpu"] == {
+            "loads": True,
+            "interface": native_library.ABI_VERSION,
+            "isa": native_library.isa(),
+        }
         assert facts["backends"]["dual_head"]["cpu"]["able"] is True
 
 
@@ -109,7 +114,7 @@ def test_torch_and_diffusers_that_are_missing(tmp_path):
     for name in ("torch", "backends", "pipeline"):
         assert facts[name]["error"].startswith("ModuleNotFoundError: No module named '")
     assert facts["python"]["version"]
-    if not library.unavailable():
+    if not native_library.unavailable():
         assert facts["native"]["cpu"]["loads"] is True  # without torch
 
 

@@ -1,4 +1,4 @@
-"""Every tensor that the package makes names its dtype, so that nothing changes under another `torch.set_default_dtype`."""
+"""Every tensor that the package makes names its dtype: `torch.set_default_dtype` changes nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for folder in ("coalescer_fast", "export") for path in (ROOT / folder).rglob("*.py"))
 
-# functions of torch whose dtype is the default one, or guessed from the values, unless they are told; those that take a tensor's
-# (zeros_like, Tensor.new_empty, from_numpy) or an integer dtype (randint, randperm) need no telling
+# Functions of torch whose dtype is the default one, or guessed from the values, unless it is given. Those that take the
+# dtype of a tensor (zeros_like, Tensor.new_empty, from_numpy) or an integer one (randint, randperm) are not among them.
 FACTORIES = {
     *("empty", "empty_permuted", "empty_strided", "zeros", "ones", "full", "eye", "rand", "randn", "normal"),
     *("arange", "range", "linspace", "logspace", "tensor", "as_tensor", "asarray", "scalar_tensor"),

@@ -1,4 +1,4 @@
-"""The model that the package carries: that it is small, complete and draws what it is asked for, whatever its exact weights."""
+"""The model that the package carries is small and complete, and draws what it is asked for, whatever its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 import coalescer_fast
 from coalescer_fast import CoalescerPipeline
-from coalescer_fast.pipeline import embedded_models
+from coalescer_fast.folders import embedded_models
 
 PACKAGE = Path(coalescer_fast.__file__).parent
 
@@ -61,7 +61,7 @@ def test_pictures_are_not_blank(pipe, prompt):
 
 
 def test_pictures_stand_on_white(pipe):
-    """As every training picture does: a model that is not trained, or whose decoder does not fit its latents, does not."""
+    """As every training picture does, but not those of an untrained model or of a decoder that does not fit."""
     pictures = np.stack([np.asarray(p).astype(int) for p in draw(pipe, "octopus", num_images_per_prompt=8)])
     corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert np.median(corners) > 230
@@ -83,7 +83,10 @@ def test_prompts_matter(pipe):
     ("prompt", "more", "less"), [("tomato", 0, 1), ("broccoli", 1, 0), ("blue book", 2, 0), ("lemon", 0, 2)]
 )
 def test_things_have_their_colour(pipe, prompt, more, less):
-    """In the median of sixteen drawings, on what is not white; channels are red, green, blue. Measured: 142, 54, 140 and 160 of 255."""
+    """In the median of sixteen drawings, on what is not white; channels are red, green, blue.
+
+    Measured: 142, 54, 140 and 160 of 255.
+    """
     pictures = pipe(prompt, 16, generator=torch.Generator().manual_seed(0), output_type="np").images * 255
     colours = [picture[(picture < 215).any(2)].mean(0) for picture in pictures]
     assert np.median([colour[more] - colour[less] for colour in colours]) > 25

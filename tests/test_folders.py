@@ -14,7 +14,7 @@ from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file, save_file
 
 from coalescer_fast import CoalescerPipeline, CoalescerUNet
-from coalescer_fast.pipeline import WEIGHTS as EMBEDDED
+from coalescer_fast.folders import WEIGHTS as EMBEDDED
 
 from .helpers.pipelines import ANCHORED, FREE, noise, tiny_pipeline
 

@@ -37,7 +37,8 @@ def test_import_loads_nothing_heavy(tmp_path):
 
 
 def test_ops_need_torch_alone(tmp_path):
-    code = f"import sys, coalescer_fast; coalescer_fast.ops; print(sorted({HEAVY - {'torch', 'numpy'}} & set(sys.modules)))"
+    heavy = HEAVY - {"torch", "numpy"}
+    code = f"import sys, coalescer_fast; coalescer_fast.ops; print(sorted({heavy} & set(sys.modules)))"
     assert python(code, tmp_path) == "[]"
 
 

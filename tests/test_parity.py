@@ -11,7 +11,7 @@ import torch
 import coalescer_fast
 import coalescer_fast as cf
 from coalescer_fast import CoalescerPipeline, accelerate, ops, verify
-from coalescer_fast.ops import dispatch, library
+from coalescer_fast.ops import dispatch, native_library
 from coalescer_fast.parity import Budget, Verification, at_least
 from coalescer_fast.runtime.base import Part, Runtime
 
@@ -21,7 +21,7 @@ OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 
 
 class StandIn(Runtime):
-    """A runtime that `verify` knows nothing of: copies of a pipeline's networks in ``dtype``, and what faults a test plants in them."""
+    """A runtime that `verify` knows nothing of: copies of a pipeline's networks, with faults that a test plants."""
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ def test_a_receipt_says_whether_two_machines_drew_the_same():
     assert cf.receipt(pipe, names, noise, tensors) == reference == json.loads(json.dumps(reference))
     cf.accelerate(pipe, dtype="float32")
     first = receipt()
-    assert first["instruction_set"] == (None if library.unavailable() else library.isa())
+    assert first["instruction_set"] == (None if native_library.unavailable() else native_library.isa())
     assert receipt() == first
     assert {name for name in first if first[name] != reference[name]} >= {"runtime"}
     assert {name for name in first if receipt(num_inference_steps=3)[name] != first[name]} == {

@@ -701,7 +701,8 @@ def test_unknown_words_are_said(pipe, caplog):
     with caplog.at_level("WARNING", logger="coalescer_fast"):
         output = pipe(prompts)
         assert output.warnings == [
-            "prompt 'blorp 1 octopus, 3d style' has unknown words, which are drawn as nothing in particular: 'blorp', '1'",
+            "prompt 'blorp 1 octopus, 3d style' has unknown words, "
+            "which are drawn as nothing in particular: 'blorp', '1'",
             "no word of prompt 'blorp 2' is known, and what is drawn is anything: use other, English words",
         ]
         assert [record.getMessage() for record in caplog.records] == output.warnings

@@ -15,18 +15,21 @@ from torch import nn
 class CoalescerAutoencoder(ModelMixin, ConfigMixin):
     r"""The encoder and decoder of diffusers' AutoencoderTiny between two pixel (un)shuffles, the latents standardised.
 
-    ``z = (E(unshuffle_p(x)) - mean_c) / sqrt(var_c + 1e-5)`` and ``x' = shuffle_p(D(z))`` with E and D the two networks. ``mean_c`` and
-    ``var_c`` are statistics of the training pictures, one a latent channel, stored with the weights; the decoder takes the
-    standardised latent, so nothing has to be scaled between the two.
+    ``z = (E(unshuffle_p(x)) - mean_c) / sqrt(var_c + 1e-5)`` and ``x' = shuffle_p(D(z))`` with E and D the two
+    networks. ``mean_c`` and ``var_c`` are statistics of the training pictures, one a latent channel, stored with the
+    weights; the decoder takes the standardised latent, so nothing has to be scaled between the two.
+
+    Shapes: pictures (N, 3, H, W) in [-1, 1] with H and W multiples of ``scale_factor`` f; latents
+    (N, latent_channels, H/f, W/f).
 
     Args:
-        patch_size: side p of the pixel blocks that become channels before the encoder and blocks again after the decoder.
+        patch_size: side p of the pixel blocks that become channels before the encoder and blocks again after the
+            decoder.
         latent_channels: channels of the latent.
         width: channels of every hidden convolution.
-        encoder_blocks: residual blocks a resolution level, from the finest; every level but the first halves the resolution.
+        encoder_blocks: residual blocks a resolution level, from the finest; every level but the first halves the
+            resolution.
         decoder_blocks: residual blocks a level, from the coarsest.
-
-    Shapes: pictures (N, 3, H, W) in [-1, 1] with H and W multiples of ``scale_factor``; latents (N, latent_channels, H/f, W/f).
     """
 
     @register_to_config
@@ -39,9 +42,8 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: tuple[int, ...] = (3, 3, 1),
     ):
         if len(encoder_blocks) != len(decoder_blocks):
-            raise ValueError(
-                f"encoder_blocks {tuple(encoder_blocks)} and decoder_blocks {tuple(decoder_blocks)} must have as many levels"
-            )
+            blocks = f"encoder_blocks {tuple(encoder_blocks)} and decoder_blocks {tuple(decoder_blocks)}"
+            raise ValueError(f"{blocks} must have as many levels")
         channels = 3 * patch_size**2
         super().__init__()
         self.encoder = EncoderTiny(
@@ -62,7 +64,7 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[torch.Tensor]:
-        """Standardised latents of pictures in [-1, 1]; (N, 3, H, W) -> (N, latent_channels, H/f, W/f)."""
+        """Encode pictures (N, 3, H, W) in [-1, 1] to standardised latents (N, latent_channels, H/f, W/f)."""
         latents = self.latent_norm(self.encoder(F.pixel_unshuffle(x, self.patch_size)))
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
@@ -70,7 +72,7 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Pictures, about in [-1, 1], of standardised latents; ``generator`` is accepted for diffusers' sake and unused."""
+        """Decode standardised latents to pictures, about in [-1, 1]. ``generator`` is unused, as in diffusers."""
         if isinstance(self.decoder, DecoderTiny) and (x.ndim != 4 or x.shape[1] != self.config.latent_channels):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.config.latent_channels}, H, W)")
         sample = F.pixel_shuffle(self.decoder(x), self.patch_size)
@@ -79,7 +81,7 @@ class CoalescerAutoencoder(ModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, latent_noise: torch.Tensor | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """decode(encode(sample) + latent_noise): what training minimises the error of; without noise, the reconstruction."""
+        """Compute ``decode(encode(sample) + latent_noise)``, whose error training minimises."""
         (latents,) = self.encode(sample, return_dict=False)
         if latent_noise is not None:
             latents = latents + latent_noise

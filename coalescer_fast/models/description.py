@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer, Encoding
 
 from .emoji import spell
 
 T = TypeVar("T")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MOST_TEXTS = 4096  # of which what was found is remembered
-# what may follow a word, as WordPiece cuts it off
+MAX_REMEMBERED = 4096  # texts whose tokens, words and nearest name are remembered
+# what WordPiece cuts off the end of a word
 ENDINGS = frozenset(("s", "es", "d", "ed", "r", "er", "ing", "y", "ly", "ish"))
 SHORTEST = 3  # letters of a word that others are made of: shorter pieces are found in any jumble of letters
 
@@ -26,17 +27,21 @@ SHORTEST = 3  # letters of a word that others are made of: shorter pieces are fo
 class DescriptionEncoder(ModelMixin, ConfigMixin):
     r"""Vectors (and token rows) of descriptions, from a table of one row a WordPiece token.
 
-    ``d = s / |s|`` with ``s`` the sum of ``table[t] * scale`` over the description's tokens t and ``|s| = ||s||_2 / sqrt(D)``; the empty
-    description, and one of unknown tokens only, is the zero vector. The table is distilled from all-MiniLM-L6-v2 (Apache-2.0) and
-    weighted by smooth inverse frequency (`coalescer_fast.training.build_text_table`).
+    ``d = s / |s|`` with ``s`` the sum of ``table[t] * scale`` over the description's tokens t and
+    ``|s| = ||s||_2 / sqrt(D)``; the empty description, and one of unknown tokens only, is the zero vector. The table is
+    distilled from all-MiniLM-L6-v2 (Apache-2.0) and weighted by smooth inverse frequency
+    (`coalescer_fast.training.build_text_table`).
 
-    The encoder also knows the art styles, and which of them exist for the names that the model was trained on, see `with_styles`.
+    The encoder also knows the art styles, and which of them exist for the names that the model was trained on, see
+    `with_styles`.
 
     Args:
-        vocab_size, dim: rows and columns of the table.
+        vocab_size: rows of the table.
+        dim: D, columns of the table.
         vocab_bytes: length of the vocabulary as UTF-8, its tokens joined by newlines.
         styles: style words; a description names a style as "<word> style".
-        num_names, names_bytes: number of known names, and their length as UTF-8, joined by newlines.
+        num_names: number of known names.
+        names_bytes: length of the known names as UTF-8, joined by newlines.
     """
 
     @register_to_config
@@ -67,12 +72,18 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         names: Sequence[str] = (),
         name_styles: np.ndarray | None = None,
     ) -> DescriptionEncoder:
-        """An encoder of the arrays that `build_text_table` writes.
+        """Make an encoder of the arrays that `build_text_table` writes.
 
-        ``name_styles``: (len(names), len(styles)), non-zero where a style exists for a name.
+        Args:
+            table: (vocab_size, D) int8.
+            scale: (D,) float32.
+            vocab: (vocab_bytes,) uint8.
+            styles: style words.
+            names: known names.
+            name_styles: (len(names), len(styles)), non-zero where a style exists for a name.
         """
         names_utf8 = "\n".join(names).encode("utf-8")
-        encoder = cls(*table.shape, len(vocab), tuple(styles), len(names), len(names_utf8))
+        encoder: DescriptionEncoder = cls(*table.shape, len(vocab), tuple(styles), len(names), len(names_utf8))
         encoder.table.copy_(torch.from_numpy(table))
         encoder.scale.copy_(torch.from_numpy(scale))
         encoder.vocab.copy_(torch.from_numpy(vocab.copy()))
@@ -83,11 +94,12 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     @property
     def tokenizer(self) -> BertWordPieceTokenizer:
+        """The WordPiece tokenizer of the vocabulary."""
         return self._derived.tokenizer
 
     @property
     def _derived(self) -> _Derived:
-        """What is made of the buffers, anew after a change of them."""
+        """What is derived from the buffers, made anew when they have changed."""
         state = tuple(
             (b.data_ptr(), 0 if b.is_inference() else b._version) for b in self._buffers.values() if b is not None
         )
@@ -97,7 +109,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return found
 
     def _encode(self, text: str) -> Encoding:
-        return self.tokenizer.encode(re.sub("[,;]", " ", spell(text)), add_special_tokens=False)
+        found: Encoding = self.tokenizer.encode(re.sub("[,;]", " ", spell(text)), add_special_tokens=False)
+        return found
 
     def token_ids(self, text: str) -> list[int]:
         """WordPiece ids of a description.
@@ -111,11 +124,11 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return [*found]
 
     def words(self, text: str) -> dict[str, bool]:
-        """The words of a description, in order and as the tokenizer has them, and whether each is known.
+        """List the words of a description, in order and as the tokenizer has them, and whether each is known.
 
-        Known is a word of a known name (or its plural), one that is a token, and one made of such words and endings, as
-        "snowboarder". Others come apart into pieces that mean nothing. Punctuation is no word; a symbol that is no
-        token is an unknown one.
+        A word is known if it is a word of a known name (or its plural), or a token, or made of such words and endings,
+        as "snowboarder". Others come apart into pieces that mean nothing. Punctuation is no word, and a symbol that is
+        no token is an unknown word.
         """
         derived = self._derived
         found = derived.remembered(derived.words, text, lambda: self._words(text))
@@ -148,19 +161,21 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return len(text) >= SHORTEST and self.tokenizer.token_to_id(text) is not None
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
-        """Description vectors (N, D), float32, of RMS 1 or 0."""
-        # one by one: a vector's bits do not depend on the others
+        """Encode N texts as vectors (N, D), float32, of RMS 1 or 0."""
+        # one by one, so that a vector's bits do not depend on the others
         sums = [self.token_sum(text) for text in descriptions]
         return torch.stack([s / s.square().mean().sqrt().clamp_min(1e-6) for s in sums])
 
     def token_sum(self, text: str) -> torch.Tensor:
-        """The sum of the rows of a text's tokens, (D,): what `forward` scales; sums of phrases add up to that of the whole."""
+        """Add up the rows of a text's tokens to (D,), which `forward` scales. A text's sum is that of its parts."""
         return self._rows(self.token_ids(text)).sum(0)
 
     def token_rows(self, descriptions: Sequence[str], max_length: int = 77) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (N, max_length, D), float32, for cross-attention, and the mask (N, max_length), True where there is a token.
+        """Look up the rows of the tokens of N texts, for cross-attention.
 
-        A description without tokens attends to one row of zeros.
+        Returns:
+            Rows (N, max_length, D), float32, and the mask (N, max_length), True where there is a token. A text without
+            tokens has one row of zeros.
         """
         rows = torch.zeros(
             len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device
@@ -174,7 +189,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def _rows(self, ids: list[int]) -> torch.Tensor:
         index = torch.tensor(ids, dtype=torch.long, device=self.table.device)
-        return self.table[index].float() * self.scale.float()
+        rows: torch.Tensor = self.table[index].float() * self.scale.float()
+        return rows
 
     @property
     def known_names(self) -> list[str]:
@@ -188,7 +204,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         )
 
     def styles_of(self, description: str) -> list[str]:
-        """The styles that exist for the known name nearest to the description (largest cosine); all styles if no name is known."""
+        """The styles that exist for the known name nearest to the description, by cosine; all if no name is known."""
         styles, derived = list(self.config.styles), self._derived
         if not self.config.num_names:
             return styles
@@ -201,9 +217,11 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
-        """Each description, with a style added where it names none: the ``floor(u * n)``-th of its n styles, u in [0, 1).
+        """Add a style to each description that names none; the empty description stays empty.
 
-        The empty description stays empty.
+        Args:
+            descriptions: N texts.
+            uniform: N numbers u in [0, 1), each of which chooses the ``floor(u * n)``-th of the n styles that exist.
         """
         out = []
         for text, u in zip(descriptions, uniform):
@@ -215,13 +233,13 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
 
 class _Kept:
-    """Where an encoder keeps what it derives, so that its own attributes stay as they are."""
+    """Holds what an encoder has derived, so that the encoder's own attributes stay as they are."""
 
     derived: _Derived | None = None
 
 
 class _Derived:
-    """What is made of an encoder's buffers in a certain state: the tokenizer, and what was found of texts."""
+    """What an encoder derives from its buffers in one state: the tokenizer, and what it has found for texts."""
 
     def __init__(self, encoder: DescriptionEncoder, state: tuple[tuple[int, int], ...]):
         self.state = state
@@ -233,25 +251,26 @@ class _Derived:
         self.tokenizer = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
         ids = (self.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
         self.special_ids = frozenset(i for i in ids if i is not None)
-        # style words, too, whatever tokens they are of
+        # style words are known, whatever tokens they consist of
         self.name_words = frozenset(re.findall(r"\w+", "\n".join((*encoder.known_names, *config.styles)).lower()))
-        # by text: its token ids, its words, the row of the known name nearest to it
+        # of each text, its token ids, its words, and the row of the known name nearest to it
         self.ids: dict[str, list[int]] = {}
         self.words: dict[str, dict[str, bool]] = {}
         self.nearest: dict[str, int] = {}
-        self._vectors: np.ndarray | None = None
+        self._vectors: NDArray[np.float32] | None = None
 
     @staticmethod
     def remembered(table: dict[str, T], text: str, make: Callable[[], T]) -> T:
-        """``table[text]``, made if it is not there; a table that is full is emptied."""
+        """Return ``table[text]``, made if it is not there. A table that is full is emptied."""
         found = table.get(text)
         if found is None:
-            if len(table) >= MOST_TEXTS:
+            if len(table) >= MAX_REMEMBERED:
                 table.clear()
             found = table[text] = make()
         return found
 
-    def name_vectors(self, encoder: DescriptionEncoder) -> np.ndarray:
+    def name_vectors(self, encoder: DescriptionEncoder) -> NDArray[np.float32]:
+        """Vectors (names, D) of the known names."""
         if self._vectors is None:
             self._vectors = encoder(encoder.known_names).cpu().numpy()
         return self._vectors

@@ -6,21 +6,21 @@ import unicodedata
 from functools import cache
 from importlib.resources import files
 
-# what only chooses a way to draw the character before it: text or colour, and the five skin tones
+# characters that only choose how the one before them is drawn: text or colour, and the five skin tones
 _MODIFIERS = {code: None for code in (0xFE0E, 0xFE0F, *range(0x1F3FB, 0x1F400))}
-_REGIONAL = range(0x1F1E6, 0x1F200)  # halves of flags, which say nothing alone
+_REGIONAL = range(0x1F1E6, 0x1F200)  # halves of flags, which mean nothing alone
 
 
 @cache
 def names() -> dict[str, str]:
-    """The name in Unicode CLDR of every emoji of Unicode 17, sequences among them, spelled without modifiers."""
+    """The names in Unicode CLDR of all emoji of Unicode 17 and their sequences, spelled without modifiers."""
     table = files(__package__).joinpath("emoji.tsv").read_text("utf-8")
     return dict(line.split("\t") for line in table.splitlines())
 
 
 @cache
 def _longest() -> dict[str, int]:
-    """Of each character that an emoji starts with, the length of the longest such emoji."""
+    """By its first character, the length of the longest emoji."""
     found: dict[str, int] = {}
     for emoji in names():
         found[emoji[0]] = max(found.get(emoji[0], 0), len(emoji))
@@ -28,7 +28,7 @@ def _longest() -> dict[str, int]:
 
 
 def spell(text: str) -> str:
-    """The text with the names of its emoji in their place, between spaces.
+    """Replace the emoji of a text by their names, between spaces.
 
     The longest emoji known is taken at each place, so that a flag or a family is one; a sequence that is not known is
     read part by part. Skin tones are left out. Another symbol goes by its name in Unicode, where it has one.

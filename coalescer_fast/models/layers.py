@@ -1,4 +1,4 @@
-"""Layers that give what stands around them to the fused ops, and how to tell whether a layer is as the model made it."""
+"""Layers that hand what stands around them to the fused ops, and whether a layer is as the model made it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from .. import ops
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether calling each layer does what its class says and nothing more: no hooks, no patched ``forward``, no
-    subclass.
+    """Whether each layer does what its class says and nothing more: no hooks, no patched ``forward``, no subclass.
 
-    Such a layer's weights may be given to an op that computes several layers at once; any other has to be called.
+    The weights of such a layer may be given to an op that computes several layers at once; any other has to be called.
     """
     return not _global_hooks() and all(
         type(layer) in PLAIN and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
@@ -27,18 +26,23 @@ def _global_hooks() -> bool:
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d of one group, in one zero-padded image, with what is added to its output."""
+    """An nn.Conv2d of one group and zero padding, with the additions that follow it.
+
+    Attributes:
+        backend: of `ops.bias_residual`.
+    """
 
     backend = "reference"
 
     def forward(
         self, x: Tensor, skip: Tensor | None = None, *, residual: Tensor | None = None, add_bias: bool = True
     ) -> Tensor:
-        """``convolution(cat([x, skip], 1)) + bias + residual``.
+        """Compute ``convolution(cat([x, skip], 1)) + bias + residual``.
 
         Args:
             x: (N, C1, H, W).
-            skip: (N, C2, H, W), of a 1x1 convolution: the sum of two convolutions, so that nothing is copied.
+            skip: (N, C2, H, W), for a 1x1 convolution alone. It is computed as the sum of two convolutions, so that
+                nothing is concatenated.
             residual: of the output's shape.
             add_bias: False leaves the bias to the next op.
         """
@@ -54,7 +58,12 @@ class Convolution(nn.Conv2d):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """nn.GroupNorm with conditioning and activation, see `ops.group_norm_silu`. activation: "silu" or None."""
+    """An nn.GroupNorm with conditioning and activation, see `ops.group_norm_silu`.
+
+    Attributes:
+        activation: "silu" or None.
+        backend: of `ops.group_norm_silu`.
+    """
 
     backend = "reference"
 
@@ -71,8 +80,15 @@ class GroupNormSiLU(nn.GroupNorm):
         shift: Tensor | None = None,
         pre_bias: Tensor | None = None,
     ) -> Tensor:
-        """``act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift)``: x (N, C1, H, W), scale and shift (N, C),
-        pre_bias (C,)."""
+        """Compute ``act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift)``.
+
+        Args:
+            x: (N, C1, H, W).
+            skip: (N, C2, H, W).
+            scale: (N, C), with C = C1 + C2.
+            shift: (N, C).
+            pre_bias: (C,).
+        """
         return ops.group_norm_silu(
             x,
             self.num_groups,

@@ -15,10 +15,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .. import ops
-from ..ops.head.reference import combine
+from ..ops.kernels.dual_head.reference import combine
 from .layers import Convolution, GroupNormSiLU, is_plain
 
-# What softplus maps to 1: an untrained network with an anchor moves exactly onto the anchor.
+# softplus of it is 1, so that an untrained network with an anchor moves exactly onto the anchor
 SOFTPLUS_INVERSE_OF_1 = 0.5413248546129181
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class CoalescerUNetOutput(BaseOutput):
-    """direction: (N, Cz, H, W), the target direction field; distance: (N,), the target distance, in RMS units."""
+    """What the network answers.
+
+    Attributes:
+        direction: (N, Cz, H, W), points at the nearest fitting latent.
+        distance: (N,), how far it is, in RMS units.
+    """
 
     direction: torch.Tensor
     distance: torch.Tensor
@@ -77,8 +82,11 @@ class CoalescerUNetOutput(BaseOutput):
 class Conditioning:
     """All that the network derives from descriptions alone, computed once a call whatever the number of steps.
 
-    film: per residual block, in the order of `CoalescerUNet.residual_blocks`, (scale, shift), each (N, C); anchor: (N, Cz, H, W) or
-    None; keys_values: per cross-attention, in order, (keys, values), each (N, heads, L, head_dim); mask: (N, L) bool or None.
+    Attributes:
+        film: (scale, shift), each (N, C), of each residual block in the order of `CoalescerUNet.residual_blocks`.
+        anchor: p (N, Cz, H, W), or None.
+        keys_values: (keys, values), each (N, heads, L, head_dim), of each cross-attention in order.
+        mask: (N, L) bool, or None.
     """
 
     film: list[tuple[torch.Tensor, torch.Tensor]]
@@ -87,12 +95,12 @@ class Conditioning:
     mask: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """All of them, in order."""
+        """List all tensors, in order."""
         pairs = [t for pair in (*self.film, *self.keys_values) for t in pair]
         return pairs + [t for t in (self.anchor, self.mask) if t is not None]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
-        """The conditioning of every tensor's ``function(tensor)``."""
+        """Make the conditioning of ``function(tensor)`` for every tensor."""
         return Conditioning(
             [(function(scale), function(shift)) for scale, shift in self.film],
             None if self.anchor is None else function(self.anchor),
@@ -101,22 +109,22 @@ class Conditioning:
         )
 
     def rounded(self, dtype: torch.dtype) -> Conditioning:
-        """For a network of this dtype; the anchor stays as it is, for the heads are residual to the way there."""
+        """Round to the dtype of a network. The anchor stays as it is: the heads are residual to it."""
         film, keys_values = ([(a.to(dtype), b.to(dtype)) for a, b in pairs] for pairs in (self.film, self.keys_values))
         return Conditioning(film, self.anchor, keys_values, self.mask)
 
     def expand(self, n: int) -> Conditioning:
-        """The conditioning of one description, for n samples, without a copy; itself if it is of n already."""
+        """Repeat the conditioning of one description for n samples, without a copy; one of n already is itself."""
         return self if self.film[0][0].shape[0] == n else self.map(lambda x: x.expand(n, *x.shape[1:]))
 
 
 def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
-    """The learned ``null`` (D,) in the place of every all-zero row of ``description`` (N, D)."""
+    """Replace every all-zero row of ``description`` (N, D) by the learned ``null`` (D,)."""
     return torch.where((description == 0).all(1, keepdim=True), null.to(description.dtype), description)
 
 
 def zero_initialise(*modules: nn.Module) -> None:
-    """Set all parameters to 0: a residual branch that ends in such a layer starts as the identity."""
+    """Set all parameters to 0. A residual block that ends in such a layer starts as the identity."""
     for module in modules:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
@@ -139,11 +147,15 @@ class AnchorMLP(nn.Module):
         h = F.silu(self.linear_in(replace_empty(description, self.null)))
         for norm, linear in zip(self.norms, self.linears):
             h = h + F.silu(linear(norm(h)))
-        return self.linear_out(h).view(-1, *self.shape)
+        anchor: torch.Tensor = self.linear_out(h).view(-1, *self.shape)
+        return anchor
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm-SiLU-conv3x3-GroupNorm(1 + scale, shift)-SiLU-conv3x3 around a residual connection, on x or on cat([x, skip])."""
+    """Two GroupNorm-SiLU-conv3x3, the second norm scaled and shifted, with a residual connection.
+
+    The input is x or cat([x, skip]); a 1x1 convolution brings the residual connection to other channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int):
         super().__init__()
@@ -164,13 +176,16 @@ class ResidualBlock(nn.Module):
             h = self.norm2(self.conv1(h, add_bias=False), scale=scale, shift=shift, pre_bias=self.conv1.bias)
         else:
             h = self.norm2(self.conv1(h), scale=scale, shift=shift)
-        return self.conv2(h, residual=self._residual(x, skip))
+        y: torch.Tensor = self.conv2(h, residual=self._residual(x, skip))
+        return y
 
     def _residual(self, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-        if self.shortcut is not None and (skip is None or is_plain(self.shortcut)):
-            return self.shortcut(x) if skip is None else self.shortcut(x, skip)
-        both = x if skip is None else torch.cat([x, skip], 1)
-        return both if self.shortcut is None else self.shortcut(both)
+        if self.shortcut is not None and skip is not None and is_plain(self.shortcut):
+            residual: torch.Tensor = self.shortcut(x, skip)
+        else:
+            both = x if skip is None else torch.cat([x, skip], 1)
+            residual = both if self.shortcut is None else self.shortcut(both)
+        return residual
 
 
 class SelfAttention(nn.Module):
@@ -188,13 +203,15 @@ class SelfAttention(nn.Module):
         rows = self.norm(x).flatten(2).transpose(1, 2)  # [N, H*W, C]
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(rows).chunk(3, -1))
         rows = self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
-        return x + rows.transpose(1, 2).reshape(x.shape)
+        y: torch.Tensor = x + rows.transpose(1, 2).reshape(x.shape)
+        return y
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the description's token rows and a GEGLU feed-forward, between two 1x1 projections.
+    """Self-attention, cross-attention to token rows and a GEGLU feed-forward, between two 1x1 projections.
 
-    The layout of Stable Diffusion's spatial transformer (arXiv 2112.10752): pre-norm, residual around each part and around the whole.
+    The layout of Stable Diffusion's spatial transformer (arXiv 2112.10752): pre-norm, residual around each part and
+    around the whole.
     """
 
     def __init__(self, channels: int, num_heads: int, cross_attention_dim: int, num_groups: int):
@@ -213,6 +230,7 @@ class TransformerBlock(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def keys_values(self, token_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project token rows (N, L, D') to keys and values, each (N, heads, L, head_dim)."""
         k, v = (split_heads(part, self.num_heads) for part in self.to_kv(token_rows).chunk(2, -1))
         return k, v
 
@@ -227,12 +245,14 @@ class TransformerBlock(nn.Module):
         h = h + self.to_out2(merge_heads(F.scaled_dot_product_attention(q, *keys_values, attn_mask=attention_mask)))
         value, gate = self.ff_in(self.norm3(h)).chunk(2, -1)
         h = h + self.ff_out(value * F.gelu(gate))
-        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
+        y: torch.Tensor = x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
+        return y
 
 
 def split_heads(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(N, L, C) -> (N, heads, L, C/heads)."""
-    return rows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: torch.Tensor = rows.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]
+    return heads.transpose(1, 2)
 
 
 def merge_heads(rows: torch.Tensor) -> torch.Tensor:
@@ -243,10 +263,10 @@ def merge_heads(rows: torch.Tensor) -> torch.Tensor:
 class CoalescerUNet(ModelMixin, ConfigMixin):
     r"""Maps a latent point R and a description to a target direction and a target distance. There is no timestep.
 
-    A UNet of residual blocks whose second norm is conditioned by the description (scale and shift), self-attention (or, with
-    ``cross_attention_dim``, transformer blocks that also attend to token rows) at ``attention_levels``, and two heads
-    (`ops.dual_head`). With ``anchor="mlp"`` a small MLP gives p, the mean latent of the description; the network then sees [R, p] and
-    its heads are residual to the way from R to p.
+    A UNet of residual blocks whose second norm is conditioned by the description (scale and shift), self-attention (or,
+    with ``cross_attention_dim``, transformer blocks that also attend to token rows) at ``attention_levels``, and two
+    heads (`ops.dual_head`). With ``anchor="mlp"`` a small MLP predicts p, the mean latent of the description; the
+    network then sees [R, p], and its heads are residual to p - R.
 
     Args:
         sample_size: H = W of the latents trained on; other sizes run too, unless there is an anchor.
@@ -304,7 +324,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         )
         self.conv_in = Convolution(latent_channels * (2 if anchor else 1), channels[0], 3, padding=1)
 
-        # Entries of modules that run in turn: what comes out of each entry of down is kept, and taken back by up's residual blocks.
+        # Each entry is a list of modules that run in turn. The output of each entry of down is kept as a skip, which a
+        # residual block of up takes.
         self.down = nn.ModuleList()
         width, skips = channels[0], [channels[0]]
         for level, out in enumerate(channels):
@@ -336,10 +357,11 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def named(cls, name: str) -> CoalescerUNet:
-        """An untrained network of a named configuration: emoji-64, m or l."""
+        """Make an untrained network of a named configuration: emoji-64, m or l."""
         if name not in CONFIGURATIONS:
             raise ValueError(f"configuration {name!r} is unknown: use {', '.join(CONFIGURATIONS)}")
-        return cls(**CONFIGURATIONS[name])
+        network: CoalescerUNet = cls(**CONFIGURATIONS[name])
+        return network
 
     @property
     def residual_blocks(self) -> list[ResidualBlock]:
@@ -354,7 +376,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     @property
     def downsampling(self) -> int:
         """Latent height and width must be multiples of this."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return 1 << (len(self.config.block_out_channels) - 1)
 
     def _in_order(self) -> list[nn.Module]:
         return [m for part in (*self.down, self.mid, *self.up) for m in part]
@@ -362,15 +384,14 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def set_backend(self, backend: str) -> None:
         """Run every op of the network on ``backend``."""
         for module in self.modules():
-            if (
-                getattr(module, "backend", backend) != backend
-            ):  # else nothing has changed, for those who watch the network
+            # set only where it changes something, for whoever watches the network for changes
+            if isinstance(module, (CoalescerUNet, Convolution, GroupNormSiLU)) and module.backend != backend:
                 module.backend = backend
 
     backend = "reference"
 
     def embed(self, description: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, E), the activated embedding that scales and shifts are projected from."""
+        """Embed descriptions (N, D) as (N, E), activated, from which scales and shifts are projected."""
         return F.silu(self.embedding(replace_empty(description, self.null)))
 
     @apply_forward_hook
@@ -381,9 +402,13 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         encoder_attention_mask: torch.Tensor | None = None,
         anchor: torch.Tensor | None = None,
     ) -> Conditioning:
-        """What the network needs of descriptions (N, D) and, with cross-attention, of their token rows (N, L, D') and mask (N, L).
+        """Compute what the network derives from descriptions alone.
 
-        ``anchor`` overrides the anchor MLP's output, (N, Cz, H, W).
+        Args:
+            description: (N, D).
+            encoder_hidden_states: token rows (N, L, D'), with cross-attention.
+            encoder_attention_mask: of the token rows, (N, L).
+            anchor: (N, Cz, H, W), instead of the anchor MLP's output.
         """
         if description.ndim != 2 or description.shape[1] != self.config.description_dim:
             raise ValueError(
@@ -406,7 +431,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         return self.as_conditioning([*film, *keys_values, *anchors], encoder_attention_mask)
 
     def as_conditioning(self, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> Conditioning:
-        """The conditioning of `Conditioning.tensors` without the mask, and of the mask."""
+        """Make a conditioning of what `Conditioning.tensors` lists, the mask apart."""
         films = 2 * len(self.residual_blocks)
         others = 2 * len(self.transformer_blocks)
         pairs = list(zip(tensors[: films + others : 2], tensors[1 : films + others : 2]))
@@ -414,7 +439,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         return Conditioning(pairs[: films // 2], anchor, pairs[films // 2 :], mask)
 
     def features(self, sample: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The activated features (N, C, H, W) that both heads read, for R (N, Cz, H, W)."""
+        """Compute the activated features (N, C, H, W) that both heads read, for R (N, Cz, H, W)."""
         film, keys_values = iter(conditioning.film), iter(conditioning.keys_values)
 
         def run(part: Any, h: torch.Tensor, skips: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -446,7 +471,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         h = run(self.mid, h)
         for part in self.up:
             h = run(part, h, skips)
-        return self.norm_out(h)
+        features: torch.Tensor = self.norm_out(h)
+        return features
 
     def forward(
         self,
@@ -456,7 +482,18 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> CoalescerUNetOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Direction (N, Cz, H, W) and distance (N,) at R = ``sample`` (N, Cz, H, W) for descriptions (N, D), or their `condition`."""
+        """Evaluate the network.
+
+        Args:
+            sample: R (N, Cz, H, W).
+            description: (N, D), or what `condition` has made of descriptions.
+            encoder_hidden_states: as of `condition`.
+            encoder_attention_mask: as of `condition`.
+            return_dict: whether to return a `CoalescerUNetOutput` and not a tuple.
+
+        Returns:
+            Direction (N, Cz, H, W) and distance (N,).
+        """
         if isinstance(description, Conditioning):
             conditioning = description
         else:
@@ -468,7 +505,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def _heads(
         self, h: torch.Tensor, sample: torch.Tensor | None, anchor: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ops.dual_head` of the two layers; of layers that are not plain, by calling them."""
+        """Run both heads: by `ops.dual_head`, or by calling the layers if they are not plain."""
         to_direction, to_distance = self.direction_head, self.distance_head
         if is_plain(to_direction, to_distance):
             weights: Any = to_direction.weight, to_direction.bias, to_distance.weight, to_distance.bias

@@ -10,209 +10,161 @@ eager calls go to the backend directly, for torch's dispatcher would cost as muc
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import operator
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from . import checks
+from . import checks, cuda_library, native_library, triton_launch
+from .binding import NativeKernel
+from .op import MOST_LAUNCHERS, OPS, Op, differentiated, dispatches, in_kernel, plain
 
 logger = logging.getLogger(__name__)
 
 FLOAT_AT_MOST_32 = (torch.float32, torch.float16, torch.bfloat16)
 UNTRIED = "not yet run on a GPU"
 
+_is_compiling = torch.compiler.is_compiling
+
+
+class Support(Protocol):
+    """What a module that runs a backend's kernels says of this process."""
+
+    # whether kernels for GPUs run on CPU tensors: Triton's interpreter, and the tests' emulation of CUDA
+    INTERPRETED: bool
+
+    def unavailable(self) -> str:
+        """Why the kernels cannot run here at all, or ""."""
+        ...
+
+    def refusal(self, tensor: Tensor) -> str:
+        """Why they cannot take this tensor, though its dtype and type of device are right, or ""."""
+        ...
+
 
 @dataclass(frozen=True)
 class Backend:
-    """module: the file of an op's folder that implements it; device: the device type it is made for (None: any); dtypes: what every tensor
-    may be (None: anything); runtime: the module beside this one whose ``unavailable()`` says why it cannot run here at all, and whose
-    ``refusal(tensor)``, if it has one, why it cannot take a tensor all the same; note: what its users should know."""
+    """How ops run.
 
-    module: str
+    Attributes:
+        device: the type of device that it is made for; None: any.
+        dtypes: what every tensor may be; None: anything.
+        support: the module that runs its kernels; None: torch itself.
+        note: what users of the backend should know.
+    """
+
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    runtime: str | None = None
+    support: Support | None = None
     note: str = ""
 
     def refusal(self, tensors: dict[str, Tensor]) -> str:
         """Why it cannot run on these arguments, or ""."""
-        runtime = None if self.runtime is None else importlib.import_module(f".{self.runtime}", __package__)
+        if self.support is None:
+            return ""
         for name, tensor in tensors.items():
-            # Triton's interpreter, and the tests' emulation of CUDA, run GPU kernels on CPU tensors
-            if self.device not in (None, tensor.device.type) and not getattr(runtime, "INTERPRETED", False):
+            if self.device not in (None, tensor.device.type) and not self.support.INTERPRETED:
                 return f"{name} is on {tensor.device}; expected a {self.device} device"
-        if runtime is not None and (reason := runtime.unavailable()):
+        if reason := self.support.unavailable():
             return reason
         for name, tensor in tensors.items():
             if self.dtypes is not None and tensor.dtype not in self.dtypes:
                 return f"{name} has dtype {tensor.dtype}; expected {', '.join(map(str, self.dtypes))}"
-        if (refusal := getattr(runtime, "refusal", None)) is not None:
-            for name, tensor in tensors.items():
-                if reason := refusal(tensor):
-                    return f"{name} {reason}"
-        return "" if self.runtime is None else _differentiated(tensors, tensors.values())
+        for name, tensor in tensors.items():
+            if reason := self.support.refusal(tensor):
+                return f"{name} {reason}"
+        return differentiated(tuple(tensors), tuple(tensors.values()))
 
 
 BACKENDS = {
-    "reference": Backend("reference"),
-    "cpu": Backend("native", "cpu", FLOAT_AT_MOST_32, "library"),
-    "triton": Backend("triton", "cuda", FLOAT_AT_MOST_32, "triton_runtime", UNTRIED),
-    "cuda": Backend("cuda", "cuda", FLOAT_AT_MOST_32, "cuda_library", UNTRIED),
+    "reference": Backend(),
+    "cpu": Backend("cpu", FLOAT_AT_MOST_32, native_library),
+    "triton": Backend("cuda", FLOAT_AT_MOST_32, triton_launch, UNTRIED),
+    "cuda": Backend("cuda", FLOAT_AT_MOST_32, cuda_library, UNTRIED),
 }
-# what "auto" tries, fastest first; a backend whose function has ``yields(*args)``, and gives a reason there, comes after the next that is
-# made for the device
+# What "auto" tries, fastest first. A kernel of csrc may yield a call to the next backend that is made for the device.
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
-
-@dataclass
-class Op:
-    """A registered op: its public function, its reference implementation, its overload in torch.ops, the names of its arguments but the
-    backend, and its folder."""
-
-    function: Callable[..., Any]
-    reference: Callable[..., Any]
-    overload: Any
-    names: tuple[str, ...]
-    package: str
-
-
-_ops: dict[str, Op] = {}
-_library = torch.library.Library("coalescer_fast", "DEF")
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _logged: set[str] = set()
-# By op, backend, scalars and signatures: what runs a call that was checked once, given the same arguments but the backend.
-launchers: dict[Any, Callable[..., Any]] = {}
-MOST_LAUNCHERS = 4096
-_thread = threading.local()
-_PLAIN = (Tensor, torch.nn.Parameter)
-_is_compiling, _is_dynamo_compiling = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
-_is_grad_enabled, _transforms_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
-_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
 
-def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make the public ``function`` an op, ``torch.ops.coalescer_fast.NAME``.
+def run(name: str, backend: str, *args: Any) -> Any:
+    """Run an op on a backend, or, if torch's dispatcher has to see it, by ``torch.ops``.
 
-    ``schema`` has the function's arguments and defaults; ``fake`` gives the outputs' shapes, dtypes and strides from them. The
-    implementations are the functions called NAME in the modules `Backend.module` beside ``function``, imported when first used; they take
-    the arguments in the schema's order, without the backend.
+    What runs the call is left in the op's launchers for the next calls of this kind, if there may be launchers for them.
+
+    Args:
+        name: the op's.
+        backend: a name in `BACKENDS`, or "auto".
+        args: the op's other arguments, checked and in the schema's order.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot run the call.
     """
-    name = _library.define(schema)
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        _thread.in_kernel = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _thread.in_kernel = False
-
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"coalescer_fast::{name}", fake, lib=_library)
-    overload = getattr(torch.ops.coalescer_fast, name).default
-    names = tuple(argument.name for argument in overload._schema.arguments if argument.name != "backend")
-    _ops[name] = Op(
-        function, _implementation(function.__module__, name, "reference"), overload, names, function.__module__
-    )
-
-
-def signature(t: Tensor | None) -> Any:
-    """All that a launcher may depend on of a tensor, but its address. Contiguous tensors of one shape are alike: of strides, theirs may
-    differ where there is but one element, and nothing steps there."""
-    if t is None:
-        return None
-    try:
-        return t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.is_neg()
-    except (AttributeError, RuntimeError):  # not a tensor, or not a dense one, which the op's checks say
-        return object()
-
-
-def plain(x: Tensor) -> bool:
-    """Whether a call on x is an ordinary one: nobody traces, compiles or watches it."""
-    return type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
-
-
-def _signature_with_grad(t: Tensor | None) -> Any:
-    return (signature(t), t.requires_grad, t.is_inference()) if isinstance(t, Tensor) else signature(t)
-
-
-def signing(x: Tensor) -> Callable[[Tensor | None], Any] | None:
-    """The function whose results of all tensors, with the scalars, are the key to `launchers`; None if a call on x is not `plain`, or has
-    tangents or transforms to carry on, and must go through `run`.
-
-    It asks as little as it can, for it is most of what a small call costs: an export that is not Dynamo's has modes of its own.
-    """
-    if (
-        type(x) not in _PLAIN
-        or forward_ad._current_level >= 0
-        or _transforms_active()
-        or _is_dynamo_compiling()
-        or _dispatch_modes()
-        or _tracing_state()
-    ):
-        return None
-    return _signature_with_grad if _is_grad_enabled() else signature
-
-
-def run(name: str, backend: str, *args: Any, key: Any = None) -> Any:
-    """Run the op on the backend; ``args`` are checked, and in the schema's order. If there is a ``key``, what runs the call is left in
-    `launchers` for the next calls of this key: a launcher, if the backend can prepare one, or the backend's function."""
     known(name, backend)
-    op = _ops[name]
-    reason = _differentiated(op.names, args)
-    if (key is not None or plain(args[0])) and not any(map(_dispatches, args)):
-        function = _choose(name, backend, args, reason)
-        if function is not op.reference:
+    op = OPS[name]
+    reason = differentiated(op.names, args)
+    key = op.key(*args, backend)
+    if (key is not None or plain(args[0])) and not any(map(dispatches, args)):
+        function = _choose(op, backend, args, reason)
+        if function is not op.implementation("reference"):
             resolved = tuple(map(_resolved, args))
         else:
             resolved = tuple(map(_tracked, args)) if reason else args
         if key is not None and all(map(operator.is_, args, resolved)):
-            if len(launchers) >= MOST_LAUNCHERS:
-                launchers.clear()
-            prepare = getattr(function, "prepare", None)
-            launchers[key] = (prepare and prepare(*args)) or function
+            launcher = function.launcher(*args) if isinstance(function, NativeKernel) else None
+            op.remember(key, launcher or function)
         return function(*resolved)
     if backend == "reference" or (backend == "auto" and reason):
-        return op.reference(*args)  # a compiler looks into it
+        return op.implementation("reference")(*args)  # a compiler looks into it
     if reason:
         raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
-    if not _is_compiling() and getattr(_thread, "in_kernel", False):
-        return _choose(name, backend, args, reason)(*args)
+    if not _is_compiling() and in_kernel():
+        return _choose(op, backend, args, reason)(*args)
     return op.overload(**dict(zip(op.names, args)), backend=backend)
 
 
-def _choose(name: str, backend: str, args: Sequence[Any], differentiated: str) -> Callable[..., Any]:
+def _choose(op: Op, backend: str, args: Sequence[Any], differentiated: str) -> Callable[..., Any]:
     """The function that runs this call, remembered by op, backend, device, shape, dtypes, and what is differentiated."""
     dtypes = [a.dtype for a in args if isinstance(a, Tensor)]
-    key = (name, backend, args[0].device, args[0].shape, differentiated, *dtypes)
+    key = (op.name, backend, args[0].device, args[0].shape, differentiated, *dtypes)
     function = _chosen.get(key)
     if function is None:
         if len(_chosen) >= MOST_LAUNCHERS:
             _chosen.clear()
-        function = _chosen[key] = _implementation(_ops[name].package, name, _resolve(name, backend, args))
+        function = _chosen[key] = op.implementation(_resolve(op, backend, args))
     return function
 
 
-def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
-    """The backend's name for this call. Raises ValueError if the backend asked for cannot run it."""
-    tensors = {n: a for n, a in zip(_ops[name].names, args) if isinstance(a, Tensor)}
+def _refusal(op: Op, backend: str, tensors: dict[str, Tensor]) -> str:
+    """Why the backend cannot run the op on these arguments, or ""."""
+    if backend not in op.implementations:
+        return f"{op.name} has no kernel for it"
+    return BACKENDS[backend].refusal(tensors)
+
+
+def _resolve(op: Op, backend: str, args: Sequence[Any]) -> str:
+    """The backend's name for this call.
+
+    Raises:
+        ValueError: the backend asked for cannot run it.
+    """
+    tensors = {name: a for name, a in zip(op.names, args) if isinstance(a, Tensor)}
     if backend != "auto":
-        if reason := BACKENDS[backend].refusal(tensors):
-            raise ValueError(f"backend {backend!r} cannot run this {name}: {reason}")
+        if reason := _refusal(op, backend, tensors):
+            raise ValueError(f"backend {backend!r} cannot run this {op.name}: {reason}")
         return backend
     passed_over: list[str] = []
     able: list[str] = []
     for candidate in PREFERENCE:
-        if BACKENDS[candidate].device not in (None, args[0].device.type):
+        if candidate not in op.implementations or BACKENDS[candidate].device not in (None, args[0].device.type):
             continue
         if reason := BACKENDS[candidate].refusal(tensors):
             passed_over += [] if able else [f"not on {candidate}: {reason}"]
@@ -220,21 +172,17 @@ def _resolve(name: str, backend: str, args: Sequence[Any]) -> str:
             able.append(candidate)
     chosen, *others = able
     if passed_over and os.environ.get("COALESCER_FAST_STRICT") == "1":
-        raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {name} to fall back to {chosen}; {'; '.join(passed_over)}")
-    yields = getattr(_implementation(_ops[name].package, name, chosen), "yields", None)
+        raise ValueError(
+            f"COALESCER_FAST_STRICT=1 forbids {op.name} to fall back to {chosen}; {'; '.join(passed_over)}"
+        )
     level = logging.WARNING if passed_over else logging.INFO
-    if yields is not None and others and BACKENDS[others[0]].device is not None and (reason := yields(*args)):
-        passed_over.append(f"not on {chosen}: {reason}")
-        chosen = others[0]
-    _log_once("; ".join([f"{name} runs on {chosen}", *passed_over]), level)
+    kernel = op.implementation(chosen)
+    if isinstance(kernel, NativeKernel) and others and BACKENDS[others[0]].device is not None:
+        if reason := kernel.yields(*args):
+            passed_over.append(f"not on {chosen}: {reason}")
+            chosen = others[0]
+    _log_once("; ".join([f"{op.name} runs on {chosen}", *passed_over]), level)
     return chosen
-
-
-def _dispatches(a: Any) -> bool:
-    """Whether the argument is of a class that must see the op, for it may have no memory of its own."""
-    return (
-        type(a) not in _PLAIN and isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    )
 
 
 def _resolved(a: Any) -> Any:
@@ -249,23 +197,6 @@ def _tracked(a: Any) -> Any:
     return a.clone() if isinstance(a, Tensor) and a.is_inference() and not torch.is_inference_mode_enabled() else a
 
 
-def _differentiated(names: Iterable[str], args: Iterable[Any]) -> str:
-    """What the result must carry on beside its values, as only the reference can, or ""."""
-    if _transforms_active():
-        return "a transform of torch.func is at work, which only reference supports; expected a call outside it"
-    for name, a in zip(names, args):
-        if isinstance(a, Tensor):
-            if _is_grad_enabled() and a.requires_grad:
-                return f"{name} needs a gradient, which only reference has; expected a call under torch.no_grad()"
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None:
-                return f"{name} has a forward-mode tangent, which only reference has; expected forward_ad.unpack_dual({name}).primal"
-    return ""
-
-
-def _implementation(package: str, name: str, backend: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{package}.{BACKENDS[backend].module}"), name)
-
-
 def known(name: str, backend: str) -> None:
     """Raise ValueError unless there is such a backend."""
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
@@ -275,18 +206,26 @@ def known(name: str, backend: str) -> None:
 
 
 def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
-    """For every backend of ``op``: whether it can run the call with these arguments, and if not, why.
+    """Which backends of an op can run a call, and why the others cannot.
 
-    Args: the op's name and arguments that it would be called with, or the first of them; without any, whether the backend can run here
-    at all.
+    Args:
+        op: the op's name.
+        args: arguments that it would be called with, or the first of them; without any, the answer is whether a backend can run here at
+            all.
+        kwargs: likewise.
 
-    Raises: ValueError for an op that does not exist; TypeError for arguments that the op does not take.
+    Returns:
+        By backend: whether it can run the call, and the reason if it cannot, else "".
+
+    Raises:
+        ValueError: the op does not exist.
+        TypeError: the op does not take these arguments.
     """
-    if not isinstance(op, str) or op not in _ops:
-        raise ValueError(f"op {checks.shown(op)} is unknown: use {', '.join(_ops)}")
-    given = inspect.signature(_ops[op].function).bind_partial(*args, **kwargs).arguments
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"op {checks.shown(op)} is unknown: use {', '.join(OPS)}")
+    given = inspect.signature(OPS[op].function).bind_partial(*args, **kwargs).arguments
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    reasons = {name: backend.refusal(tensors) for name, backend in BACKENDS.items()}
+    reasons = {name: _refusal(OPS[op], name, tensors) for name in BACKENDS}
     return {name: (not reason, reason) for name, reason in reasons.items()}
 
 
@@ -300,4 +239,5 @@ def forget() -> None:
     """Choose anew, and log anew, from the next calls on: after a change of the environment."""
     _chosen.clear()
     _logged.clear()
-    launchers.clear()
+    for op in OPS.values():
+        op.launchers.clear()

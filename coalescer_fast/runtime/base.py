@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
-# How many things this process has prepared that later calls use as they are: packed weights, programs, compiled networks, CUDA graphs.
-# A call after a warm-up adds none.
+# How many things this process has prepared that later calls use as they are: packed weights, programs, compiled
+# networks, CUDA graphs. A call after a warm-up adds none.
 count = 0
 
 
@@ -257,13 +257,17 @@ def own_code(pipe: CoalescerPipeline) -> dict[str, str]:
 
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return dict.fromkeys(("conditioning", "unet", "decoder"), "there are hooks of all modules")
+    kind, vae = type(pipe), pipe.vae
     found = {}
-    for part, method in (("conditioning", "condition"), ("unet", "evaluate"), ("decoder", "decode")):
-        if getattr(type(pipe), method) is not getattr(CoalescerPipeline, method) or method in pipe.__dict__:
-            found[part] = f"{method} of the pipeline is another"
-    vae = pipe.vae
-    # a wrapper's class, as of torch.compile, may have no decode
-    if getattr(type(vae), "decode", None) is not CoalescerAutoencoder.decode or "decode" in vae.__dict__:
+    for part, method, ours in (
+        ("conditioning", kind.condition, CoalescerPipeline.condition),
+        ("unet", kind.evaluate, CoalescerPipeline.evaluate),
+        ("decoder", kind.decode, CoalescerPipeline.decode),
+    ):
+        if method is not ours or ours.__name__ in pipe.__dict__:
+            found[part] = f"{ours.__name__} of the pipeline is another"
+    standard = isinstance(vae, CoalescerAutoencoder) and type(vae).decode is CoalescerAutoencoder.decode
+    if not standard or "decode" in vae.__dict__:
         found["decoder"] = "decode of vae is another"
     return found
 
@@ -286,7 +290,8 @@ def channels_last_copy(network: M, dtype: torch.dtype) -> M:
     fast = copy.deepcopy(network).eval().requires_grad_(False)
     for parameter in fast.parameters():
         parameter.data = parameter.data.to(dtype)
-    return fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fast
 
 
 @contextmanager

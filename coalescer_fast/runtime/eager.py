@@ -24,15 +24,18 @@ class EagerRuntime(Runtime):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # read-only here
-        return self.pipe._execution_device
+        device: torch.device = self.pipe._execution_device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.pipe.unet.dtype
+        dtype: torch.dtype = self.pipe.unet.dtype
+        return dtype
 
     @property
     def backend(self) -> str:  # type: ignore[override]
-        return self.pipe.unet.backend
+        backend: str = self.pipe.unet.backend
+        return backend
 
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
         return self.pipe.condition(texts, device)

@@ -1,4 +1,4 @@
-"""Whether a network is still what a runtime prepared, and what of the user's stands in it."""
+"""Whether a network has changed since a runtime prepared it, and what in it only its own code can run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..ops import library
+from ..ops import native_library
 
-# Of a tensor's bytes, all are looked at up to WHOLE, else SAMPLES words of 8 bytes at equal distances.
+# All bytes of a tensor of up to WHOLE are looked at, and of a larger one SAMPLES words of 8 bytes at equal distances.
 WHOLE, SAMPLES = 2048, 32
 _forward = operator.attrgetter("forward")
 STANDARD = frozenset(nn.Module().__dict__)  # what every module has
@@ -26,12 +26,12 @@ _version = operator.attrgetter("_version")
 
 
 class Watch:
-    """Tells a change of networks since it was made: cheap enough to be asked before every call.
+    """Tells whether networks have changed since it was made. It is cheap enough to be asked before every call.
 
-    Seen: other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or
-    hooks; a patched ``forward``; every write that torch counts. Of writes that it does not count (through ``.data``, by
-    numpy or a fused optimiser, on a CPU): any change of a tensor of up to `WHOLE` bytes, and a change at one of
-    `SAMPLES` places of a larger one. `coalescer_fast.refresh` is for the others.
+    It sees other parameters, buffers, submodules, classes, attributes (``eps``, ``num_heads``, an adapter's scale) or
+    hooks, a patched ``forward``, and every write that torch counts. Of writes on a CPU that torch does not count
+    (through ``.data``, by numpy or a fused optimiser) it sees any change of a tensor of up to `WHOLE` bytes, and a
+    change at one of `SAMPLES` places of a larger one. `coalescer_fast.refresh` is for the others.
     """
 
     def __init__(self, *networks: nn.Module):
@@ -48,10 +48,10 @@ class Watch:
         self._tensors = [t for network in networks for t in chain(network.parameters(), network.buffers())]
         self._tensors += [each for each in own if isinstance(each, Tensor)]
         self._content = _Content(self._tensors)
-        # inference tensors count no writes, and of small ones all that they hold is looked at
+        # inference tensors count no writes; the contents of small ones are looked at as a whole
         self._counting = [t for t in self._tensors if not (t.is_inference() or id(t) in self._content.whole)]
         self._types = list({type(module): None for module in modules})
-        # of classes of packages, the forward alone is looked at, which is all that one patches
+        # of a package's class only the forward is looked at, which is all that users patch
         self._own_types = [
             each for each in self._types if not each.__module__.startswith(("torch.", "diffusers.", "coalescer_fast."))
         ]
@@ -60,7 +60,7 @@ class Watch:
         self._seen = self._state()
 
     def _state(self) -> list[list[Any]]:
-        """All but attributes and content, as lists that are fast to make and to compare."""
+        """All but attributes and contents, as lists, which are fast to make and to compare."""
         return [
             list(chain.from_iterable(map(dict.values, self._filled))),
             list(map(type, self._modules)),
@@ -71,7 +71,7 @@ class Watch:
         ]
 
     def changed(self, *networks: nn.Module) -> bool:
-        """Whether ``networks`` are others than those it was made of, or have changed since."""
+        """Whether ``networks`` are others than those that it was made of, or have changed since."""
         if (
             len(networks) != len(self.networks)
             or any(map(operator.is_not, networks, self.networks))
@@ -79,19 +79,21 @@ class Watch:
         ):
             return True
         try:
-            # what is the same object is equal without being compared
+            # an object is equal to itself without being compared
             if not all(map(operator.eq, self._attributes, self._seen_attributes)) or self._state() != self._seen:
                 return True
             if not all(map(operator.eq, map(vars, self._own_types), self._seen_types)):
                 return True
-        except Exception:  # of tensors, arrays and other objects that do not compare to a truth value
+        except Exception:  # tensors and arrays do not compare to a truth value
             return True
-        return self._content.changed()  # last, for it reads where the tensors were
+        return self._content.changed()  # last, because it reads memory at the addresses that were compared above
 
 
 def _within(module: nn.Module) -> Iterator[Any]:
-    """The dicts, lists and sets among a module's own attributes, such as an adapter's scales, the attributes of plain objects, and tensors
-    that are no parameters, also within each other."""
+    """List the dicts, lists, sets and tensors among a module's own attributes, also within each other.
+
+    An adapter's scales are in such a dict. The attributes of plain objects count as dicts.
+    """
     found: dict[int, Any] = {}
     todo = [value for name, value in module.__dict__.items() if name not in STANDARD]
     while todo:
@@ -108,7 +110,7 @@ def _within(module: nn.Module) -> Iterator[Any]:
 
 
 class _Content:
-    """What lies in tensors on the CPU, by a hash of parts of it."""
+    """A hash of parts of what tensors on the CPU hold."""
 
     def __init__(self, tensors: list[Tensor]):
         here = [
@@ -116,7 +118,9 @@ class _Content:
         ]
         spans = [(t.data_ptr(), _extent(t)) for t in here]
         self.whole = {id(t) for t, (_, size) in zip(here, spans) if size <= WHOLE}
-        self.hash: Callable[[], int] = _native_hash(spans) if not library.unavailable() else lambda: _plain_hash(spans)
+        self.hash: Callable[[], int] = (
+            _native_hash(spans) if not native_library.unavailable() else lambda: _plain_hash(spans)
+        )
         self.seen = self.hash()
 
     def changed(self) -> bool:
@@ -129,7 +133,7 @@ def _extent(t: Tensor) -> int:
 
 
 def _native_hash(spans: list[tuple[int, int]]) -> Callable[[], int]:
-    call, result = library.function("cf_cpu_fingerprint"), ctypes.c_uint64()
+    call, result = native_library.function("cf_cpu_fingerprint"), ctypes.c_uint64()
     table = (ctypes.c_int64 * (2 * len(spans)))(*chain.from_iterable(spans))
     packed = (ctypes.c_int64 * 5)(ctypes.addressof(table), len(spans), WHOLE, SAMPLES, ctypes.addressof(result))
     arguments = bytes(packed)
@@ -142,7 +146,7 @@ def _native_hash(spans: list[tuple[int, int]]) -> Callable[[], int]:
 
 
 def _plain_hash(spans: list[tuple[int, int]]) -> int:
-    """Where there is no native library: the same places, slowly."""
+    """Hash the same places without the native library, slowly."""
     words = []
     for address, size in spans:
         if size <= WHOLE or size < 8 * SAMPLES:
@@ -154,7 +158,11 @@ def _plain_hash(spans: list[tuple[int, int]]) -> int:
 
 
 def foreign(network: nn.Module) -> str:
-    """What in a network only its own code can run, in words, or "": hooks, and a patched ``forward``, as offloading has."""
+    """Find what only the network's own code can run: hooks, or a patched ``forward``, as of offloading.
+
+    Returns:
+        The first of it, in words, or "".
+    """
     for name, module in network.named_modules():
         where = name or type(module).__name__
         if module._forward_hooks or module._forward_pre_hooks:

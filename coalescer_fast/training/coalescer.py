@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import files
+from ..folders import WEIGHTS
 from ..models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from ..models.unet import CONFIGURATIONS, AnchorMLP
-from ..pipeline import WEIGHTS, CoalescerPipeline
+from ..pipeline import CoalescerPipeline
 from ..runtime.engines.hashes import network_sha256
 from ..scheduler import CoalescerScheduler
 from ..schema import check_arguments

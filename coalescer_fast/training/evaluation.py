@@ -39,8 +39,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..folders import WEIGHTS
 from ..models import CoalescerAutoencoder, DescriptionEncoder
-from ..pipeline import WEIGHTS, CoalescerPipeline, TraceStep
+from ..pipeline import CoalescerPipeline, TraceStep
 from .autoencoder import encode, psnr
 from .classifier import PictureClassifier
 from .config import CONFIGS, tomllib

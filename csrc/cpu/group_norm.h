@@ -1,41 +1,77 @@
-// group_norm_silu. Statistics are sums of (x - shift) and of its square over chunks of a channel's positions, merged in double by Chan's rule
-// in the order of the chunks; then those of a group from its channels'. The shift is the mean of a few positions of the channel, so that the
-// difference of the two sums is not one of large and nearly equal numbers.
+// The op and step `group_norm_silu`: y = act(GN(cat([x, skip], 1) + pre_bias) * (1 + scale) + shift), with GN the
+// normalisation by the mean and variance of a group of channels over all positions, and act SiLU or nothing.
 //
-// Work is shared in one of two ways, which give the same bits. Where there are enough samples, an item is a sample (channels innermost) or a
-// group (contiguous), read for its statistics and again, from a cache, to be applied. Where there are few, all threads share the positions
-// of one sample, first for the statistics and then to apply them. Channels are not shared: two threads that write every other piece of a
-// row take the cache lines out of each other's hands.
+// Memory traffic. The least is to read x and write y, but a group's mean is known only when all of the group was read:
+// so x is read twice. The second reading is free where the sample is still in a cache. All else is folded in: skip is
+// read where it lies instead of being concatenated, scale, shift and pre_bias become two numbers a channel
+// (Coefficients), and y is written once, for a program in the dtype and layout that the next convolution reads, 8 bits
+// and a border included. Where x and y together are larger than the last-level cache, y is written past the caches. On
+// such tensors the op runs at 73 % (float32) and 64 % (bfloat16) of the speed of a copy, at the median
+// (benchmarks/results/cpu/kernels.csv, 2 threads).
+//
+// Statistics. E[x^2] - E[x]^2 cancels where the mean is large. Instead, sums of (x - shift) and of its square are taken
+// over chunks of a channel's positions, the shift being the mean of a few positions of the channel; chunks are merged
+// in double by Chan's rule, in their order; and a group's statistics follow from its channels'. So the result does not
+// depend on how chunks are shared among threads. The mean is subtracted as a float, and the rest of it with the offset:
+// data a thousand standard deviations from zero keep their precision.
+//
+// Work is shared in one of two ways, which give the same bits. Where there are enough samples, an item is a sample
+// (channels innermost) or a group (contiguous), read for its statistics and then again, from a cache, to be normalised.
+// Where there are few, all threads share the positions of one sample, first for the statistics and then to normalise.
+// Blocks of channels were shared at first, and are no longer: the pieces of a row that two threads write lie in the
+// same cache lines, which they then take from each other again and again.
 #pragma once
 
 #include <math.h>
 
+#include "check.h"
+#include "image.h"
+#include "memory.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace cf {
 namespace {
 
-constexpr int64_t RUN = 1024;  // positions a partial sum is taken over, contiguous
-// Elements below which a second thread costs more than it saves, starting once (blocks) or twice (positions).
+inline bool valid(const cf_group_norm_silu_args& a) {
+    return valid_dtype(a.dtype) && valid(a.weight) && valid(a.bias) && valid(a.pre_bias) && valid(a.scale) &&
+           valid(a.shift) && a.n >= 0 && a.c1 >= 1 && a.c2 >= 0 && a.spatial >= 0 && a.groups >= 1 &&
+           (a.c1 + a.c2) % a.groups == 0 && a.eps >= 0 && (a.c2 == 0 || a.skip || a.n * a.spatial == 0);
+}
+
+inline bool valid(const cf_group_norm_image_args& a) {
+    const bool quantised = a.y.dtype == CF_UINT8;
+    return valid(a.norm) && valid_activation(a.norm.dtype) && valid(a.y, a.norm.n) &&
+           (quantised || a.y.dtype == a.norm.dtype) && quantised == !!a.quantisation.inverse &&
+           quantised == !!a.quantisation.zero && (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 &&
+           a.norm.spatial % a.width == 0;
+}
+
+// Elements below which a second thread costs more than it saves, where it starts once (`blocks`) or twice
+// (`positions`). In a program the threads are there already, polling, so that they pay off much earlier.
 struct Serial {
     int64_t blocks, positions;
 };
-constexpr Serial ALONE{32 << 10, 96 << 10}, IN_A_TEAM{4 << 10, 12 << 10};
+constexpr Serial IN_AN_OP{32 << 10, 96 << 10}, IN_A_PROGRAM{4 << 10, 12 << 10};
 
-// The same, channels innermost: enough chunks for threads to share, and not so many that merging them is work. By the shape alone.
+// Positions that a partial sum is taken over: contiguous, and channels innermost. The latter are enough chunks for
+// threads to share, and not so many that merging them is work. They depend on the shape alone, as the order of the sums
+// must.
+constexpr int64_t CONTIGUOUS_CHUNK = 1024;
 inline int64_t chunk_of(int64_t spatial) { return spatial < 1024 ? 32 : (spatial < 4096 ? 64 : 128); }
 
-// Of a block's channels: mean and sum of squared deviations over their positions.
+// For every channel of a block: its mean, and the sum of the squared deviations from it, over the positions so far.
 struct Channels {
     double *mean, *m2;
 };
 
-// y = act((x - mean) * factor + offset), mean being rounded to float and the rest of it being in offset
+// For every channel of a block: y = act((x - mean) * factor + offset). The mean is rounded to float, and what was
+// rounded off is part of the offset.
 struct Coefficients {
     float *mean, *factor, *offset;
 };
 
-// Arrays as long as a block, in scratch memory.
+// Arrays as long as a block of channels, with room for a whole vector behind the last of them, in scratch memory.
 struct Workspace {
     Channels channels;
     float *shift, *sums, *squares;                         // of the statistics
@@ -76,7 +112,8 @@ struct Part {
     const T* x;
     int64_t stride, offset, width;
 
-    // body(channel of the sample, get), get(r) being the vector of channels from there on at position r
+    // body(c, get) for every vector of channels: c is its first channel, counted in the sample, and get(r) its value at
+    // position r.
     template <class F>
     void each_vector(const F& body) const {
         const int64_t whole = width / W * W, rest = width - whole;
@@ -88,10 +125,11 @@ struct Part {
     }
 };
 
-// The mean of a few positions, from all over the channel.
+// shift = the mean of up to eight positions from all over the channel, near enough to its mean that sums about it do
+// not cancel.
 template <class T>
 void find_shift(const Part<T>& part, int64_t positions, float* shift) {
-    const int64_t few = positions < 8 ? positions : 8;
+    const int64_t few = min(positions, 8);
     part.each_vector([=](int64_t c, const auto& get) {
         vf sum = {};
         for (int64_t i = 0; i < few; ++i) sum += get(i * positions / few);
@@ -99,7 +137,7 @@ void find_shift(const Part<T>& part, int64_t positions, float* shift) {
     });
 }
 
-// Of the positions [begin, end), a chunk.
+// sums and squares of x - shift over the positions [begin, end), a chunk.
 template <class T>
 void chunk_sums(const Part<T>& part, int64_t begin, int64_t end, const float* shift, float* sums, float* squares) {
     part.each_vector([=](int64_t c, const auto&) {
@@ -107,10 +145,12 @@ void chunk_sums(const Part<T>& part, int64_t begin, int64_t end, const float* sh
         store(squares + c, vf{});
     });
     int64_t r = begin;
-    for (; r + 8 <= end; r += 8)  // eight rows at a time, each read from left to right
+    // eight rows at a time, so that the sums are loaded and stored once for eight additions; each row is read from left
+    // to right
+    for (; r + 8 <= end; r += 8)
         part.each_vector([=](int64_t c, const auto& get) {
             const vf base = load(shift + c);
-            vf s[2] = {}, q[2] = {};
+            vf s[2] = {}, q[2] = {};  // two of each, so that an addition need not wait for the one before it
             for (int i = 0; i < 8; ++i) {
                 const vf d = get(r + i) - base;
                 s[i & 1] += d;
@@ -127,14 +167,14 @@ void chunk_sums(const Part<T>& part, int64_t begin, int64_t end, const float* sh
         });
 }
 
-// `added` more positions of another mean and m2.
+// Chan's rule: adds `added` positions of mean `other_mean` and squared deviations `other_m2` to `count` positions.
 inline void merge(double& mean, double& m2, double count, double other_mean, double other_m2, double added) {
     const double share = added / (count + added), delta = other_mean - mean;
     mean += delta * share;
     m2 += other_m2 + delta * delta * (count * share);
 }
 
-// The next chunk of `width` channels, positions [begin, end).
+// Merges the sums of the chunk [begin, end) into the statistics of the positions before it.
 inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* shift, const float* sums,
                         const float* squares, Channels to) {
     const float inverse = 1 / static_cast<float>(end - begin);
@@ -148,14 +188,15 @@ inline void merge_chunk(int64_t begin, int64_t end, int64_t width, const float* 
     }
 }
 
+// Mean and squared deviations of one channel whose positions are contiguous. The shift of a chunk is the mean of all
+// that precedes it.
 template <class T>
 void statistics_contiguous(const T* x, int64_t positions, double& channel_mean, double& channel_m2) {
     channel_mean = channel_m2 = 0;
-    const int64_t few = positions < 4 ? positions : 4;
+    const int64_t few = min(positions, 4);
     for (int64_t i = 0; i < few; ++i) channel_mean += to_float(x[i]) / static_cast<double>(few);
-    for (int64_t begin = 0; begin < positions; begin += RUN) {
-        const int64_t count = positions - begin < RUN ? positions - begin : RUN, whole = count / W * W,
-                      part = count - whole;
+    for (int64_t begin = 0; begin < positions; begin += CONTIGUOUS_CHUNK) {
+        const int64_t count = min(positions - begin, CONTIGUOUS_CHUNK), whole = count / W * W, part = count - whole;
         const T* run = x + begin;
         const float shift = static_cast<float>(channel_mean);
         const vf base = broadcast(shift);
@@ -169,7 +210,7 @@ void statistics_contiguous(const T* x, int64_t positions, double& channel_mean, 
             for (int v = 0; v < 4; ++v) add(load(run + i + v * W) - base, v);
         for (; i < whole; i += W) add(load(run + i) - base, 0);
         if (part) {
-            vf lanes;
+            vf lanes;  // 0 behind the last position, where a zero that was loaded would count as 0 - shift
             for (int lane = 0; lane < W; ++lane) lanes[lane] = lane < part ? 1.0f : 0.0f;
             add((load_part(run + whole, part) - base) * lanes, 1);
         }
@@ -180,13 +221,13 @@ void statistics_contiguous(const T* x, int64_t positions, double& channel_mean, 
     }
 }
 
-// `count` elements of a parameter from `offset` on, or `absent` in the place of each.
+// `count` elements of a parameter from `offset` on as floats; `absent` for each if the parameter is not given.
 inline void parameter(const cf_vector& v, int64_t offset, float absent, float* to, int64_t count) {
     if (v.data) return widen(v, offset, to, count);
     for (int64_t i = 0; i < count; ++i) to[i] = absent;
 }
 
-// The parameters of the channels [first, first + width) that all samples have in common.
+// The parameters of the channels [first, first + width), those that are the same for all samples.
 inline void read_parameters(const cf_group_norm_silu_args& a, int64_t first, int64_t width, const Workspace& ws) {
     parameter(a.weight, first, 1, ws.weight, width);
     parameter(a.bias, first, 0, ws.bias, width);
@@ -195,7 +236,7 @@ inline void read_parameters(const cf_group_norm_silu_args& a, int64_t first, int
     parameter({}, 0, 0, ws.film_shift, width);
 }
 
-// term(begin) + ... + term(end - 1), eight at a time: one after the other they would wait for each other.
+// term(begin) + ... + term(end - 1), in eight sums at a time: in one, each addition would wait for the one before it.
 template <class F>
 inline double sum_of(int64_t begin, int64_t end, const F& term) {
     double lanes[8] = {};
@@ -206,7 +247,9 @@ inline double sum_of(int64_t begin, int64_t end, const F& term) {
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
-// From those and from the statistics of sample n; whole groups.
+// The coefficients of the channels [first, first + width) of sample n, which are whole groups, from parameters and
+// statistics. Once for a channel, so double costs little. The pre-bias moves a channel's mean, and so the group's
+// statistics, but not its deviations.
 inline void find_coefficients(const cf_group_norm_silu_args& a, int64_t n, int64_t first, int64_t width,
                               const Workspace& ws) {
     if (a.scale.data) widen(a.scale, n * a.scale_stride + first, ws.scale, width);
@@ -243,7 +286,9 @@ inline vf apply(vf x, vf mean, vf factor, vf offset) {
     return SILU ? silu(y) : y;
 }
 
-// Where normalised rows of a sample go: to y, a row behind the other.
+// Where normalised rows go (a Target): `row` gives what stores the channels of position r of sample n, and `finish` is
+// called when a thread has written the positions [begin, end) of sample n. Dense writes the op's y, one row behind the
+// other.
 template <class T, bool STREAM>
 struct Dense {
     T* y;
@@ -261,6 +306,7 @@ struct Dense {
     }
 };
 
+// Writes the positions [begin, end) of a block of channels, which begins at channel `offset` of the target.
 template <class T, bool SILU, class Target>
 void apply_channels_last(const T* x, int64_t x_stride, const Target& target, int64_t n, int64_t begin, int64_t end,
                          int64_t offset, int64_t width, Coefficients k) {
@@ -311,18 +357,19 @@ void apply_rows(const Sample<T>& sample, int64_t begin, int64_t end, Coefficient
     target.finish(sample.n, begin, end);
 }
 
-// All threads on the positions of one sample after another.
+// All threads share the positions of one sample, then of the next.
 template <class T, bool SILU, class Target>
 int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
     const int64_t channels = a.c1 + a.c2, padded = channels + W;
-    const int64_t chunk = chunk_of(a.spatial), chunks = (a.spatial + chunk - 1) / chunk;
+    const int64_t chunk = chunk_of(a.spatial), chunks = ceil_div(a.spatial, chunk);
     const size_t bytes = Workspace::bytes(channels);
-    char* memory = static_cast<char*>(scratch(0, bytes + static_cast<size_t>(2 * chunks * padded) * sizeof(float)));
+    char* memory =
+        static_cast<char*>(scratch(CALL_SCRATCH, bytes + static_cast<size_t>(2 * chunks * padded) * sizeof(float)));
     if (!memory) return CF_OUT_OF_MEMORY;
     const Workspace ws(memory, channels);
     float* sums = reinterpret_cast<float*>(memory + bytes);  // (chunks, 2, padded)
     read_parameters(a, 0, channels, ws);
-    const auto end_of = [&](int64_t i) { return (i + 1) * chunk < a.spatial ? (i + 1) * chunk : a.spatial; };
+    const auto end_of = [&](int64_t i) { return min((i + 1) * chunk, a.spatial); };
     for (int64_t n = 0; n < a.n; ++n) {
         const Sample<T> sample(a, n);
         for (const Part<T>& part : sample.parts) find_shift(part, a.spatial, ws.shift);
@@ -332,6 +379,7 @@ int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Tar
                     chunk_sums(part, i * chunk, end_of(i), ws.shift, sums + 2 * i * padded,
                                sums + (2 * i + 1) * padded);
         });
+        // by one thread, in order: so many chunks are little work, and the order decides the bits
         for (int64_t i = 0; i < chunks; ++i)
             merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded,
                         ws.channels);
@@ -343,29 +391,23 @@ int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Tar
     return CF_OK;
 }
 
-// body(n, first, workspace) for every block of `width` channels of every sample, each by one thread; first is the block's first channel, and
-// the parameters of its channels are in the workspace.
+// body(n, first, workspace) for every block of `width` channels of every sample, each by one thread; first is the
+// block's first channel, and the parameters of its channels are in the workspace.
 template <class F>
 int share_blocks(const cf_group_norm_silu_args& a, int64_t width, int64_t threads, const F& body) {
     const int64_t blocks = (a.c1 + a.c2) / width;
-    int status = CF_OK;
-    parallel_for(a.n * blocks, threads, [&](int64_t begin, int64_t end) {
-        void* memory = scratch(1, Workspace::bytes(width));
-        if (!memory) {
-            __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
-        const Workspace ws(memory, width);
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t first = item % blocks * width;
-            if (item == begin || blocks > 1) read_parameters(a, first, width, ws);
-            body(item / blocks, first, ws);
-        }
-    });
-    return status;
+    return parallel_for_with_scratch(a.n * blocks, threads, Workspace::bytes(width),
+                                     [&](void* memory, int64_t begin, int64_t end) {
+                                         const Workspace ws(memory, width);
+                                         for (int64_t item = begin; item < end; ++item) {
+                                             const int64_t first = item % blocks * width;
+                                             if (item == begin || blocks > 1) read_parameters(a, first, width, ws);
+                                             body(item / blocks, first, ws);
+                                         }
+                                     });
 }
 
-// Each thread on samples of its own, channels innermost.
+// Each thread has samples of its own, channels innermost.
 template <class T, bool SILU, class Target>
 int share_samples(const cf_group_norm_silu_args& a, int64_t threads, const Target& target) {
     const int64_t channels = a.c1 + a.c2, chunk = chunk_of(a.spatial);
@@ -373,7 +415,7 @@ int share_samples(const cf_group_norm_silu_args& a, int64_t threads, const Targe
         const Sample<T> sample(a, n);
         for (const Part<T>& part : sample.parts) find_shift(part, a.spatial, ws.shift);
         for (int64_t r = 0; r < a.spatial; r += chunk) {
-            const int64_t stop = r + chunk < a.spatial ? r + chunk : a.spatial;
+            const int64_t stop = min(r + chunk, a.spatial);
             for (const Part<T>& part : sample.parts) chunk_sums(part, r, stop, ws.shift, ws.sums, ws.squares);
             merge_chunk(r, stop, channels, ws.shift, ws.sums, ws.squares, ws.channels);
         }
@@ -382,7 +424,7 @@ int share_samples(const cf_group_norm_silu_args& a, int64_t threads, const Targe
     });
 }
 
-// Each thread on groups of its own, contiguous.
+// Each thread has groups of its own, contiguous.
 template <class T, bool SILU, bool STREAM>
 int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
     const int64_t channels = a.c1 + a.c2, width = channels / a.groups;
@@ -404,7 +446,8 @@ int share_groups(const cf_group_norm_silu_args& a, int64_t threads) {
     });
 }
 
-// Channels innermost.
+// Channels innermost. Samples are shared where they divide evenly among the threads, or are so many that it does not
+// matter.
 template <class T, bool SILU, class Target>
 int share_rows(const cf_group_norm_silu_args& a, int64_t threads, Serial serial, const Target& target) {
     const int64_t size = a.n * (a.c1 + a.c2) * a.spatial;
@@ -414,26 +457,102 @@ int share_rows(const cf_group_norm_silu_args& a, int64_t threads, Serial serial,
     return share_samples<T, SILU>(a, size < serial.blocks ? 1 : threads, target);
 }
 
+// ---- the op
+
 template <class T, bool SILU, bool STREAM>
-int group_norm_silu_typed(const cf_group_norm_silu_args& a) {
+int group_norm_silu_typed(const cf_group_norm_silu_args& a, int64_t threads) {
     const int64_t channels = a.c1 + a.c2, size = a.n * channels * a.spatial;
-    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, size < ALONE.blocks ? 1 : a.threads);
-    return share_rows<T, SILU>(a, a.threads, ALONE, Dense<T, STREAM>{static_cast<T*>(a.y), a.spatial, channels});
+    if (!a.channels_last) return share_groups<T, SILU, STREAM>(a, size < IN_AN_OP.blocks ? 1 : threads);
+    return share_rows<T, SILU>(a, threads, IN_AN_OP, Dense<T, STREAM>{static_cast<T*>(a.y), a.spatial, channels});
 }
 
-inline int group_norm_silu(const cf_group_norm_silu_args& a) {
+inline int group_norm_silu(const cf_group_norm_silu_args& a, int64_t threads) {
+    if (threads < 1) return CF_INVALID_ARGUMENT;
+    if (a.n * a.spatial == 0) return CF_OK;
     return with_type(a.dtype, [&](auto type) {
         typedef decltype(type) T;
         const int64_t channels = a.c1 + a.c2, size = static_cast<int64_t>(sizeof(T));
-        // Streaming stores need every row of every part to start on a whole vector.
+        // streaming stores need every row of every part to start at a multiple of a vector
         const bool aligned = reinterpret_cast<uintptr_t>(a.y) % (W * size) == 0 &&
                              (a.channels_last ? channels % W == 0 && a.c1 % W == 0 : a.spatial % W == 0);
         const int64_t bytes = a.n * channels * a.spatial * size;
         const bool stream = aligned && 2 * bytes > last_level_cache();  // input and output
         prepare_output(a.y, bytes);
-        if (a.silu) return stream ? group_norm_silu_typed<T, true, true>(a) : group_norm_silu_typed<T, true, false>(a);
-        return stream ? group_norm_silu_typed<T, false, true>(a) : group_norm_silu_typed<T, false, false>(a);
+        if (a.silu)
+            return stream ? group_norm_silu_typed<T, true, true>(a, threads)
+                          : group_norm_silu_typed<T, true, false>(a, threads);
+        return stream ? group_norm_silu_typed<T, false, true>(a, threads)
+                      : group_norm_silu_typed<T, false, false>(a, threads);
     });
+}
+
+// ---- the step, which writes an image
+
+// Stores the channels of one position as T or, quantised, as uint8.
+template <class T>
+struct ImageRow {
+    T* y;
+    const float* inverse;
+    const uint8_t* zero;
+    void whole(int64_t c, vf value) const { store(y + c, value); }
+    void part(int64_t c, vf value, int64_t count) const { store_part(y + c, value, count); }
+};
+template <>
+struct ImageRow<uint8_t> {
+    uint8_t* y;
+    const float* inverse;
+    const uint8_t* zero;
+    void part(int64_t c, vf value, int64_t count) const {
+        value *= load_some(inverse + c, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const float q = nearbyintf(value[i]) + static_cast<float>(zero[c + i]);
+            y[c + i] = static_cast<uint8_t>(q > 255 ? 255 : (q > 0 ? q : 0));  // NaN is not > 0
+        }
+    }
+    void whole(int64_t c, vf value) const {
+#if CF_WIDTH == 16
+        // The conversion makes INT32_MIN of what an int32 cannot hold. That is right for small values and NaN, which
+        // become 0 in the end; large ones are cut before it. (Of a number and NaN, min gives the second.)
+        const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(value * load(inverse + c))));
+        const __m512i shifted =
+            _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c),
+                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
+#else
+        part(c, value, W);
+#endif
+    }
+};
+
+template <class T>
+struct ImageTarget {
+    cf_image image;
+    int64_t width, channels, spatial;
+    cf_quantisation quantisation;
+
+    ImageRow<T> row(int64_t n, int64_t r) const {
+        const int64_t y = r / width, x = r - y * width;
+        return {reinterpret_cast<T*>(address(image, {n, y, x}, channels * static_cast<int64_t>(sizeof(T)))),
+                quantisation.inverse, quantisation.zero};
+    }
+    void finish(int64_t n, int64_t begin, int64_t) const {
+        // by the thread that has the first position
+        if (begin == 0)
+            write_border(image, n, spatial / width, width, channels * static_cast<int64_t>(sizeof(T)),
+                         quantisation.zero);
+    }
+};
+
+inline int group_norm_image(const cf_group_norm_image_args& a, int64_t threads) {
+    const cf_group_norm_silu_args& norm = a.norm;
+    const auto run = [&](auto type, auto out) {
+        typedef decltype(type) T;
+        const ImageTarget<decltype(out)> target{a.y, a.width, norm.c1 + norm.c2, norm.spatial, a.quantisation};
+        return norm.silu ? share_rows<T, true>(norm, threads, IN_A_PROGRAM, target)
+                         : share_rows<T, false>(norm, threads, IN_A_PROGRAM, target);
+    };
+    return with_activation(norm.dtype,
+                           [&](auto type) { return a.y.dtype == CF_UINT8 ? run(type, uint8_t{}) : run(type, type); });
 }
 
 }  // namespace

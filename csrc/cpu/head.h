@@ -1,22 +1,46 @@
-// dual_head: an item of work is a few rows of a sample. Every row of features is read once from memory: with a border of zeros into a ring of
-// three rows, and multiplied with the distance's weights on the way. The direction's convolution is then a product of PIXELS x OUT vectors
-// that stay in registers: channels run along the vectors, and are summed at the end. The ring and the taps are float32, or bfloat16 for
-// bfloat16 features where the processor multiplies pairs of those.
+// The op and step `dual_head`: from the features h, the direction by a 3x3 convolution to the few channels of a latent
+// (16 in emoji-64, 4 in m and l), and the distance, softplus(linear(mean over positions of h)); with sample R and
+// anchor p, direction += (p - R) / |p - R| and distance *= |p - R|.
+//
+// Memory traffic. h is all there is to read, and both heads want it: PyTorch reads it once for each. Here an item of
+// work is a few rows of a sample. Each row of h is read once from memory, into a ring of three rows with a border of
+// zeros, and multiplied with the distance's weights on the way; the convolution then reads the ring, which stays in a
+// cache. (Rows beside an item's are read by two items.)
+//
+// Inner loop (convolve). With 4 outputs, the inner loop of convolution.h would leave three quarters of each vector of
+// 16 empty. So here the vectors run along the input's channels: PIXELS x OUT sums stay in registers, each a vector of
+// partial sums, whose lanes are added up at the end. At 4 x 4, a vector of each position and of each output makes 8
+// loads for 16 products. Adding up the lanes is work too; on AVX-512 all sixteen vectors are folded into one together.
+//
+// The ring and the taps are float32, or bfloat16 for bfloat16 features where the processor multiplies those
+// (VDPBF16PS), for half the cache and twice the products an instruction.
+//
+// Measured (benchmarks/results/cpu/kernels.csv; 2 threads): 2.5 times as fast as eager PyTorch in float32 and 3.3 times
+// in bfloat16, at the median.
 #pragma once
 
 #include <math.h>
 
+#include "check.h"
+#include "memory.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace cf {
 namespace {
 
-constexpr int OUT = 4;                   // output channels a register block
-constexpr int PIXELS = W == 16 ? 4 : 2;  // positions a register block
+inline bool valid(const cf_dual_head_args& a) {
+    return valid_dtype(a.dtype) && valid(a.direction_weight) && valid(a.direction_bias) && valid(a.distance_weight) &&
+           valid(a.distance_bias) && valid(a.sample) && valid(a.anchor) && valid(a.direction) && a.n >= 0 && a.c >= 1 &&
+           a.cz >= 1 && a.height >= 1 && a.width >= 1 &&
+           (a.n == 0 || !a.sample.data == !a.anchor.data);  // an empty tensor has any address
+}
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+constexpr int OUT = 4;                   // output channels of a tile
+constexpr int PIXELS = W == 16 ? 4 : 2;  // positions of a tile
 
-// f(pointer to t[n, 0, y, 0], whether the row's elements lie in memory as (x, c) without gaps) with the dtype's type.
+// f(row, dense) for row y of sample n: a pointer to t[n, 0, y, 0] of the dtype's type, and whether the row's elements
+// lie in memory as (x, c) without gaps.
 template <class F>
 void with_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channels, const F& f) {
     with_type(t.dtype, [&](auto type) {
@@ -57,14 +81,14 @@ inline void write_row(const cf_tensor4& t, int64_t n, int64_t y, int64_t channel
     });
 }
 
-// The way from the sample to the anchor, (width, cz), in row y of sample n; `other` is as large.
+// out = anchor - sample, (width, cz), in row y of sample n; `other` is memory of the same size.
 inline void offset_row(const cf_dual_head_args& a, int64_t n, int64_t y, float* out, float* other) {
     read_row(a.anchor, n, y, a.cz, a.width, out);
     read_row(a.sample, n, y, a.cz, a.width, other);
     for (int64_t i = 0; i < a.cz * a.width; ++i) out[i] -= other[i];
 }
 
-// What the ring holds for features of type T, and how many of them a vector has.
+// What the ring holds for features of type T.
 template <class T>
 struct Ring {
     typedef float type;
@@ -75,6 +99,7 @@ struct Ring<bfloat> {
     typedef bfloat type;
 };
 #endif
+// How many of them a vector has.
 template <class R>
 constexpr int64_t LANES = 4 * W / static_cast<int64_t>(sizeof(R));
 
@@ -89,8 +114,9 @@ inline __m512bh load_raw(const bfloat* p) {
 inline vf multiply_add(__m512bh a, __m512bh b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
 #endif
 
-// Sums of PIXELS neighbouring positions and OUT output channels: `rows` point at the first position's left neighbour in three rows of
-// `padded` channels a position; the weights are (3 rows, 3 positions, padded / LANES, OUT, LANES).
+// The sums of PIXELS neighbouring positions and OUT output channels. `rows` point at the left neighbour of the first
+// position, in three rows of `padded` channels a position; the weights are (3 rows, 3 positions, padded / LANES, OUT,
+// LANES), in the order in which they are read.
 template <class R>
 void convolve(const R* const rows[3], int64_t padded, const R* weights, float out[PIXELS][OUT]) {
     vf sums[PIXELS][OUT] = {};
@@ -106,7 +132,8 @@ void convolve(const R* const rows[3], int64_t padded, const R* weights, float ou
         }
     }
 #if CF_WIDTH == 16
-    // sixteen sums at once: every step adds the halves of two vectors into one
+    // All sixteen sums over lanes at once: each step adds the halves of two vectors into one. 15 additions, where one
+    // vector alone takes 4.
     static_assert(OUT == 4 && PIXELS == 4, "");
     __m512 quads[4], eights[2];
     for (int p = 0; p < PIXELS; ++p) {
@@ -129,7 +156,8 @@ void convolve(const R* const rows[3], int64_t padded, const R* weights, float ou
 #endif
 }
 
-// Row `y` of sample n with zeros around it, and its product with the distance's weights.
+// Copies row y of sample n into `row`, with zeros around it, and returns the sum of its products with the distance's
+// weights.
 template <class T, class R>
 double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded, int64_t padded_width,
                 const float* weights, R* row) {
@@ -155,48 +183,82 @@ double fill_row(const cf_dual_head_args& a, int64_t n, int64_t y, int64_t padded
 }
 
 template <class T>
-int dual_head_typed(const cf_dual_head_args& a) {
+struct DualHead {
     typedef typename Ring<T>::type R;
+
+    const cf_dual_head_args& a;
+    // channels, positions and outputs in whole vectors and tiles
     const int64_t padded = round_up(a.c, LANES<R>), padded_width = round_up(a.width, PIXELS),
                   outs = round_up(a.cz, OUT);
-    const int64_t rows = a.height < 64 ? 4 : (a.height + 15) / 16,
-                  items = (a.height + rows - 1) / rows;  // by the shape alone
-    const int64_t taps = 9 * padded * outs;
+    // An item of work is so many rows of a sample. By the shape alone: the distance's sum is made item by item.
+    const int64_t rows = a.height < 64 ? 4 : ceil_div(a.height, 16), items = ceil_div(a.height, rows);
+    const int64_t taps = 9 * padded * outs, row_values = a.cz * a.width;
     const bool anchored = a.anchor.data;
 
-    const size_t partial_bytes = static_cast<size_t>(a.n * items) * sizeof(double),
-                 taps_bytes = static_cast<size_t>(taps) * sizeof(R);
-    char* memory = static_cast<char*>(
-        scratch(0, partial_bytes + taps_bytes + static_cast<size_t>(2 * padded + outs + a.n) * sizeof(float)));
-    if (!memory) return CF_OUT_OF_MEMORY;
-    double* partial = reinterpret_cast<double*>(memory);
-    R* weights = reinterpret_cast<R*>(memory + partial_bytes);
-    float* distance_weights = reinterpret_cast<float*>(memory + partial_bytes + taps_bytes);
-    float* biases = distance_weights + padded;
-    float* channels = biases + outs;
-    float* lengths = channels + padded;
+    // Results of the items and the parameters, in scratch memory.
+    double* partial = nullptr;          // (n, items), parts of the distance's sum
+    R* weights = nullptr;               // as convolve reads them, OUT outputs behind one another
+    float* distance_weights = nullptr;  // (padded)
+    float* biases = nullptr;            // (outs)
+    float* channels = nullptr;          // (padded), for a row of weights on its way
+    float* lengths = nullptr;           // (n), |p - R|
 
-    memset(weights, 0, taps_bytes);
-    memset(distance_weights, 0, static_cast<size_t>(2 * padded + outs) * sizeof(float));
-    for (int64_t o = 0; o < a.cz; ++o)
-        for (int64_t tap = 0; tap < 9; ++tap) {
-            widen(a.direction_weight, (o * 9 + tap) * a.c, channels, a.c);  // what is behind them stays 0
-            R* to = weights + (o / OUT * 9 + tap) * padded * OUT + o % OUT * LANES<R>;
-            for (int64_t c = 0; c < padded; c += LANES<R>)
-                for (int64_t i = 0; i < LANES<R>; i += W) store(to + c * OUT + i, load(channels + c + i));
+    int run(int64_t threads) {
+        if (!allocate()) return CF_OUT_OF_MEMORY;
+        read_parameters();
+        if (anchored) {
+            const int status = find_lengths(a.n * row_values * a.height < 64 << 10 ? 1 : threads);
+            if (status != CF_OK) return status;
         }
-    widen(a.distance_weight, 0, distance_weights, a.c);
-    widen(a.direction_bias, 0, biases, a.cz);
+        const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
+        const size_t bytes =
+            3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float);
+        // starting a second thread costs as much as so many products
+        if (a.n * a.height * a.width * taps < 512 << 10) threads = 1;
+        const int status =
+            parallel_for_with_scratch(a.n * items, threads, bytes, [&](void* memory, int64_t begin, int64_t end) {
+                for (int64_t item = begin; item < end; ++item) run_item(item, static_cast<R*>(memory), row_size);
+            });
+        if (status != CF_OK) return status;
+        for (int64_t n = 0; n < a.n; ++n) a.distance[n] = distance(n);
+        return CF_OK;
+    }
 
-    int status = CF_OK;
-    const int64_t row_values = a.cz * a.width;
-    if (anchored)
-        parallel_for(a.n, a.n * row_values * a.height < 64 << 10 ? 1 : a.threads, [&](int64_t begin, int64_t end) {
-            float* offset = static_cast<float*>(scratch(1, 2 * static_cast<size_t>(row_values) * sizeof(float)));
-            if (!offset) {
-                __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-                return;
+    bool allocate() {
+        const size_t partial_bytes = static_cast<size_t>(a.n * items) * sizeof(double),
+                     taps_bytes = static_cast<size_t>(taps) * sizeof(R);
+        const size_t floats = static_cast<size_t>(2 * padded + outs + a.n);
+        char* memory = static_cast<char*>(scratch(CALL_SCRATCH, partial_bytes + taps_bytes + floats * sizeof(float)));
+        if (!memory) return false;
+        partial = reinterpret_cast<double*>(memory);
+        weights = reinterpret_cast<R*>(memory + partial_bytes);
+        distance_weights = reinterpret_cast<float*>(memory + partial_bytes + taps_bytes);
+        biases = distance_weights + padded;
+        channels = biases + outs;
+        lengths = channels + padded;
+        memset(weights, 0, taps_bytes);
+        memset(distance_weights, 0, static_cast<size_t>(2 * padded + outs) * sizeof(float));
+        return true;
+    }
+
+    // Weights are packed in every call: they are few, and so the op needs no packed copy of them.
+    void read_parameters() {
+        for (int64_t o = 0; o < a.cz; ++o)
+            for (int64_t tap = 0; tap < 9; ++tap) {
+                widen(a.direction_weight, (o * 9 + tap) * a.c, channels, a.c);  // what is behind them stays 0
+                R* to = weights + (o / OUT * 9 + tap) * padded * OUT + o % OUT * LANES<R>;
+                for (int64_t c = 0; c < padded; c += LANES<R>)
+                    for (int64_t i = 0; i < LANES<R>; i += W) store(to + c * OUT + i, load(channels + c + i));
             }
+        widen(a.distance_weight, 0, distance_weights, a.c);
+        widen(a.direction_bias, 0, biases, a.cz);
+    }
+
+    // Before the directions, each of which is divided by its sample's.
+    int find_lengths(int64_t threads) {
+        const size_t bytes = 2 * static_cast<size_t>(row_values) * sizeof(float);
+        return parallel_for_with_scratch(a.n, threads, bytes, [&](void* memory, int64_t begin, int64_t end) {
+            float* offset = static_cast<float*>(memory);
             for (int64_t n = begin; n < end; ++n) {
                 double square = 0;
                 for (int64_t y = 0; y < a.height; ++y) {
@@ -206,71 +268,63 @@ int dual_head_typed(const cf_dual_head_args& a) {
                 lengths[n] = sqrtf(static_cast<float>(square / static_cast<double>(row_values * a.height)));
             }
         });
-    if (status != CF_OK) return status;
+    }
 
-    const size_t row_size = static_cast<size_t>((padded_width + 2) * padded);
-    const int64_t threads = a.n * a.height * a.width * taps < 512 << 10 ? 1 : a.threads;  // a second one costs as much
-    parallel_for(a.n * items, threads, [&](int64_t begin, int64_t end) {
-        R* ring = static_cast<R*>(scratch(
-            1, 3 * row_size * sizeof(R) + static_cast<size_t>(outs * padded_width + 2 * row_values) * sizeof(float)));
-        if (!ring) {
-            __atomic_store_n(&status, CF_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    // The directions of some rows of a sample, and their part of the distance. ring: three rows of row_size, and room
+    // for results.
+    void run_item(int64_t item, R* ring, size_t row_size) {
         float* result = reinterpret_cast<float*>(ring + 3 * row_size);  // (padded_width, outs)
         float* values = result + outs * padded_width;                   // (width, cz)
         float* other = values + row_values;
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / items, first = item % items * rows,
-                          last = first + rows < a.height ? first + rows : a.height;
-            const auto fill = [&](int64_t y) {
-                return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
-            };
-            double pooled = 0;
-            fill(first - 1);
-            pooled += fill(first);
-            for (int64_t y = first; y < last; ++y) {
-                const double next = fill(y + 1);
-                if (y + 1 < last) pooled += next;
-                for (int64_t o = 0; o < outs; o += OUT)
-                    for (int64_t x = 0; x < padded_width; x += PIXELS) {
-                        const R* rows_at[3];
-                        for (int i = 0; i < 3; ++i) rows_at[i] = ring + (y + i + 2) % 3 * row_size + x * padded;
-                        float block[PIXELS][OUT];
-                        convolve<R>(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
-                        for (int i = 0; i < PIXELS; ++i) memcpy(result + (x + i) * outs + o, block[i], sizeof block[i]);
-                    }
-                float inverse = 0;
-                if (anchored) {
-                    offset_row(a, n, y, values, other);
-                    inverse = 1 / (lengths[n] < 1e-6f ? 1e-6f : lengths[n]);
-                } else {
-                    memset(values, 0, static_cast<size_t>(row_values) * sizeof(float));
+        const int64_t n = item / items, first = item % items * rows, last = min(first + rows, a.height);
+        // row y lies in place (y + 3) % 3 of the ring, which also holds for row -1, above the image
+        const auto fill = [&](int64_t y) {
+            return fill_row<T, R>(a, n, y, padded, padded_width, distance_weights, ring + (y + 3) % 3 * row_size);
+        };
+        double pooled = 0;
+        fill(first - 1);  // the rows before and after are other items' part of the distance
+        pooled += fill(first);
+        for (int64_t y = first; y < last; ++y) {
+            const double next = fill(y + 1);
+            if (y + 1 < last) pooled += next;
+            for (int64_t o = 0; o < outs; o += OUT)
+                for (int64_t x = 0; x < padded_width; x += PIXELS) {
+                    const R* rows_at[3];
+                    for (int i = 0; i < 3; ++i) rows_at[i] = ring + (y + i + 2) % 3 * row_size + x * padded;
+                    float block[PIXELS][OUT];
+                    convolve<R>(rows_at, padded, weights + o / OUT * 9 * padded * OUT, block);
+                    for (int i = 0; i < PIXELS; ++i) memcpy(result + (x + i) * outs + o, block[i], sizeof block[i]);
                 }
-                for (int64_t x = 0; x < a.width; ++x)
-                    for (int64_t o = 0; o < a.cz; ++o)
-                        values[x * a.cz + o] = result[x * outs + o] + biases[o] + values[x * a.cz + o] * inverse;
-                write_row(a.direction, n, y, a.cz, a.width, values);
+            float inverse = 0;
+            if (anchored) {
+                offset_row(a, n, y, values, other);
+                inverse = 1 / (lengths[n] < 1e-6f ? 1e-6f : lengths[n]);
+            } else {
+                memset(values, 0, static_cast<size_t>(row_values) * sizeof(float));
             }
-            partial[item] = pooled;
+            for (int64_t x = 0; x < a.width; ++x)
+                for (int64_t o = 0; o < a.cz; ++o)
+                    values[x * a.cz + o] = result[x * outs + o] + biases[o] + values[x * a.cz + o] * inverse;
+            write_row(a.direction, n, y, a.cz, a.width, values);
         }
-    });
-    if (status != CF_OK) return status;
+        partial[item] = pooled;
+    }
 
-    const double bias = element(a.distance_bias, 0);
-    for (int64_t n = 0; n < a.n; ++n) {
+    // From the parts of sample n, in their order.
+    float distance(int64_t n) const {
         double logit = 0;
         for (int64_t i = 0; i < items; ++i) logit += partial[n * items + i];
-        logit = logit / static_cast<double>(a.height * a.width) + bias;
+        logit = logit / static_cast<double>(a.height * a.width) + element(a.distance_bias, 0);
+        // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), which does not overflow
         const double positive = logit > 0 ? logit : 0;
         const double softplus = logit == logit ? positive + log1p(exp(logit > 0 ? -logit : logit)) : logit;
-        a.distance[n] = static_cast<float>(anchored ? softplus * lengths[n] : softplus);
+        return static_cast<float>(anchored ? softplus * lengths[n] : softplus);
     }
-    return CF_OK;
-}
+};
 
-inline int dual_head(const cf_dual_head_args& a) {
-    return with_type(a.dtype, [&](auto type) { return dual_head_typed<decltype(type)>(a); });
+inline int dual_head(const cf_dual_head_args& a, int64_t threads) {
+    if (a.n == 0) return CF_OK;
+    return with_type(a.dtype, [&](auto type) { return DualHead<decltype(type)>{a}.run(threads); });
 }
 
 }  // namespace

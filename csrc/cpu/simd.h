@@ -1,4 +1,9 @@
-// One vector type, W floats wide, and its loads and stores from float32, float16 and bfloat16.
+// Vectors of W floats, for the instruction set that the including file is compiled for: loads and stores of float32,
+// float16 and bfloat16, and the functions that kernels apply to them. All arithmetic is in float32.
+//
+// The vectors are GCC's vector extension, which clang has too, so +, * and comparisons need no intrinsics and the
+// portable build needs no second version of a kernel. Intrinsics are used where the extension has no word for an
+// instruction.
 #pragma once
 
 #include <string.h>
@@ -6,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "runtime.h"
+#include "../abi.h"
 
 #if defined(__AVX512F__)
 #define CF_WIDTH 16
@@ -25,6 +30,7 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
+// C++17 has no 16-bit floats. Types of their own, rather than uint16_t, choose the right load and store.
 struct half {
     uint16_t bits;
 };
@@ -32,10 +38,15 @@ struct bfloat {
     uint16_t bits;
 };
 
+// Not those of <algorithm>: see isa.h on library headers.
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
 inline vf broadcast(float value) { return vf{} + value; }
 
-// a * b + c. The compiler is told not to form these by itself: it does so in one loop and not in the next, and results would depend on how
-// many channels a thread has.
+// a * b + c, rounded once where the processor can. The compiler is told not to fuse by itself (-ffp-contract=off): it
+// would fuse in one loop and not in the next, and results would depend on how many channels a thread has.
 inline vf fma(vf a, vf b, vf c) {
 #if CF_WIDTH == 16
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -59,6 +70,7 @@ inline vf load(const float* p) {
     return v;
 }
 
+// A bfloat16 is the upper half of a float.
 #if CF_WIDTH == 16
 inline vf load(const bfloat* p) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)load_bits(p)), 16); }
 #else
@@ -67,14 +79,14 @@ inline vf load(const bfloat* p) { return (vf)(__builtin_convertvector(load_bits(
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-// To the nearest, ties to even; a NaN stays one.
+// To bfloat16: to the nearest, ties to even; NaN stays NaN.
 inline vh narrow(vf v) {
 #if defined(__AVX512BF16__)
     return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
     const vu bits = (vu)v;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const vu nan = (bits >> 16) | 0x40;
+    const vu nan = (bits >> 16) | 0x40;  // the bits that say NaN may all be in the half that is cut off
     const vu chosen = v == v ? rounded : nan;
 #if CF_WIDTH == 16
     return (vh)_mm512_cvtepi32_epi16((__m512i)chosen);
@@ -106,7 +118,7 @@ inline uint32_t float_to_bits(float f) {
 inline float to_float(half h) {
     const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    // 2^112 moves the exponent from half's bias to float's, subnormal numbers included
+    // times 2^112, which moves the exponent from half's bias (15) to float's (127), also that of subnormal numbers
     return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 inline half to_half(float f) {
@@ -169,7 +181,19 @@ inline void store_part(T* p, vf v, int64_t count) {
     memcpy(p, padded, count * sizeof(T));
 }
 
-// Past the caches, where the hardware can and the address allows it (a multiple of the vector's size in memory).
+// The same for `count` <= W.
+template <class T>
+inline vf load_some(const T* p, int64_t count) {
+    return count == W ? load(p) : load_part(p, count);
+}
+template <class T>
+inline void store_some(T* p, vf v, int64_t count) {
+    count == W ? store(p, v) : store_part(p, v, count);
+}
+
+// Stores that go past the caches, where the processor has them; p must be a multiple of the vector's size in memory. An
+// ordinary store reads the line from memory before it writes to it, which is wasted on a result that is larger than the
+// caches.
 template <class T>
 inline void store_streaming(T* p, vf v) {
     store(p, v);
@@ -195,12 +219,14 @@ inline void store_streaming(float* p, vf v) {
 }
 #endif
 
+// Streaming stores are not ordered with others: to be called before another thread is told that the results are there.
 inline void end_streaming() {
 #if CF_WIDTH >= 8
     _mm_sfence();
 #endif
 }
 
+// The sum of the lanes, by halves: the order is the same in every call.
 inline float sum(vf v) {
 #if CF_WIDTH == 16
     return _mm512_reduce_add_ps((__m512)v);
@@ -213,9 +239,12 @@ inline float sum(vf v) {
 #endif
 }
 
-// 2^t for -126 <= t <= 126: 2^n 2^r with n an integer, and 2^r by the polynomial of the least relative error, 2e-9.
+// 2^t for -126 <= t <= 126, as 2^n 2^r with n an integer and |r| <= 1/2; 2^r by the polynomial of the least relative
+// error, 2e-9.
 inline vf power_of_two(vf t) {
-    const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+    // a float as large as 1.5 * 2^23 has no bits behind the point: the addition rounds, and leaves the integer in the
+    // low bits
+    const vf shifted = t + 12582912.0f;
     const vf r = t - (shifted - 12582912.0f);
     vf p = broadcast(1.5345811e-4f);
     p = fma(p, r, 1.3399931e-3f);
@@ -224,20 +253,29 @@ inline vf power_of_two(vf t) {
     p = fma(p, r, 2.4022646e-1f);
     p = fma(p, r, 6.9314718e-1f);
     p = fma(p, r, 1.0f);
-    return p * (vf)(((vi)shifted << 23) + 0x3f800000);
+    return p * (vf)(((vi)shifted << 23) + 0x3f800000);  // 2^n, written as an exponent
 }
 
-// x * sigmoid(x) = x / (1 + 2^t) with t = -x log2(e), to one or two ulps of the result (of 0.1, where it is smaller). NaN stays NaN.
+// e^x for x <= 0, to two ulps, and 0 below e^-87; NaN stays NaN.
+inline vf exponential(vf x) {
+    const vf t = x * 1.44269504f;
+    const vi tiny = t < -126.0f;
+    return tiny ? vf{} : power_of_two(tiny ? broadcast(-126.0f) : t);
+}
+
+// x * sigmoid(x) = x / (1 + 2^t) with t = -x log2(e), to one or two ulps of the result (of 0.1, where it is smaller).
+// NaN stays NaN.
 inline vf silu(vf x) {
 #if CF_WIDTH == 16
-    // 2^t = 2^floor(n) 2^(n - floor(n)) 2^r with n a multiple of 1/16: a shift of the exponent, a table, and a polynomial in |r| <= 1/32
+    // 2^t = 2^floor(n) 2^(n - floor(n)) 2^r with n a multiple of 1/16: a shift of the exponent, a table of 16 entries,
+    // which is one register, and a polynomial that is short because |r| <= 1/32
     static const float table[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
                                     1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
                                     1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-    const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100),
-                                        2);  // the smaller in size, with x's sign: 2^t is 0 or inf beyond
-    const vf scale = broadcast(-1.44269504f),
-             shifted = fma(near, scale, 786432.0f);  // 1.5 * 2^19: the last bit is worth 1/16
+    // the smaller of |x| and 100, with x's sign: beyond, 2^t is 0 or inf
+    const vf near = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(100), 2);
+    const vf scale = broadcast(-1.44269504f);
+    const vf shifted = fma(near, scale, 786432.0f);  // 1.5 * 2^19: the last bit is worth 1/16
     const vf n = shifted - 786432.0f, r = fma(near, scale, -n);
     const vf step = (vf)_mm512_permutexvar_ps((__m512i)shifted, _mm512_loadu_ps(table));
     const vf p = fma(fma(broadcast(5.5504109e-2f), r, 2.4022651e-1f), r, 6.9314718e-1f) * r;
@@ -250,6 +288,7 @@ inline vf silu(vf x) {
 #endif
 }
 
+// Element i of a vector of any dtype.
 inline float element(const cf_vector& v, int64_t i) {
     switch (v.dtype) {
         case CF_FLOAT16:
@@ -261,6 +300,7 @@ inline float element(const cf_vector& v, int64_t i) {
     }
 }
 
+// to[i] = from[i] for `count` elements.
 template <class T>
 void widen(const T* from, float* to, int64_t count) {
     int64_t i = 0;
@@ -280,7 +320,7 @@ inline void widen(const cf_vector& v, int64_t offset, float* to, int64_t count) 
     }
 }
 
-// f(T{}) for the C++ type T of a dtype.
+// f(T{}) for the C++ type T of a dtype, which may be any.
 template <class F>
 inline int with_type(int64_t dtype, const F& f) {
     switch (dtype) {
@@ -293,13 +333,12 @@ inline int with_type(int64_t dtype, const F& f) {
     }
 }
 
-// body(begin, end) over a partition of [0, items).
+// The same for what steps hand to each other: float32 or bfloat16.
 template <class F>
-inline void parallel_for(int64_t items, int64_t threads, const F& body) {
-    parallel_ranges(
-        items, threads,
-        [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
-        const_cast<F*>(&body));
+inline int with_activation(int64_t dtype, const F& f) {
+    if (dtype == CF_FLOAT32) return f(float{});
+    if (dtype == CF_BFLOAT16) return f(bfloat{});
+    return CF_INVALID_ARGUMENT;
 }
 
 }  // namespace

@@ -1,20 +1,35 @@
-// coalesce_step: an item of work is a sample; its direction is read twice, the second time from a cache.
+// The op `coalesce_step`: y = sample + eta * distance * direction, the direction divided by its RMS length in mode
+// "unit".
+//
+// Memory traffic: sample and direction read, y written, and in mode "unit" the direction read once more before, for its
+// length. An item of work is a sample: its direction (16 KiB of floats at 4 x 32 x 32, 64 KiB at 4 x 64 x 64) is still
+// in a cache when it is read again. So the length costs nothing worth fusing further; the gain is to do everything in
+// one call: 1.2 times as fast as eager PyTorch in float32 and 3.7 times in bfloat16, at the median over the calls in
+// benchmarks/results/cpu/kernels.csv.
 #pragma once
 
 #include <math.h>
 
+#include "check.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace cf {
 namespace {
 
-// The mean of the squares, overflowing where float32 does.
+inline bool valid(const cf_coalesce_step_args& a) {
+    return valid_dtype(a.dtype) && valid_dtype(a.direction_dtype) && valid(a.distance) && a.n >= 0 && a.size >= 0 &&
+           a.eps > 0;
+}
+
+// The mean of the squares. In float32 within a few thousand elements, in double between them: long sums lose no bits.
+// The result overflows where float32 does, as the reference's.
 template <class T>
 float mean_square(const T* x, int64_t size) {
     double total = 0;
     for (int64_t begin = 0; begin < size; begin += 2048) {
-        const int64_t end = size - begin < 2048 ? size : begin + 2048;
-        vf sums[4] = {};
+        const int64_t end = min(size, begin + 2048);
+        vf sums[4] = {};  // four, so that one addition need not wait for the one before it
         int64_t i = begin;
         for (; i + 4 * W <= end; i += 4 * W)
             for (int v = 0; v < 4; ++v) {
@@ -31,8 +46,8 @@ float mean_square(const T* x, int64_t size) {
 }
 
 template <class T, class D>
-int coalesce_step_typed(const cf_coalesce_step_args& a) {
-    const int64_t threads = a.n * a.size < 64 << 10 ? 1 : a.threads;  // a second one costs as much
+int coalesce_step_typed(const cf_coalesce_step_args& a, int64_t threads) {
+    if (a.n * a.size < 64 << 10) threads = 1;  // starting a second one costs as much as it saves
     parallel_for(a.n, threads, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             const T* sample = static_cast<const T*>(a.sample) + n * a.size;
@@ -55,10 +70,12 @@ int coalesce_step_typed(const cf_coalesce_step_args& a) {
     return CF_OK;
 }
 
-inline int coalesce_step(const cf_coalesce_step_args& a) {
+inline int coalesce_step(const cf_coalesce_step_args& a, int64_t threads) {
+    if (a.n * a.size == 0) return CF_OK;
     return with_type(a.dtype, [&](auto sample) {
-        return with_type(a.direction_dtype,
-                         [&](auto direction) { return coalesce_step_typed<decltype(sample), decltype(direction)>(a); });
+        return with_type(a.direction_dtype, [&](auto direction) {
+            return coalesce_step_typed<decltype(sample), decltype(direction)>(a, threads);
+        });
     });
 }
 

@@ -33,7 +33,8 @@ struct Buffer {
 
 alignas(16) char Buffer::nothing[16];
 
-// `count` elements of about unit size, starting on an address that is a multiple of the element's size only, unless aligned.
+// `count` elements of about unit size, starting on an address that is a multiple of the element's size only, unless
+// aligned.
 Buffer numbers(int64_t count, int64_t dtype, bool aligned = false) {
     Buffer b;
     b.dtype = dtype;

@@ -1,5 +1,5 @@
-// Random steps of programs, alone or each on the result of the one before, on allocations of exactly the size that the interface says, and
-// what a plain computation in double makes of their inputs.
+// Random steps of programs, alone or each on the result of the one before, on allocations of exactly the size that the
+// interface says, and what a plain computation in double makes of their inputs.
 #ifndef COALESCER_FAST_TESTS_RANDOM_STEPS_H
 #define COALESCER_FAST_TESTS_RANDOM_STEPS_H
 
@@ -32,7 +32,8 @@ double number_of(const cf_vector& v, int64_t i, double absent) {
     return v.data ? number_at(static_cast<const char*>(v.data) + i * sizes[v.dtype], v.dtype) : absent;
 }
 
-// What a result may differ by from `exact`, which the computation is off from by no more than `error`, once it is rounded to the dtype.
+// What a result may differ by from `exact`, which the computation is off from by no more than `error`, once it is
+// rounded to the dtype.
 double tolerance(double exact, double error, int64_t dtype) {
     return error * 1.01 + (fabs(exact) + error) * (dtype == CF_BFLOAT16 ? 0x1p-8 : 0x1p-23) + 1e-30;
 }
@@ -98,7 +99,6 @@ struct Program {
     std::vector<std::shared_ptr<Memory>> memories;
     std::vector<std::function<void()>> checks;  // of the last run
     std::vector<std::function<void()>> refusals;
-    std::vector<int64_t*> threads;  // that a step's arguments have themselves
 
     std::shared_ptr<Memory> memory(int64_t size, bool written) {
         memories.push_back(std::make_shared<Memory>(size));
@@ -658,7 +658,6 @@ void dual_head_step(Program& p, int64_t n, int64_t dtype) {
     for (size_t i = 0; i < 2; ++i)
         results[i] = p.memory(call->results[i].count() * sizes[call->results[i].dtype], true);
     a.direction.data = results[0]->bytes.data(), a.distance = reinterpret_cast<float*>(results[1]->bytes.data());
-    p.threads.push_back(&a.threads);
     p.checks.push_back([=] {
         cf_dual_head_args alone = call->args;
         std::vector<Buffer> expected = call->results;

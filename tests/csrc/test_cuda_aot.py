@@ -8,15 +8,21 @@ import sys
 
 import pytest
 
-from benchmarks import cuda_aot
-from coalescer_fast.ops import cuda_library, library
+from benchmarks.kernels import cuda_aot
+from coalescer_fast.ops import cuda_library, native_library
 
 needs_nvcc = pytest.mark.skipif(bool(cuda_aot.missing()), reason=cuda_aot.missing() or "can run")
 
 
+@pytest.fixture(scope="module", params=[(90,), pytest.param(cuda_aot.TARGETS, marks=pytest.mark.slow)], ids=str)
+def targets(request):
+    """One target takes a quarter of the time of all."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def rows():
-    return list(cuda_aot.report(cuda_aot.TARGETS))
+def rows(targets):
+    return list(cuda_aot.report(targets))
 
 
 @needs_nvcc
@@ -30,33 +36,28 @@ def test_no_kernel_has_a_fault(rows):
 
 
 @needs_nvcc
-def test_every_kernel_is_there_for_every_target(rows):
+def test_every_kernel_is_there_for_every_target(rows, targets):
     sources = "".join(path.read_text("utf-8") for path in (cuda_aot.ROOT / "csrc" / "cuda").glob("*.cu"))
-    names = re.findall(r"__global__ void __launch_bounds__\([^)]*\) (\w+)\(", sources)
+    names = re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(", sources)
     assert len(names) == sources.count("__global__")
-    assert {(row["kernel"], row["target"]) for row in rows} == {
-        (name, target) for name in names for target in cuda_aot.TARGETS
-    }
+    assert {(row["kernel"], row["target"]) for row in rows} == {(name, target) for name in names for target in targets}
 
 
 @needs_nvcc
-def test_every_kernel_that_streams_has_vectors_of_every_type(rows):
+def test_every_kernel_that_streams_has_vectors_of_every_type(rows, targets):
     types = {(row["kernel"], row["target"], row["types"][0]) for row in rows if row["vector"] > 1}
     assert types == {
-        (name, target, dtype)
-        for name in cuda_aot.STREAMS
-        for target in cuda_aot.TARGETS
-        for dtype in cuda_aot.TYPES.values()
+        (name, target, dtype) for name in cuda_aot.STREAMS for target in targets for dtype in cuda_aot.TYPES.values()
     }
 
 
 @needs_nvcc
-def test_planned_launches_are_possible(rows):
-    if reason := library.find("cuda", cuda_library.PATH)[1]:
+def test_planned_launches_are_possible(rows, targets):
+    if reason := native_library.find("cuda", cuda_library.PATH)[1]:
         pytest.skip(reason)
-    launches = list(cuda_aot.plans(cuda_aot.TARGETS, cuda_aot.bounds(rows)))
+    launches = list(cuda_aot.plans(targets, cuda_aot.bounds(rows)))
     assert [(row["call"], row["dtype"], row["target"], row["faults"]) for row in launches if row["faults"]] == []
-    assert {row["cluster"] for row in launches if row["target"] == 80} == {1}
+    assert {row["cluster"] for row in launches if row["target"] == 80} <= {1}
     assert max(row["cluster"] for row in launches if row["target"] == 90) > 1
     assert {row["vector"] for row in launches if row["call"].startswith("l ")} == {4, 8}
 
@@ -176,7 +177,7 @@ def test_the_command_fails_for_a_fault(monkeypatch, tmp_path, capsys, stores, st
     row = ROW | {"layout": "", "stores": {stores: 3}}
     monkeypatch.setattr(cuda_aot, "report", lambda targets: [row | {"faults": cuda_aot.faults(row)}])
     monkeypatch.setattr(cuda_aot, "missing", lambda targets: "")
-    monkeypatch.setattr(cuda_aot.library, "find", lambda *args: (None, "it is not built"))
+    monkeypatch.setattr(cuda_aot.native_library, "find", lambda *args: (None, "it is not built"))
     monkeypatch.setattr(sys, "argv", ["cuda_aot", "--json", str(tmp_path / "rows.json")])
     assert cuda_aot.main() == status
     assert [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["kernels"]] == [

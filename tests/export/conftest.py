@@ -11,30 +11,26 @@ import pytest
 import coalescer_fast as cf
 from coalescer_fast.export import cli
 
-from ..helpers.exports import build
+from ..helpers.artefacts import small_artefacts, small_model, small_model_folder
 
 
 @pytest.fixture(scope="session")
 def small() -> cf.CoalescerPipeline:
-    return build(anchor="mlp", anchor_hidden_dim=16)
+    return small_model()
 
 
 @pytest.fixture(scope="session")
-def model(small, tmp_path_factory) -> Path:
+def model() -> Path:
     """Its folder."""
-    folder = tmp_path_factory.mktemp("model")
-    small.save_pretrained(folder)
-    return folder
+    return small_model_folder()
 
 
 @pytest.fixture(scope="session")
-def exported(model, tmp_path_factory) -> Path:
+def exported() -> Path:
     """The folder of its three artefacts in float32."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs the package {package}")
-    folder = tmp_path_factory.mktemp("exported") / "fp32"
-    assert cli.main(["onnx", "--model", str(model), "-o", str(folder), "--max-batch", "8"]) == 0
-    return folder
+    return small_artefacts()
 
 
 @pytest.fixture(scope="session")

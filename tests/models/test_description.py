@@ -6,7 +6,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast import DescriptionEncoder
-from coalescer_fast.pipeline import WEIGHTS
+from coalescer_fast.folders import WEIGHTS
 
 TOKENS = (
     "[PAD]",

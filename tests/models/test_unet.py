@@ -59,7 +59,7 @@ def inputs(model: CoalescerUNet, n: int = 3, seed: int = 1, size: int | None = N
 
 
 class PlainUNet:
-    """The network as its docstring says it, from a state dict and in torch.nn.functional alone: the independent second opinion."""
+    """The network as its docstring describes it, from a state dict and in torch.nn.functional alone."""
 
     def __init__(self, state: dict[str, torch.Tensor], config):
         self.state, self.config = state, config

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import shutil
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from coalescer_fast import ops
-from coalescer_fast.ops import cuda_library, library
-from coalescer_fast.ops.group_norm import native as group_norm
-from coalescer_fast.ops.head import native as head
-from coalescer_fast.ops.residual import native as residual
-from coalescer_fast.ops.step import native as step
-from coalescer_fast.runtime import program
+from coalescer_fast.ops import native_library
+from coalescer_fast.ops.op import OPS
 
-from . import test_group_norm, test_head, test_residual, test_step
-from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
-
-ROOT = Path(__file__).parents[2]
-
-
-def available() -> list[str]:
-    names, best = [], library.isa()
-    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
-        try:
-            library.set_isa(name)
-            names.append(name)
-        except ValueError:
-            continue
-    library.set_isa(best)
-    return names
+from ..helpers.isa import available
+from ..helpers.numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
+from ..helpers.processes import python
+from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 
 @pytest.fixture(params=available())
 def isa(request):
-    best = library.isa()
-    library.set_isa(request.param)
+    best = native_library.isa()
+    native_library.set_isa(request.param)
     yield request.param
-    library.set_isa(best)
+    native_library.set_isa(best)
 
 
 @pytest.fixture
@@ -55,15 +34,15 @@ def threads():
 
 
 def test_the_processor_has_more_than_portable_code_and_the_best_is_chosen():
-    assert library.isa() == available()[-1]
+    assert native_library.isa() == available()[-1]
     flags = Path("/proc/cpuinfo")
     if flags.exists() and "avx2" in flags.read_text():
-        assert library.isa() != "portable"
+        assert native_library.isa() != "portable"
 
 
 def test_an_unknown_instruction_set():
     with pytest.raises(ValueError, match="isa is 'mmx'; expected one that this processor has"):
-        library.set_isa("mmx")
+        native_library.set_isa("mmx")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,9 +59,9 @@ def test_every_instruction_set_normalises(isa, channels, groups, dtype, layout):
         "shift": randn(2, total, seed=4),
         "pre_bias": randn(total, dtype=dtype, seed=5),
     }
-    test_group_norm.check("cpu", x, groups, randn(channels, seed=1), randn(channels, seed=2))
-    test_group_norm.check("cpu", x, groups, randn(total, seed=1), randn(total, seed=2), skip=skip, **film)
-    test_group_norm.check("cpu", arrange(1e3 + randn(2, channels, 9, 8), layout).to(dtype), groups, activation=None)
+    group_norm_silu.check("cpu", x, groups, randn(channels, seed=1), randn(channels, seed=2))
+    group_norm_silu.check("cpu", x, groups, randn(total, seed=1), randn(total, seed=2), skip=skip, **film)
+    group_norm_silu.check("cpu", arrange(1e3 + randn(2, channels, 9, 8), layout).to(dtype), groups, activation=None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,8 +69,8 @@ def test_every_instruction_set_normalises(isa, channels, groups, dtype, layout):
 @pytest.mark.parametrize("shape", [(2, 5, 7), (1, 40, 3, 3), (2, 3, 5, 19)], ids=str)
 def test_every_instruction_set_adds(isa, shape, dtype, layout):
     x, other = (arrange(randn(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
-    test_residual.check("cpu", x, randn(shape[1], seed=2), other)
-    test_residual.check("cpu", x, None, other)
+    bias_residual.check("cpu", x, randn(shape[1], seed=2), other)
+    bias_residual.check("cpu", x, None, other)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
@@ -103,19 +82,19 @@ def test_every_instruction_set_has_two_heads(isa, channels, latent, size, dtype)
         arrange(randn(2, latent, *size, seed=seed), layout)
         for seed, layout in ((1, "contiguous"), (2, "channels_last"))
     ]
-    test_head.check(
+    dual_head.check(
         "cpu",
         arrange(randn(2, channels, *size, dtype=dtype), "channels_last"),
-        test_head.parameters(channels, latent),
+        dual_head.parameters(channels, latent),
         *points,
     )
 
 
-@pytest.mark.parametrize("mode", test_step.MODES)
+@pytest.mark.parametrize("mode", coalesce_step.MODES)
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
 @pytest.mark.parametrize("shape", [(3,), (4, 5, 7), (3000,)], ids=str)
 def test_every_instruction_set_steps(isa, shape, dtype, mode):
-    test_step.check("cpu", *test_step.batch(shape=shape, dtype=dtype), mode=mode)
+    coalesce_step.check("cpu", *coalesce_step.batch(shape=shape, dtype=dtype), mode=mode)
 
 
 def test_silu_far_out(isa):
@@ -131,13 +110,6 @@ def test_silu_far_out(isa):
     )
 
 
-def python(code: str, folder: Path) -> str:
-    """What a fresh process prints, in a folder without a package of this name that would hide the installed one."""
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def calls() -> dict[str, tuple[tuple, dict]]:
     """Calls that are large enough to be shared between threads."""
     cl = torch.channels_last
@@ -146,7 +118,7 @@ def calls() -> dict[str, tuple[tuple, dict]]:
     return {
         "group_norm_silu": ((x, 12), {"skip": skip, "scale": randn(3, 120, seed=3)}),
         "bias_residual": ((x, randn(80, seed=3), x), {}),
-        "dual_head": ((x, *test_head.parameters(80, 4)), {"sample": point, "anchor": point + 1}),
+        "dual_head": ((x, *dual_head.parameters(80, 4)), {"sample": point, "anchor": point + 1}),
         "coalesce_step": ((randn(40, 1000), randn(40, 1000, seed=1), randn(40, seed=2)), {}),
     }
 
@@ -167,16 +139,16 @@ def test_threads_do_not_change_a_bit(threads, op):
 def test_without_an_openmp_runtime_everything_runs_on_the_calling_thread():
     args, kwargs = calls()["group_norm_silu"]
     expected = ops.group_norm_silu(*args, **kwargs, backend="cpu")
-    native, _ = library._load()
+    native, _ = native_library._load()
     native.cf_cpu_set_openmp(None, None, None)
     try:
         assert torch.equal(ops.group_norm_silu(*args, **kwargs, backend="cpu"), expected)
     finally:
-        native.cf_cpu_set_openmp(*library._openmp())
+        native.cf_cpu_set_openmp(*native_library._openmp())
 
 
 def test_there_is_one_openmp_runtime_in_the_process_and_it_is_used(tmp_path):
-    assert all(pointer for pointer in library._openmp())
+    assert all(pointer for pointer in native_library._openmp())
     code = """
 import torch, threadpoolctl
 from coalescer_fast import ops
@@ -218,8 +190,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_a_missing_library_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
-    load = library._load.__wrapped__
+    monkeypatch.setattr(native_library, "FOLDER", tmp_path)
+    load = native_library._load.__wrapped__
     assert load()[1] == (
         "the library of CPU kernels is not there: this checkout has not been installed; install coalescer_fast again to build it"
     )
@@ -230,55 +202,16 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch):
-    version = library.ABI_VERSION
-    monkeypatch.setattr(library, "ABI_VERSION", 99)
+    version = native_library.ABI_VERSION
+    monkeypatch.setattr(native_library, "ABI_VERSION", 99)
     assert (
-        f"has interface version {version}; expected 99: install coalescer_fast again" in library._load.__wrapped__()[1]
+        f"has interface version {version}; expected 99: install coalescer_fast again"
+        in native_library._load.__wrapped__()[1]
     )
 
 
-FORMATS = {
-    "cf_group_norm_silu_args": group_norm._pack,
-    "cf_bias_residual_args": residual._pack,
-    "cf_dual_head_args": head._pack,
-    "cf_coalesce_step_args": step._pack,
-}
-PROGRAMS = {f"cf_{name}_args": packed for name, packed in program.ARGUMENTS.items() if name != "dual_head"}
-PROGRAMS |= {"cf_step": program.STEP, "cf_program_args": program.PROGRAM}
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_python_packs_what_the_header_declares(tmp_path):
-    lines = "".join(
-        f'printf("{name} %zu\\n", sizeof({name}));' for name in (*FORMATS, *PROGRAMS, "cf_cuda_device", "cf_cuda_plan")
-    )
-    (tmp_path / "sizes.c").write_text(
-        f'#include <stdio.h>\n#include "{ROOT}/csrc/abi.h"\nint main(void) {{ {lines} return 0; }}\n'
-    )
-    subprocess.run(["c++", "-x", "c", "sizes.c", "-o", "sizes"], cwd=tmp_path, check=True)  # the header is C as well
-    sizes = dict(
-        line.split()
-        for line in subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
-    )
-    expected = {name: pack.__self__.size for name, pack in FORMATS.items()} | {
-        name: packed.size for name, packed in PROGRAMS.items()
-    }
-    expected |= {f"cf_cuda_{name.lower()}": 8 * len(getattr(cuda_library, name)._fields) for name in ("Device", "Plan")}
-    assert {name: int(size) for name, size in sizes.items()} == expected
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_interface_refuses_a_dtype_that_does_not_exist(name):
-    size = FORMATS[name].__self__.size
-    function = library.function(name.replace("cf_", "cf_cpu_").removesuffix("_args"))
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if "cpu" in op.implementations])
+def test_the_interface_refuses_a_dtype_that_does_not_exist(op):
+    struct = OPS[op].implementation("cpu").binding.struct
     with pytest.raises(RuntimeError, match="reports an argument that it does not take"):
-        function(struct.pack(f"{size // 8}q", *[9] * (size // 8)))
-
-
-def test_statuses_are_those_of_the_header():
-    text = (ROOT / "csrc" / "abi.h").read_text()
-    assert f"#define CF_ABI_VERSION {library.ABI_VERSION}\n" in text
-    for status, name in ((1, "CF_INVALID_ARGUMENT"), (2, "CF_OUT_OF_MEMORY")):
-        assert f"{name} = {status}" in text
-        assert status in library.STATUS
-    assert ctypes.sizeof(ctypes.c_void_p) == 8
+        native_library.function(f"cf_cpu_{op}")((9).to_bytes(8, "little") * len(struct.leaves()))

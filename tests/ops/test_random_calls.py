@@ -14,9 +14,8 @@ from torch import Tensor
 
 from coalescer_fast import ops
 
-from . import test_group_norm, test_head, test_residual, test_step
-from .numerics import DTYPES, ON_GPU, randn
-from .test_dispatch import EMULATED
+from ..helpers.numerics import DTYPES, EMULATED, ON_GPU, randn
+from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 CALLS, PARTS = 400, 8
 # "triton" runs in the interpreter, which takes seconds for what is large
@@ -138,10 +137,10 @@ class Draw:
 
 
 JUDGES: dict[str, Callable[..., None]] = {
-    "group_norm_silu": test_group_norm.judge,
-    "bias_residual": test_residual.judge,
-    "dual_head": test_head.judge,
-    "coalesce_step": test_step.judge,
+    "group_norm_silu": group_norm_silu.judge,
+    "bias_residual": bias_residual.judge,
+    "dual_head": dual_head.judge,
+    "coalesce_step": coalesce_step.judge,
 }
 
 

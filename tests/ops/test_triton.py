@@ -12,15 +12,15 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import triton_aot, tune_triton  # noqa: E402
+from benchmarks.kernels import triton_aot, tune_triton  # noqa: E402
 from coalescer_fast import ops  # noqa: E402
-from coalescer_fast.ops import dispatch, layout, triton_runtime  # noqa: E402
-from coalescer_fast.ops.group_norm import triton as group_norm  # noqa: E402
-from coalescer_fast.ops.residual import triton as residual  # noqa: E402
-from coalescer_fast.ops.step import triton as step  # noqa: E402
+from coalescer_fast.ops import dispatch, layout, triton_launch  # noqa: E402
+from coalescer_fast.ops.kernels.bias_residual import triton as residual  # noqa: E402
+from coalescer_fast.ops.kernels.coalesce_step import triton as step  # noqa: E402
+from coalescer_fast.ops.kernels.group_norm_silu import triton as group_norm  # noqa: E402
 
-from . import test_group_norm, test_head  # noqa: E402
-from .numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
+from ..helpers.numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
+from ..helpers.rules import dual_head, group_norm_silu  # noqa: E402
 
 on_gpu = pytest.mark.gpu if "triton" in ON_GPU else ()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -40,7 +40,7 @@ def mark(*values):
 def test_splits(monkeypatch, n, spatial, multiprocessors, memory):
     monkeypatch.setattr(group_norm, "multiprocessors", lambda device: multiprocessors)
     x = arrange(make("off_centre", n, 12, *spatial), memory)
-    test_group_norm.check(
+    group_norm_silu.check(
         "triton", x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(n, 12, seed=3), shift=randn(n, 12, seed=4)
     )
 
@@ -76,13 +76,13 @@ def test_tiles_of_groups(memory, channels, skip, num_groups):
         arrange(5 + randn(2, skip, 3, 5, seed=1), memory) if skip else None,
     )
     weight, bias, pre_bias = (randn(channels + skip, seed=seed) for seed in (2, 3, 4))
-    test_group_norm.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
+    group_norm_silu.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
 
 
 @pytest.mark.parametrize("latent", mark(16, 17, 70, 130))
 def test_heads_of_any_number_of_channels(latent):
     points = [randn(2, latent, 3, 4, seed=seed) for seed in (1, 2)]
-    test_head.check("triton", randn(2, 40, 3, 4), test_head.parameters(40, latent), *points)
+    dual_head.check("triton", randn(2, 40, 3, 4), dual_head.parameters(40, latent), *points)
 
 
 @pytest.mark.parametrize("size", mark((17, 19), (1, 300), (300, 1)))
@@ -91,7 +91,7 @@ def test_head_of_many_tiles_with_an_expanded_anchor(size):
         randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last),
         randn(1, 3, *size, seed=2).expand(2, -1, -1, -1),
     )
-    test_head.check("triton", randn(2, 5, *size), test_head.parameters(5, 3), point, anchor)
+    dual_head.check("triton", randn(2, 5, *size), dual_head.parameters(5, 3), point, anchor)
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory
 def test_table_has_every_class_and_no_other():
     table = {
         (kernel, memory, size): entry
-        for kernel, layouts in triton_runtime._table().items()
+        for kernel, layouts in triton_launch._table().items()
         for memory, sizes in layouts.items()
         for size, entry in sizes.items()
     }
@@ -248,11 +248,11 @@ def test_float64_is_refused():
 
 
 def test_old_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(triton_launch, "_capability", lambda device: (7, 5))
     old = types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16)
-    assert triton_runtime.refusal(old) == "is on cuda:1 of compute capability 7.5; expected 8.0 or newer"
-    monkeypatch.setattr(triton_runtime, "_capability", lambda device: (8, 0))
-    assert triton_runtime.refusal(old) == ""
+    assert triton_launch.refusal(old) == "is on cuda:1 of compute capability 7.5; expected 8.0 or newer"
+    monkeypatch.setattr(triton_launch, "_capability", lambda device: (8, 0))
+    assert triton_launch.refusal(old) == ""
 
 
 @pytest.mark.parametrize(
@@ -265,19 +265,19 @@ def test_old_gpus_are_refused(monkeypatch):
 )
 def test_why_triton_cannot_run(monkeypatch, module, words):
     monkeypatch.setitem(sys.modules, "triton", module)
-    triton_runtime.unavailable.cache_clear()
+    triton_launch.unavailable.cache_clear()
     try:
-        assert words in triton_runtime.unavailable()
+        assert words in triton_launch.unavailable()
         assert words in reason(x=torch.zeros(1, device="meta" if not INTERPRETED else "cpu")) or not INTERPRETED
     finally:
-        triton_runtime.unavailable.cache_clear()
+        triton_launch.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("version", ["3.5.0", "3.10.1", "4.0.0+git1"])
 def test_newer_versions_can_run(monkeypatch, version):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    triton_runtime.unavailable.cache_clear()
+    triton_launch.unavailable.cache_clear()
     try:
-        assert triton_runtime.unavailable() == ""
+        assert triton_launch.unavailable() == ""
     finally:
-        triton_runtime.unavailable.cache_clear()
+        triton_launch.unavailable.cache_clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import triton_aot, tune_triton
+from benchmarks.kernels import triton_aot, tune_triton
 
 pytest.importorskip("triton")
 
@@ -19,19 +19,26 @@ ROOT = Path(benchmarks.__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
     "PYTHONPATH": str(ROOT)
 }
-# float32 on the target with the least shared memory alone, for time; `python -m benchmarks.triton_aot` compiles it for all
-RUNS = (("bfloat16", "80,90,100,120"), ("float32", "120"))
+# float32 on the target with the least shared memory alone, for time; `python -m benchmarks.kernels.triton_aot` compiles it for all
+FEW, ALL = (("bfloat16", "120"),), (("bfloat16", "80,90,100,120"), ("float32", "120"))
+
+
+@pytest.fixture(
+    scope="module", params=[FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["one target", "all targets"]
+)
+def runs(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(runs, tmp_path_factory):
     rows = []
-    for dtype, targets in RUNS:
+    for dtype, targets in runs:
         path = tmp_path_factory.mktemp("aot") / "rows.json"
         command = [
             sys.executable,
             "-m",
-            "benchmarks.triton_aot",
+            "benchmarks.kernels.triton_aot",
             "--dtypes",
             dtype,
             "--targets",
@@ -51,11 +58,12 @@ def test_no_kernel_has_a_fault(rows):
     ] == []
 
 
-def test_every_configuration_is_compiled_for_every_target(rows):
+def test_every_configuration_is_compiled_for_every_target(rows, runs):
     compiled = {(tuple(row["key"]), row["target"]) for row in rows}
+    wanted = {dtype: set(map(int, targets.split(","))) for dtype, targets in runs}
     for key in tune_triton.CANDIDATES:
-        targets = (120,) if "float32" in key else triton_aot.TARGETS
-        assert {target for place, target in compiled if place == key} == set(targets)
+        targets = wanted.get("float32" if "float32" in key else "bfloat16", set())
+        assert {target for place, target in compiled if place == key} == targets
 
 
 def test_kernels_that_stream_do_so_by_16_bytes(rows):
@@ -69,7 +77,7 @@ def test_kernels_that_stream_do_so_by_16_bytes(rows):
 
 PLANTED = """
 import json, sys, torch
-from benchmarks import triton_aot, tune_triton
+from benchmarks.kernels import triton_aot, tune_triton
 
 def compiled(key, configuration, op, *args):
     tune_triton.use(key, configuration)
@@ -125,9 +133,38 @@ def test_registers_of_a_program_are_limited():
 
 
 def test_the_interpreter_is_no_compiler():
-    command = [sys.executable, "-m", "benchmarks.triton_aot"]
+    command = [sys.executable, "-m", "benchmarks.kernels.triton_aot"]
     done = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr == "TRITON_INTERPRET is set: nothing is compiled in the interpreter; unset it\n"
+
+
+ONES = """
+import torch
+from benchmarks.kernels import triton_aot
+
+def tensor(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+def compiled(op, *args):
+    for launch in triton_aot.record(lambda: triton_aot.implementation(op)(*args)):
+        triton_aot.compile_launch(launch, 90)
+
+for c in (1, 8):
+    x, v, film = tensor(1, c, 1, 1), tensor(c), tensor(1, c)
+    weights = tensor(1, c, 3, 3), tensor(1), tensor(1, c), tensor(1)
+    compiled("group_norm_silu", x, 1, v, v, 1e-5, film, film, None, v, "silu")
+    compiled("group_norm_silu", x, 1, None, None, 1e-5, None, None, x, None, None)
+    compiled("bias_residual", x, v, x)
+    compiled("dual_head", x, *weights, None, None)
+    compiled("dual_head", x, *weights, tensor(1, 1, 1, 1), tensor(1, 1, 1, 1))
+    compiled("coalesce_step", x, x, tensor(1), 1.0, "unit", 1e-6)
+"""
+
+
+def test_sizes_of_one_compile():
+    """The just-in-time compiler takes an integer of 1 for a constant, which has no methods; the interpreter does not."""
+    done = subprocess.run([sys.executable, "-c", ONES], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from coalescer_fast import ops
 from coalescer_fast.ops import dispatch
+from coalescer_fast.ops.op import OPS as DECLARED
 
-from .numerics import ON_GPU
-from .test_dispatch import EMULATED, everything
-from .test_native import python
+from ..helpers.examples import NAMES as OPS
+from ..helpers.examples import example, several
+from ..helpers.numerics import EMULATED, ON_GPU
+from ..helpers.processes import python
 
-OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 BACKENDS = [
     pytest.param(name, marks=[pytest.mark.gpu] if name in ON_GPU else [])
     for name in ("reference", "cpu", "triton", *EMULATED)
@@ -44,8 +45,7 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 def named(op: str, backend: str = "cpu") -> dict[str, object]:
     """All arguments of a call, by name, where the backend takes them."""
-    args, kwargs = everything(torch.channels_last)[op]
-    given = dict(zip(dispatch._ops[op].names, args)) | kwargs
+    given = example(op, torch.channels_last)
     return {name: a.cuda() if backend in ON_GPU and isinstance(a, Tensor) else a for name, a in given.items()}
 
 
@@ -54,8 +54,7 @@ def tensors(op: str) -> list[str]:
 
 
 def run(op: str, given: dict[str, object], backend: str) -> list[Tensor]:
-    result = getattr(ops, op)(**given, backend=backend)
-    return list(result) if isinstance(result, tuple) else [result]
+    return list(several(getattr(ops, op)(**given, backend=backend)))
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -208,12 +207,14 @@ def test_vmap(op, name, in_dim):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_keeps_the_layout_of_a_sample(op, memory_format):
-    args, kwargs = everything(memory_format)[op]
-    several = torch.stack([args[0], 2 * args[0]])
-    expected = [getattr(ops, op)(x, *args[1:], **kwargs, backend="reference") for x in several]
-    result = torch.vmap(lambda x: getattr(ops, op)(x, *args[1:], **kwargs))(several)
+    first, *_ = DECLARED[op].names
+    given = example(op, memory_format)
+    x = given.pop(first)
+    samples = torch.stack([x, 2 * x])
+    expected = [getattr(ops, op)(x, **given, backend="reference") for x in samples]
+    result = torch.vmap(lambda x: getattr(ops, op)(x, **given))(samples)
     for i, one in enumerate(expected):
-        for y, truth in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, one))):
+        for y, truth in zip(several(result), several(one)):
             torch.testing.assert_close(y[i], truth, rtol=1e-4, atol=1e-4)
             assert y[i].stride() == truth.stride()
 
@@ -242,10 +243,10 @@ def test_a_fast_backend_refuses_transforms(op, name, backend):
 @pytest.mark.parametrize("op", OPS)
 def test_a_compiled_gradient_is_not_lost(op):
     torch._dynamo.reset()
-    function, a = of_argument(op, dispatch._ops[op].names[0], "auto")
+    function, a = of_argument(op, DECLARED[op].names[0], "auto")
     compiled = torch.compile(torch.func.grad(lambda a: function(a).sum()), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(a), gradient(function, a), rtol=1e-4, atol=1e-4)
-    refused, _ = of_argument(op, dispatch._ops[op].names[0], "cpu")
+    refused, _ = of_argument(op, DECLARED[op].names[0], "cpu")
     for call in (torch.func.grad(lambda a: refused(a).sum()), functools.partial(gradient, refused)):
         with pytest.raises(ValueError, match=f"backend 'cpu' cannot run this {op}: "):
             torch.compile(call, backend="aot_eager")(a)
@@ -351,7 +352,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 def test_what_is_no_dense_floating_tensor_is_refused(op, name, backend):
     given = named(op)
     elsewhere = (
-        [] if name == dispatch._ops[op].names[0] else [given[name].to("meta")]
+        [] if name == DECLARED[op].names[0] else [given[name].to("meta")]
     )  # where the first is, the others must be
     for grad in (False, True):
         with torch.set_grad_enabled(grad):

@@ -7,22 +7,24 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from coalescer_fast.runtime.cuda.graphs import Output, own
+from coalescer_fast.runtime.cuda.graphs import GraphCapture, Output, own
 
 
 def tensors(output: Output) -> tuple[torch.Tensor, ...]:
     return (output,) if isinstance(output, torch.Tensor) else output
 
 
-class CpuGraphCapture:
-    """Stands in for a CUDA device: a graph is its function, run again at every replay on its static inputs, into the same output. Like a
-    pool of torch's, memory that a graph once took is held until `clear`."""
+class CpuGraphCapture(GraphCapture):
+    """Stands in for a CUDA device: a graph is its function, run again at every replay, into the same output.
+
+    As in a memory pool of torch, memory that a graph once took is held until `clear`.
+    """
 
     def __init__(self) -> None:
         self.taken = self.waits = self.clears = self.replays = 0
         self.alone = threading.Lock()
 
-    def capture(self, function: Callable[[], Output]) -> tuple[Callable[[], object], Output]:
+    def make(self, function: Callable[[], Output]) -> tuple[Callable[[], object], Output]:
         assert self.alone.locked()
         for _ in range(2):
             function()

@@ -1,4 +1,4 @@
-"""What a runtime is given, in whatever dtype, layout and mode: the same bits come out of all of them."""
+"""Runtimes: the same bits whatever the dtype, layout and mode of what they are given, and what they have in common."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import acceleration
-from coalescer_fast.ops import library
-from coalescer_fast.runtime.base import entered, quiet_torch
-from coalescer_fast.runtime.cpu import CpuRuntime
+from coalescer_fast.ops import native_library
+from coalescer_fast.runtime.base import Part, PipelineRuntime, Runtime, entered, quiet_torch
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.engines.per_shape import PerShapeRuntime
+from coalescer_fast.runtime.native.runtime import NativeRuntime
+from coalescer_fast.sampling import Call
 
 from .conftest import CpuGraphCapture
 
@@ -33,8 +34,8 @@ def runtimes():
     yield pytest.param(
         lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
     )
-    native = [pytest.mark.skip(reason=reason)] if (reason := library.unavailable()) else []
-    yield pytest.param(lambda pipe: CpuRuntime(pipe, torch.float32), marks=native, id="cpu")
+    native = [pytest.mark.skip(reason=reason)] if (reason := native_library.unavailable()) else []
+    yield pytest.param(lambda pipe: NativeRuntime(pipe, torch.float32), marks=native, id="cpu")
     for name in ("onnxruntime", "openvino"):
         missing = [
             package for package in acceleration.RUNTIMES[name].packages if importlib.util.find_spec(package) is None
@@ -154,3 +155,116 @@ def test_quiet_torch_holds_inside_alone():
             assert not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_every_kind_is_a_runtime(pipe):
+    runtime = pipe.runtime
+    assert isinstance(runtime, PipelineRuntime)
+    assert runtime.pipe is pipe
+    assert runtime.max_batch is None
+    assert runtime.precision == "float32"
+    assert all(isinstance(part, Part) for part in runtime.explain())
+
+
+class Doubling(Runtime):
+    """The least that a runtime has to have, with a wrong decoder."""
+
+    name, device, dtype, backend = "doubling", torch.device("cpu"), torch.bfloat16, "reference"
+
+    def condition(self, texts, device):
+        return self.pipe.condition(texts, device)
+
+    def evaluate(self, sample, conditioning):
+        return self.pipe.evaluate(sample, conditioning)
+
+    def decode(self, latents):
+        return 2 * self.pipe.decode(latents)
+
+    def explain(self):
+        return [Part("decoder", "itself twice", "for a test"), Part.of_op("coalesce_step", "auto", "each call chooses")]
+
+
+@pytest.fixture
+def fresh():
+    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_runtime_of_ones_own(fresh):
+    reference = draw(fresh)
+    fresh.runtime = Doubling(fresh)
+    torch.testing.assert_close(draw(fresh), (2 * (2 * reference - 1) / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
+    assert fresh.runtime.precision == "bfloat16"
+    assert cf.explain(fresh).splitlines() == [
+        "part           runs on       because",
+        "decoder        itself twice  for a test",
+        "coalesce_step  auto          each call chooses",
+    ]
+    assert [part.backend for part in fresh.runtime.explain()] == [None, None]
+    assert cf.refresh(fresh) is fresh  # nothing to do
+    with pytest.raises(TypeError, match="abstract"):
+        Runtime(fresh)
+
+
+def test_the_reference_is_a_runtime_too(fresh):
+    runtime = fresh.runtime
+    assert isinstance(runtime, EagerRuntime)
+    assert (runtime.name, runtime.precision, runtime.backend) == ("reference", "float32", "reference")
+    fresh.to(torch.bfloat16)
+    fresh.unet.set_backend("auto")
+    assert (runtime.dtype, runtime.precision, runtime.backend) == (torch.bfloat16, "bfloat16", "auto")
+    assert runtime.device == fresh.device
+    assert cf.restore(fresh).runtime is not runtime
+
+
+def test_a_runtime_does_not_keep_its_pipeline(fresh):
+    runtime = CudaRuntime(fresh, "reference", torch.float32, 0, capture=CpuGraphCapture())
+    with pytest.raises(RuntimeError, match="the pipeline of this runtime is gone"):
+        (lambda pipe: EagerRuntime(pipe))(fresh.twin()).pipe  # noqa: B018
+    assert runtime.pipe is fresh
+
+
+def test_a_twin_is_the_same_and_not_accelerated(fresh):
+    reference = draw(fresh)
+    cf.accelerate(fresh, dtype="float32")
+    runtime, twin = fresh.runtime, fresh.twin()
+    assert isinstance(twin.runtime, EagerRuntime)
+    assert twin.recipe is None
+    assert twin.unet is fresh.unet
+    assert torch.equal(draw(twin), reference)
+    twin.set_progress_bar_config(disable=False)
+    assert fresh._progress_bar_config == {"disable": True}
+    assert fresh.runtime is runtime
+    assert fresh.recipe is not None
+
+
+def test_steps_are_told_and_may_be_interrupted(fresh):
+    """By the loop that every runtime has."""
+    sample, seen = noise(1), []
+    scheduler = fresh.scheduler
+    scheduler.set_timesteps(4)
+    conditioning = fresh.runtime.condition(["octopus"], fresh.device)
+    call = Call(1.0, 4, progress=seen.append)
+
+    def generate(decode=False, **more):
+        return fresh.runtime.generate(scheduler, sample, conditioning, None, 1.0, decode, **more)
+
+    latents = generate(call=call)
+    assert seen == [1, 1, 1, 1]
+    torch.testing.assert_close(generate(decode=True), fresh.decode(latents))
+    call.interrupt = True
+    assert generate(call=call) is sample
+    assert len(seen) == 4
+
+
+@torch.no_grad()
+def test_no_picture_of_latents_that_are_not_finite(fresh):
+    fresh.runtime = Doubling(fresh)
+    sample = noise(3)
+    sample[1, 0, 0, 0] = torch.inf
+    fresh.runtime.evaluate = lambda sample, conditioning: (torch.zeros_like(sample), torch.zeros(len(sample)))
+    fresh.scheduler.set_timesteps(1)
+    pictures = fresh.runtime.generate(fresh.scheduler, sample, None, None, 1.0, decode=True)
+    assert [bool(picture.isfinite().all()) for picture in pictures] == [True, False, True]
+    assert pictures[1].isnan().all()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from coalescer_fast.models import CoalescerUNet
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import watch
 from coalescer_fast.runtime.watch import Watch, foreign
 
@@ -20,9 +20,9 @@ SMALL = dict(
 @pytest.fixture(params=["native", "plain"])
 def unet(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(library, "unavailable", lambda: "not here")
-    elif library.unavailable():
-        pytest.skip(library.unavailable())
+        monkeypatch.setattr(native_library, "unavailable", lambda: "not here")
+    elif native_library.unavailable():
+        pytest.skip(native_library.unavailable())
     torch.manual_seed(0)
     return CoalescerUNet(anchor="mlp", anchor_hidden_dim=40, **SMALL)
 

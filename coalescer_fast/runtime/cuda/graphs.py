@@ -1,13 +1,14 @@
-"""Captured work, kept for replay: an LRU of graphs with static inputs, and the capture on a CUDA device. Not yet run on a GPU."""
+"""CUDA graphs of functions of tensors: captured once, held with static inputs, and replayed. Not yet run on a GPU."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...models.unet import Conditioning
 from ..base import counted
 
-# what a graph is given: a tensor; conditioning, which nobody writes to, so that the same one is copied once; a number; nothing
+# What a function is given. Tensors are copied always, and conditioning, which nobody writes to, when it is another.
 Input = Tensor | Conditioning | float | None
 Output = Tensor | tuple[Tensor, ...]
 T = TypeVar("T", bound=Output)
@@ -23,27 +24,45 @@ T = TypeVar("T", bound=Output)
 _capturing = threading.Lock()  # torch captures one graph at a time in a process
 
 
-class GraphCapture(Protocol):
-    """Captures on a device. ``bytes()``: of all memory that captured graphs hold, but for their inputs."""
+class GraphCapture(ABC):
+    """Captures graphs on a device and owns their memory."""
 
-    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
-        """What does the function's work again, and the output that it writes anew."""
+    @abstractmethod
+    def make(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """Capture a function.
 
+        Returns:
+            What replays its work, and the output that every replay writes.
+        """
+
+    @abstractmethod
     def turn(self) -> AbstractContextManager[None]:
         """Inside, the caller's stream has the graphs to itself."""
 
-    def bytes(self) -> int: ...
+    @abstractmethod
+    def bytes(self) -> int:
+        """Memory that the captured graphs hold, their inputs aside."""
 
+    @abstractmethod
     def wait(self) -> None:
-        """Until what was replayed last is done."""
+        """Wait until what was replayed last is done."""
 
+    @abstractmethod
     def clear(self) -> None:
-        """Give the memory back: no graph is left."""
+        """Give the memory back; no graph is left."""
 
 
 @dataclass
 class Graph:
-    """inputs: static, of which ``given`` says what was copied there last; bytes: what it added to those that were held."""
+    """A captured graph with its static inputs.
+
+    Attributes:
+        inputs: copies that stay where they are, which the graph reads.
+        given: what was copied there last, None for a tensor.
+        replay: does the work again.
+        output: what each replay writes.
+        bytes: what the graph added to those that were held.
+    """
 
     inputs: list[Tensor | Conditioning | None]
     given: list[Input]
@@ -52,6 +71,7 @@ class Graph:
     bytes: int
 
     def fill(self, given: Sequence[Input]) -> None:
+        """Copy what is given into the static inputs."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for mine, last, new in zip(self.inputs, self.given, given):
@@ -68,12 +88,17 @@ class Graph:
 
 
 class Graphs:
-    """Functions of tensors, captured once for each key and replayed from then on; any number of threads may `run` them.
+    """Runs functions of tensors as graphs, captured once for each key. Any number of threads may `run` them.
 
     Args:
-        capture: captures.
+        capture: makes the graphs.
         most: graphs to hold; the least recently used goes.
-        most_bytes: to hold, in all. Where another graph does not fit, all make room for it. One is held whatever it takes; 0 is no graphs.
+        most_bytes: memory to hold, in all. Where another graph does not fit, all others make room for it. One is held
+            whatever it takes; 0 is no graphs.
+
+    Attributes:
+        held: the graphs by key, the least recently used first.
+        captures: how many were captured.
     """
 
     def __init__(self, capture: GraphCapture, most: int, most_bytes: int):
@@ -83,8 +108,16 @@ class Graphs:
         self._lock = threading.RLock()
 
     def run(self, key: Hashable, given: Sequence[Input], function: Callable[..., T]) -> T:
-        """``function(*given)``, in memory of the caller's own. The key says all that the function depends on but what it is given, and
-        the shapes of that."""
+        """Compute ``function(*given)``.
+
+        Args:
+            key: equal for equal functions and equal shapes of what they are given.
+            given: the arguments.
+            function: returns a tensor or a tuple of tensors.
+
+        Returns:
+            The result, in memory that no later call writes to.
+        """
         if not self.most_bytes:
             return function(*given)
         with self._lock, self.capture.turn():
@@ -118,7 +151,7 @@ class Graphs:
             inputs = [static(x, device) for x in given]
             try:
                 with _capturing:
-                    replay, output = self.capture.capture(lambda: function(*inputs))
+                    replay, output = self.capture.make(lambda: function(*inputs))
             except BaseException:
                 if not self.held:
                     self.capture.clear()
@@ -129,16 +162,17 @@ class Graphs:
         return graph
 
     def bytes(self) -> int:
-        """All that is held."""
+        """Memory that all graphs hold."""
         with self._lock:
             return self.capture.bytes() + sum(map(input_bytes, self.held.values()))
 
     def sizes(self) -> list[tuple[Hashable, int]]:
-        """Each key, and what its graph added to the bytes."""
+        """Each key, and the memory that its graph added."""
         with self._lock:
             return [(key, graph.bytes) for key, graph in self.held.items()]
 
     def clear(self) -> None:
+        """Drop all graphs and give their memory back."""
         with self._lock:
             if self.held:
                 self.capture.wait()
@@ -147,7 +181,7 @@ class Graphs:
 
 
 def static(given: Input, device: torch.device) -> Tensor | Conditioning | None:
-    """A copy that stays where it is; of a tensor (N, C, H, W) with channels innermost, as the networks take it."""
+    """A copy that a graph can read; of a tensor (N, C, H, W) with channels innermost, as the networks take it."""
     if isinstance(given, Conditioning):
         return given.map(torch.clone)
     if isinstance(given, float):
@@ -158,30 +192,34 @@ def static(given: Input, device: torch.device) -> Tensor | Conditioning | None:
 
 
 def own(output: Output) -> Output:
-    """A copy for the caller, row by row in memory."""
+    """A contiguous copy for the caller."""
     if isinstance(output, Tensor):
         return output.clone(memory_format=torch.contiguous_format)
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in output)
 
 
 def input_bytes(graph: Graph) -> int:
+    """Memory of a graph's static inputs."""
     tensors = [t for x in graph.inputs if x is not None for t in (x.tensors() if isinstance(x, Conditioning) else [x])]
     return sum(t.nbytes for t in tensors)
 
 
-class CudaGraphCapture:
-    """CUDA graphs of one device, in one memory pool: they are replayed one after the other, whatever the streams of their callers."""
+class CudaGraphCapture(GraphCapture):
+    """Captures CUDA graphs of one device.
 
-    WARM_UPS = 2  # the first compiles, chooses and makes workspaces, the second shows that nothing is left to do
+    All are in one memory pool, so they are replayed one after the other, whatever the streams of their callers.
+    """
+
+    WARM_UPS = 2  # the first compiles, chooses and makes workspaces; the second has nothing of that left to do
 
     def __init__(self, device: torch.device):
         self.device = device
         with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
-            self.done = torch.cuda.Event()
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
+    def make(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
         home = torch.cuda.current_stream()
         self.stream.wait_stream(home)
         with torch.cuda.stream(self.stream):
@@ -189,7 +227,7 @@ class CudaGraphCapture:
                 function()
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: what other threads do meanwhile, allocate for instance, is no part of it and no mistake
+            # thread_local: what other threads do meanwhile, such as allocating, is neither captured nor an error
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 output = function()
         finally:
@@ -208,7 +246,7 @@ class CudaGraphCapture:
                 self.done.record(stream)
 
     def bytes(self) -> int:
-        segments = torch.cuda.memory_snapshot()
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(
             segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self.pool)
         )

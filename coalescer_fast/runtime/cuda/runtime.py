@@ -1,4 +1,7 @@
-"""A pipeline's networks on a CUDA device: fused ops, and all of a call but its conditioning in one CUDA graph. Not yet run on a GPU."""
+"""A pipeline on a CUDA device: fused ops, and all of a call but its conditioning in one CUDA graph.
+
+Not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,24 @@ if TYPE_CHECKING:
     from ...sampling import Call, OnStep
 
 MOST_GRAPHS = 16
-SHARE = 4  # of the device's memory, one part in so many is for graphs
+SHARE = 4  # one part in so many of the device's memory is for graphs
 VARIABLE = "COALESCER_FAST_GRAPH_BYTES"
 
 
 class Key(NamedTuple):
-    """What a graph is captured for: shapes, and all numbers of the schedule. size: (h, w) of the latents; tokens: of
-    the description, 0 without cross-attention; pictures: whether it decodes; empties: descriptions that guidance leads
-    away from, one or one a sample."""
+    """What a graph is captured for: shapes, and all numbers of the schedule.
+
+    Attributes:
+        batch: samples.
+        size: (h, w) of the latents.
+        etas: of each step.
+        modes: of each step.
+        eps: smallest length of a direction to divide by.
+        guided: indices of the guided steps.
+        pictures: whether it decodes.
+        tokens: of the description and of the negative one, 0 without cross-attention.
+        empties: descriptions that guidance leads away from, one or one a sample; 0 without guidance.
+    """
 
     batch: int
     size: tuple[int, int]
@@ -52,18 +65,18 @@ class Key(NamedTuple):
 
 
 class CudaRuntime(PipelineRuntime):
-    """Copies of a pipeline's networks, channels innermost, and their steps and decoder as one graph for each `Key`.
+    """Runs copies of the networks, channels innermost, and all steps with the decoder as one graph for each `Key`.
 
-    R, directions, distances and pictures are float32. The pipeline's own networks stay as they are; the copies are made anew when a weight
-    has changed.
+    The copies are made anew when a weight has changed.
 
     Args:
         pipe: a pipeline on a CUDA device.
         backend: of the ops; "auto" takes the fastest that can run each call.
         dtype: of weights and activations.
-        most_bytes: of memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no graphs.
-        most_graphs: the least recently used goes.
-        capture: what captures; CUDA if None.
+        most_bytes: memory for graphs; ``COALESCER_FAST_GRAPH_BYTES``, or a quarter of the device's, if None; 0 is no
+            graphs.
+        most_graphs: graphs to hold; the least recently used goes.
+        capture: makes the graphs; a `CudaGraphCapture` if None.
     """
 
     name = "cuda"
@@ -85,7 +98,7 @@ class CudaRuntime(PipelineRuntime):
         self.refresh()
 
     def take_over(self) -> None:
-        """Copy the networks anew; graphs hold the copies' addresses."""
+        """Copy the networks, and drop the graphs, which hold the addresses of the last copies."""
         self.unet = channels_last_copy(self.pipe.unet, self.dtype)
         self.unet.set_backend(self.backend)
         self.decoder = channels_last_copy(self.pipe.vae.decoder, self.dtype)
@@ -94,8 +107,10 @@ class CudaRuntime(PipelineRuntime):
 
     @quiet_torch()
     def condition(self, texts: Descriptions, device: torch.device) -> Conditioning:
-        """The reference's, in float32: it is small, and what it gives is then rounded once. Not to be written to; that of the empty
-        description alone is kept, for it depends on the weights only."""
+        """Compute the reference's in float32, which is little work, and round it once.
+
+        Nobody may write to it: that of the empty description, which depends on the weights alone, is kept.
+        """
         if texts == [""] and self.empty is not None:
             return self.empty
         found = self.pipe.condition(texts, device).rounded(self.dtype)
@@ -107,9 +122,9 @@ class CudaRuntime(PipelineRuntime):
 
     @quiet_torch()
     def evaluate(self, sample: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        return self.unet(
-            entered(sample, self.device).contiguous(memory_format=torch.channels_last), conditioning, return_dict=False
-        )
+        x = entered(sample, self.device).contiguous(memory_format=torch.channels_last)
+        direction, distance = self.unet(x, conditioning, return_dict=False)
+        return direction, distance
 
     @quiet_torch()
     def decode(self, latents: Tensor) -> Tensor:
@@ -117,7 +132,7 @@ class CudaRuntime(PipelineRuntime):
         return F.pixel_shuffle(self.decoder(x).float(), self.pipe.vae.patch_size)
 
     def release(self) -> None:
-        """Give the graphs' memory back; the next call captures anew."""
+        """Give the graphs' memory back; the next call captures again."""
         self.graphs.clear()
 
     def generate(
@@ -131,8 +146,7 @@ class CudaRuntime(PipelineRuntime):
         on_step: OnStep | None = None,
         call: Call | None = None,
     ) -> Tensor:
-        """The latents of `sampling.sample`, or with ``decode`` their pictures, by one graph, on the caller's stream; step by step if
-        somebody watches the steps."""
+        """Run the call as one graph, on the caller's stream; step by step where ``on_step`` watches."""
         if on_step is not None:
             return super().generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step, call)
         guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
@@ -155,7 +169,7 @@ class CudaRuntime(PipelineRuntime):
         return found
 
     def explain(self) -> list[Part]:
-        """What runs each part, and why not something faster; then the graphs that are held."""
+        """Say what runs each part and why not something faster, then the graphs that are held."""
         rows = [Part("convolutions, linear layers", f"torch, {self.dtype}", "channels innermost in memory")]
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
@@ -177,7 +191,7 @@ class CudaRuntime(PipelineRuntime):
 
 
 def graph_bytes(device: torch.device) -> int:
-    """Of memory for graphs. Raises ValueError if the variable is no number."""
+    """Memory for graphs, in bytes. Raises ValueError if the environment variable is no number."""
     given = os.environ.get(VARIABLE)
     if given is None:
         return torch.cuda.get_device_properties(device).total_memory // SHARE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models.unet import Conditioning
-from ...ops import library
+from ...ops import native_library
 from ...scheduler import CoalescerScheduler
 from ..base import Part, PipelineRuntime, counted, entered, quiet_torch
 from .artefact import Artefact
@@ -69,7 +69,7 @@ class ExportedRuntime(PipelineRuntime):
     def __init__(self, pipe: CoalescerPipeline, name: str, artefacts: Mapping[str, Artefact], open_artefact: Open):
         super().__init__(pipe)
         self.name, self.device = name, pipe.device
-        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if native_library.unavailable() else "cpu"
         self.artefacts = artefacts
         self.max_batch = min(each.manifest.batch[2] for each in artefacts.values())
         self.refresh()
@@ -160,4 +160,4 @@ class ExportedRuntime(PipelineRuntime):
             elif part != "generator":
                 alone = "in calls with a callback or a trace alone; " if "generator" in self.runs else ""
                 rows.append(Part(part, "reference", f"{alone}it is not among the artefacts"))
-        return [*rows, Part.of_op("coalesce_step", self.backend, library.unavailable() or "it can run")]
+        return [*rows, Part.of_op("coalesce_step", self.backend, native_library.unavailable() or "it can run")]

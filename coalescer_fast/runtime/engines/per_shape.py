@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.unet import CoalescerUNet, Conditioning
-from ...ops import library
+from ...ops import native_library
 from ..base import Part, PipelineRuntime, counted, entered, quiet_torch
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class PerShapeRuntime(PipelineRuntime):
         super().__init__(pipe)
         self.name, self.prepare, self.dtype, self.takes = name, prepare, dtype, takes or dtype
         self.device = pipe.device
-        self.backend = "auto" if self.device.type != "cpu" else "reference" if library.unavailable() else "cpu"
+        self.backend = "auto" if self.device.type != "cpu" else "reference" if native_library.unavailable() else "cpu"
         self.networks: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         # by id of a conditioning and shape of R: a conditioning is bound once and used in every step
         self.bound: dict[tuple[int, torch.Size], Call] = {}
@@ -184,4 +184,4 @@ class PerShapeRuntime(PipelineRuntime):
                 else "it was asked for; not prepared yet"
             )
             rows.append(Part(part, f"{self.name}, {self.dtype}", ready))
-        return [*rows, Part.of_op("coalesce_step", self.backend, library.unavailable() or "it can run")]
+        return [*rows, Part.of_op("coalesce_step", self.backend, native_library.unavailable() or "it can run")]

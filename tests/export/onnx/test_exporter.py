@@ -12,7 +12,7 @@ from coalescer_fast.export.measure import accuracy  # noqa: E402
 from coalescer_fast.export.onnx import exporter  # noqa: E402
 from coalescer_fast.runtime.engines.onnxruntime import open_artefact  # noqa: E402
 
-from ...helpers.exports import build  # noqa: E402
+from ...helpers.pipelines import small_pipeline  # noqa: E402
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_the_same_pictures_at_every_batch(small, exported, exported_half, n):
 
 
 def test_cross_attention_takes_token_rows(tmp_path):
-    pipe = build(cross_attention_dim=128)
+    pipe = small_pipeline(cross_attention_dim=128)
     found = exporter.export_onnx(pipe, "unet", tmp_path, model="some", batch=(1, 1, 3))
     assert [port.name for port in found.manifest.inputs] == ["sample", "description", "token_rows", "token_mask"]
     assert [port.dtype for port in found.manifest.inputs] == ["float32", "float32", "float32", "bool"]
@@ -74,7 +74,7 @@ def tied(pipe):
 @pytest.mark.parametrize("change", [as_views, permuted, expanded_and_negated, tied])
 def test_weights_in_any_memory(tmp_path, change):
     """What is exported is compared with the reference; and the same bits are the same graph."""
-    pipe = build()
+    pipe = small_pipeline()
     change(pipe)
     found = exporter.export_onnx(pipe, "generator", tmp_path, model="some", batch=(1, 1, 2))
     assert found.manifest.measured.error["largest error"] < 1e-5
@@ -89,7 +89,7 @@ def test_another_default_dtype_autocast_and_inference_mode(tmp_path, default):
         found = exporter.export_onnx(pipe, "unet", folder, model="some", batch=(1, 1, 2))
         return found.manifest.files["model.onnx"].sha256, found.manifest.inputs
 
-    pipe = build(cross_attention_dim=128)
+    pipe = small_pipeline(cross_attention_dim=128)
     expected = export(tmp_path / "plain", pipe)
     torch.set_default_dtype(default)
     try:
@@ -101,14 +101,14 @@ def test_another_default_dtype_autocast_and_inference_mode(tmp_path, default):
 
 def test_a_pipeline_made_in_inference_mode(tmp_path):
     with torch.inference_mode():
-        pipe = build()
+        pipe = small_pipeline()
     exporter.export_onnx(pipe, "decoder", tmp_path, model="some", batch=(1, 1, 2))
     cf.accelerate(pipe, "onnxruntime", artefact=tmp_path)
     assert cf.verify(pipe, ["octopus"]).passed
 
 
 def test_results_that_are_not_finite_are_named(tmp_path):
-    pipe = build()
+    pipe = small_pipeline()
     with torch.no_grad():
         pipe.unet.direction_head.bias.fill_(3e38)  # finite, but not its sum with what the convolution gives
         pipe.unet.direction_head.weight.fill_(1e38)
@@ -118,7 +118,7 @@ def test_results_that_are_not_finite_are_named(tmp_path):
 
 
 def test_beyond_float16_the_output_is_named(tmp_path):
-    pipe = build()
+    pipe = small_pipeline()
     with torch.no_grad():
         weight = pipe.vae.decoder.layers[0].weight
         weight.mul_(6e4 / weight.abs().max())

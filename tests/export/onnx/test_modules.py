@@ -6,7 +6,7 @@ import torch
 from coalescer_fast.export.measure.reference import trajectories
 from coalescer_fast.export.onnx import modules
 
-from ...helpers.exports import build
+from ...helpers.pipelines import small_pipeline
 
 
 @pytest.mark.parametrize("kind", ["unet", "decoder", "generator"])
@@ -48,7 +48,7 @@ def test_guidance_is_part_of_a_generator(small):
 
 
 def test_a_norm_in_half_is_one_that_tensorrt_takes_in_one_piece():
-    module = modules.network(build(block_out_channels=(32, 64), norm_num_groups=8), "unet", "fp16")
+    module = modules.network(small_pipeline(block_out_channels=(32, 64), norm_num_groups=8), "unet", "fp16")
     norms = [norm for norm in module.modules() if isinstance(norm, torch.nn.GroupNorm)]
     assert {norm.num_channels for norm in norms} == {32, 64, 96, 128}
     for norm in norms:
@@ -57,7 +57,7 @@ def test_a_norm_in_half_is_one_that_tensorrt_takes_in_one_piece():
 
 
 def changed(change):
-    pipe = build()
+    pipe = small_pipeline()
     change(pipe)
     return pipe
 
@@ -133,7 +133,7 @@ def test_beyond_float16():
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_ports_and_what_is_inside_are_float32_whatever_the_default_dtype(default):
-    pipe = build(cross_attention_dim=128)
+    pipe = small_pipeline(cross_attention_dim=128)
     expected = modules.ports(pipe, "generator")
     torch.set_default_dtype(default)
     try:

@@ -215,7 +215,7 @@ def test_order_of_streams_and_events(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     capture = CudaGraphCapture(torch.device("cuda:0"))
     with capture.turn():
-        replay, _ = capture.capture(lambda: log.append(f"function on {current[-1].name}"))
+        replay, _ = capture.make(lambda: log.append(f"function on {current[-1].name}"))
         replay()
     assert log == [
         "home.wait_event(done)",

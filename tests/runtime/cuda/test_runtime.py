@@ -11,7 +11,7 @@ import torch
 import coalescer_fast as cf
 from coalescer_fast import nvtx_ranges
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.cuda import runtime as cuda
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
@@ -91,7 +91,7 @@ def test_a_graph_draws_what_its_steps_draw(fast, steps, guidance_scale):
     assert fast.runtime.graphs.captures == 6
 
 
-@pytest.mark.parametrize("backend", ["reference", *([] if library.unavailable() else ["cpu"])])
+@pytest.mark.parametrize("backend", ["reference", *([] if native_library.unavailable() else ["cpu"])])
 def test_same_call_same_seed_same_pictures(pipe, capture, backend):
     reference = draw(pipe)
     pipe.runtime = CudaRuntime(pipe, backend, torch.float32, PLENTY, capture=capture)
@@ -276,9 +276,9 @@ def test_explain_names_ops_and_graphs(fast, free):
 def test_explain_says_why_an_op_runs_where_it_does(pipe, capture):
     pipe.runtime = CudaRuntime(pipe, "auto", torch.float32, PLENTY, capture=capture)
     rows = {part.name: part for part in pipe.runtime.explain()}
-    if library.unavailable():
+    if native_library.unavailable():
         assert rows["dual_head"].backend == "reference"
-        assert f"not on cpu: {library.unavailable()}" in rows["dual_head"].because
+        assert f"not on cpu: {native_library.unavailable()}" in rows["dual_head"].because
     else:
         assert rows["dual_head"] == base.Part("dual_head", "cpu", "it can run", backend="cpu")
 

@@ -10,7 +10,7 @@ from coalescer_fast.runtime.engines import artefact, writing
 from coalescer_fast.runtime.engines.hashes import network_hashes
 from coalescer_fast.runtime.engines.manifest import Manifest
 
-from ...helpers.artefacts import COMMAND, make, manifest, refused
+from ...helpers.manifests import COMMAND, make, manifest, refused
 
 
 def test_what_is_written_is_read(tmp_path):

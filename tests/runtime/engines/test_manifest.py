@@ -10,7 +10,7 @@ from coalescer_fast.runtime.engines import tensorrt
 from coalescer_fast.runtime.engines.manifest import ENGINES, Manifest, Schedule
 from coalescer_fast.scheduler import CoalescerScheduler
 
-from ...helpers.artefacts import make, refused
+from ...helpers.manifests import make, refused
 
 
 def sealed(folder, **changes) -> None:

@@ -17,9 +17,9 @@ from coalescer_fast import acceleration
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base
-from coalescer_fast.runtime.cpu import native_bfloat16
 from coalescer_fast.runtime.engines import per_shape
 from coalescer_fast.runtime.engines.per_shape import Evaluation, PerShapeRuntime, traceable
+from coalescer_fast.runtime.native.runtime import native_bfloat16
 
 PROMPTS = ["octopus", "pizza"]
 

@@ -12,7 +12,7 @@ import pytest
 from coalescer_fast import files
 from coalescer_fast.runtime.engines import artefact, writing
 
-from ...helpers.artefacts import make, manifest
+from ...helpers.manifests import make, manifest
 
 
 def names(folder) -> list[str]:

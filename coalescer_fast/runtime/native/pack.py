@@ -1,0 +1,139 @@
+"""Values and weights as the CPU library reads them: structs of csrc/abi.h, and weights in the order of its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import native_library
+from ...ops.abi import cf_image, cf_tensor4, cf_vector
+from .value import BYTES, Range, Value
+
+
+class Weights:
+    """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        # With a weight's packed form we keep the weight itself: while it lives, no other has its address.
+        self._floats: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._integers: dict[Any, tuple[tuple[Tensor, Tensor, Tensor], Tensor, Range]] = {}
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
+        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        if key not in self._floats:
+            self._floats[key] = kernel_order(weight, self.dtype), weight
+        return self._floats[key][0]
+
+    def quantise(self, weight: Tensor, of: Range) -> tuple[Tensor, Tensor, Tensor]:
+        r"""A convolution's weights in int8, for an input in uint8.
+
+        ``sum_c w_c x_c = scale (sum_c v_c q_c - sum_c v_c zero_c)`` with ``v = round(w step / scale)`` and, for every
+        output, ``scale = max |w step| / 127``.
+
+        Args:
+            weight: (Cout, Cin, k, k).
+            of: the input's range.
+
+        Returns:
+            The packed v, int8; scale, (Cout,), float32; ``-scale sum_c v_c zero_c``, (Cout,), float32, to be added to
+            the bias.
+        """
+        key = (weight.data_ptr(), weight.shape, weight.stride(), id(of))
+        if key not in self._integers:
+            step, zero = of.quantisation()
+            stepped = weight.float() * step[:, None, None]
+            scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
+            whole = (stepped / scale[:, None, None, None]).round()
+            # whole numbers, exact in float64 whatever the order of the sum
+            zeros = (whole.double().sum((2, 3)) * zero.double()).sum(1)
+            packed = kernel_order(whole, torch.uint8), scale, (-scale * zeros).float()
+            self._integers[key] = packed, weight, of
+        return self._integers[key][0]
+
+
+def kernel_order(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution's weights (Cout, Cin, k, k) in the order that cf_convolution_args in csrc/abi.h describes.
+
+    Args:
+        weight: any dtype and strides.
+        dtype: of the convolution's input; for uint8 the weights become int8, and must be whole numbers.
+    """
+    lanes, width = 4 // BYTES[dtype], native_library.vector_width()
+    outputs, channels, *kernel = weight.shape
+    taps, vectors, quads = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
+    rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
+    rows[:outputs, :, :channels] = weight.permute(0, 2, 3, 1).reshape(outputs, taps, channels)
+    split = rows.view(vectors, width, taps, quads, lanes)
+    # AVX-512 has registers for the sums of 4 vectors of outputs, the others for 3
+    blocks = -(-vectors // (4 if width == 16 else 3))
+    least, larger = divmod(vectors, blocks)
+    sizes = [least + (block < larger) for block in range(blocks)]
+    return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in torch.split(split, sizes)])
+
+
+class Packer:
+    """What the steps of one program pack their arguments with.
+
+    Attributes:
+        weights: the module's packed weights.
+        dtype: the program's.
+        threads: how many may be used.
+        kept: whatever the arguments point to, for as long as the program lives.
+    """
+
+    def __init__(self, weights: Weights, threads: int):
+        self.weights, self.dtype, self.threads = weights, weights.dtype, threads
+        self.kept: list[object] = []
+
+    def keep(self, data: bytes | Tensor | None) -> int:
+        """Keep the data, a tensor contiguous in memory; returns its address, 0 for None."""
+        if data is None:
+            return 0
+        if isinstance(data, Tensor):
+            data = data.contiguous()
+            self.kept.append(data)
+            return data.data_ptr()
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self.kept.append(buffer)
+        return ctypes.addressof(buffer)
+
+    def floats(self, parameter: Tensor | None) -> int:
+        """The address of a parameter in float32."""
+        return self.keep(None if parameter is None else parameter.float())
+
+    def vector(self, parameter: Tensor | None) -> cf_vector | None:
+        """A one-dimensional parameter; float64 becomes float32."""
+        if parameter is None:
+            return None
+        v = parameter if parameter.dtype in native_library.DTYPE_CODES else parameter.float()
+        return cf_vector(data=self.keep(v), dtype=native_library.DTYPE_CODES[v.dtype])
+
+
+def address(value: Value | None) -> int:
+    """Where a value without border begins, 0 for None."""
+    return 0 if value is None else value.address
+
+
+def image(value: Value | None) -> cf_image | None:
+    if value is None:
+        return None
+    return cf_image(
+        data=value.address, dtype=value.code, row=value.row_bytes, sample=value.sample_bytes, border=value.border
+    )
+
+
+def tensor4(value: Value | None) -> cf_tensor4:
+    """A value without its border as (n, channels, height, width); an input or output has the strides of its tensor."""
+    if value is None:
+        return cf_tensor4()
+    size = value.element_bytes
+    strides = value.sample_bytes // size, 1, value.row_bytes // size, value.padded
+    if value.tensor is not None and value.tensor.ndim == 4:
+        strides = value.tensor.stride()  # type: ignore[assignment]
+    first = value.address + value.border * (value.row_bytes + value.pixel_bytes)
+    return cf_tensor4(data=first, dtype=value.code, strides=tuple(strides))

@@ -1,0 +1,291 @@
+"""Programs: the steps of a module with memory laid out, run by the CPU library in a single call (csrc/cpu).
+
+    program = compile_module(module, [x], torch.bfloat16)
+    (y,) = program(x)
+
+A program is made for one batch size, one size of images and one number of threads. Making it takes little time beside
+packing the weights, which all programs of a module share (`Weights`). What has to be decided is where the values lie:
+
+**Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which values have where nothing else is said.
+Inputs are float32, and so are outputs: from each output we go back to the first step that can write float32 whatever it
+reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the
+convolutions that read them multiply integers.
+
+**Borders** (`Step.arrange`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
+would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
+step that writes the image writes, too. Where this cannot be, as with an input, or with an image that is also read by a
+step that does not skip borders, a `Gather` makes a copy that has one. Padding does the same for channels: kernels read
+groups of 4 bytes, so 3 channels of bfloat16 become 4.
+
+**Memory** (`place`). All values lie in one piece of memory. After the last step that reads a value, its place is free
+for others, which keeps the memory small, and much of it in the caches. Inputs and outputs share their places with
+nobody: what a caller writes to an input stays there until he writes again.
+
+The arguments of the steps hold addresses: of values, of packed weights, and of other parameters, which stay where the
+module has them if their dtype and strides allow. A run allocates nothing and looks nothing up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ...ops import native_library
+from ...ops.abi import cf_program_args, cf_step
+from .pack import Packer, Weights
+from .record import MetaCopy, Recorder, Recording, record_module
+from .steps import Gather, Step
+from .value import Range, Value
+
+ALIGNMENT = 64  # bytes, a cache line
+# Of a `ProgramCache`.
+MOST_PROGRAMS = 32
+MOST_BYTES = 2 << 30
+
+
+def compile_module(
+    module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float32, weights: Weights | None = None
+) -> Program:
+    """Make a program of what a module computes, for inputs of these shapes.
+
+    The module is left as it is. After a change of its parameters, make the program anew.
+
+    Args:
+        module: any module whose forward takes these tensors and does what there are steps for.
+        inputs: examples: images (N, C, H, W), rows (N, ..., C), or bool masks. What they hold does not matter.
+        dtype: of weights and activations, one that `native_library.products` has. Inputs and outputs are float32.
+        weights: those of the module's other programs of this dtype, to share packed weights with them.
+
+    Raises:
+        Unsupported: no step does something that the module does.
+        RuntimeError: there is no CPU library.
+    """
+
+    def run(copied: nn.Module, recorder: Recorder) -> list[Tensor]:
+        given = [recorder.input(x, image=x.ndim == 4) for x in inputs]
+        return tree_leaves(copied(*given))
+
+    recording = record_module(MetaCopy(module), run)
+    return Program(recording, weights or Weights(dtype), torch.get_num_threads())
+
+
+class Program:
+    """A recorded module, ready to run.
+
+    Attributes:
+        inputs: tensors in the program's memory: write to them, call `run`.
+        outputs: likewise, to be read after `run`; the next run writes to them.
+        memory: of all values.
+        normalised: the results of normalisations that can be uint8, by their number among all such results.
+        bound: whatever a caller notes of what he last wrote to the inputs.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        weights: Weights,
+        threads: int,
+        ranges: dict[int, Range] | None = None,
+        keep: bool = False,
+    ):
+        """Choose dtypes, lay out memory, and pack weights and arguments.
+
+        Args:
+            recording: what the module does; no other program can be made of it.
+            weights: the module's packed weights, of the program's dtype.
+            threads: how many may be used.
+            ranges: of the values of ``normalised`` that are to be uint8, by their number.
+            keep: let every value stay in memory until the next run, for `observe`.
+        """
+        self.normalised = _normalised(recording.steps)
+        for number, each in (ranges or {}).items():
+            self.normalised[number].range = each
+        layout = Layout(recording, weights.dtype)
+        with torch.inference_mode(False):  # written to by calls in any mode
+            size = place(layout.steps, recording.inputs, layout.outputs, keep)
+            self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        values = {value for step in layout.steps for value in step.values} | {*recording.inputs}
+        base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+        for value in values:
+            value.address += base
+        self.inputs = [self._tensor(value, value.tensor) for value in recording.inputs]
+        self.outputs = [self._tensor(value, like) for value, (_, like) in zip(layout.outputs, recording.outputs)]
+        packer = Packer(weights, threads)
+        addresses = [(step.number, packer.keep(bytes(step.arguments(packer)))) for step in layout.steps]
+        table = b"".join(cf_step.pack(kind=number, args=address) for number, address in addresses)
+        self._arguments = cf_program_args.pack(steps=packer.keep(table), count=len(layout.steps), threads=threads)
+        self._kept = packer.kept
+        self._call = native_library.function("cf_cpu_run")
+        self.bound: object = None
+        # steps hold weights, and know each other by values: without these cycles all is freed with the program
+        for value in {value for step in (*recording.steps, *layout.steps) for value in step.values}:
+            value.step, value.readers = None, []
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for these inputs, float32, in memory of their own."""
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
+        self.run()
+        return tuple(y.clone() for y in self.outputs)
+
+    def run(self) -> None:
+        """Compute ``outputs`` from ``inputs``."""
+        self._call(self._arguments)
+
+    def observe(self, ranges: dict[int, Range]) -> None:
+        """Extend the ranges by what the last run has left, of a program that keeps it.
+
+        Args:
+            ranges: of the values of ``normalised``, by their number; those that are missing are added.
+        """
+        for number, value in self.normalised.items():
+            b = value.border
+            image = self._flat(value).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
+            inner = image[:, b : b + value.height, b : b + value.width]
+            ranges.setdefault(number, Range.empty(value.channels)).extend(inner)
+
+    def _flat(self, value: Value) -> Tensor:
+        """All that a value has in memory, in one dimension."""
+        assert value.dtype is not None
+        begin = value.address - self.memory.data_ptr()
+        return self.memory[begin : begin + value.bytes].view(value.dtype)
+
+    def _tensor(self, value: Value, like: Tensor | None) -> Tensor:
+        """An input's or output's memory, or the part of it that was recorded."""
+        assert like is not None
+        with torch.inference_mode(False):
+            flat = self._flat(value)
+            return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
+
+
+def _normalised(steps: list[Step]) -> dict[int, Value]:
+    """The results of normalisations that can be uint8, as all their readers can read it, by their number among all."""
+    results = [step.y for step in steps if step.writes_uint8]
+    return {
+        number: y
+        for number, y in enumerate(results)
+        if y.channels % 4 == 0 and y.readers and all(reader.reads_uint8(y) for reader in y.readers)
+    }
+
+
+class ProgramCache:
+    """The programs that were used last, by any key, up to `MOST_PROGRAMS` and `MOST_BYTES` of their memory."""
+
+    def __init__(self) -> None:
+        self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+
+    def get(self, key: Hashable) -> Program | None:
+        found = self.programs.get(key)
+        if found is not None:
+            self.programs.move_to_end(key)
+        return found
+
+    def add(self, key: Hashable, program: Program) -> None:
+        """Add a program, and drop those that were not used for longest; this one stays whatever memory it has."""
+        self.programs[key] = program
+        while len(self.programs) > 1 and (len(self.programs) > MOST_PROGRAMS or self._bytes() > MOST_BYTES):
+            self.programs.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(program.memory.numel() for program in self.programs.values())
+
+
+class Layout:
+    """The steps of a recording, with dtypes and borders chosen, and copies where a step cannot read a value as it is.
+
+    Attributes:
+        dtype: the program's.
+        steps: the recorded steps, and the copies.
+        outputs: the program's, in float32.
+    """
+
+    def __init__(self, recording: Recording, dtype: torch.dtype):
+        self.dtype = dtype
+        self.steps: list[Step] = []
+        self.outputs = [value for value, _ in recording.outputs]
+        self._copies: dict[Hashable, Value] = {}
+        self._choose_dtypes(recording)
+        for step in recording.steps:
+            step.arrange(self)
+            self.steps.append(step)
+        self.outputs = [self.in_dtype(value, torch.float32) for value in self.outputs]
+
+    def _choose_dtypes(self, recording: Recording) -> None:
+        for value in self.outputs:
+            # A chain of element-wise steps is float32 from the step on that can write it.
+            writer = value.step
+            while writer is not None and (writer.widens or writer.elementwise):
+                value.dtype = torch.float32
+                if writer.widens:
+                    break
+                value = writer.inputs[0]
+                writer = value.step
+        for step in recording.steps:
+            for value in step.inputs:
+                value.dtype = value.dtype or self.dtype
+            wide = step.elementwise and step.inputs[0].dtype == torch.float32
+            chosen = torch.float32 if wide else self.dtype
+            for value in step.outputs:
+                value.dtype = value.dtype or (chosen if value.range is None else torch.uint8)
+        for value in recording.inputs:  # that no step reads
+            value.dtype = value.dtype or self.dtype
+
+    @overload
+    def in_dtype(self, value: Value, dtype: torch.dtype | None) -> Value: ...
+
+    @overload
+    def in_dtype(self, value: Value | None, dtype: torch.dtype | None) -> Value | None: ...
+
+    def in_dtype(self, value: Value | None, dtype: torch.dtype | None) -> Value | None:
+        """The value if it has this dtype, else a copy that has it."""
+        return value if value is None or value.dtype == dtype else self.copy(value, dtype)
+
+    def copy(self, value: Value, dtype: torch.dtype | None, border: int = 0, padded: int = 0) -> Value:
+        """A copy in this dtype, with a border, and with channels of zeros up to ``padded``. It is made once."""
+        key = id(value), dtype, border, padded
+        if key not in self._copies:
+            copied = value.like()
+            copied.dtype, copied.border, copied.padded = dtype, border, padded or value.channels
+            self.steps.append(Gather(value, copied))
+            self._copies[key] = copied
+        return self._copies[key]
+
+
+def place(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], keep: bool) -> int:
+    """Give every value an address, from 0 on, where no other value lies that is still to be read.
+
+    Args:
+        steps: in the order in which they run.
+        inputs: whose memory no other value has.
+        outputs: which nothing overwrites.
+        keep: let nothing be overwritten.
+
+    Returns:
+        How many bytes they need.
+    """
+    first: dict[Value, int] = dict.fromkeys(inputs, -1)
+    last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
+    for n, step in enumerate(steps):
+        for value in step.values:
+            first.setdefault(value, n)
+            last[value] = max(last.get(value, n), len(steps) if keep else n)
+    total = 0
+    live: list[tuple[int, int, int]] = []  # address, end, last step that reads it
+    # First fit, in the order in which values are written. This is not optimal, but it is fast, and networks with
+    # skips are so regular that a value's place mostly fits one of the next.
+    for value in sorted(first, key=lambda value: first[value]):
+        live = sorted(entry for entry in live if entry[2] >= first[value])
+        size, at = -(-value.bytes // ALIGNMENT) * ALIGNMENT, 0
+        for begin, end, _ in live:
+            if at + size <= begin:
+                break
+            at = max(at, end)
+        value.address = at
+        live.append((at, at + size, last[value]))
+        total = max(total, at + size)
+    return total

@@ -1,0 +1,1010 @@
+"""The steps that programs are made of: for each the torch ops that it does, what it asks of its inputs, its arguments.
+
+To add a step:
+
+1. csrc/abi.h: a struct of its arguments, and a line of ``CF_STEPS``;
+2. a header of csrc/cpu: functions ``valid(args)`` and the one that the line names;
+3. here: the same struct, a subclass of `Step`, and a function decorated with `records` for each torch op that it does.
+
+tests/runtime/native/test_steps.py compares both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops  # noqa: F401 (registers the ops)
+from ...ops.abi import (
+    Struct,
+    cf_function,
+    cf_heads,
+    cf_image,
+    cf_quantisation,
+    cf_tensor4,
+    cf_vector,
+)
+from ...ops.kernels.dual_head.native import cf_dual_head_args
+from ...ops.kernels.group_norm_silu.native import cf_group_norm_silu_args
+from .pack import Packer, address, image, tensor4
+from .value import BYTES, Unsupported, Value
+
+if TYPE_CHECKING:
+    from .program import Layout
+    from .record import Recorder
+
+aten = torch.ops.aten
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What notes a torch op, called as handler(recorder, result, **arguments), with the names of the op's schema, ``input``
+# for ``self``. The result has no data.
+HANDLERS: dict[Any, Callable[..., None]] = {}
+# What notes a function of torch.nn.functional that torch would take apart, called as handler(recorder, *args, **kwargs)
+# of the function; it returns the result, without data.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
+
+
+def records(*operations: Any) -> Callable[[Function], Function]:
+    """Make a function the one that notes these operations, torch ops or functions of torch.nn.functional."""
+
+    def register(handler: Function) -> Function:
+        for operation in operations:
+            (HANDLERS if isinstance(operation, torch._ops.OpOverload) else FUNCTIONS)[operation] = handler
+        return handler
+
+    return register
+
+
+class Step:
+    """One native operation with its inputs, outputs and attributes: a subclass for each line of ``CF_STEPS``.
+
+    Attributes:
+        name: in ``CF_STEPS``.
+        number: likewise.
+        struct: of its arguments.
+        widens: its output may be float32 whatever its inputs are.
+        elementwise: its output has the dtype of its first input.
+        writes_border: its output may have a border.
+        reads_border: its inputs may have a border.
+        writes_padding: its output may have channels of zeros after the last.
+        writes_uint8: its output may be uint8.
+        y: the value that it writes, the first if there are more.
+    """
+
+    name: ClassVar[str]
+    number: ClassVar[int]
+    struct: ClassVar[type[Struct]]
+    widens: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
+    writes_border: ClassVar[bool] = False
+    reads_border: ClassVar[bool] = False
+    writes_padding: ClassVar[bool] = False
+    writes_uint8: ClassVar[bool] = False
+
+    y: Value
+
+    def __post_init__(self) -> None:
+        for value in self.inputs:
+            value.readers.append(self)
+        for value in self.outputs:
+            value.step = self
+
+    def reads(self) -> Sequence[Value | None]:
+        """The values that it reads, None for one that is not given."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The values that it reads."""
+        return [value for value in self.reads() if value is not None]
+
+    @property
+    def outputs(self) -> list[Value]:
+        """The values that it writes."""
+        return [self.y]
+
+    @property
+    def values(self) -> list[Value]:
+        return [*self.outputs, *self.inputs]
+
+    def reads_uint8(self, value: Value) -> bool:
+        """Whether this input may be uint8."""
+        return False
+
+    def add(self, residual: Value | None, bias: Tensor | None) -> bool:
+        """Add these to its output, as a part of the step; returns whether it can, and has."""
+        return False
+
+    def arrange(self, layout: Layout) -> None:
+        """Replace inputs that it cannot read as they are by copies that it can. All dtypes are known."""
+
+    def arguments(self, packer: Packer) -> Struct:
+        """Its arguments. All values have addresses."""
+        raise NotImplementedError
+
+
+class cf_convolution_args(Struct):
+    _fields_: ClassVar = [
+        ("x", cf_image),
+        ("residual", cf_image),
+        ("y", cf_image),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+        ("n", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("channels", c_int64),
+        ("outputs", c_int64),
+        ("taps", c_int64),
+        ("stride", c_int64),
+        ("relu", c_int64),
+    ]
+
+
+@dataclass(eq=False)
+class Convolution(Step):
+    """``y = relu(convolution(x) + bias + residual)``, of 1x1 or 3x3, with as many zeros around x as keep its size.
+
+    A linear layer is a 1x1 convolution. Weight (Cout, Cin, k, k) and bias (Cout,) are the module's own.
+    """
+
+    name = "CONVOLUTION"
+    number = 0
+    struct = cf_convolution_args
+    widens = writes_border = reads_border = True
+
+    x: Value
+    y: Value
+    weight: Tensor
+    bias: Tensor | None = None
+    residual: Value | None = None
+    stride: int = 1
+    relu: bool = False
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.x, self.residual
+
+    def add(self, residual: Value | None, bias: Tensor | None) -> bool:
+        if self.relu or self.residual is not None:
+            return False
+        self.residual = residual
+        if bias is not None:
+            self.bias = bias if self.bias is None else self.bias.float() + bias.float()
+        return True
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is 3x3: it then reads beyond the edges of x, which needs a border."""
+        return self.weight.shape[2] == 3
+
+    def reads_uint8(self, value: Value) -> bool:
+        return self.wide and value is not self.residual
+
+    def arrange(self, layout: Layout) -> None:
+        x, lanes = self.x, 4 // BYTES[layout.dtype]
+        padded = -(-x.channels // lanes) * lanes
+        # A copy costs a pass through memory: whatever writes x should write the border and the padding, if it can and
+        # nobody is disturbed by them.
+        if x.step is not None and x not in layout.outputs:
+            if self.wide and x.step.writes_border:
+                x.border = int(all(reader.reads_border for reader in x.readers))
+            if x.step.writes_padding and len(x.readers) == 1:
+                x.padded = padded
+        able = x.dtype in (layout.dtype, torch.uint8) and x.padded % lanes == 0 and (x.border or not self.wide)
+        if not able:
+            self.x = layout.copy(x, layout.dtype, int(self.wide), padded)
+        self.residual = layout.in_dtype(self.residual, self.y.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        x, y, bias, scale = self.x, self.y, self.bias, None
+        if x.range is not None:
+            weight, scale, added = packer.weights.quantise(self.weight, x.range)
+            bias = added if bias is None else bias.float() + added
+        else:
+            weight = packer.weights.pack(self.weight)
+        return cf_convolution_args(
+            x=image(x),
+            residual=image(self.residual),
+            y=image(y),
+            weight=packer.keep(weight),
+            bias=packer.floats(bias),
+            scale=packer.keep(scale),
+            n=y.n,
+            height=y.height,
+            width=y.width,
+            channels=x.padded,
+            outputs=y.channels,
+            taps=self.weight.shape[2] ** 2,
+            stride=self.stride,
+            relu=self.relu,
+        )
+
+    @staticmethod
+    @records(aten.convolution.default)
+    def record(
+        recorder: Recorder,
+        result: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        **rest: Any,
+    ) -> None:
+        kernel, parameter, x = tuple(weight.shape[2:]), recorder.parameter(weight), recorder.image(input)
+        plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
+        same = list(padding) == [kernel[0] // 2] * 2 and stride[0] == stride[1]
+        if rest != plain or kernel not in ((1, 1), (3, 3)) or not same:
+            raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
+        height, width = ((side + stride[0] - 1) // stride[0] for side in (x.height, x.width))
+        y = Value(x.n, height, width, parameter.shape[0])
+        recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias), stride=stride[0]), result)
+
+    @staticmethod
+    @records(F.linear)
+    def record_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        parameter, x = recorder.parameter(weight), recorder.whole(input)
+        result = torch.empty((*input.shape[:-1], parameter.shape[0]), dtype=torch.float32, device="meta")
+        y = x.like(parameter.shape[0])
+        recorder.add(Convolution(x, y, parameter[:, :, None, None], recorder.optional_parameter(bias)), result)
+        return result
+
+    @staticmethod
+    @records(aten.relu.default, aten.relu_.default)
+    def record_relu(recorder: Recorder, result: Tensor, input: Tensor) -> None:
+        y = recorder.whole(input)
+        if not isinstance(y.step, Convolution) or y.readers:
+            raise Unsupported("it has a ReLU of something other than a convolution's output")
+        y.step.relu = True
+        recorder.join(y, result)
+
+    @staticmethod
+    @records(torch.ops.coalescer_fast.bias_residual.default)
+    def record_bias_residual(
+        recorder: Recorder, result: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, **rest: Any
+    ) -> None:
+        other = None if residual is None else recorder.whole(residual)
+        _add_to(recorder, result, recorder.whole(x), other, recorder.optional_parameter(bias))
+
+
+class cf_group_norm_image_args(Struct):
+    _fields_: ClassVar = [
+        ("norm", cf_group_norm_silu_args),
+        ("y", cf_image),
+        ("width", c_int64),
+        ("quantisation", cf_quantisation),
+    ]
+
+
+@dataclass(eq=False)
+class GroupNormSiLU(Step):
+    """`coalescer_fast.ops.group_norm_silu` with channels innermost. Weight, bias and pre_bias are the module's own."""
+
+    name = "GROUP_NORM_SILU"
+    number = 1
+    struct = cf_group_norm_image_args
+    writes_border = writes_uint8 = True
+
+    x: Value
+    y: Value
+    num_groups: int
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    silu: bool
+    skip: Value | None = None
+    scale: Value | None = None
+    shift: Value | None = None
+    pre_bias: Tensor | None = None
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.x, self.skip, self.scale, self.shift
+
+    def arrange(self, layout: Layout) -> None:
+        self.x = layout.in_dtype(self.x, layout.dtype)
+        self.skip = layout.in_dtype(self.skip, layout.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        x, y, quantisation = self.x, self.y, None
+        if y.range is not None:
+            step_size, zero = y.range.quantisation()
+            inverse = packer.keep(1 / step_size)
+            quantisation = cf_quantisation(inverse=inverse, zero=packer.keep(zero.to(torch.uint8)))
+        norm = cf_group_norm_silu_args(
+            x=x.address,
+            skip=address(self.skip),
+            y=None,
+            dtype=x.code,
+            channels_last=True,
+            n=x.n,
+            c1=x.channels,
+            c2=0 if self.skip is None else self.skip.channels,
+            spatial=x.height * x.width,
+            groups=self.num_groups,
+            silu=self.silu,
+            weight=packer.vector(self.weight),
+            bias=packer.vector(self.bias),
+            pre_bias=packer.vector(self.pre_bias),
+            scale=self._film(self.scale),
+            scale_stride=0 if self.scale is None else self.scale.channels,
+            shift=self._film(self.shift),
+            shift_stride=0 if self.shift is None else self.shift.channels,
+            threads=packer.threads,
+            eps=self.eps,
+        )
+        return cf_group_norm_image_args(norm=norm, y=image(y), width=y.width, quantisation=quantisation)
+
+    @staticmethod
+    def _film(value: Value | None) -> cf_vector | None:
+        return None if value is None else cf_vector(data=value.address, dtype=value.code)
+
+    @staticmethod
+    @records(torch.ops.coalescer_fast.group_norm_silu.default)
+    def record(
+        recorder: Recorder,
+        result: Tensor,
+        x: Tensor,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        skip: Tensor | None,
+        pre_bias: Tensor | None,
+        activation: str | None,
+        **rest: Any,
+    ) -> None:
+        source = recorder.image(x)
+        step = GroupNormSiLU(
+            source,
+            source.like(result.shape[1]),
+            num_groups,
+            eps,
+            recorder.optional_parameter(weight),
+            recorder.optional_parameter(bias),
+            activation == "silu",
+            skip=None if skip is None else recorder.image(skip),
+            scale=None if scale is None else recorder.row(scale, source.n),
+            shift=None if shift is None else recorder.row(shift, source.n),
+            pre_bias=recorder.optional_parameter(pre_bias),
+        )
+        recorder.add(step, result)
+
+    @staticmethod
+    @records(F.group_norm, torch.group_norm)
+    def record_group_norm(
+        recorder: Recorder,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        """torch's own GroupNorm; a SiLU after it joins it, see `Pointwise.record_silu`."""
+        x = recorder.image(input)
+        weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
+        result = torch.empty_like(input)
+        recorder.add(GroupNormSiLU(x, x.like(), num_groups, eps, weight, bias, silu=False), result)
+        return result
+
+
+class cf_gather_args(Struct):
+    _fields_: ClassVar = [
+        ("parts", cf_tensor4 * 2),
+        ("channels", c_int64 * 2),
+        ("y", cf_image),
+        ("n", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("y_channels", c_int64),
+        ("factor", c_int64),
+    ]
+
+
+@dataclass(eq=False)
+class Gather(Step):
+    """``y = cat([x, other], 1)``, each position repeated ``factor`` times along height and width.
+
+    With x alone and a factor of 1 it is a copy, in another dtype, or with a border or padding.
+    """
+
+    name = "GATHER"
+    number = 2
+    struct = cf_gather_args
+    writes_border = reads_border = writes_padding = True
+
+    x: Value
+    y: Value
+    other: Value | None = None
+    factor: int = 1
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.x, self.other
+
+    def arguments(self, packer: Packer) -> Struct:
+        x, other, y = self.x, self.other, self.y
+        return cf_gather_args(
+            parts=(tensor4(x), tensor4(other)),
+            channels=(x.channels, 0 if other is None else other.channels),
+            y=image(y),
+            n=y.n,
+            height=y.height,
+            width=y.width,
+            y_channels=y.padded,
+            factor=self.factor,
+        )
+
+    @staticmethod
+    @records(aten.cat.default)
+    def record(recorder: Recorder, result: Tensor, tensors: Sequence[Tensor], dim: int) -> None:
+        if dim != 1 or len(tensors) != 2:
+            raise Unsupported("it concatenates other than two images along their channels")
+        x, other = (recorder.image(t) for t in tensors)
+        recorder.add(Gather(x, x.like(result.shape[1]), other), result)
+
+    @staticmethod
+    @records(aten.upsample_nearest2d.default)
+    def record_upsampling(recorder: Recorder, result: Tensor, input: Tensor, **how: Any) -> None:
+        x, (height, width) = recorder.image(input), result.shape[2:]
+        factor = height // x.height
+        if (height, width) != (x.height * factor, x.width * factor):
+            raise Unsupported("it resizes by other than a whole number")
+        recorder.add(Gather(x, Value(x.n, height, width, x.channels), factor=factor), result)
+
+
+class cf_attention_args(Struct):
+    _fields_: ClassVar = [
+        ("q", cf_heads),
+        ("k", cf_heads),
+        ("v", cf_heads),
+        ("mask", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("n", c_int64),
+        ("heads", c_int64),
+        ("length", c_int64),
+        ("k_length", c_int64),
+        ("width", c_int64),
+        ("scale", c_double),
+    ]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How heads (n, heads, length, width) lie in a value, in elements; the width's stride is 1."""
+
+    offset: int
+    sample: int
+    head: int
+    row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Heads:
+        return cls(int(tensor.storage_offset()), *tensor.stride()[:3])
+
+    def pack(self, value: Value) -> cf_heads:
+        data = value.address + self.offset * value.element_bytes
+        return cf_heads(data=data, sample=self.sample, head_stride=self.head, row=self.row)
+
+
+@dataclass(eq=False)
+class Attention(Step):
+    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask allows.
+
+    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. The mask is (n, k_length), bool,
+    and y (n, length, heads * width).
+    """
+
+    name = "ATTENTION"
+    number = 3
+    struct = cf_attention_args
+
+    q: Value
+    k: Value
+    v: Value
+    mask: Value | None
+    y: Value
+    layout: tuple[Heads, Heads, Heads]
+    heads: int
+    length: int
+    k_length: int
+    width: int
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.q, self.k, self.v, self.mask
+
+    def arrange(self, layout: Layout) -> None:
+        for value in (self.q, self.k, self.v):
+            if value.dtype != layout.dtype:
+                raise Unsupported(f"it attends to what is given as {value.dtype}")
+
+    def arguments(self, packer: Packer) -> Struct:
+        if self.width * BYTES[packer.dtype] % 4:
+            raise Unsupported(f"its attention has heads of width {self.width}")
+        q, k, v = (heads.pack(value) for heads, value in zip(self.layout, (self.q, self.k, self.v)))
+        return cf_attention_args(
+            q=q,
+            k=k,
+            v=v,
+            mask=address(self.mask),
+            y=self.y.address,
+            dtype=self.y.code,
+            n=self.y.n,
+            heads=self.heads,
+            length=self.length,
+            k_length=self.k_length,
+            width=self.width,
+            scale=self.width**-0.5,
+        )
+
+    @staticmethod
+    @records(F.scaled_dot_product_attention)
+    def record(
+        recorder: Recorder,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
+        n, heads, length, width = query.shape
+        mask = None if attn_mask is None else recorder.value(attn_mask)
+        if dropout_p or is_causal or rest:
+            raise Unsupported("it has attention of another kind")
+        if attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape != (n, 1, 1, key.shape[2])):
+            raise Unsupported("it has attention of another kind")
+        if any(t.stride(-1) != 1 for t in (query, key, value)):
+            raise Unsupported("its attention has heads whose elements do not lie beside each other")
+        q, k, v = (recorder.value(t) for t in (query, key, value))
+        if (q.n, q.height * q.width) != (n, length):
+            raise Unsupported("it attends to images that are reshaped")
+        layout = Heads.of(query), Heads.of(key), Heads.of(value)
+        y = q.like(heads * width)
+        result = torch.empty((n, length, heads, width), dtype=torch.float32, device="meta")
+        recorder.add(Attention(q, k, v, mask, y, layout, heads, length, key.shape[2], width), result)
+        return result.transpose(1, 2)
+
+
+@dataclass(eq=False)
+class DualHead(Step):
+    """`coalescer_fast.ops.dual_head` of h with channels innermost. Weights and biases are the module's own."""
+
+    name = "DUAL_HEAD"
+    number = 4
+    struct = cf_dual_head_args
+    widens = True
+
+    h: Value
+    sample: Value | None
+    anchor: Value | None
+    y: Value
+    distance: Value
+    direction_weight: Tensor
+    direction_bias: Tensor | None
+    distance_weight: Tensor
+    distance_bias: Tensor | None
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.h, self.sample, self.anchor
+
+    @property
+    def outputs(self) -> list[Value]:
+        return [self.y, self.distance]
+
+    def arguments(self, packer: Packer) -> Struct:
+        h = self.h
+        return cf_dual_head_args(
+            h=h.address,
+            dtype=h.code,
+            n=h.n,
+            c=h.channels,
+            cz=self.y.channels,
+            height=h.height,
+            width=h.width,
+            direction_weight=packer.vector(self.direction_weight.to(packer.dtype).permute(0, 2, 3, 1).contiguous()),
+            direction_bias=packer.vector(self.direction_bias),
+            distance_weight=packer.vector(self.distance_weight.flatten()),
+            distance_bias=packer.vector(self.distance_bias),
+            sample=tensor4(self.sample),
+            anchor=tensor4(self.anchor),
+            direction=tensor4(self.y),
+            distance=self.distance.address,
+            threads=packer.threads,
+        )
+
+    @staticmethod
+    @records(torch.ops.coalescer_fast.dual_head.default)
+    def record(
+        recorder: Recorder,
+        result: tuple[Tensor, Tensor],
+        h: Tensor,
+        direction_weight: Tensor,
+        direction_bias: Tensor | None,
+        distance_weight: Tensor,
+        distance_bias: Tensor | None,
+        sample: Tensor | None,
+        anchor: Tensor | None,
+        **rest: Any,
+    ) -> None:
+        (n, channels, height, width), direction_and_distance = result[0].shape, result
+        step = DualHead(
+            recorder.image(h),
+            None if sample is None else recorder.image(sample),
+            None if anchor is None else recorder.image(anchor),
+            Value(n, height, width, channels),
+            Value(n, 1, 1, 1),
+            recorder.parameter(direction_weight),
+            recorder.optional_parameter(direction_bias),
+            recorder.parameter(distance_weight),
+            recorder.optional_parameter(distance_bias),
+        )
+        recorder.add(step, *direction_and_distance)
+
+
+class cf_layer_norm_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_double),
+    ]
+
+
+@dataclass(eq=False)
+class LayerNorm(Step):
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels.
+
+    Weight and bias (C,) are the module's own.
+    """
+
+    name = "LAYER_NORM"
+    number = 5
+    struct = cf_layer_norm_args
+
+    x: Value
+    y: Value
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def reads(self) -> Sequence[Value | None]:
+        return (self.x,)
+
+    def arrange(self, layout: Layout) -> None:
+        self.x = layout.in_dtype(self.x, layout.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        return cf_layer_norm_args(
+            x=self.x.address,
+            y=self.y.address,
+            dtype=self.x.code,
+            rows=self.x.rows,
+            channels=self.x.channels,
+            weight=packer.floats(self.weight),
+            bias=packer.floats(self.bias),
+            eps=self.eps,
+        )
+
+    @staticmethod
+    @records(aten.native_layer_norm.default)
+    def record(
+        recorder: Recorder,
+        result: tuple[Tensor, ...],
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> None:
+        x = recorder.whole(input)
+        if list(normalized_shape) != [x.channels] or weight is None or bias is None:
+            raise Unsupported("it has a LayerNorm of another kind")
+        recorder.add(LayerNorm(x, x.like(), recorder.parameter(weight), recorder.parameter(bias), eps), result[0])
+
+
+class cf_gate_args(Struct):
+    _fields_: ClassVar = [
+        ("value", c_void_p),
+        ("gate", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("stride", c_int64),
+    ]
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """Note of a GELU, which has a step only if a product follows.
+
+    Attributes:
+        input: what it is of.
+    """
+
+    input: Tensor
+
+
+@dataclass(eq=False)
+class Gate(Step):
+    """``y = value * gelu(gate)``, two halves of the channels of x, which begin at these offsets."""
+
+    name = "GATE"
+    number = 6
+    struct = cf_gate_args
+
+    x: Value
+    y: Value
+    value_offset: int
+    gate_offset: int
+
+    def reads(self) -> Sequence[Value | None]:
+        return (self.x,)
+
+    def arrange(self, layout: Layout) -> None:
+        self.x = layout.in_dtype(self.x, layout.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        size = self.x.element_bytes
+        return cf_gate_args(
+            value=self.x.address + self.value_offset * size,
+            gate=self.x.address + self.gate_offset * size,
+            y=self.y.address,
+            dtype=self.x.code,
+            rows=self.x.rows,
+            channels=self.y.channels,
+            stride=self.x.channels,
+        )
+
+    @staticmethod
+    @records(aten.gelu.default)
+    def record_gelu(recorder: Recorder, result: Tensor, input: Tensor, approximate: str) -> None:
+        if approximate != "none":
+            raise Unsupported(f"it has a GELU approximated by {approximate}")
+        recorder.note(result, "a GELU that multiplies nothing", Gelu(input))
+
+    @staticmethod
+    def record(recorder: Recorder, result: Tensor, value: Tensor, gelu: Tensor) -> None:
+        """A product of two tensors, of which the second has to be a GELU."""
+        found = recorder.noted(gelu, Gelu)
+        gate = None if found is None else found.input
+        same = gate is not None and gate.shape == value.shape and gate.stride() == value.stride()
+        if gate is None or not same or recorder.value(gate) is not recorder.value(value):
+            raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
+        x, strides = recorder.value(gate), value.stride()
+        if strides[-1] != 1 or strides[-2] != x.channels or value[..., 0].numel() != x.rows:
+            raise Unsupported("it has a product of parts of images")
+        y = x.like(value.shape[-1])
+        recorder.add(Gate(x, y, int(value.storage_offset()), int(gate.storage_offset())), result)
+
+
+class cf_pointwise_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("count", c_int64),
+        ("function", c_int64),
+        ("x_scale", c_double),
+        ("x_shift", c_double),
+        ("y_scale", c_double),
+        ("y_shift", c_double),
+    ]
+
+
+@dataclass(eq=False)
+class Pointwise(Step):
+    """``y = function(x * x_scale + x_shift) * y_scale + y_shift + residual``, element by element."""
+
+    name = "POINTWISE"
+    number = 7
+    struct = cf_pointwise_args
+    elementwise = True
+
+    x: Value
+    y: Value
+    function: cf_function
+    x_scale: float = 1.0
+    x_shift: float = 0.0
+    y_scale: float = 1.0
+    y_shift: float = 0.0
+    residual: Value | None = None
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.x, self.residual
+
+    def add(self, residual: Value | None, bias: Tensor | None) -> bool:
+        if bias is not None or self.residual is not None:
+            return False
+        self.residual = residual
+        return True
+
+    def arrange(self, layout: Layout) -> None:
+        self.x = layout.in_dtype(self.x, self.y.dtype)
+        self.residual = layout.in_dtype(self.residual, self.y.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        return cf_pointwise_args(
+            x=self.x.address,
+            residual=address(self.residual),
+            y=self.y.address,
+            dtype=self.y.code,
+            count=self.y.count,
+            function=self.function,
+            x_scale=self.x_scale,
+            x_shift=self.x_shift,
+            y_scale=self.y_scale,
+            y_shift=self.y_shift,
+        )
+
+    @staticmethod
+    def record(recorder: Recorder, result: Tensor, input: Tensor, function: cf_function) -> None:
+        x = recorder.whole(input)
+        recorder.add(Pointwise(x, x.like(), function), result)
+
+    @staticmethod
+    def record_line(recorder: Recorder, result: Tensor, input: Tensor, scale: float = 1, shift: float = 0) -> None:
+        """``scale * input + shift``, which joins a function just before it."""
+        x = recorder.whole(input)
+        step = x.step
+        if isinstance(step, Pointwise) and step.residual is None and not x.readers:
+            step.y_scale, step.y_shift = scale * step.y_scale, scale * step.y_shift + shift
+            recorder.join(x, result)
+        else:
+            recorder.add(Pointwise(x, x.like(), cf_function.CF_IDENTITY, scale, shift), result)
+
+    @staticmethod
+    @records(aten.silu.default)
+    def record_silu(recorder: Recorder, result: Tensor, input: Tensor) -> None:
+        x = recorder.whole(input)
+        if isinstance(x.step, GroupNormSiLU) and not (x.step.silu or x.readers):
+            x.step.silu = True
+            recorder.join(x, result)
+        else:
+            Pointwise.record(recorder, result, input, cf_function.CF_SILU)
+
+    @staticmethod
+    @records(aten.tanh.default)
+    def record_tanh(recorder: Recorder, result: Tensor, input: Tensor) -> None:
+        Pointwise.record(recorder, result, input, cf_function.CF_TANH)
+
+    @staticmethod
+    @records(aten.div.Tensor)
+    def record_quotient(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
+        if isinstance(other, Tensor):
+            raise Unsupported("it divides by a tensor")
+        Pointwise.record_line(recorder, result, input, scale=1 / other)
+
+
+class cf_replace_zero_rows_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("row", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("channels", c_int64),
+    ]
+
+
+@dataclass(frozen=True)
+class ZeroTest:
+    """Note of a comparison with 0, which has a step only if rows of zeros are replaced.
+
+    Attributes:
+        of: what is compared, (n, C).
+        rows: whether all elements of a row are, (n, 1), or each alone.
+    """
+
+    of: Tensor
+    rows: bool
+
+
+@dataclass(eq=False)
+class ReplaceZeroRows(Step):
+    """``y = x``, with ``row`` (C,), the module's own, in the place of every row that holds nothing but zeros."""
+
+    name = "REPLACE_ZERO_ROWS"
+    number = 8
+    struct = cf_replace_zero_rows_args
+    elementwise = True
+
+    x: Value
+    y: Value
+    row: Tensor
+
+    def reads(self) -> Sequence[Value | None]:
+        return (self.x,)
+
+    def arrange(self, layout: Layout) -> None:
+        if self.y.dtype != torch.float32:
+            raise Unsupported(f"it replaces rows of zeros in {self.y.dtype}")
+        self.x = layout.in_dtype(self.x, torch.float32)
+
+    def arguments(self, packer: Packer) -> Struct:
+        return cf_replace_zero_rows_args(
+            x=self.x.address,
+            row=packer.floats(self.row),
+            y=self.y.address,
+            rows=self.x.rows,
+            channels=self.x.channels,
+        )
+
+    @staticmethod
+    @records(aten.eq.Scalar)
+    def record_equal(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
+        recorder.note(result, "a comparison", ZeroTest(input, False) if other == 0 else None)
+
+    @staticmethod
+    @records(aten.all.dim)
+    def record_all(recorder: Recorder, result: Tensor, input: Tensor, dim: int, keepdim: bool) -> None:
+        test = recorder.noted(input, ZeroTest)
+        by_row = test is not None and not test.rows and input.ndim == 2 and dim in (1, -1) and keepdim
+        recorder.note(result, "a comparison", ZeroTest(test.of, True) if test is not None and by_row else None)
+
+    @staticmethod
+    @records(aten.where.self)
+    def record(recorder: Recorder, result: Tensor, condition: Tensor, input: Tensor, other: Tensor) -> None:
+        test = recorder.noted(condition, ZeroTest)
+        if test is None or not test.rows or other.ndim != 2 or recorder.value(test.of) is not recorder.whole(other):
+            raise Unsupported("it chooses by something other than rows of zeros")
+        x = recorder.whole(other)
+        recorder.add(ReplaceZeroRows(x, x.like(), recorder.parameter(input)), result)
+
+
+# Torch ops that are done by one step or another, depending on what they are given.
+
+
+@records(aten.mul.Tensor)
+def _record_product(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
+    if isinstance(other, Tensor):
+        Gate.record(recorder, result, input, other)
+    else:
+        Pointwise.record_line(recorder, result, input, scale=other)
+
+
+@records(aten.add.Tensor)
+def _record_sum(recorder: Recorder, result: Tensor, input: Tensor, other: Any, alpha: float) -> None:
+    if not isinstance(other, Tensor):
+        Pointwise.record_line(recorder, result, input, shift=alpha * other)
+        return
+    if alpha != 1 or input.shape != other.shape:
+        raise Unsupported("it has an addition of other than two images")
+    one, two = recorder.whole(input), recorder.whole(other)
+    if one is two:
+        Pointwise.record_line(recorder, result, input, scale=2)
+        return
+    # the later of the two was written by the step that can add the other, if it has just given it
+    order = {id(step): number for number, step in enumerate(recorder.steps)}
+    if order.get(id(one.step), -1) < order.get(id(two.step), -1):
+        one, two = two, one
+    _add_to(recorder, result, one, two, None)
+
+
+@records(aten.sub.Tensor)
+def _record_difference(recorder: Recorder, result: Tensor, input: Tensor, other: Any, alpha: float) -> None:
+    _record_sum(recorder, result, input, other, -alpha)
+
+
+def _add_to(recorder: Recorder, result: Tensor, y: Value, residual: Value | None, bias: Tensor | None) -> None:
+    """``y + residual + bias``, by the step that has just written y."""
+    if y.step is None or y.readers or not y.step.add(residual, bias):
+        raise Unsupported("it adds to something other than a convolution's output")
+    if residual is not None:
+        residual.readers.append(y.step)
+    recorder.join(y, result)

@@ -1,0 +1,110 @@
+// Images in memory (cf_image), with or without a border, and the step `gather`, which makes one.
+//
+// A 3x3 convolution reads a position's neighbours, and at an edge there are none. Instead of testing for edges in its
+// inner loop, whoever writes an image that such a convolution will read writes a border of zeros around it: one
+// position on every side. In 8 bits the border holds the code of zero.
+#pragma once
+
+#include "check.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace cf {
+namespace {
+
+inline bool valid(const cf_gather_args& a) {
+    for (int i = 0; i < 2; ++i)
+        if (!valid(a.parts[i]) || a.channels[i] < 0 || (a.channels[i] > 0 && !a.parts[i].data && a.n != 0))
+            return false;
+    return valid_activation(a.y.dtype) && valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 &&
+           a.factor >= 1 && a.height % a.factor == 0 && a.width % a.factor == 0 && a.y_channels >= 1 &&
+           a.channels[0] + a.channels[1] <= a.y_channels;
+}
+
+struct Position {
+    int64_t n, y, x;
+
+    // In the order of memory.
+    void next(int64_t height, int64_t width) {
+        if (++x < width) return;
+        x = 0;
+        if (++y < height) return;
+        y = 0;
+        ++n;
+    }
+};
+
+// The address of a position's channels, which take `pixel` bytes.
+inline char* address(const cf_image& image, const Position& p, int64_t pixel) {
+    return static_cast<char*>(image.data) + p.n * image.sample + (p.y + image.border) * image.row +
+           (p.x + image.border) * pixel;
+}
+
+// Writes the border of sample n, if the image has one: `pixel` bytes a position, copies of `zero`, or 0 bytes if that
+// is null.
+inline void write_border(const cf_image& image, int64_t n, int64_t height, int64_t width, int64_t pixel,
+                         const void* zero) {
+    if (!image.border) return;
+    char* origin = static_cast<char*>(image.data) + n * image.sample;
+    const auto fill = [=](char* to, int64_t positions) {
+        if (!zero) {
+            memset(to, 0, static_cast<size_t>(positions * pixel));
+            return;
+        }
+        for (int64_t i = 0; i < positions; ++i) memcpy(to + i * pixel, zero, static_cast<size_t>(pixel));
+    };
+    fill(origin, width + 2);
+    fill(origin + (height + 1) * image.row, width + 2);
+    for (int64_t y = 1; y <= height; ++y) {
+        fill(origin + y * image.row, 1);
+        fill(origin + y * image.row + (width + 1) * pixel, 1);
+    }
+}
+
+// Writes one row of y's positions, at `to`, from channel `offset` on: the channels of row `y` / factor of sample n of a
+// part.
+template <class S, class T>
+inline void gather_row(const cf_gather_args& a, int part, int64_t n, int64_t y, T* to, int64_t offset) {
+    const cf_tensor4& t = a.parts[part];
+    const S* from = static_cast<const S*>(t.data) + n * t.strides[0] + y / a.factor * t.strides[2];
+    for (int64_t x = 0; x < a.width; ++x) {
+        const S* position = from + x / a.factor * t.strides[3];
+        T* y_at = to + x * a.y_channels + offset;
+        int64_t c = 0;
+        if (t.strides[1] == 1)
+            for (; c + W <= a.channels[part]; c += W) store(y_at + c, load(position + c));
+        // also every channel of a contiguous tensor, whose channels are far apart: the inputs of a network, which have
+        // few
+        for (; c < a.channels[part]; ++c) store_part(y_at + c, broadcast(to_float(position[c * t.strides[1]])), 1);
+    }
+}
+
+template <class T>
+int gather_typed(const cf_gather_args& a, int64_t threads) {
+    const int64_t pixel = a.y_channels * static_cast<int64_t>(sizeof(T)), used = a.channels[0] + a.channels[1];
+    parallel_for(a.n * a.height, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / a.height, y = item % a.height;
+            T* to = reinterpret_cast<T*>(address(a.y, {n, y, 0}, pixel));
+            for (int part = 0; part < 2; ++part) {
+                if (!a.channels[part]) continue;
+                with_type(a.parts[part].dtype, [&](auto type) {
+                    gather_row<decltype(type)>(a, part, n, y, to, part ? a.channels[0] : 0);
+                    return 0;
+                });
+            }
+            // channels that a convolution reads only because it reads four bytes at a time
+            for (int64_t x = 0; x < a.width && used < a.y_channels; ++x)
+                memset(to + x * a.y_channels + used, 0, static_cast<size_t>(a.y_channels - used) * sizeof(T));
+            if (y == 0) write_border(a.y, n, a.height, a.width, pixel, nullptr);
+        }
+    });
+    return CF_OK;
+}
+
+inline int gather(const cf_gather_args& a, int64_t threads) {
+    return with_activation(a.y.dtype, [&](auto type) { return gather_typed<decltype(type)>(a, threads); });
+}
+
+}  // namespace
+}  // namespace cf

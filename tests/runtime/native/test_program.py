@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from torch import nn
+
+from coalescer_fast import ops
+from coalescer_fast.models import CoalescerUNet
+from coalescer_fast.models.unet import SelfAttention, TransformerBlock
+from coalescer_fast.ops import native_library
+from coalescer_fast.runtime.native.pack import Weights
+from coalescer_fast.runtime.native.program import Program, ProgramCache, compile_module
+from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_module
+from coalescer_fast.runtime.native.steps import Convolution, GroupNormSiLU, Pointwise
+from coalescer_fast.runtime.native.value import Range, Unsupported
+
+from ...helpers.isa import available
+
+pytestmark = pytest.mark.skipif(
+    bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
+)
+
+DTYPES = {"portable": ["float32"], "avx2": ["float32"], "avx512": ["float32"], "avx512_bf16": ["float32", "bfloat16"]}
+ABLE = [(isa, dtype) for isa in available() for dtype in DTYPES[isa]]
+BEST = [dtype for isa, dtype in ABLE if isa == available()[-1]]
+# relative to the largest element, of sums in float32; weights and inputs are rounded to bfloat16 beforehand
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6}
+
+
+@pytest.fixture(params=ABLE, ids="-".join)
+def able(request):
+    best = native_library.isa()
+    native_library.set_isa(request.param[0])
+    yield getattr(torch, request.param[1])
+    native_library.set_isa(best)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(network: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 4
+        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
+    return network.eval().requires_grad_(False)
+
+
+def program(
+    network: nn.Module, *inputs: torch.Tensor, dtype: torch.dtype, threads: int = 2, call=None, **kwargs
+) -> Program:
+    def run(twin, recorder: Recorder):
+        given = [recorder.input(x, image=x.ndim == 4) for x in inputs]
+        results = (call or (lambda network, *args: network(*args)))(twin, *given)
+        return results if isinstance(results, tuple) else (results,)
+
+    made = Program(record_module(MetaCopy(network), run), Weights(dtype), threads, **kwargs)
+    for mine, x in zip(made.inputs, inputs):
+        mine.copy_(x)
+    return made
+
+
+def results(network: nn.Module, *inputs: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+    made = program(network, *inputs, **kwargs)
+    made.run()
+    return [y.clone() for y in made.outputs]
+
+
+def rounded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With weights of convolutions that the dtype holds exactly."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.data = module.weight.data.to(dtype).float()
+    return network
+
+
+def assert_near(y: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    assert y.dtype == torch.float32
+    assert y.shape == exact.shape
+    assert float((y.double() - exact).abs().max()) <= tolerance * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "outputs", "height", "width", "kernel", "stride"),
+    [
+        (1, 4, 16, 8, 8, 3, 1),
+        (2, 3, 5, 7, 5, 3, 1),
+        (3, 17, 33, 1, 1, 3, 1),
+        (1, 70, 130, 2, 3, 3, 1),
+        (2, 32, 48, 9, 6, 3, 2),
+        (1, 16, 20, 1, 1, 3, 2),
+        (2, 33, 65, 5, 4, 1, 1),
+        (1, 96, 96, 13, 11, 3, 1),
+        (5, 8, 200, 12, 12, 3, 1),
+        (1, 24, 7, 6, 6, 1, 2),
+    ],
+)
+def test_convolution(able, n, channels, outputs, height, width, kernel, stride):
+    network = rounded(seeded(nn.Conv2d(channels, outputs, kernel, stride, kernel // 2)), able)
+    x = randn(n, channels, height, width).to(able).float()
+    (y,) = results(network, x, dtype=able)
+    assert_near(y, network.double()(x.double()), TOLERANCE[str(able).removeprefix("torch.")])
+
+
+class Decoder(nn.Module):
+    """Residual blocks with ReLUs, a shortcut, upsampling: all joins of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(6, 24, 3, padding=1),
+            nn.ReLU(),
+            AutoencoderTinyBlock(24, 24, "relu"),
+            AutoencoderTinyBlock(24, 18, "relu"),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(18, 12, 3, padding=1, bias=False),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_decoder(able):
+    network, x = seeded(Decoder()), randn(3, 6, 5, 4)
+    (y,) = results(network, x, dtype=able)
+    assert_near(y, network.double()(x.double()), 2e-6 if able == torch.float32 else 0.02)
+
+
+class Attention(nn.Module):
+    """With a mask, keys of another length, and heads that share rows."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.q, self.kv = heads, nn.Linear(width, width), nn.Linear(width, 2 * width)
+
+    def forward(self, x, tokens, mask):
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.kv(tokens).chunk(2, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        return y.transpose(1, 2).flatten(2)
+
+
+class Last(nn.Module):
+    """A network, then a linear layer, whose result is float32."""
+
+    def __init__(self, network: nn.Module, width: int):
+        super().__init__()
+        self.network, self.linear = network, nn.Linear(width, width)
+
+    def forward(self, *inputs):
+        return self.linear(self.network(*inputs))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("n", "length", "keys", "width", "heads"),
+    [(2, 9, 9, 32, 2), (1, 1, 5, 8, 1), (3, 20, 33, 48, 4), (1, 64, 77, 40, 1)],
+)
+def test_attention(able, n, length, keys, width, heads, masked):
+    network = seeded(Last(Attention(width, heads), width))
+    x, tokens = randn(n, length, width), randn(n, keys, width, seed=1)
+    mask = (torch.arange(keys) < torch.arange(1, n + 1)[:, None] * keys // n) if masked else None
+    inputs = (x, tokens, mask) if masked else (x, tokens)
+    call = None if masked else lambda network, x, tokens: network(x, tokens, None)
+    (y,) = results(network, *inputs, dtype=able, call=call)
+    assert_near(y, network.double()(x.double(), tokens.double(), mask), 5e-6 if able == torch.float32 else 0.02)
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 24, 3, padding=1)
+        self.attention = SelfAttention(24, 2, 4)
+        self.block = TransformerBlock(24, 3, 20, 4)
+        self.conv_out = nn.Conv2d(24, 4, 3, padding=1)
+
+    def forward(self, x, k, v, mask):
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = "auto"
+        return self.conv_out(self.block(self.attention(self.conv_in(x)), (k, v), mask))
+
+
+def test_transformer(able):
+    network = seeded(Transformer())
+    x, rows, mask = randn(2, 4, 5, 3), randn(2, 11, 20, seed=1), torch.arange(11) < torch.tensor([[11], [4]])
+    with torch.no_grad():
+        k, v = (t.contiguous() for t in network.block.keys_values(rows))
+
+        def run(twin, recorder):
+            given = (
+                recorder.input(x, image=True),
+                recorder.input(k, rounded=True),
+                recorder.input(v, rounded=True),
+                recorder.input(mask),
+            )
+            return (twin(*given),)
+
+        made = Program(record_module(MetaCopy(network), run), Weights(able), 2)
+        for mine, t in zip(made.inputs, (x, k, v, mask)):
+            mine.copy_(t)
+        made.run()
+        exact = network.double()(x.double(), k.double(), v.double(), mask)
+    assert_near(made.outputs[0], exact, 1e-5 if able == torch.float32 else 0.04)
+
+
+class Functions(nn.Module):
+    """Clamped, then a convolution whose activation is added to, scaled and shifted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.tanh(x / 3) * 3
+        return (F.silu(self.conv(x)) + x).mul(2).sub(1)
+
+
+def test_functions(able):
+    network, x = rounded(seeded(Functions()), able), 3 * randn(2, 6, 5, 7)
+    (y,) = results(network, x, dtype=able)
+    # the clamped image is rounded to the dtype, once
+    assert_near(y, network.double()(x.double()), 3e-6 if able == torch.float32 else 0.01)
+
+
+def test_scales_and_shifts_are_part_of_a_function(able):
+    x = randn(2, 6, 5, 7)
+    recording = record_module(MetaCopy(Functions()), lambda twin, recorder: [twin(recorder.input(x, image=True))])
+    kinds = [type(step) for step in recording.steps]
+    assert kinds == [Pointwise, Pointwise, Convolution, Pointwise, Pointwise]
+
+
+@pytest.mark.parametrize("anchor", ["mlp", None])
+@pytest.mark.parametrize("isa", available())
+def test_conditioning(isa, anchor):
+    """All of it in float32, a description alone as among others, an empty one among them."""
+    network = seeded(
+        CoalescerUNet(
+            sample_size=4, latent_channels=6, anchor=anchor, anchor_hidden_dim=16, **SMALL, cross_attention_dim=9
+        )
+    )
+    descriptions, rows = randn(3, 12, seed=3), randn(3, 7, 9, seed=4)
+    descriptions[1] = 0
+
+    def call(twin, *given):
+        return tuple(twin.condition(*given).tensors())
+
+    best = native_library.isa()
+    native_library.set_isa(isa)
+    try:
+        made = results(network, descriptions, rows, dtype=torch.float32, call=call)
+        alone = results(network, descriptions[1:2], rows[1:2], dtype=torch.float32, call=call, threads=1)
+    finally:
+        native_library.set_isa(best)
+    assert all(torch.equal(y[1:2], one) for y, one in zip(made, alone))
+    with torch.no_grad():
+        for y, exact in zip(
+            made, network.double().condition(descriptions.double(), rows.double()).tensors(), strict=True
+        ):
+            assert_near(y, exact, 1e-5)
+
+
+SMALL = dict(
+    block_out_channels=(24, 40), norm_num_groups=4, embedding_dim=20, description_dim=12, num_attention_heads=2
+)
+
+
+def evaluation(network: CoalescerUNet, n: int, side: int, **kwargs):
+    """A program of the UNet, and what the network itself gives."""
+    network.set_backend("reference")
+    description, sample = randn(n, 12, seed=3), randn(n, network.config.latent_channels, side, side, seed=4)
+    with torch.no_grad():
+        conditioning = network.condition(description)
+        film = [t for pair in conditioning.film for t in pair]
+        anchor = [] if conditioning.anchor is None else [conditioning.anchor]
+
+        def call(twin, sample, *given):
+            twin.set_backend("auto")
+            pairs = list(zip(given[: len(film) : 2], given[1 : len(film) : 2]))
+            like = type(conditioning)(pairs, given[len(film)] if anchor else None, [])
+            return twin(sample, like, return_dict=False)
+
+        made = program(network, sample, *film, *anchor, call=call, **kwargs)
+        made.run()
+        return made, network(sample, conditioning, return_dict=False)
+
+
+@pytest.mark.parametrize("anchor", ["mlp", None])
+@pytest.mark.parametrize(("n", "side"), [(1, 8), (3, 4), (2, 2)])
+def test_unet(able, anchor, n, side):
+    network = seeded(CoalescerUNet(sample_size=side, latent_channels=6, anchor=anchor, anchor_hidden_dim=16, **SMALL))
+    made, expected = evaluation(network, n, side, dtype=able)
+    for y, exact in zip(made.outputs, expected):
+        assert_near(y, exact.double(), 2e-5 if able == torch.float32 else 0.05)
+
+
+def test_the_first_shortcut_without_a_change_of_channels_copies_the_concatenation():
+    """cat([x, skip]) as the residual itself."""
+    network = seeded(
+        CoalescerUNet(sample_size=4, latent_channels=4, **{**SMALL, "block_out_channels": (16, 16)}, anchor=None)
+    )
+    made, expected = evaluation(network, 2, 4, dtype=torch.float32)
+    assert_near(made.outputs[0], expected[0].double(), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", BEST)
+def test_same_bits_whatever_the_threads_and_the_neighbours(dtype):
+    network = seeded(CoalescerUNet(sample_size=8, latent_channels=6, anchor=None, **SMALL))
+    reference = [y.clone() for y in evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=1)[0].outputs]
+    for threads in (2, 3, 7):
+        made = evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=threads)[0]
+        for _ in range(3):
+            made.run()
+            assert all(torch.equal(a, b) for a, b in zip(made.outputs, reference))
+    made = evaluation(network, 5, 8, dtype=getattr(torch, dtype))[0]
+    made.inputs[0][1:] = float("nan")  # neighbours leave no trace
+    made.run()
+    assert torch.equal(made.outputs[0][0], reference[0][0])
+    assert made.outputs[0][1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", BEST)
+def test_a_sample_alone_has_the_bits_that_it_has_in_a_batch(dtype):
+    network = seeded(nn.Sequential(Decoder(), nn.Conv2d(12, 40, 3, 2, 1), nn.Conv2d(40, 8, 1)))
+    x = randn(9, 6, 8, 8)
+    (together,) = results(network, x, dtype=getattr(torch, dtype))
+    for i in (0, 4, 8):
+        assert torch.equal(results(network, x[i : i + 1], dtype=getattr(torch, dtype))[0], together[i : i + 1])
+
+
+def test_memory_is_used_again_and_not_poisoned():
+    network = seeded(
+        nn.Sequential(*[layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())])
+    )
+    x = randn(2, 16, 8, 8)
+    made, kept = program(network, x, dtype=torch.float32), program(network, x, dtype=torch.float32, keep=True)
+    assert made.memory.numel() < 0.7 * kept.memory.numel()
+    for each in (made, kept):  # what was in memory before the first step does not matter
+        inputs = [t.clone() for t in each.inputs]
+        for byte in (0, 255):
+            each.memory.fill_(byte)
+            for mine, t in zip(each.inputs, inputs):
+                mine.copy_(t)
+            each.run()
+            assert_near(each.outputs[0], network.double()(x.double()), 1e-5)
+            network.float()
+
+
+needs_int8 = pytest.mark.skipif(
+    torch.uint8 not in native_library.products(), reason="the processor has no AVX-512 VNNI with bfloat16"
+)
+
+
+class Normalised(nn.Module):
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, channels), nn.Conv2d(channels, outputs, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(ops.group_norm_silu(x, 4, self.norm.weight, self.norm.bias))
+
+
+@needs_int8
+@pytest.mark.parametrize(("channels", "outputs", "height", "width"), [(16, 16, 8, 8), (20, 37, 5, 3), (64, 100, 1, 2)])
+def test_eight_bits(channels, outputs, height, width):
+    network, x = seeded(Normalised(channels, outputs)), randn(3, channels, height, width)
+    ranges: dict[int, Range] = {}
+    observer = program(network, x, dtype=torch.bfloat16, keep=True)
+    observer.run()
+    observer.observe(ranges)
+    h = F.silu(F.group_norm(x.bfloat16().float(), 4, network.norm.weight, network.norm.bias))
+    torch.testing.assert_close(ranges[0].high, h.amax((0, 2, 3)).clamp_min(0), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(ranges[0].low, h.amin((0, 2, 3)).clamp_max(0), rtol=0.01, atol=0.01)
+    (y,) = results(network, x, dtype=torch.bfloat16, ranges=ranges)
+    # the same with the roundings made in float64
+    step, zero = (t.double()[:, None, None] for t in ranges[0].quantisation())
+    q = ((h.double() / step).round() + zero).clamp(0, 255)
+    weight = network.conv.weight.double() * step
+    scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    exact = F.conv2d((q - zero) * 1.0, (weight / scale).round() * scale, network.conv.bias.double(), padding=1)
+    assert float((y - exact).abs().mean()) < 2e-4 * float(exact.abs().max())  # a tie may round either way
+    assert_near(y, network.double()(x.bfloat16().double()), 0.02)
+
+
+@needs_int8
+def test_range_covers_what_it_has_seen():
+    rows = torch.cat([3 * randn(50, 8), 0.01 * randn(50, 8, seed=1)], 1)
+    seen = Range(torch.zeros(16), torch.zeros(16))
+    seen.extend(rows[:25])
+    seen.extend(rows[25:])
+    assert torch.equal(seen.high, rows.amax(0).clamp_min(0))
+    step, zero = seen.quantisation()
+    q = (rows / step).round() + zero
+    assert q.min() >= 0
+    assert q.max() <= 255
+    assert ((q - zero) * step - rows).abs().max() <= step.max()
+
+
+# Modules that are not ours
+
+
+class TokenAttention(nn.Module):
+    """Attention among the positions of an image, as a stranger would write it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+        tokens = self.norm(rows)
+        q, k, v = (
+            layer(tokens).view(n, h * w, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False)
+        y = self.out(y.transpose(1, 2).reshape(n, h * w, c)) + rows
+        return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def strangers() -> dict[str, tuple[nn.Module, list[torch.Tensor]]]:
+    classic = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
+        nn.SiLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.GroupNorm(3, 24, affine=False),
+        nn.Conv2d(24, 8, 1),
+        nn.Tanh(),
+    )
+    attention = nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), TokenAttention(32, 4), nn.Conv2d(32, 4, 1))
+    perceptron = nn.Sequential(nn.Linear(10, 32), nn.SiLU(), nn.Linear(32, 6))
+    return {
+        "convolutions": (classic, [randn(2, 3, 9, 7)]),
+        "attention": (attention, [randn(2, 4, 6, 5)]),
+        "linear layers": (perceptron, [randn(5, 10)]),
+    }
+
+
+@pytest.mark.parametrize("name", strangers())
+def test_compile_module(able, name):
+    module, inputs = strangers()[name]
+    seeded(module)
+    before = {key: (value.data_ptr(), value._version) for key, value in module.state_dict().items()}
+    made = compile_module(module, inputs, able)
+    expected = copy.deepcopy(module).double()(*(x.double() for x in inputs))
+    for _ in range(2):
+        (y,) = made(*inputs)
+        assert_near(y, expected, 1e-5 if able == torch.float32 else 0.03)
+    assert before == {key: (value.data_ptr(), value._version) for key, value in module.state_dict().items()}
+
+
+def test_a_group_norm_and_a_silu_are_one_step():
+    steps = record_module(
+        MetaCopy(strangers()["convolutions"][0]), lambda twin, r: [twin(r.input(randn(2, 3, 9, 7), image=True))]
+    ).steps
+    assert [type(step) for step in steps] == [
+        *(Convolution, GroupNormSiLU, Convolution, GroupNormSiLU, Convolution, Pointwise)
+    ]
+    assert [step.silu for step in steps if isinstance(step, GroupNormSiLU)] == [True, False]
+
+
+def test_programs_share_packed_weights():
+    module, weights = seeded(nn.Conv2d(4, 8, 3, padding=1)), Weights(torch.float32)
+    for n in (1, 3):
+        x = randn(n, 4, 5, 5)
+        (y,) = compile_module(module, [x], weights=weights)(x)
+        torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
+    assert len(weights._floats) == 1
+
+
+def test_a_module_that_does_what_no_step_does():
+    with pytest.raises(Unsupported, match=r"^there is no step for aten\.sigmoid\.default$"):
+        compile_module(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 3, 1)), [randn(1, 3, 4, 4)])
+
+
+def test_several_inputs_and_outputs():
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Conv2d(3, 5, 1)
+
+        def forward(self, rows, image):
+            return {"rows": self.first(rows), "image": self.second(image)}
+
+    module, rows, image = seeded(Module()), randn(2, 7, 6), randn(2, 3, 4, 4)
+    results = compile_module(module, [rows, image])(rows, image)
+    for y, expected in zip(results, module(rows, image).values(), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_keeps_the_programs_that_were_used_last(monkeypatch):
+    module = seeded(nn.Linear(4, 4))
+    programs = [compile_module(module, [randn(n, 4)]) for n in (1, 2, 3, 4)]
+    monkeypatch.setattr("coalescer_fast.runtime.native.program.MOST_PROGRAMS", 3)
+    cache = ProgramCache()
+    for n, each in enumerate(programs[:3]):
+        cache.add(n, each)
+    assert cache.get(0) is programs[0]
+    cache.add(3, programs[3])
+    assert [cache.get(n) for n in range(4)] == [programs[0], None, programs[2], programs[3]]
+    monkeypatch.setattr("coalescer_fast.runtime.native.program.MOST_BYTES", 0)
+    cache.add(1, programs[1])
+    assert [cache.get(n) for n in range(4)] == [None, programs[1], None, None]
+
+
+@needs_int8
+def test_a_normalised_value_that_is_also_a_residual_stays_in_floating_point():
+    class Residual(Normalised):
+        def forward(self, x):
+            h = ops.group_norm_silu(x, 4, self.norm.weight, self.norm.bias)
+            return self.conv(h) + h
+
+    network, x = seeded(Residual(16, 16)), randn(2, 16, 5, 5)
+    observer = program(network, x, dtype=torch.bfloat16, keep=True)
+    assert not observer.normalised
