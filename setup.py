@@ -1,10 +1,11 @@
 """Builds the native kernels where they can be built; everything else stands in pyproject.toml.
 
-The libraries are plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every torch and Python.
-COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =cuda the CUDA kernels as well, =auto (the default) those for the GPUs that
-are there, and =require, which is =cuda, makes a part that cannot be built fail the installation; else it is left out, with one line that
-says why, which `coalescer_fast.ops.backends` repeats. TORCH_CUDA_ARCH_LIST ("8.0;9.0") says what the CUDA kernels are compiled for.
-`python setup.py build_native` builds them in a checkout.
+The libraries are plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every
+torch and Python. COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =cuda the CUDA kernels as well, =auto
+(the default) those for the GPUs that are there, and =require, which is =cuda, makes a part that cannot be built fail
+the installation; else it is left out, with one line that says why, which `coalescer_fast.ops.backends` repeats.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0") says what the CUDA kernels are compiled for. `python setup.py build_native` builds them
+in a checkout.
 """
 
 import json
@@ -117,7 +118,8 @@ def gpus() -> list[int]:
 
 
 def architectures() -> list[int]:
-    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs here where COALESCER_FAST_BUILD leaves it open, else all that nvcc knows."""
+    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs here where COALESCER_FAST_BUILD leaves it open, else all
+    that nvcc knows."""
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         found = re.findall(r"(\d+)\.(\d)[a-z]?(?:\+PTX)?(?=[;,\s]|$)", listed)
         if not found or len(found) != len(re.split(r"[;,\s]+", listed.strip(";, "))):

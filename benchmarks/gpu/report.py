@@ -13,7 +13,8 @@ from ..kernels import benchmark as kernels
 from ..kernels import report
 from ..sampler import report as sampler_report
 
-# targets: the share of the copy's rate, the smallest tensor that it is asked of, and the times of (an empty kernel + the bytes at the rate)
+# targets: the share of the copy's rate, the smallest tensor that it is asked of, and the times of (an empty kernel +
+# the bytes at the rate)
 OF_COPY, LARGE, OF_FLOOR, RATE = 85.0, 64e6, 1.5, 3e12
 RIVALS = (*kernels.PEERS, "triton")
 # goals: at these batches, so many times as fast as compile

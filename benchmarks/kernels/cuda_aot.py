@@ -2,12 +2,14 @@
 
     python -m benchmarks.kernels.cuda_aot [--targets 80,90,100,120] [--json FILE]
 
-Needs nvcc, and a cuobjdump: the toolkit's, or the one that Triton brings. A row is one instantiation of a kernel on one target:
+Needs nvcc, and a cuobjdump: the toolkit's, or the one that Triton brings. A row is one instantiation of a kernel on one
+target:
 
 - threads: the launch bound; registers, stack (bytes): of a thread; spills: bytes that are stored and loaded
 - local: local loads and stores in the machine code; barriers: of a block
 - shared: bytes of static shared memory, with the 1024 that the system has for itself in some kernels from sm_90 on
-- loads, copies, stores: global loads, asynchronous copies to shared memory and stores in the machine code, by their bits
+- loads, copies, stores: global loads, asynchronous copies to shared memory and stores in the machine code, by their
+  bits
 - cluster_barriers: in the machine code; unpaired: conversions to half precision of a single number
 
 With the library of CUDA kernels built, the launches that it plans for the networks' own calls are checked too.
@@ -48,8 +50,9 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the pack
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # A100, H100, B200, RTX 5090
 TYPES = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-# Kernels that read whole tensors: how, in how many places of the source (loops over constants unrolled), and whether they store such
-# tensors alone. In instantiations for vectors these accesses must have 128 bits, or those of the whole vector.
+# Kernels that read whole tensors: how, in how many places of the source (loops over constants unrolled), and whether
+# they store such tensors alone. In instantiations for vectors these accesses must have 128 bits, or those of the whole
+# vector.
 STREAMS = {
     "group_norm_statistics": ("loads", 2, False),
     "group_norm_apply": ("loads", 2, True),

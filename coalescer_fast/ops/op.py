@@ -199,8 +199,8 @@ def _with_fast_path(
 ) -> tuple[Callable[P, R], Callable[..., Any]]:
     """The function with a look into ``launchers`` in front of it, and the function that computes keys.
 
-    Both are generated for the function's arguments: collecting these in a tuple and a dict would cost more than the rest
-    of the fast path.
+    Both are generated for the function's arguments: collecting these in a tuple and a dict would cost more than the
+    rest of the fast path.
     """
     arguments = [argument for argument in schema.arguments if argument.name != "backend"]
     kinds = {argument.name: str(argument.type) for argument in arguments}

@@ -1,7 +1,8 @@
 """The rule that every op is held to, and the inputs that it is held to it on.
 
-Truth is the op's formula written out in extended precision. An implementation passes if its largest error is at most twice that of plain
-torch in the same dtype, and one ulp of the largest intermediate result more, and also below an absolute cap for the dtype.
+Truth is the op's formula written out in extended precision. An implementation passes if its largest error is at most
+twice that of plain torch in the same dtype, and one ulp of the largest intermediate result more, and also below an
+absolute cap for the dtype.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ EMULATED = ["cuda"] if cuda_library.INTERPRETED else []
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Largest error in ulps, on top of what the sizes below account for: every op rounds a handful of times, by half an ulp each. Measured on
-# the tests' inputs: 1.5 ulps of the largest intermediate at most.
+# Largest error in ulps, on top of what the sizes below account for: every op rounds a handful of times, by half an ulp
+# each. Measured on the tests' inputs: 1.5 ulps of the largest intermediate at most.
 CAP_ULPS = 4
 
 
 def cap(dtype: torch.dtype) -> float:
-    """The absolute cap of a dtype, for sizes of 1: 9e-16 in float64, 5e-7 in float32, 0.004 in float16, 0.03 in bfloat16."""
+    """The absolute cap of a dtype, for sizes of 1: 9e-16 in float64, 5e-7 in float32, 0.004 in float16, 0.03 in
+    bfloat16."""
     return CAP_ULPS * torch.finfo(dtype).eps
 
 
@@ -51,7 +53,8 @@ def assert_accurate(
     size: float = 1.0,
     condition: float = 0.0,
 ) -> None:
-    """The rule. dtype: of the computation; size: largest intermediate result, at least 1 (a sum rounds by its terms, not by itself);
+    """The rule. dtype: of the computation; size: largest intermediate result, at least 1 (a sum rounds by its terms,
+    not by itself);
     condition: what one relative rounding of the input in the dtype of the statistics can add to the output."""
     assert tuple(result.shape) == truth.shape, f"{name}: shape {tuple(result.shape)}, expected {truth.shape}"
     assert torch.isfinite(result).all(), f"{name}: not finite"
@@ -71,7 +74,8 @@ def statistics_eps(dtype: torch.dtype) -> float:
 
 
 def takes(backend: str, *dtypes: torch.dtype) -> bool:
-    """Whether the backend runs on all these dtypes here: no native code for float64, no bfloat16 in Triton's interpreter."""
+    """Whether the backend runs on all these dtypes here: no native code for float64, no bfloat16 in Triton's
+    interpreter."""
     if backend == "reference":
         return True
     allowed = (torch.float32, torch.float16) if backend == "triton" and INTERPRETED else FLOAT_AT_MOST_32

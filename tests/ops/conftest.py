@@ -1,8 +1,9 @@
 """Which tests of ops are run.
 
-A test that asks for ``backend`` runs once for every backend of its module's ``OP``, with the dtypes that the backend takes; a test with
-parameters ``op`` and ``backend`` runs for the backends that the op has. Triton's kernels run in its interpreter and CUDA's in the emulation
-of tests/csrc where there is no GPU, and on the GPU, marked `gpu`, where there is one.
+A test that asks for ``backend`` runs once for every backend of its module's ``OP``, with the dtypes that the backend
+takes; a test with parameters ``op`` and ``backend`` runs for the backends that the op has. Triton's kernels run in its
+interpreter and CUDA's in the emulation of tests/csrc where there is no GPU, and on the GPU, marked `gpu`, where there
+is one.
 """
 
 from __future__ import annotations

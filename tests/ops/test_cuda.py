@@ -1,4 +1,5 @@
-"""What the CUDA backend does beyond the matrix of its ops: the choice of launch, every path of it, its refusals and its interface.
+"""What the CUDA backend does beyond the matrix of its ops: the choice of launch, every path of it, its refusals and its
+interface.
 
 On a machine without a GPU the kernels run on the CPU, in the emulation of tests/csrc.
 """
@@ -158,7 +159,8 @@ PATHS = ("two launches", "two launches, few blocks", "one block", "clusters", "s
 @pytest.mark.parametrize(("channels", "skip", "groups"), GROUPINGS, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_normalises(limited, path, channels, skip, groups, dtype, layout):
-    """10, 30 and 12 channels a group, one and C groups; wide vectors and, by odd channels, narrow ones; a seam in a vector, in a group."""
+    """10, 30 and 12 channels a group, one and C groups; wide vectors and, by odd channels, narrow ones; a seam in a
+    vector, in a group."""
     x = arrange(make("off_centre", 2, channels, 9, 8, dtype=dtype), layout)
     other = arrange(1e3 + randn(2, skip, 9, 8, seed=1), layout).to(dtype) if skip else None
 

@@ -1,5 +1,7 @@
-"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any default dtype. Each
-result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that was asked for by name."""
+"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any
+default dtype. Each result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that
+was asked for by
+name."""
 
 from __future__ import annotations
 

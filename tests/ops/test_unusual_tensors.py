@@ -1,5 +1,7 @@
-"""Every op on tensors that are more than dense memory: negated by a bit, without memory, dual, under a transform of torch.func, made in
-inference mode, of another class, and under another default dtype; by the first call and by those that a launcher runs."""
+"""Every op on tensors that are more than dense memory: negated by a bit, without memory, dual, under a transform of
+torch.func, made in inference mode, of another class, and under another default dtype; by the first call and by those
+that a launcher
+runs."""
 
 from __future__ import annotations
 

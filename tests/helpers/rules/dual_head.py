@@ -76,7 +76,8 @@ def judge(
     wide = torch.promote_types(h.dtype, torch.float32)
     assert direction.dtype == (h.dtype if sample is None else torch.promote_types(h.dtype, sample.dtype))
     assert distance.dtype == wide
-    # the sum of 9 C products rounds by its terms, not by its result, and 9 C times, at random: torch begins some with the bias
+    # the sum of 9 C products rounds by its terms, not by its result, and 9 C times, at random: torch begins some with
+    # the bias
     assert_accurate(
         "direction", direction, plain_direction, truth_direction, h.dtype, size * max(1.0, (9 * h.shape[1]) ** 0.5 / 4)
     )
