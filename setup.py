@@ -171,7 +171,8 @@ def build(folder: Path) -> None:
             missing[part] = build_cpu(target)
         elif chosen() == "auto" and not gpus():
             missing[part] = (
-                "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+                "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it "
+                "all the same"
             )
             continue
         else:

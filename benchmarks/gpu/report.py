@@ -67,7 +67,7 @@ def targets(rows: Sequence[report.Text]) -> list[dict[str, str]]:
 
 
 def goals(rows: Sequence[report.Text]) -> list[dict[str, str]]:
-    """What is asked of the whole sampler, in the faster dtype of each: the target, whether it is met, and the figures."""
+    """What is asked of the sampler, in the faster dtype of each: the target, whether it is met, and the figures."""
 
     def ratios(*peers: str, batch: str = "") -> list[float]:
         cells = [mine for key, mine in sampler_report.groups(rows).items() if key[-1] == batch or not batch]

@@ -284,12 +284,14 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     print(
-        f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} {'load':>4} {'store':>5}  instantiation"
+        f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} "
+        f"{'load':>4} {'store':>5}  instantiation"
     )
     for row in report(targets):
         kernels.append(row)
         load, store = max((*row["loads"], *row["copies"], 0)), max((*row["stores"], 0))
-        cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} {row['spills']:6} {row['local']:5}"
+        cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} "
+        cells += f"{row['spills']:6} {row['local']:5}"
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
     launches = [] if native_library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))

@@ -1,7 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reports what each needs of one.
 
-    python -m benchmarks.kernels.triton_aot [--targets 80,90,100,120] [--dtypes bfloat16,float32] [--all-flags] [--json
-    FILE]
+    python -m benchmarks.kernels.triton_aot [--targets 80,90] [--dtypes bfloat16,float32] [--all-flags] [--json FILE]
 
 The ops themselves say what they would launch: they are called on tensors of the meta device, each launch is noted down
 instead of made, and compiled with the specialisation that the just-in-time compiler would derive from its arguments. A
@@ -313,13 +312,15 @@ def main() -> int:
         return 2
     rows = []
     print(
-        f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} {'load':>4} {'store':>5}  call"
+        f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} "
+        f"{'load':>4} {'store':>5}  call"
     )
     for each in report(
         tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags
     ):
         rows.append(each)
-        cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} {each['registers']:4} {each['spills']:6}"
+        cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} "
+        cells += f"{each['registers']:4} {each['spills']:6}"
         print(f"{cells} {each['load']:4} {each['store']:5}  {each['call']}", *each["faults"], sep="  ! ", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")

@@ -92,7 +92,7 @@ def widest(backend: str) -> torch.dtype:
 
 
 def call(op: str, backend: str, *args, **kwargs):
-    """The op on the backend, on the device that it is made for, its inputs checked to be untouched; results on the CPU."""
+    """The op on the backend, on its device, with its inputs checked to be untouched; results on the CPU."""
     if backend in ON_GPU:
         args = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)
         kwargs = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}

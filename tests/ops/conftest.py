@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _refused(item: pytest.Item) -> bool:
-    """Whether the test is for what does not go together; test_dispatch and test_every_op show that those are refused."""
+    """Whether the test is for what does not go together, which test_dispatch and test_every_op show to be refused."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     op, backend = parameters.get("op"), parameters.get("backend")
     if op in OPS and backend in BACKENDS and backend not in OPS[op].implementations:

@@ -55,7 +55,7 @@ def plan_of_norm(
 
 @pytest.fixture
 def limited(monkeypatch):
-    """Makes the backend take the device for one with these properties; the code is that for the device that there is."""
+    """Makes the backend take the device for one with these properties, while the code is that of the real one."""
     original = cuda_library.device
     monkeypatch.setattr(cuda_library, "covers", lambda built, capability: True)
 

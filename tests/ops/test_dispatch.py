@@ -212,7 +212,8 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypa
     with FakeTensorMode():
         x = torch.empty(1, 2, 3, device="cuda:0")
     assert dispatch.BACKENDS["cuda"].refusal({"x": x}) == (
-        "x is on a GPU of sm_121, and the CUDA kernels were built for sm_80, sm_90: install coalescer_fast again on this machine"
+        "x is on a GPU of sm_121, and the CUDA kernels were built for sm_80, sm_90: "
+        "install coalescer_fast again on this machine"
     )
 
 

@@ -185,7 +185,10 @@ def outcome(seed: int) -> str:
     return ""
 
 
-REFUSED = r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: \w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+REFUSED = (
+    r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: "
+    r"\w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

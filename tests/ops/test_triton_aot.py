@@ -167,6 +167,6 @@ for c in (1, 8):
 
 
 def test_sizes_of_one_compile():
-    """The just-in-time compiler takes an integer of 1 for a constant, which has no methods; the interpreter does not."""
+    """The compiler takes an integer of 1 for a constant, which has no methods; the interpreter does not."""
     done = subprocess.run([sys.executable, "-c", ONES], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

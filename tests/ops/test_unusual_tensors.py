@@ -160,7 +160,10 @@ def test_a_fast_backend_refuses_a_tangent(op, name, backend, grad):
         run(op, given, backend)
         with fw.dual_level():
             dual = {**given, name: fw.make_dual(given[name], torch.ones_like(given[name]))}
-            words = f"^backend '{backend}' cannot run this {op}: {name} has a forward-mode tangent, which only reference has; expected .*$"
+            words = (
+                f"^backend '{backend}' cannot run this {op}: {name} has a forward-mode tangent, "
+                "which only reference has; expected .*$"
+            )
             with pytest.raises(ValueError, match=words):
                 run(op, dual, backend)
 
@@ -232,7 +235,10 @@ def test_a_fast_backend_refuses_transforms(op, name, backend):
         lambda: torch.func.jacrev(function)(a),
         lambda: torch.func.grad(lambda a: function(a).sum())(a),
     )
-    words = f"^backend '{backend}' cannot run this {op}: a transform of torch.func is at work, which only reference supports; .*$"
+    words = (
+        f"^backend '{backend}' cannot run this {op}: a transform of torch.func is at work, "
+        "which only reference supports; .*$"
+    )
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             function(a)
