@@ -153,8 +153,11 @@ def compile_one(source: Path, target: int) -> list[dict[str, Any]]:
             [cuobjdump(), "-res-usage", "-elf", "-sass", cubin], capture_output=True, text=True, check=True
         ).stdout
     said, rows = compiler_says(done.stderr), []
-    bounds = {symbol: re.search(r"MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", information)
-              for symbol, information in re.findall(r"^\.nv\.info\.(\S+)\n((?:\t.*\n)*)", text, re.MULTILINE)}  # fmt: skip
+    sections = re.findall(r"^\.nv\.info\.(\S+)\n((?:\t.*\n)*)", text, re.MULTILINE)
+    bounds = {
+        symbol: re.search(r"MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", information)
+        for symbol, information in sections
+    }
     usages = {
         symbol: map(int, usage)
         for symbol, *usage in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
