@@ -1,4 +1,4 @@
-"""Builds the native kernels where they can be built; everything else stands in pyproject.toml.
+"""Builds the native libraries where they can be built. Everything else about the package is in pyproject.toml.
 
 The libraries are plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every
 torch and Python. COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =cuda the CUDA kernels as well, =auto
@@ -157,7 +157,7 @@ def build_cuda(target: Path, architectures: list[int]) -> str:
 
 
 def build(folder: Path) -> None:
-    """Build the libraries that are asked for into the folder, and write down what is missing and why."""
+    """Build the libraries that are asked for into the folder, and write to build.json why others are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = {}
     targets = architectures() if nvcc() and chosen() not in ("off", "cpu") else []

@@ -73,6 +73,8 @@ def test_all_that_is_required_is_built(tmp_path, quick):
         subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
         == "80\n"
     )
+    found = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
+    assert found == "80\n"
 
 
 def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):

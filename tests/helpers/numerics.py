@@ -1,4 +1,4 @@
-"""The rule that every op is held to, and the inputs that it is held to it on.
+"""The rule that every op is held to, and inputs that are hard to compute with.
 
 Truth is the op's formula written out in extended precision. An implementation passes if its largest error is at most
 twice that of plain torch in the same dtype, and one ulp of the largest intermediate result more, and also below an

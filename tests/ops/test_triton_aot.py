@@ -90,7 +90,7 @@ def compiled(key, configuration, op, *args):
 def tensor(*shape, memory_format=torch.contiguous_format, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
-x = tensor(1, 320, 64, 64, memory_format=torch.channels_last)
+x, odd = (tensor(1, channels, 64, 64, memory_format=torch.channels_last) for channels in (320, 321))
 norm = (32, None, None, 1e-5, None, None, None, None, "silu")
 pipeline = {"BLOCK_P": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 24}
 heads = (tensor(4, 320, 3, 3), tensor(4), tensor(320), tensor(1), None, None)
