@@ -10,7 +10,7 @@ install:  ## install the package in this environment, editable, with all that de
 	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
 
 test:  ## run the tests, without the slow ones
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint:  ## check the code's style
 	ruff check

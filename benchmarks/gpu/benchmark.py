@@ -1,13 +1,15 @@
-"""All that is to be known of the package on a CUDA machine, by one command, from a plain checkout, in under ten minutes.
+"""All that is to be known of the package on a CUDA machine, by one command, from a plain checkout, in under ten
+minutes.
 
     python -m benchmarks.gpu [--quick] [--seconds S] --out DIR
 
-Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu.calls` by itself and under
-compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long; `benchmarks.sampler` for each model,
-beside torch.compile as far as the time goes. What fails is reported, and the rest still runs. A part has its share of the time that is
-left; what was not measured in it is said. Needs torch, Triton, nvcc and, for the tests, pytest and numpy (without hypothesis, those that
-draw calls are skipped), for the sampler diffusers. Written to DIR in place of earlier ones: kernels.csv, sampler.csv, report.json,
-summary.md, and pytest.xml. --only PART,PART runs these alone: "--only build,sampler" gives all the time to the sampler.
+Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu.calls` by itself
+and under compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long;
+`benchmarks.sampler` for each model, beside torch.compile as far as the time goes. What fails is reported, and the rest
+still runs. A part has its share of the time that is left; what was not measured in it is said. Needs torch, Triton,
+nvcc and, for the tests, pytest and numpy (without hypothesis, those that draw calls are skipped), for the sampler
+diffusers. Written to DIR in place of earlier ones: kernels.csv, sampler.csv, report.json, summary.md, and pytest.xml.
+--only PART,PART runs these alone: "--only build,sampler" gives all the time to the sampler.
 
 Exit status: 0, 1 if a part failed or took too long, 2 without a CUDA device. A missed target is no failure.
 """
@@ -68,7 +70,8 @@ SAMPLED = {"emoji-64": 35, "m": 45, "l": 40}  # models, and the share of each
 
 @dataclass
 class Part:
-    """share: of the time that is left, against those of the parts after it; run: does it in so many seconds, gives status and output."""
+    """share: of the time that is left, against those of the parts after it; run: does it in so many seconds, gives
+    status and output."""
 
     name: str
     share: float
@@ -139,7 +142,8 @@ def execute(parts: Sequence[Part], seconds: float) -> Iterator[Result]:
 
 
 def command(argv: Sequence[str], limit: float, **variables: str) -> tuple[str, str]:
-    """Run it in the checkout, with these variables of the environment; interrupted after ``limit`` seconds, and killed soon after."""
+    """Run it in the checkout, with these variables of the environment; interrupted after ``limit`` seconds, and killed
+    soon after."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **variables}
     with tempfile.TemporaryFile(
@@ -265,7 +269,8 @@ def measure(csv: Path, arguments: Sequence[str], margin: float, limit: float) ->
 
 
 def sample(csv: Path, model: str, limit: float) -> tuple[str, str]:
-    """benchmarks.sampler of one model. A compiler that is not done when the time is over is no failure, if ours has been measured."""
+    """benchmarks.sampler of one model. A compiler that is not done when the time is over is no failure, if ours has
+    been measured."""
     if find_spec("diffusers") is None:
         return "not installed", "the sampler needs diffusers"
     before = len(whole(csv))
@@ -290,7 +295,8 @@ def sample(csv: Path, model: str, limit: float) -> tuple[str, str]:
 def judged(
     status: str, output: str, rows: Sequence[dict[str, str]], own: Callable[[dict[str, str]], bool]
 ) -> tuple[str, str]:
-    """The status where a peer that fails is no failure of the package's; and the output, ending in what was measured and what was not."""
+    """The status where a peer that fails is no failure of the package's; and the output, ending in what was measured
+    and what was not."""
     wrong = [row for row in rows if row["status"] != "ok"]
     if status == "failed" and wrong and not any(map(own, wrong)) and "Traceback" not in output:
         status = "ok"

@@ -1,9 +1,11 @@
-"""The ops on small, awkward calls: right by the rule of `benchmarks.harness.refcheck`, and the same bits when asked again.
+"""The ops on small, awkward calls: right by the rule of `benchmarks.harness.refcheck`, and the same bits when asked
+again.
 
     python -m benchmarks.gpu.calls [--backends cuda triton] [--all]
     compute-sanitizer --error-exitcode 1 python -m benchmarks.gpu.calls --backends cuda --all
 
-The reference runs on the CPU, so that under compute-sanitizer the GPU has the backend's own kernels and torch's copies to run, no more.
+The reference runs on the CPU, so that under compute-sanitizer the GPU has the backend's own kernels and torch's copies
+to run, no more.
 """
 
 from __future__ import annotations

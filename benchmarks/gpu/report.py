@@ -13,7 +13,8 @@ from ..kernels import benchmark as kernels
 from ..kernels import report
 from ..sampler import report as sampler_report
 
-# targets: the share of the copy's rate, the smallest tensor that it is asked of, and the times of (an empty kernel + the bytes at the rate)
+# targets: the share of the copy's rate, the smallest tensor that it is asked of, and the times of (an empty kernel +
+# the bytes at the rate)
 OF_COPY, LARGE, OF_FLOOR, RATE = 85.0, 64e6, 1.5, 3e12
 RIVALS = (*kernels.PEERS, "triton")
 # goals: at these batches, so many times as fast as compile
@@ -66,7 +67,7 @@ def targets(rows: Sequence[report.Text]) -> list[dict[str, str]]:
 
 
 def goals(rows: Sequence[report.Text]) -> list[dict[str, str]]:
-    """What is asked of the whole sampler, in the faster dtype of each: the target, whether it is met, and the figures."""
+    """What is asked of the sampler, in the faster dtype of each: the target, whether it is met, and the figures."""
 
     def ratios(*peers: str, batch: str = "") -> list[float]:
         cells = [mine for key, mine in sampler_report.groups(rows).items() if key[-1] == batch or not batch]

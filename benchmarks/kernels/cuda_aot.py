@@ -2,12 +2,14 @@
 
     python -m benchmarks.kernels.cuda_aot [--targets 80,90,100,120] [--json FILE]
 
-Needs nvcc, and a cuobjdump: the toolkit's, or the one that Triton brings. A row is one instantiation of a kernel on one target:
+Needs nvcc, and a cuobjdump: the toolkit's, or the one that Triton brings. A row is one instantiation of a kernel on one
+target:
 
 - threads: the launch bound; registers, stack (bytes): of a thread; spills: bytes that are stored and loaded
 - local: local loads and stores in the machine code; barriers: of a block
 - shared: bytes of static shared memory, with the 1024 that the system has for itself in some kernels from sm_90 on
-- loads, copies, stores: global loads, asynchronous copies to shared memory and stores in the machine code, by their bits
+- loads, copies, stores: global loads, asynchronous copies to shared memory and stores in the machine code, by their
+  bits
 - cluster_barriers: in the machine code; unpaired: conversions to half precision of a single number
 
 With the library of CUDA kernels built, the launches that it plans for the networks' own calls are checked too.
@@ -48,8 +50,9 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")  # how the pack
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}  # A100, H100, B200, RTX 5090
 TYPES = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-# Kernels that read whole tensors: how, in how many places of the source (loops over constants unrolled), and whether they store such
-# tensors alone. In instantiations for vectors these accesses must have 128 bits, or those of the whole vector.
+# Kernels that read whole tensors: how, in how many places of the source (loops over constants unrolled), and whether
+# they store such tensors alone. In instantiations for vectors these accesses must have 128 bits, or those of the whole
+# vector.
 STREAMS = {
     "group_norm_statistics": ("loads", 2, False),
     "group_norm_apply": ("loads", 2, True),
@@ -150,8 +153,11 @@ def compile_one(source: Path, target: int) -> list[dict[str, Any]]:
             [cuobjdump(), "-res-usage", "-elf", "-sass", cubin], capture_output=True, text=True, check=True
         ).stdout
     said, rows = compiler_says(done.stderr), []
-    bounds = {symbol: re.search(r"MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", information)
-              for symbol, information in re.findall(r"^\.nv\.info\.(\S+)\n((?:\t.*\n)*)", text, re.MULTILINE)}  # fmt: skip
+    sections = re.findall(r"^\.nv\.info\.(\S+)\n((?:\t.*\n)*)", text, re.MULTILINE)
+    bounds = {
+        symbol: re.search(r"MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", information)
+        for symbol, information in sections
+    }
     usages = {
         symbol: map(int, usage)
         for symbol, *usage in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
@@ -281,12 +287,14 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     print(
-        f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} {'load':>4} {'store':>5}  instantiation"
+        f"{'kernel':21} {'target':>6} {'regs':>4} {'threads':>7} {'spills':>6} {'local':>5} "
+        f"{'load':>4} {'store':>5}  instantiation"
     )
     for row in report(targets):
         kernels.append(row)
         load, store = max((*row["loads"], *row["copies"], 0)), max((*row["stores"], 0))
-        cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} {row['spills']:6} {row['local']:5}"
+        cells = f"{row['kernel']:21} {row['target']:6} {row['registers']:4} {row['threads']:7} "
+        cells += f"{row['spills']:6} {row['local']:5}"
         of = " ".join([*row["types"], f"x{row['vector']}", row["layout"]])
         print(f"{cells} {load:4} {store:5}  {of}", *row["faults"], sep="  ! ", flush=True)
     launches = [] if native_library.find("cuda", cuda_library.PATH)[1] else list(plans(targets, bounds(kernels)))

@@ -1,10 +1,10 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reports what each needs of one.
 
-    python -m benchmarks.kernels.triton_aot [--targets 80,90,100,120] [--dtypes bfloat16,float32] [--all-flags] [--json FILE]
+    python -m benchmarks.kernels.triton_aot [--targets 80,90] [--dtypes bfloat16,float32] [--all-flags] [--json FILE]
 
-The ops themselves say what they would launch: they are called on tensors of the meta device, each launch is noted down instead of made,
-and compiled with the specialisation that the just-in-time compiler would derive from its arguments. A row is one kernel with one
-configuration of `triton_configs.json`, one set of dtypes, layout and flags, on one target:
+The ops themselves say what they would launch: they are called on tensors of the meta device, each launch is noted down
+instead of made, and compiled with the specialisation that the just-in-time compiler would derive from its arguments. A
+row is one kernel with one configuration of `triton_configs.json`, one set of dtypes, layout and flags, on one target:
 
 - shared: bytes of shared memory; registers: of a thread; stack: bytes of a thread's stack
 - spills: local loads and stores in the machine code
@@ -51,7 +51,8 @@ STREAMS = {
 
 
 class Launch(NamedTuple):
-    """What an op would launch: the kernel, its arguments, its block sizes and the compiler's options, and their place in the table."""
+    """What an op would launch: the kernel, its arguments, its block sizes and the compiler's options, and their place
+    in the table."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -91,7 +92,8 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 def calls(
     dtype: torch.dtype, all_flags: bool = False, device: str = "meta"
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Calls that between them reach every configuration: what is called, the op, and its arguments but the backend, in canonical order.
+    """Calls that between them reach every configuration: what is called, the op, and its arguments but the backend, in
+    canonical order.
 
     With the most demanding flags, or with every set of flags that a UNet uses.
     """
@@ -250,7 +252,8 @@ def inspect(kernel: Any) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with the kernel of a row: spilled registers, too much of a resource, main accesses narrower than 16 bytes."""
+    """What is wrong with the kernel of a row: spilled registers, too much of a resource, main accesses narrower than 16
+    bytes."""
     found = []
     if row["spills"] or row["stack"]:
         found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
@@ -309,13 +312,15 @@ def main() -> int:
         return 2
     rows = []
     print(
-        f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} {'load':>4} {'store':>5}  call"
+        f"{'kernel':22} {'target':>6} {'dtype':9} {'shared':>6} {'regs':>4} {'spills':>6} "
+        f"{'load':>4} {'store':>5}  call"
     )
     for each in report(
         tuple(map(int, arguments.targets.split(","))), tuple(arguments.dtypes.split(",")), arguments.all_flags
     ):
         rows.append(each)
-        cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} {each['registers']:4} {each['spills']:6}"
+        cells = f"{each['kernel']:22} {each['target']:6} {each['dtype']:9} {each['shared']:6} "
+        cells += f"{each['registers']:4} {each['spills']:6}"
         print(f"{cells} {each['load']:4} {each['store']:5}  {each['call']}", *each["faults"], sep="  ! ", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")

@@ -1,8 +1,8 @@
 """Structures and enums of csrc/abi.h, declared by field name and under the names that they have there.
 
-The structure of an op's arguments is in the op's folder, that of a step's in runtime/native/steps.py. The header says
-what the fields mean. A declaration must be changed together with it: tests/ops/test_abi.py compiles the header and
-compares the type, offset and size of every field, and the value of every enum.
+The structure of an op's arguments is in the op's folder, that of a step's in runtime/native/steps.py. What a field
+means is said in csrc/abi.h. A declaration must be changed together with the header: tests/ops/test_abi.py compiles the
+header and compares the type, offset and size of every field, and the value of every enum.
 """
 
 from __future__ import annotations

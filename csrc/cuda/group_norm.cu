@@ -4,7 +4,7 @@
 // group. A thread keeps for each of its columns the running mean and M2, the sum of squared deviations (Welford); parts
 // are merged by
 //
-//     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2                (Chan, Golub and LeVeque 1983)
+//     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2        (Chan, Golub and LeVeque 1983)
 //
 // within a thread's vector, a block, and the cluster or the splits, in an order that the plan fixes: no atomics, the
 // same bits on repeat.

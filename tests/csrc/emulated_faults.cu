@@ -1,5 +1,5 @@
-// Kernels with a planted fault and the same without, to see whether the emulation finds it: emulated_faults NAME faulty|sound SEED
-// Prints how many threads saw a wrong value and what the launch returned.
+// Kernels with a planted fault and the same without, to see whether the emulation finds it: emulated_faults NAME
+// faulty|sound SEED Prints how many threads saw a wrong value and what the launch returned.
 #include <cuda_runtime.h>
 
 #include <cooperative_groups.h>

@@ -23,7 +23,8 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, u
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Sum of a row of x [rows, length] by a block of any size. The row goes through dynamic shared memory, the warps' sums through static.
+// Sum of a row of x [rows, length] by a block of any size. The row goes through dynamic shared memory, the warps' sums
+// through static.
 __global__ void __launch_bounds__(1024) sum_kernel(const float* __restrict__ x, float* __restrict__ sums, int length) {
     float* row = reinterpret_cast<float*>(cf_shared);
     __shared__ float warps[32];
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(1024) sum_kernel(const float* __restrict__ x, 
     }
 }
 
-// Sums of x [rows, blocks of the cluster, threads]: every block adds up the others' parts, copied asynchronously in two groups.
+// Sums of x [rows, blocks of the cluster, threads]: every block adds up the others' parts, copied asynchronously in two
+// groups.
 __global__ void cluster_kernel(const float* x, float* sums) {
     const cg::cluster_group cluster = cg::this_cluster();
     const cg::thread_block block = cg::this_thread_block();

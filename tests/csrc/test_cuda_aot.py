@@ -134,8 +134,9 @@ def test_what_does_not_compile_is_said(tmp_path):
 
 
 ROW = {
-    "kernel": "coalesce_step", "types": ["bfloat16", "bfloat16"], "vector": 8, "target": 90, "registers": 128, "threads": 512, "spills": 0,
-    "stack": 0, "local": 0, "loads": {128: 7, 16: 1}, "copies": {}, "stores": {128: 3}, "cluster_barriers": 4, "unpaired": 0,
+    "kernel": "coalesce_step", "types": ["bfloat16", "bfloat16"], "vector": 8, "target": 90,
+    "registers": 128, "threads": 512, "spills": 0, "stack": 0, "local": 0, "loads": {128: 7, 16: 1}, "copies": {},
+    "stores": {128: 3}, "cluster_barriers": 4, "unpaired": 0,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The rule that every op is held to, and inputs that are hard to compute with.
 
-Truth is the op's formula in extended precision. An implementation passes if its largest error is at most twice that of
-plain torch in the same dtype plus one ulp of the largest intermediate result, and also below an absolute cap for the
-dtype.
+Truth is the op's formula written out in extended precision. An implementation passes if its largest error is at most
+twice that of plain torch in the same dtype, and one ulp of the largest intermediate result more, and also below an
+absolute cap for the dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CAP_ULPS = 4
 
 
 def cap(dtype: torch.dtype) -> float:
-    """The absolute cap for sizes of 1: 9e-16 in float64, 5e-7 in float32, 0.004 in float16, 0.03 in bfloat16."""
+    """The absolute cap of a dtype, for sizes of 1: 9e-16 in float64, 5e-7 in float32, 0.004 in float16, 0.03 in
+    bfloat16."""
     return CAP_ULPS * torch.finfo(dtype).eps
 
 
@@ -52,17 +53,9 @@ def assert_accurate(
     size: float = 1.0,
     condition: float = 0.0,
 ) -> None:
-    """Hold a result to the rule.
-
-    Args:
-        name: of the result, for messages.
-        result: of the implementation.
-        plain: what plain torch gives.
-        truth: the formula in extended precision.
-        dtype: of the computation.
-        size: largest intermediate result: a sum rounds by its terms, not by itself.
-        condition: what one relative rounding of the input, in the dtype of the statistics, can add to the output.
-    """
+    """The rule. dtype: of the computation; size: largest intermediate result, at least 1 (a sum rounds by its terms,
+    not by itself);
+    condition: what one relative rounding of the input in the dtype of the statistics can add to the output."""
     assert tuple(result.shape) == truth.shape, f"{name}: shape {tuple(result.shape)}, expected {truth.shape}"
     assert torch.isfinite(result).all(), f"{name}: not finite"
     eps = torch.finfo(dtype).eps
@@ -81,7 +74,8 @@ def statistics_eps(dtype: torch.dtype) -> float:
 
 
 def takes(backend: str, *dtypes: torch.dtype) -> bool:
-    """Whether the backend takes all these dtypes here: only the reference float64, Triton's interpreter no bfloat16."""
+    """Whether the backend runs on all these dtypes here: no native code for float64, no bfloat16 in Triton's
+    interpreter."""
     if backend == "reference":
         return True
     allowed = (torch.float32, torch.float16) if backend == "triton" and INTERPRETED else FLOAT_AT_MOST_32
@@ -98,7 +92,7 @@ def widest(backend: str) -> torch.dtype:
 
 
 def call(op: str, backend: str, *args, **kwargs):
-    """The op's results on a backend, on the CPU. It runs on the backend's device; inputs must stay as they are."""
+    """The op on the backend, on its device, with its inputs checked to be untouched; results on the CPU."""
     if backend in ON_GPU:
         args = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)
         kwargs = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}

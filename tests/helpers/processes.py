@@ -1,4 +1,5 @@
-"""New processes: fresh interpreters, and forks of one that has imported torch and the package, which start in milliseconds."""
+"""New processes: fresh interpreters, and forks of one that has imported torch and the package, which start in
+milliseconds."""
 
 from __future__ import annotations
 

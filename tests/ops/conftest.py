@@ -1,9 +1,9 @@
 """Which tests of ops are run.
 
 A test that asks for ``backend`` runs once for every backend of its module's ``OP``, with the dtypes that the backend
-takes. A test with parameters ``op`` and ``backend`` runs for the backends that the op has. Without a GPU, Triton's
-kernels run in its interpreter and the CUDA kernels in the emulation of tests/csrc; with one, they run there and are
-marked `gpu`.
+takes; a test with parameters ``op`` and ``backend`` runs for the backends that the op has. Triton's kernels run in its
+interpreter and CUDA's in the emulation of tests/csrc where there is no GPU, and on the GPU, marked `gpu`, where there
+is one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _refused(item: pytest.Item) -> bool:
-    """Whether op, backend and dtypes do not go together: test_dispatch and test_every_op show that they are refused."""
+    """Whether the test is for what does not go together, which test_dispatch and test_every_op show to be refused."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     op, backend = parameters.get("op"), parameters.get("backend")
     if op in OPS and backend in BACKENDS and backend not in OPS[op].implementations:

@@ -1,4 +1,5 @@
-"""What is particular to the CUDA backend: launch plans, every path of a kernel, refusals and the interface.
+"""What the CUDA backend does beyond the matrix of its ops: the choice of launch, every path of it, its refusals and its
+interface.
 
 On a machine without a GPU the kernels run on the CPU, in the emulation of tests/csrc.
 """
@@ -54,7 +55,7 @@ def plan_of_norm(
 
 @pytest.fixture
 def limited(monkeypatch):
-    """Makes the backend take the device for one with these properties; its code remains that of the device here."""
+    """Makes the backend take the device for one with these properties, while the code is that of the real one."""
     original = cuda_library.device
     monkeypatch.setattr(cuda_library, "covers", lambda built, capability: True)
 
@@ -158,7 +159,8 @@ PATHS = ("two launches", "two launches, few blocks", "one block", "clusters", "s
 @pytest.mark.parametrize(("channels", "skip", "groups"), GROUPINGS, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_normalises(limited, path, channels, skip, groups, dtype, layout):
-    """10, 30 and 12 channels a group, one and C groups; wide and narrow vectors; a seam in a vector and in a group."""
+    """10, 30 and 12 channels a group, one and C groups; wide vectors and, by odd channels, narrow ones; a seam in a
+    vector, in a group."""
     x = arrange(make("off_centre", 2, channels, 9, 8, dtype=dtype), layout)
     other = arrange(1e3 + randn(2, skip, 9, 8, seed=1), layout).to(dtype) if skip else None
 

@@ -1,4 +1,5 @@
-"""What is particular to the native CPU kernels: instruction sets, threads, streaming stores, the library."""
+"""What is particular to the native CPU kernels: instruction sets, threads, streaming stores, the library and its
+interface."""
 
 from __future__ import annotations
 

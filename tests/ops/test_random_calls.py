@@ -1,7 +1,7 @@
-"""400 random calls: every op, dtype and layout, tensors of every kind, every mode of autograd, any default dtype.
-
-Each result is held to the rule of `numerics`, or a backend that was asked for by name refuses the call in one sentence.
-"""
+"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any
+default dtype. Each result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that
+was asked for by
+name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is particular to the Triton backend: splits, tiles and seams, large indices, its table and its refusals."""
+"""What the Triton backend does beyond the matrix of its ops: splits, tiles and seams, large indices, its table and its
+refusals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Every op on tensors that are more than dense memory, by the first call and by those that a launcher runs.
-
-They are negated by a bit, without memory, dual, under a transform of torch.func, made in inference mode, of another
-class, or the default dtype is another one.
-"""
+"""Every op on tensors that are more than dense memory: negated by a bit, without memory, dual, under a transform of
+torch.func, made in inference mode, of another class, and under another default dtype; by the first call and by those
+that a launcher
+runs."""
 
 from __future__ import annotations
 
@@ -161,8 +160,11 @@ def test_a_fast_backend_refuses_a_tangent(op, name, backend, grad):
         run(op, given, backend)
         with fw.dual_level():
             dual = {**given, name: fw.make_dual(given[name], torch.ones_like(given[name]))}
-            words = f"{name} has a forward-mode tangent, which only reference has; expected .*$"
-            with pytest.raises(ValueError, match=f"^backend '{backend}' cannot run this {op}: {words}"):
+            words = (
+                f"^backend '{backend}' cannot run this {op}: {name} has a forward-mode tangent, "
+                "which only reference has; expected .*$"
+            )
+            with pytest.raises(ValueError, match=words):
                 run(op, dual, backend)
 
 
@@ -234,8 +236,8 @@ def test_a_fast_backend_refuses_transforms(op, name, backend):
         lambda: torch.func.grad(lambda a: function(a).sum())(a),
     )
     words = (
-        f"^backend '{backend}' cannot run this {op}: "
-        "a transform of torch.func is at work, which only reference supports; .*$"
+        f"^backend '{backend}' cannot run this {op}: a transform of torch.func is at work, "
+        "which only reference supports; .*$"
     )
     for grad in (False, True):
         with torch.set_grad_enabled(grad):

@@ -373,7 +373,8 @@ def test_calls_on_a_backend_that_cannot_run(capsys, monkeypatch):
 def test_needs_torch_alone(tmp_path):
     code = """
 import sys
-for name in "diffusers transformers accelerate safetensors tokenizers huggingface_hub matplotlib numpy scipy PIL tqdm".split():
+missing = "diffusers transformers accelerate safetensors tokenizers huggingface_hub matplotlib numpy scipy PIL tqdm"
+for name in missing.split():
     sys.modules[name] = None
 import coalescer_fast, coalescer_fast.cli, benchmarks.kernels.shapes, benchmarks.gpu.benchmark, benchmarks.gpu.calls
 from benchmarks.kernels import benchmark as kernels

@@ -30,7 +30,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(quantizer, "HELD_OUT", 8)
     # a network of eight channels is no faster
     monkeypatch.setattr(
-        accuracy, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions}
+        speed, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions}
     )
 
 

@@ -14,7 +14,8 @@ OP = "group_norm_silu"
 def formula(
     x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, skip=None, pre_bias=None, activation="silu"
 ):
-    """The op in extended precision, the size of its largest intermediate result, its condition: |z| in units of y."""
+    """The op in extended precision, the size of its largest intermediate result, and its condition: |z| in output
+    units."""
 
     def per_channel(v, absent):
         return absent if v is None else exact(v).reshape(*v.shape, *[1] * (x.ndim - 2))

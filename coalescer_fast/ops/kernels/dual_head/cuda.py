@@ -20,7 +20,7 @@ def of_dtype_of_h(direction_weight: Tensor, h: Tensor) -> Tensor:
 def yields(h: Tensor, *others: Any) -> str:
     """Why "auto" leaves the call to Triton, or "".
 
-    In half precision, Triton's kernel takes a quarter to three quarters of this one's time at all sizes that were
+    In half precision, Triton's kernel takes a quarter to three quarters of the time of this one at all sizes that were
     measured (on an H100).
     """
     return "" if h.dtype == torch.float32 else "products in half precision are for tensor cores"

@@ -1,4 +1,5 @@
-"""dual_head in Triton: an implicit GEMM that also pools, then one program a sample for the distance and the way to the anchor."""
+"""dual_head in Triton: an implicit GEMM that also pools, then one program a sample for the distance and the way to the
+anchor."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def heads_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """direction = conv3x3(h) and, of every tile of positions, sum(h * distance_weight); h (N, H, W, C), direction_weight (Cz, 3, 3, C)."""
+    """direction = conv3x3(h) and, of every tile of positions, sum(h * distance_weight); h (N, H, W, C),
+    direction_weight (Cz, 3, 3, C)."""
     program = tl.program_id(0)
     channel_tile = program % channel_tiles
     tile = program // channel_tiles % tiles
@@ -82,7 +84,8 @@ def heads_kernel(
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(z)) = max(z, 0) + log1p(t), t = exp(-|z|), with log1p(t) = 2 atanh(s), s = t / (2 + t) <= 1/3; z in float64."""
+    """log(1 + exp(z)) = max(z, 0) + log1p(t), t = exp(-|z|), with log1p(t) = 2 atanh(s), s = t / (2 + t) <= 1/3; z in
+    float64."""
     t = tl.exp(-tl.abs(z))
     s = t / (2 + t)
     q = s * s
@@ -162,7 +165,8 @@ def finish_kernel(
 
 
 def strides(point: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """point (N, C, H, W), or a copy if its positions are not evenly spaced, and the strides of its rows, channels and positions."""
+    """point (N, C, H, W), or a copy if its positions are not evenly spaced, and the strides of its rows, channels and
+    positions."""
     row, channel, down, right = point.stride()
     height, width = point.shape[2:]
     if height == 1:
