@@ -74,7 +74,7 @@ def test_generators_are_a_function_of_seed_and_key():
 
 
 def test_streams_of_a_training_do_not_meet():
-    """Keys of (stream, step), as a training draws them: torch's CPU generator takes 32 bits, and a shared seed repeats."""
+    """Keys of (stream, step), as a training draws them, give different seeds of the 32 bits that torch uses."""
     keys = [(seed, stream, step, 0) for seed in (0, 1) for stream in (1, 2, 3) for step in range(1500)]
     states = {generator(*key).initial_seed() & 0xFFFFFFFF for key in keys}
     assert len(states) >= len(keys) - 1  # 9,000 random 32-bit numbers hold a pair once in a hundred times
