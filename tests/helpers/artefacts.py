@@ -33,7 +33,8 @@ def root() -> Path:
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())
     found = Path(tempfile.gettempdir()) / f"coalescer_fast-tests-{os.getuid()}" / digest.hexdigest()[:16]
-    found.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found.parent.mkdir(mode=0o700, exist_ok=True)
+    found.mkdir(exist_ok=True)
     for other in found.parent.glob("[0-9a-f]" * 16):  # of other sources, not used for days
         if other.is_dir() and time.time() - other.stat().st_mtime > KEPT_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
