@@ -8,8 +8,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -24,6 +22,7 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.native import runtime
 
+from ...helpers import processes
 from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
@@ -419,22 +418,18 @@ def test_bits_are_those_that_a_picture_has_alone(pipe, dtype):
         torch.set_num_threads(threads)
 
 
-ALONE = """
-import sys, torch, coalescer_fast as cf
-torch.set_num_threads(int(sys.argv[2]))
-pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
-noise = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(5))
-cf.accelerate(pipe, dtype=sys.argv[1])
-sys.stdout.buffer.write(pipe("owl", latents=noise[3:4], output_type="pt").images.numpy().tobytes())
-"""
+def draw_alone(dtype: str, threads: int) -> bytes:
+    """The fourth of five pictures, in a process of its own."""
+    torch.set_num_threads(threads)
+    pipe = cf.accelerate(cf.CoalescerPipeline.from_pretrained("emoji-64"), dtype=dtype)
+    noise = torch.randn(5, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    return pipe("owl", latents=noise[3:4], output_type="pt").images.numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_those_of_another_process(pipe, dtype, tmp_path):
+def test_bits_are_those_of_another_process(pipe, dtype):
     threads = 3 - torch.get_num_threads()
-    words = [sys.executable, "-c", ALONE, dtype, str(max(1, threads))]
-    # elsewhere, to find what is installed and not this checkout
-    other = subprocess.run(words, capture_output=True, check=True, cwd=tmp_path).stdout
+    other = processes.call(draw_alone, dtype, max(1, threads))
     assert draw(cf.accelerate(pipe, dtype=dtype), 5)[3].numpy().tobytes() == other
 
 
