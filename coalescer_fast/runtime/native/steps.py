@@ -989,9 +989,8 @@ def _record_sum(recorder: Recorder, result: Tensor, input: Tensor, other: Any, a
     if one is two:
         Pointwise.record_line(recorder, result, input, scale=2)
         return
-    # the later of the two was written by the step that can add the other, if it has just given it
-    order = {id(step): number for number, step in enumerate(recorder.steps)}
-    if order.get(id(one.step), -1) < order.get(id(two.step), -1):
+    # The step that has written the later of the two can add the other, which is there by then.
+    if recorder.written(one) < recorder.written(two):
         one, two = two, one
     _add_to(recorder, result, one, two, None)
 
