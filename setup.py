@@ -1,10 +1,14 @@
-"""Builds the native kernels where they can be built; everything else stands in pyproject.toml.
+"""Builds the native libraries where they can be built. Everything else about the package is in pyproject.toml.
 
-The libraries are plain C behind csrc/abi.h, loaded by ctypes: no torch and no Python header, so one wheel serves every torch and Python.
-COALESCER_FAST_BUILD=off builds nothing, =cpu the CPU kernels, =cuda the CUDA kernels as well, =auto (the default) those for the GPUs that
-are there, and =require, which is =cuda, makes a part that cannot be built fail the installation; else it is left out, with one line that
-says why, which `coalescer_fast.ops.backends` repeats. TORCH_CUDA_ARCH_LIST ("8.0;9.0") says what the CUDA kernels are compiled for.
-`python setup.py build_native` builds them in a checkout.
+The libraries are plain C behind csrc/abi.h, loaded by ctypes. They use no header of torch or Python, so one wheel
+serves every version of both. ``python setup.py build_native`` builds them in a checkout. Two environment variables say
+what is built:
+
+- COALESCER_FAST_BUILD: ``off`` for nothing, ``cpu`` for the CPU kernels, ``cuda`` for the CUDA kernels as well,
+  ``auto`` (the default) for the CUDA kernels only where there is a GPU. A part that cannot be built is left out; one
+  line says why, and `coalescer_fast.ops.backends` repeats it. With ``require``, which is ``cuda`` otherwise, the
+  installation fails instead.
+- TORCH_CUDA_ARCH_LIST: the compute capabilities that CUDA kernels are compiled for, such as ``8.0;9.0``.
 """
 
 import json
@@ -117,7 +121,11 @@ def gpus() -> list[int]:
 
 
 def architectures() -> list[int]:
-    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs here where COALESCER_FAST_BUILD leaves it open, else all that nvcc knows."""
+    """The compute capabilities, times ten, to compile for.
+
+    Those of TORCH_CUDA_ARCH_LIST. Without it: with COALESCER_FAST_BUILD=auto those of the GPUs here, else all of
+    `ARCHITECTURES` that nvcc knows.
+    """
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         found = re.findall(r"(\d+)\.(\d)[a-z]?(?:\+PTX)?(?=[;,\s]|$)", listed)
         if not found or len(found) != len(re.split(r"[;,\s]+", listed.strip(";, "))):
@@ -155,7 +163,7 @@ def build_cuda(target: Path, architectures: list[int]) -> str:
 
 
 def build(folder: Path) -> None:
-    """Build the libraries that are asked for into the folder, and write down what is missing and why."""
+    """Build the libraries that are asked for into the folder, and write to build.json why others are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = {}
     targets = architectures() if nvcc() and chosen() not in ("off", "cpu") else []
@@ -169,7 +177,8 @@ def build(folder: Path) -> None:
             missing[part] = build_cpu(target)
         elif chosen() == "auto" and not gpus():
             missing[part] = (
-                "there was no GPU when it was installed, and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
+                "there was no GPU when it was installed, "
+                "and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
             )
             continue
         else:

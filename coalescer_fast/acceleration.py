@@ -14,14 +14,14 @@ from .console import table
 from .dtypes import DTYPES, dtype_name
 from .ops import native_library
 from .pipeline import CoalescerPipeline
-from .runtime import artefact as artefacts
-from .runtime import compiled, onnx_file, tensorrt
-from .runtime.artefact import Artefact
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
-from .runtime.exported import ExportedRuntime
+from .runtime.engines import artefact as artefacts
+from .runtime.engines import compiled, onnxruntime, openvino, tensorrt
+from .runtime.engines.artefact import Artefact
+from .runtime.engines.exported import ExportedRuntime
+from .runtime.engines.per_shape import PerShapeRuntime
 from .runtime.native.runtime import NativeRuntime, native_bfloat16
-from .runtime.static import StaticRuntime
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
@@ -58,17 +58,17 @@ RUNTIMES = {
         unavailable=lambda: "" if torch.cuda.is_available() else "there is no CUDA device",
     ),
     "compile": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": FLOATS, "cuda": FLOATS}
+        lambda pipe, dtype: PerShapeRuntime(pipe, "compile", compiled.prepare, dtype), {"cpu": FLOATS, "cuda": FLOATS}
     ),
     "onnxruntime": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "onnxruntime", onnx_file.onnxruntime, dtype, torch.float32),
+        lambda pipe, dtype: PerShapeRuntime(pipe, "onnxruntime", onnxruntime.prepare, dtype, torch.float32),
         {"cpu": ["float32"]},
         ("onnxruntime", "onnx", "onnxscript"),
-        load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnx_file.open_artefact),
+        load=lambda pipe, found: ExportedRuntime(pipe, "onnxruntime", found, onnxruntime.open_artefact),
         engines=["onnx"],
     ),
     "openvino": RuntimeKind(
-        lambda pipe, dtype: StaticRuntime(pipe, "openvino", onnx_file.openvino, dtype, torch.float32),
+        lambda pipe, dtype: PerShapeRuntime(pipe, "openvino", openvino.prepare, dtype, torch.float32),
         {"cpu": FLOATS},
         ("openvino", "onnx", "onnxscript"),
     ),

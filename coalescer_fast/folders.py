@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import files
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
-from .runtime.artefact import file_sha256
+from .runtime.engines.artefact import file_sha256
 from .scheduler import CoalescerScheduler
 
 COMPONENTS: dict[str, type] = {

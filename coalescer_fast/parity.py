@@ -20,8 +20,9 @@ from .console import table
 from .dtypes import dtype_name
 from .ops import native_library
 from .prompts import check_count, check_texts
-from .runtime.artefact import Schedule, network_sha256
 from .runtime.eager import EagerRuntime
+from .runtime.engines.hashes import network_sha256
+from .runtime.engines.manifest import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
 MAX_DEPTH = 12  # levels of what is annotated as Any
+OMITTED = {"omitted": True}  # metadata of a dataclass field that `table` leaves out while it is None
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,20 @@ def build(table: Mapping[str, Any], kind: type, where: str = "") -> Any:
         if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"key {where}{name} is missing")
     return kind(**{name: conform(value, hints[name], f"{where}{name}") for name, value in table.items()})
+
+
+def table(value: Any) -> Any:
+    """The reverse of `build`: dataclasses as tables of their fields, tuples as lists, ready for JSON."""
+    if dataclasses.is_dataclass(value):
+        pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: table(each)
+            for field, each in pairs
+            if each is not None or OMITTED.keys().isdisjoint(field.metadata)
+        }
+    if isinstance(value, dict):
+        return {key: table(each) for key, each in value.items()}
+    return list(map(table, value)) if isinstance(value, (list, tuple)) else value
 
 
 def check_arguments(table: Mapping[str, Any], function: Callable[..., Any], where: str) -> None:

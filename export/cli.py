@@ -1,7 +1,7 @@
 """The command ``coalescer-export``.
 
-A subcommand is a module of `commands` with ``add_arguments(parser)`` and ``run(args)``, the exit status; its name is the module's, its help
-the first line of the module's docstring.
+Each subcommand is a module of `commands` with a function ``add_arguments(parser)`` and a function ``run(args)`` that
+returns the exit status. Its name is that of the module, and its help the first line of the module's docstring.
 """
 
 from __future__ import annotations

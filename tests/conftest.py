@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: threads of several workers would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 try:
     from hypothesis import settings
-except ImportError:  # tests/ops/drawn.py
+except ImportError:  # tests/helpers/drawn.py
     pass
 else:
     # A submission is judged on the same examples whenever it is tested; other runs draw new ones.
@@ -51,11 +54,12 @@ def emulated_library() -> Path:
     ]
     name = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(read))).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"coalescer_fast-tests-{os.getuid()}" / f"{name}.so"
-    if not library.exists():
-        library.parent.mkdir(mode=0o700, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        emulate.build(sources, unfinished, "-Wall", "-Wextra", "-Werror")
-        unfinished.rename(library)
+    library.parent.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):  # one of the workers of `pytest -n` builds it
+        if not library.exists():
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            emulate.build(sources, unfinished, "-Wall", "-Wextra", "-Werror")
+            unfinished.rename(library)
     return library
 
 

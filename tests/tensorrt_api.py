@@ -1,7 +1,9 @@
-"""What packages of TensorRT offer, recorded from the real ones in tensorrt_api.json, and a strict stand-in built from it.
+"""What packages of TensorRT offer, recorded from the real ones in tensorrt_api.json, and a strict stand-in built from
+it.
 
-`python tests/tensorrt_api.py MODULE.so VERSION` records another: the binding alone suffices, loaded against libraries that export its few C
-entry points and do nothing (so were tensorrt 10 and 11 recorded, whose libraries no machine of ours can load).
+`python tests/tensorrt_api.py MODULE.so VERSION` records another: the binding alone suffices, loaded against libraries
+that export its few C entry points and do nothing (so were tensorrt 10 and 11 recorded, whose libraries no machine of
+ours can load).
 """
 
 from __future__ import annotations
@@ -72,15 +74,16 @@ def record(which: str, found: dict[str, list[str]]) -> None:
     DATA.write_text("{\n" + ",\n".join(versions) + "\n}\n", "utf-8")
 
 
-# how a plan of the stand-in computes: inputs by name, (address, shape) -> outputs by name are written to their addresses
+# how a plan of the stand-in computes: inputs by name, (address, shape) -> outputs by name are written to their
+# addresses
 Compute = Callable[[dict[str, tuple[int, tuple[int, ...]]], dict[str, int]], None]
 
 
 class Fake(types.ModuleType):
     """Stands in for a package: it has what was recorded of it, and nothing else.
 
-    used: (class, name) of all that was touched. What it does is set by attributes of ``does``: parse, build, load (True or what is said of
-    the failure), ports (inputs, outputs of a plan), compute.
+    used: (class, name) of all that was touched. What it does is set by attributes of ``does``: parse, build, load (True
+        or what is said of the failure), ports (inputs, outputs of a plan), compute.
     """
 
     def __init__(self, which: str):

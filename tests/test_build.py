@@ -65,11 +65,16 @@ def test_all_that_is_required_is_built(tmp_path, quick):
         assert "libc.so" in needed
         assert "cuda" not in needed.replace(library.name, "")
         assert "torch" not in needed
-    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cuda_architectures; f.restype = ctypes.c_char_p; print(f().decode())"
+    code = (
+        "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cuda_architectures; "
+        "f.restype = ctypes.c_char_p; print(f().decode())"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
         == "80\n"
     )
+    found = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
+    assert found == "80\n"
 
 
 def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):

@@ -223,17 +223,19 @@ def test_pictures(tmp_path):
             assert picture.size == (8, 8)
 
 
-# in private folders, which appear as a whole: `artefact.creating`, `files.writing_folder`, tempfile
+# in private folders, which appear as a whole: `writing.creating`, `files.writing_folder`, tempfile
 PRIVATE = {
     "coalescer_fast/training/embed.py",
     "coalescer_fast/training/coalescer.py",
     "coalescer_fast/training/autoencoder.py",
-    "coalescer_fast/runtime/onnx_file.py",
-    "export/engine.py",
-    "export/graphs.py",
-    "export/quantization.py",
-    "export/quantizing.py",
-    "export/ranges.py",
+    "coalescer_fast/runtime/engines/onnx.py",
+    "export/engine/builder.py",
+    "export/engine/layers.py",
+    "export/onnx/graph.py",
+    "export/quantize/qdq.py",
+    "export/quantize/quantizer.py",
+    "export/quantize/sensitivity.py",
+    "export/quantize/calibration.py",
 }
 
 

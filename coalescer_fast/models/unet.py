@@ -251,7 +251,7 @@ class TransformerBlock(nn.Module):
 
 def split_heads(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(N, L, C) -> (N, heads, L, C/heads)."""
-    heads: torch.Tensor = rows.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]
+    heads: torch.Tensor = rows.unflatten(-1, (num_heads, -1))
     return heads.transpose(1, 2)
 
 

@@ -1,19 +1,8 @@
-"""The structures and enums of csrc/abi.h, declared by field name and under the names that they have there.
+"""Structures and enums of csrc/abi.h, declared by field name and under the names that they have there.
 
-Those of an op's arguments are in the op's folder, those of a step's in runtime/native/steps.py.
-
-What a field means is said in csrc/abi.h. Both files must be changed together: tests/ops/test_abi.py compiles the header
-and compares every field's type, offset and size, and every enum's value, with the declarations here.
-
-Arguments are packed in one of two ways::
-
-    abi.cf_gate_args.pack(value=..., gate=..., y=..., ...)       # bytes, for calls that are rare
-
-    pack = abi.cf_gate_args.packer(dtype=0, rows=8, ...)         # what is the same in many calls, once
-    pack(value=..., gate=..., y=...)                             # bytes: the other fields, in every call
-
-`Struct.packer` knows a nested structure's fields by joined names: ``bias_data`` and ``bias_dtype`` of a ``cf_vector``
-called ``bias``.
+The structure of an op's arguments is in the op's folder, that of a step's in runtime/native/steps.py. What a field
+means is said in csrc/abi.h. A declaration must be changed together with the header: tests/ops/test_abi.py compiles the
+header and compares the type, offset and size of every field, and the value of every enum.
 """
 
 from __future__ import annotations
@@ -21,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -33,14 +21,17 @@ _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 
 
 class Struct(ctypes.Structure):
-    """A structure of csrc/abi.h, whose ``_fields_`` are of 64 bits each, nested structures, or arrays of either."""
+    """A structure of csrc/abi.h. All numbers in it have 64 bits.
+
+    Args:
+        fields: all fields by name, or none for a structure of zeros. None stands for a null pointer and for a nested
+            structure of zeros.
+
+    Raises:
+        TypeError: a field is missing, or the structure has none of this name.
+    """
 
     def __init__(self, **fields: Any):
-        """Set every field, or none: then all are zero. None is a null pointer, and a nested structure of zeros.
-
-        Raises:
-            TypeError: a field is missing, or there is none of this name.
-        """
         wrong = fields.keys() ^ {name for name, *_ in self._fields_} if fields else ()
         if wrong:
             raise TypeError(
@@ -52,30 +43,13 @@ class Struct(ctypes.Structure):
 
     @classmethod
     def pack(cls, **fields: Any) -> bytes:
-        """The structure's bytes; arguments as of the constructor."""
+        """The structure's bytes. The arguments are those of the constructor."""
         return bytes(cls(**fields))
-
-    @classmethod
-    def packer(cls, **constants: float | tuple[float, ...]) -> Callable[..., bytes]:
-        """A function from the fields that are not among ``constants``, given by keyword, to the structure's bytes.
-
-        All numbers must be given as such: 0 for a null pointer. An array in ``constants`` is a tuple.
-
-        Raises:
-            TypeError: a constant is no field.
-        """
-        values: dict[str, float] = {}
-        for name, value in constants.items():
-            if isinstance(value, tuple):
-                values |= {f"{name}_{i}": each for i, each in enumerate(value)}
-            else:
-                values[name] = value
-        return _packer_of(cls, tuple(values))(*values.values())
 
     @classmethod
     @functools.cache
     def packing(cls) -> struct.Struct:
-        """The structure as `struct` has it, its numbers in the order of `leaves`."""
+        """Packs the numbers of the structure, in the order of `leaves`."""
         result = struct.Struct("".join(code for _, code in cls.leaves()))
         if result.size != ctypes.sizeof(cls):
             raise TypeError(f"{cls.__name__} has padding: all its numbers have to have 64 bits")
@@ -83,7 +57,10 @@ class Struct(ctypes.Structure):
 
     @classmethod
     def leaves(cls) -> list[tuple[str, str]]:
-        """The joined name of every number in the structure, and its format in `struct`."""
+        """The name of every number in the structure, and its format in `struct`.
+
+        Names are joined by underscores: a ``cf_vector`` named bias has ``bias_data`` and ``bias_dtype``.
+        """
         found: list[tuple[str, str]] = []
         for name, kind, *_ in cls._fields_:
             found += [("_".join([name, *path]), code) for path, code in _flat(kind)]
@@ -97,22 +74,6 @@ def _flat(kind: Any) -> list[tuple[list[str], str]]:
     if issubclass(kind, Struct):
         return [([name, *path], code) for name, each, *_ in kind._fields_ for path, code in _flat(each)]
     return [([], _FORMATS[kind])]
-
-
-@functools.cache
-def _packer_of(cls: type[Struct], constants: tuple[str, ...]) -> Callable[..., Callable[..., bytes]]:
-    """A function from the constants' values, in this order, to the packer.
-
-    It is compiled, so that a call takes as little time as one with all arguments written out by hand.
-    """
-    names = [name for name, _ in cls.leaves()]
-    if unknown := sorted(set(constants) - set(names)):
-        raise TypeError(f"{cls.__name__} has no such fields: {', '.join(unknown)}")
-    given = [name for name in names if name not in constants]
-    keywords = f"*, {', '.join(given)}" if given else ""
-    code = f"lambda {', '.join(constants)}: lambda {keywords}: pack({', '.join(names)})"
-    make: Callable[..., Callable[..., bytes]] = eval(code, {"pack": cls.packing().pack})
-    return make
 
 
 class cf_dtype(IntEnum):

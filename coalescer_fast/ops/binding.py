@@ -1,8 +1,8 @@
 """How a call of an op becomes a call of a native library.
 
-An op's kernels in C++ and CUDA take the same structure of csrc/abi.h. A `Binding` says once how it is filled, and `NativeKernel` is the
-implementation that one of the libraries gives of it: arguments are given the memory layout that the kernels read, results are allocated,
-and the structure is packed by code that is generated for calls of one kind, with all that such calls have in common as constants.
+An op's C++ and CUDA kernels take the same structure of csrc/abi.h. A `Binding` says once how an op's arguments fill it.
+A `NativeKernel` is an implementation of the op by one of the libraries. It brings arguments into the memory layout that
+the kernels read, allocates the results, packs the structure and calls the library's function.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from .abi import Struct, cf_tensor4, cf_vector
 from .native_library import DTYPE_CODES, Call
 from .op import missing
 
-# An argument of an op, and the op's first argument, to the former in the memory layout that kernels read: itself if it has it.
+# From an argument of an op and the op's first argument, the former in the memory layout that the kernels read. An
+# argument that has this layout is returned as it is.
 Layout = Callable[[Tensor, Tensor], Tensor]
 
 
 def dense(a: Tensor, first: Tensor) -> Tensor:
-    """Dense, with channels innermost if the op's first argument has them so, else contiguous."""
+    """Dense: channels innermost if the op's first argument has them so, else contiguous."""
     return layout.arrange(a, layout.is_channels_last(first))
 
 
@@ -42,12 +43,12 @@ def contiguous(a: Tensor, first: Tensor) -> Tensor:
 
 
 def contiguous_rows(a: Tensor, first: Tensor) -> Tensor:
-    """(N, C), each row contiguous, whatever is between the rows."""
+    """(N, C) with contiguous rows, whatever is between the rows."""
     return a if a.stride(1) == 1 else a.contiguous()
 
 
 def like(model: Tensor) -> Tensor:
-    """The tensor without its memory, for results that are to be like it."""
+    """The tensor without its memory: a model for results."""
     model.untyped_storage().resize_(0)
     return model
 
@@ -56,16 +57,19 @@ def like(model: Tensor) -> Tensor:
 class Binding:
     """How an op's arguments fill the structure that its native kernels take.
 
-    A field of the structure has its value from ``fields`` or from the argument of its name: a pointer is the address of a tensor, 0 for
-    None; a ``cf_vector`` or ``cf_tensor4`` describes the tensor; a number is that. The field ``threads`` is torch's number of threads.
+    A field of the structure has its value from ``fields``, or from the op's argument of the same name: a pointer gets
+    the address of the tensor (0 for None), a ``cf_vector`` or ``cf_tensor4`` describes the tensor, a number is copied.
+    The field ``threads`` is torch's number of threads.
 
     Attributes:
         struct: the structure.
-        fields: from the op's arguments but ``backend``, in their memory layout, the other fields by name. They must be the same for
-            arguments of the same sizes, strides, dtypes and numbers, unless a tensor: this stands for a result. A result is a new tensor
-            like it; the field of its name gets its address or its description. The op returns its results in this order.
-        layouts: by argument, the memory layout that the kernels read; others may have any.
-        restore: from results and the op's first argument as it was given, the results in the layout that this asks for.
+        fields: returns the other fields by name. It is given the op's arguments without ``backend``, in their layouts.
+            Numbers must depend on the sizes, strides and dtypes of tensors and on arguments that are no tensors. A
+            tensor is the model of a result: a new tensor of its sizes, strides, dtype and device, which the field
+            points to or describes. The op returns its results in this order.
+        layouts: by argument, the memory layout that the kernels read. Other arguments may have any.
+        restore: returns the results in the layout that the op promises. It is given the results, and the op's first
+            argument in the layout that the caller gave it.
     """
 
     struct: type[Struct]
@@ -75,51 +79,55 @@ class Binding:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The op's arguments but ``backend``, in order."""
+        """The op's arguments without ``backend``, in order."""
         code = self.fields.__code__
         return code.co_varnames[: code.co_argcount]
 
     def arranged(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments in their memory layout."""
+        """The arguments in their memory layouts."""
         return tuple(
             self.layouts[name](a, args[0]) if name in self.layouts and a is not None else a
             for name, a in zip(self.names, args)
         )
 
     def launcher(self, call: Call, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """What runs calls like one with ``args``, given all arguments in order; they have their memory layout, as ``args`` have."""
-        given, fields = dict(zip(self.names, args)), self.fields(*args)
-        models = {name: fields.pop(name) for name, value in list(fields.items()) if isinstance(value, Tensor)}
-        constants: dict[str, Any] = {f"_{name}": value for name, value in fields.items()}
-        code = {name: f"_{name}" for name in fields}  # what each number of the structure is, by its joined name
+        """A function that runs calls of the same kind as one with ``args``, given all arguments in order.
+
+        It is generated, with everything that is the same in such calls as a constant: a call costs little more than
+        the allocation of its results and the library's function.
+
+        Args:
+            call: the library's function.
+            args: the op's arguments in their memory layouts. Those of other calls must have the same sizes, strides and
+                dtypes, and be None where these are.
+        """
+        given, constants = dict(zip(self.names, args)), self.fields(*args)
+        models = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+        constants = {name: value for name, value in constants.items() if name not in models}
+        addresses: dict[str, str] = {}  # and numbers, that are not constants, as code
         for name, kind, *_ in self.struct._fields_:
-            tensor = models.get(name, given.get(name))
-            place = name
+            tensor, place = models.get(name, given.get(name)), name
             if issubclass(kind, (cf_vector, cf_tensor4)):
                 place = f"{name}_data"
-                for each, value in _described(kind, tensor).items():
-                    code[f"{name}_{each}"] = f"_{name}_{each}"
-                    constants[f"_{name}_{each}"] = value
+                constants |= {f"{name}_{each}": value for each, value in _description(kind, tensor).items()}
             if name in models:
-                code[place] = f"{name}.data_ptr()"
+                addresses[place] = f"{name}.data_ptr()"
             elif isinstance(tensor, Tensor):
-                code[place] = f"{name}.data_ptr() or missing({name})"
+                addresses[place] = f"{name}.data_ptr() or missing({name})"
             elif name in given:
-                code[place] = "0" if tensor is None else name
-        code.setdefault("threads", "get_num_threads()")
-        arguments = {id(a): name for name, a in given.items()}
-        allocations = [f"{name} = empty_like({arguments.get(id(a), f'like_{name}')})" for name, a in models.items()]
-        constants |= {f"like_{name}": a for name, a in models.items() if id(a) not in arguments}
+                addresses[place] = "0" if tensor is None else name
+        code = {name: f"_{name}" for name in constants} | addresses | {"threads": "get_num_threads()"}
+        as_given = {id(a): name for name, a in given.items()}
+        results = {name: as_given.get(id(model), f"like_{name}") for name, model in models.items()}
         source = LAUNCHER.format(
-            constants=", ".join(constants),
+            constants=", ".join([*(f"_{name}" for name in constants), *(f"like_{name}" for name in models)]),
             arguments=", ".join(self.names),
-            allocations="; ".join(allocations),
+            allocations="; ".join(f"{name} = empty_like({model})" for name, model in results.items()),
             fields=", ".join(code[name] for name, _ in self.struct.leaves()),
             results=", ".join(models),
         )
-        make = _compiled(source, self.struct.__name__)
         common = call, self.struct.packing().pack, torch.empty_like, torch.get_num_threads, missing
-        launch: Callable[..., Any] = make(*common, *constants.values())
+        launch: Callable[..., Any] = _compiled(source, self.struct)(*common, *constants.values(), *models.values())
         return launch
 
 
@@ -135,9 +143,9 @@ def make(call, pack, empty_like, get_num_threads, missing, {constants}):
 
 
 @functools.cache
-def _compiled(source: str, struct: str) -> Callable[..., Any]:
-    """The function ``make`` of the source."""
-    file = f"<launcher of {struct} {len(linecache.cache)}>"
+def _compiled(source: str, struct: type[Struct]) -> Callable[..., Any]:
+    """The source's function ``make``."""
+    file = f"<launcher of {struct.__name__}, {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     namespace: dict[str, Any] = {"__name__": __name__}
     exec(compile(source, file, "exec"), namespace)
@@ -145,8 +153,8 @@ def _compiled(source: str, struct: str) -> Callable[..., Any]:
     return make
 
 
-def _described(kind: type[Struct], tensor: Tensor | None) -> dict[str, int]:
-    """The fields of a ``cf_vector`` or ``cf_tensor4`` but its address, by their joined names."""
+def _description(kind: type[Struct], tensor: Tensor | None) -> dict[str, int]:
+    """The numbers in a ``cf_vector`` or ``cf_tensor4`` without the address."""
     names = [name for name, _ in kind.leaves() if name != "data"]
     if tensor is None:
         return dict.fromkeys(names, 0)
@@ -154,14 +162,14 @@ def _described(kind: type[Struct], tensor: Tensor | None) -> dict[str, int]:
 
 
 class NativeKernel:
-    """The implementation of an op that a native library gives of a `Binding`.
+    """An implementation of an op by a native library.
 
     Args:
-        binding: of the op.
-        function: from the op's first argument, the library's function for calls on its device.
-        layouts: by argument, a layout in place of the binding's.
-        aligned: arguments that the kernels need at a multiple of 16 bytes; others are copied there.
-        yields: from the op's arguments, why "auto" leaves the call to the next backend, or "".
+        binding: how the op's arguments fill the structure.
+        function: returns the library's function. It is given the op's first argument.
+        layouts: by argument, layouts that differ from the binding's.
+        aligned: arguments that the kernels need at a multiple of 16 bytes. Others are copied to one.
+        yields: returns why "auto" should leave a call to the next backend, or "". It is given the op's arguments.
     """
 
     def __init__(
@@ -181,14 +189,14 @@ class NativeKernel:
         return self.binding.restore(self.binding.launcher(self.function(args[0]), arranged)(*arranged), args[0])
 
     def launcher(self, *args: Any) -> Callable[..., Any] | None:
-        """What runs calls like this one, given all arguments in order; None if some have to get another memory layout first."""
+        """See `Binding.launcher`; None if an argument does not have its memory layout."""
         if not all(map(operator.is_, args, self.binding.arranged(args))):
             return None
         launch, aligned = self.binding.launcher(self.function(args[0]), args), self.aligned
         if not aligned:
             return launch
 
-        def launch_aligned(*args: Any) -> Any:  # what calls are alike in says nothing of addresses
+        def launch_aligned(*args: Any) -> Any:  # addresses differ between calls of one kind
             for i in aligned:
                 if args[i] is not None and args[i].data_ptr() % 16:
                     return launch(*self._at_16_bytes(args))
@@ -202,7 +210,7 @@ class NativeKernel:
         )
 
     def packed(self, *args: Any) -> bytes:
-        """The structure that the library would get, for a call that is not made."""
+        """The structure that the library would be given. The call itself is not made."""
         taken: list[bytes] = []
         arranged = self.binding.arranged(args)
         self.binding.launcher(taken.append, arranged)(*arranged)

@@ -1,5 +1,7 @@
-"""Argument checks that the ops share; each raises TypeError or ValueError with one sentence that names the argument, its value and what is
-allowed."""
+"""Checks of arguments that the ops share.
+
+Each raises TypeError or ValueError with one sentence that names the argument, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,23 @@ def floating(name: str, value: torch.Tensor | None) -> torch.Tensor:
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {value.dtype}; expected {', '.join(map(str, DTYPES))}")
     if value.layout is not _STRIDED or value.is_nested:
-        raise ValueError(
-            f"{name} is {'nested' if value.is_nested else f'of {value.layout}'}; expected a dense tensor, of torch.strided"
-        )
+        found = "nested" if value.is_nested else f"of {value.layout}"
+        raise ValueError(f"{name} is {found}; expected a dense tensor, of torch.strided")
     return value
 
 
 def tensor(
     name: str, value: torch.Tensor | None, expected: tuple[int, ...], device: torch.device, optional: bool = True
 ) -> None:
-    """``value`` is `floating`, has exactly the shape ``expected`` and lies on ``device``, the first argument's; None if ``optional``."""
+    """Check that ``value`` is `floating`, of the shape ``expected``, and on ``device``, the first argument's.
+
+    Args:
+        name: of the argument.
+        value: the argument; may be None if ``optional``.
+        expected: its shape.
+        device: its device.
+        optional: whether None is allowed.
+    """
     if value is None and optional:
         return
     value = floating(name, value)
@@ -41,6 +50,7 @@ def tensor(
 
 
 def integer(name: str, value: int) -> int:
+    """``value``, an integer of any type but bool, as an int."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name} is {shown(value)}; expected an int")
     return value if isinstance(value, (int, torch.SymInt)) else int(value)
@@ -57,6 +67,7 @@ def number(name: str, value: float) -> float:
 
 
 def choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    """Check that ``value`` is one of ``allowed``."""
     if not isinstance(value, (str, type(None))) or value not in allowed:
         raise ValueError(f"{name} is {shown(value)}; use one of {', '.join(map(repr, allowed))}")
 

@@ -34,7 +34,7 @@ class Device(NamedTuple):
 
 
 class LaunchPlan(NamedTuple):
-    """How a call is launched, a pure function of its sizes, dtypes and layout, and of the device: the fields of ``cf_cuda_plan``.
+    """How a call is launched: the fields of ``cf_cuda_plan``. It depends on sizes, dtypes, layout and device alone.
 
     Attributes:
         launches: how many kernels run one after another.

@@ -1,11 +1,12 @@
 """Which backend runs an op, and why not a faster one.
 
-"auto" takes the first of `PREFERENCE` that can run the call and says so in the log, once for every kind of call; a backend that was asked
-for by name runs or raises. With ``COALESCER_FAST_STRICT=1`` "auto" raises where it would have to pass over a backend made for the device.
-Only the reference carries gradients, forward-mode tangents and the transforms of ``torch.func``.
+"auto" takes the first backend of `PREFERENCE` that can run the call, and logs its choice once. A backend that was asked
+for by name runs the call or raises an error. With ``COALESCER_FAST_STRICT=1``, "auto" raises an error where it would
+otherwise pass over a backend that is made for the device. Only the reference supports gradients, forward-mode tangents
+and the transforms of ``torch.func``.
 
-Every op is also ``torch.ops.coalescer_fast.NAME`` with the same arguments: that is what compilers, exporters and dispatch modes see. Plain
-eager calls go to the backend directly, for torch's dispatcher would cost as much as a small kernel.
+Every op is also ``torch.ops.coalescer_fast.NAME``, with the same arguments. Compilers, exporters and dispatch modes see
+this one. Plain eager calls go to the backend directly, because torch's dispatcher costs as much as a small kernel.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class Support(Protocol):
-    """What a module that runs a backend's kernels says of this process."""
+    """A module that runs a backend's kernels.
 
-    # whether kernels for GPUs run on CPU tensors: Triton's interpreter, and the tests' emulation of CUDA
+    Attributes:
+        INTERPRETED: whether kernels for GPUs run on CPU tensors, as in Triton's interpreter and the tests' emulation of
+            CUDA.
+    """
+
     INTERPRETED: bool
 
     def unavailable(self) -> str:
@@ -44,18 +49,18 @@ class Support(Protocol):
         ...
 
     def refusal(self, tensor: Tensor) -> str:
-        """Why they cannot take this tensor, though its dtype and type of device are right, or ""."""
+        """Why they cannot take this tensor, whose dtype and type of device are right, or ""."""
         ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How ops run.
+    """A way to run ops.
 
     Attributes:
-        device: the type of device that it is made for; None: any.
-        dtypes: what every tensor may be; None: anything.
-        support: the module that runs its kernels; None: torch itself.
+        device: the type of device that it is made for, or None for any.
+        dtypes: those that it takes, or None for all.
+        support: the module that runs its kernels, or None if that is torch.
         note: what users of the backend should know.
     """
 
@@ -88,7 +93,7 @@ BACKENDS = {
     "triton": Backend("cuda", FLOAT_AT_MOST_32, triton_launch, UNTRIED),
     "cuda": Backend("cuda", FLOAT_AT_MOST_32, cuda_library, UNTRIED),
 }
-# What "auto" tries, fastest first. A kernel of csrc may yield a call to the next backend that is made for the device.
+# What "auto" tries, fastest first. A native kernel may yield a call to the next backend made for the device.
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -96,9 +101,9 @@ _logged: set[str] = set()
 
 
 def run(name: str, backend: str, *args: Any) -> Any:
-    """Run an op on a backend, or, if torch's dispatcher has to see it, by ``torch.ops``.
+    """Run an op on a backend, or through ``torch.ops`` if torch's dispatcher has to see it.
 
-    What runs the call is left in the op's launchers for the next calls of this kind, if there may be launchers for them.
+    Where the fast path can run further calls of this kind, it is given a launcher for them.
 
     Args:
         name: the op's.
@@ -132,7 +137,7 @@ def run(name: str, backend: str, *args: Any) -> Any:
 
 
 def _choose(op: Op, backend: str, args: Sequence[Any], differentiated: str) -> Callable[..., Any]:
-    """The function that runs this call, remembered by op, backend, device, shape, dtypes, and what is differentiated."""
+    """The implementation for this call, remembered by op, backend, device, shape, dtypes and ``differentiated``."""
     dtypes = [a.dtype for a in args if isinstance(a, Tensor)]
     key = (op.name, backend, args[0].device, args[0].shape, differentiated, *dtypes)
     function = _chosen.get(key)
@@ -177,23 +182,23 @@ def _resolve(op: Op, backend: str, args: Sequence[Any]) -> str:
         )
     level = logging.WARNING if passed_over else logging.INFO
     kernel = op.implementation(chosen)
-    if isinstance(kernel, NativeKernel) and others and BACKENDS[others[0]].device is not None:
-        if reason := kernel.yields(*args):
-            passed_over.append(f"not on {chosen}: {reason}")
-            chosen = others[0]
+    is_choice = others and BACKENDS[others[0]].device is not None
+    if is_choice and isinstance(kernel, NativeKernel) and (reason := kernel.yields(*args)):
+        passed_over.append(f"not on {chosen}: {reason}")
+        chosen = others[0]
     _log_once("; ".join([f"{op.name} runs on {chosen}", *passed_over]), level)
     return chosen
 
 
 def _resolved(a: Any) -> Any:
-    """The argument with memory that holds its values: torch leaves out a negation, and the zeros of forward-mode differentiation."""
+    """The argument with its values in memory: torch may keep a negation, or the zeros of a tangent, as a flag."""
     if not isinstance(a, Tensor):
         return a
     return torch.zeros_like(a) if a._is_zerotensor() else a.resolve_neg()
 
 
 def _tracked(a: Any) -> Any:
-    """The argument as autograd takes it, which saves no tensor that was made in inference mode."""
+    """The argument, copied if it was made in inference mode: autograd saves no such tensor."""
     return a.clone() if isinstance(a, Tensor) and a.is_inference() and not torch.is_inference_mode_enabled() else a
 
 
@@ -210,8 +215,8 @@ def backends(op: str, *args: Any, **kwargs: Any) -> dict[str, tuple[bool, str]]:
 
     Args:
         op: the op's name.
-        args: arguments that it would be called with, or the first of them; without any, the answer is whether a backend can run here at
-            all.
+        args: the arguments of the call, or the first of them. Without any, the answer is whether a backend can run here
+            at all.
         kwargs: likewise.
 
     Returns:
@@ -236,7 +241,7 @@ def _log_once(message: str, level: int) -> None:
 
 
 def forget() -> None:
-    """Choose anew, and log anew, from the next calls on: after a change of the environment."""
+    """Choose and log again from the next calls on, after a change of the environment."""
     _chosen.clear()
     _logged.clear()
     for op in OPS.values():

@@ -10,7 +10,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether x (N, C, *spatial) is dense with its channels innermost, and not contiguous as well (as it is for C = 1)."""
+    """Whether x (N, C, *spatial) is dense with channels innermost, and not contiguous too (as it is for C = 1)."""
     if x.is_contiguous() or not 3 <= x.ndim <= 5:
         return False
     if x.ndim == 3 or transforms_active():

@@ -1,4 +1,4 @@
-"""Finds the native libraries, compiled from csrc, and runs the one for CPUs."""
+"""Finds the native libraries, which are compiled from csrc, and calls the one for CPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .abi import ABI_VERSION, cf_dtype, cf_status
 
 FOLDER = Path(__file__).parents[1] / "lib"
 # what calls that fail report, by status
-STATUS = {
+STATUS: dict[int, str] = {
     cf_status.CF_INVALID_ARGUMENT: "an argument that it does not take",
     cf_status.CF_OUT_OF_MEMORY: "out of memory",
 }
@@ -64,7 +64,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.cf_cpu_isa.restype = ctypes.c_char_p
         library.cf_cpu_set_openmp(*_openmp())
         if hasattr(os, "register_at_fork"):
-            # OpenMP's threads are not in a child, and its next parallel region would wait for them, torch's as well as ours
+            # A child process does not have OpenMP's threads. Its next parallel region would wait for them forever,
+            # torch's as well as ours.
             os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     return library, reason
 
@@ -75,7 +76,7 @@ def unavailable() -> str:
 
 
 def refusal(tensor: torch.Tensor) -> str:
-    """Why they cannot take this tensor, though its dtype and device are right, or ""."""
+    """Why they cannot take this tensor, whose dtype and device are right: never."""
     return ""
 
 
@@ -118,9 +119,9 @@ def set_isa(name: str) -> None:
 
 
 def _openmp() -> list[Any]:
-    """`OPENMP_FUNCTIONS` of the OpenMP runtime that torch has loaded; null pointers if it has none.
+    """`OPENMP_FUNCTIONS` of the OpenMP runtime that torch has loaded, or null pointers if it has none.
 
-    The library links to no OpenMP runtime of its own: two in a process would each start as many threads as there are cores.
+    The library links to no OpenMP runtime: two in a process would each start as many threads as there are cores.
     """
     candidates = [
         str(path)

@@ -1,9 +1,27 @@
-"""The declaration of an op: `declare` makes a public function an op, and says in one place all that there is of it.
+"""The declaration of an op, and the fast path of its calls.
 
-A declared function checks its arguments and ends in `dispatch.run`, which chooses a backend. `declare` adds two things to it. It registers
-the function as ``torch.ops.coalescer_fast.NAME``, with the schema that `torch.library.infer_schema` reads off its annotations: that is what
-compilers, exporters and dispatch modes see. And it puts a fast path before the checks: when arguments of the same sizes, strides, dtypes
-and numbers have been checked once, the call goes straight to what ran it then.
+`declare` makes a public function an op. The function checks its arguments and ends in `dispatch.run`, which chooses a
+backend; `declare` adds two things:
+
+- It registers the function as ``torch.ops.coalescer_fast.NAME``, which is what compilers, exporters and dispatch modes
+  see. `torch.library.infer_schema` reads the schema off the function's annotations.
+- It puts a fast path in front of the function. Once arguments of certain sizes, strides, dtypes and numbers have passed
+  the checks, a call with arguments of the same kind goes straight to the launcher that ran the first one.
+
+To add an op NAME with a reference, a CPU and a Triton implementation, six files are enough:
+
+1. ``csrc/abi.h``: the structure ``cf_NAME_args``, and ``OP(NAME)`` in ``CF_OPS``, from which the function
+   ``cf_cpu_NAME`` and its declaration come.
+2. ``csrc/cpu/``: the functions ``valid(args)`` and ``NAME(args, threads)``, in the header of a kernel that is close to
+   it. In a header of its own, that is one more line, in ``kernels.h``.
+3. ``ops/kernels/NAME/__init__.py``: the public function with its formula, the structure by field name, and under
+   ``@op.declare`` the fake, the example, the reference and the binding to the native library. What is long gets a file
+   of its own: ``reference.py``, ``native.py``, ``cuda.py``.
+4. ``ops/kernels/NAME/triton.py``: the Triton kernel and its launch. Triton is imported only when this is used.
+5. ``ops/__init__.py``: the function's name.
+6. ``tests/ops/test_NAME.py``: ``OP = "NAME"``, and the formula against float64. ``tests/ops/test_every_op.py`` and its
+   neighbours test what holds for every op, by the example: structures against the header, errors against the reference
+   in float64, fakes, ``opcheck``, ``torch.compile``, export, gradients, transforms and unusual tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +43,7 @@ from .layout import transforms_active
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# What an implementation of an op is: a function, or the module, beside that of the public function, which has one of the op's name.
+# A function, or the name of the module, relative to the public function's, that has one by the op's name.
 Implementation = Callable[..., Any] | str
 
 MOST_LAUNCHERS = 4096
@@ -39,11 +57,11 @@ _dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._
 
 
 class NoMemory(TypeError):
-    """An argument of a launcher has no memory of its own, and the call must go through the checks."""
+    """An argument of a launcher has no memory of its own. The call has to go through the checks."""
 
 
 def missing(x: Tensor) -> int:
-    """The address of a tensor whose ``data_ptr()`` is 0: a tensor without elements has none.
+    """The address of a tensor whose ``data_ptr()`` is 0, which is right for a tensor without elements.
 
     Raises:
         NoMemory: the tensor has elements.
@@ -61,11 +79,13 @@ class Op:
         name: its name, in `coalescer_fast.ops` and in ``torch.ops.coalescer_fast``.
         function: the public function.
         overload: ``torch.ops.coalescer_fast.NAME.default``.
-        names: its arguments but ``backend``, in the schema's order, which is also the order in which implementations take them.
+        names: its arguments without ``backend``, in the schema's order. Implementations take them in this order.
         implementations: by backend.
-        example: from a function that draws a tensor of a shape, all arguments but ``backend`` of a small call, for tests and benchmarks.
-        key: from the arguments in order and the backend, what a launcher may depend on, but addresses; None if there may be none.
-        launchers: by key, what runs a call that was checked once, given the arguments in order.
+        example: returns the arguments of a small call without ``backend``, by name, for tests and benchmarks. It is
+            given a function that draws a tensor of a shape.
+        key: returns the key of a call in ``launchers``, or None if it must go through the checks. It is given the
+            arguments in order, then the backend.
+        launchers: by key, the function that runs such calls, given the arguments in order.
     """
 
     name: str
@@ -78,7 +98,7 @@ class Op:
     launchers: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def implementation(self, backend: str) -> Callable[..., Any]:
-        """The backend's function, imported when it is first asked for.
+        """The backend's implementation, imported when it is first asked for.
 
         Raises:
             KeyError: the op has none for this backend.
@@ -90,14 +110,14 @@ class Op:
         return found
 
     def remember(self, key: Any, launcher: Callable[..., Any]) -> None:
-        """Run calls of this key by the launcher from now on."""
+        """Let the launcher run the calls with this key from now on."""
         if len(self.launchers) >= MOST_LAUNCHERS:
             self.launchers.clear()
         with contextlib.suppress(TypeError):  # a number of a class without a hash
             self.launchers[key] = launcher
 
 
-# All ops by name; those of `coalescer_fast.ops` are here once it is imported.
+# All ops by name. Importing `coalescer_fast.ops` declares its ops.
 OPS: dict[str, Op] = {}
 
 
@@ -107,21 +127,22 @@ def declare(
     example: Callable[[Callable[..., Tensor]], dict[str, Any]],
     **implementations: Implementation,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a public function an op.
+    """Decorate a public function to make it an op.
 
-    The function's first argument is a tensor, and its last one is ``backend``. It raises for arguments that are not allowed, and returns
-    ``dispatch.run(NAME, backend, *others)``, the others in the order of its signature.
+    The function's first argument is a tensor, its last one is ``backend``. It raises an error for arguments that are
+    not allowed, and returns ``dispatch.run(NAME, backend, *others)`` with the others in the order of its signature.
 
     Args:
-        fake: from the function's arguments, results of the right shapes, dtypes and strides, for tracing.
+        fake: returns empty results with the right shapes, dtypes and strides, for tracing. It is given the function's
+            arguments.
         example: see `Op`.
-        implementations: by backend, functions of all arguments but ``backend``, in order, or the names of modules that have one, such as
-            ``".triton"``: these are imported when they are first used.
+        implementations: by backend, a function that is given all arguments without ``backend``, in order; or the name
+            of a module that has one, such as ``".triton"``, which is imported when it is first used.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__
-        # a SymInt is an int that a compiler knows by its symbol, and no backend takes one
+        # infer_schema lets a compiler keep an int symbolic; no kernel takes one that is not a number
         schema = torch.library.infer_schema(function, mutates_args=(), op_name=name).replace("SymInt", "int")
         _library.define(schema)
         overload = getattr(torch.ops.coalescer_fast, name).default
@@ -160,7 +181,7 @@ def make(function, launchers, signing, NoMemory):
         if (signature := signing({first})) is not None{integers_and}:
             try:
                 launch = launchers[{key}]
-            except (KeyError, TypeError):  # the first call of its kind; arguments without a hash, which the checks refuse
+            except (KeyError, TypeError):  # the first call of its kind; an argument without a hash
                 pass
             else:
                 try:
@@ -176,7 +197,11 @@ def make(function, launchers, signing, NoMemory):
 def _with_fast_path(
     function: Callable[P, R], schema: Any, launchers: dict[Any, Callable[..., Any]]
 ) -> tuple[Callable[P, R], Callable[..., Any]]:
-    """The function behind a look at ``launchers``, and what gives their keys; compiled, so that no argument is packed or unpacked."""
+    """The function with a look into ``launchers`` in front of it, and the function that computes keys.
+
+    Both are generated for the function's arguments: collecting these in a tuple and a dict would cost more than the
+    rest of the fast path.
+    """
     arguments = [argument for argument in schema.arguments if argument.name != "backend"]
     kinds = {argument.name: str(argument.type) for argument in arguments}
     positional = [argument.name for argument in arguments if not argument.kwarg_only]
@@ -186,7 +211,7 @@ def _with_fast_path(
         "Optional[Tensor]": "None if {0} is None else signature({0})",
     }
     key = ["backend", *(signatures.get(kind, "{0}").format(name) for name, kind in kinds.items())]
-    # 2.0 and True are keys like 2 and 1, and the checks refuse them
+    # 2.0 and True have the hashes of 2 and 1, but the checks refuse them
     integers = [name for name, kind in kinds.items() if kind == "int"]
     source = FAST_PATH.format(
         name=function.__name__,
@@ -203,20 +228,21 @@ def _with_fast_path(
     namespace: dict[str, Any] = {"__name__": __name__}
     exec(compile(source, file, "exec"), namespace)
     public, find_key = namespace["make"](function, launchers, signing, NoMemory)
-    public.__defaults__, public.__kwdefaults__ = function.__defaults__, function.__kwdefaults__  # type: ignore[attr-defined]
+    public.__defaults__, public.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return functools.update_wrapper(public, function), find_key
 
 
 def signature(t: Tensor | None) -> Any:
-    """All that a launcher may depend on of a tensor, but its address.
+    """What a launcher may depend on of a tensor: everything but its address and its values.
 
-    Contiguous tensors of one shape are alike: of strides, theirs may differ where there is but one element, and nothing steps there.
+    Contiguous tensors of one shape count as alike. Their strides may differ only in dimensions of size 1, where no
+    kernel takes a step.
     """
     if t is None:
         return None
     try:
         return t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.is_neg()
-    except (AttributeError, RuntimeError):  # not a tensor, or not a dense one, which the op's checks say
+    except (AttributeError, RuntimeError):  # not a dense tensor: like no other, so that the checks see it
         return object()
 
 
@@ -225,10 +251,11 @@ def _signature_with_grad(t: Tensor | None) -> Any:
 
 
 def signing(x: Tensor) -> Callable[[Tensor | None], Any] | None:
-    """The function whose results of all tensors, with the other arguments, are the key of a call on x.
+    """The function that describes tensors in the key of a call whose first argument is x.
 
-    None if a call on x is not `plain`, or has tangents or transforms to carry on, and must go through the checks. It asks as little as it
-    can, for it is most of what a small call costs: an export that is not Dynamo's has modes of its own.
+    None if the call is not `plain`, or has tangents or transforms of torch.func to carry on: it must then go through
+    the checks. This is most of what a small call costs, so it looks at no more than it must. (An export that does not
+    use Dynamo has dispatch modes.)
     """
     if (
         type(x) not in _PLAIN
@@ -243,19 +270,19 @@ def signing(x: Tensor) -> Callable[[Tensor | None], Any] | None:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether a call on x is an ordinary one: nobody traces, compiles or watches it."""
+    """Whether a call on x is an ordinary one, which nobody traces, compiles or watches."""
     return type(x) in _PLAIN and not (_is_compiling() or _dispatch_modes() or _tracing_state())
 
 
 def dispatches(a: Any) -> bool:
-    """Whether the argument is of a class that must see the op, for it may have no memory of its own."""
+    """Whether the argument's class handles ops itself. It then has to see the op, and may have no memory of its own."""
     return (
         type(a) not in _PLAIN and isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
     )
 
 
 def differentiated(names: tuple[str, ...], args: tuple[Any, ...]) -> str:
-    """What the result must carry on beside its values, as only the reference can, or ""."""
+    """Why only the reference can run the call: a gradient, tangent or transform has to be carried on. Else ""."""
     if transforms_active():
         return "a transform of torch.func is at work, which only reference supports; expected a call outside it"
     for name, a in zip(names, args):

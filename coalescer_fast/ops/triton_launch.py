@@ -1,4 +1,4 @@
-"""What the Triton kernels of every op share: whether they can run here, the table of their configurations, and their launch."""
+"""What the Triton kernels share: whether they can run here, the table of their configurations, and their launch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return json.loads(CONFIGURATIONS.read_text("utf-8"))
+    table: dict[str, Any] = json.loads(CONFIGURATIONS.read_text("utf-8"))
+    return table
 
 
 @functools.cache
@@ -64,7 +65,8 @@ def configuration(kernel: str, layout: str, size: str) -> dict[str, int]:
 
     Raises: KeyError for what `triton_configs.json` does not list.
     """
-    return _table()[kernel][layout][size]["configuration"]
+    options: dict[str, int] = _table()[kernel][layout][size]["configuration"]
+    return options
 
 
 def cdiv(a: int, b: int) -> int:

@@ -257,13 +257,17 @@ def own_code(pipe: CoalescerPipeline) -> dict[str, str]:
 
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return dict.fromkeys(("conditioning", "unet", "decoder"), "there are hooks of all modules")
+    kind, vae = type(pipe), pipe.vae
     found = {}
-    for part, method in (("conditioning", "condition"), ("unet", "evaluate"), ("decoder", "decode")):
-        if getattr(type(pipe), method) is not getattr(CoalescerPipeline, method) or method in pipe.__dict__:
-            found[part] = f"{method} of the pipeline is another"
-    vae = pipe.vae
-    # a wrapper's class, as of torch.compile, may have no decode
-    if getattr(type(vae), "decode", None) is not CoalescerAutoencoder.decode or "decode" in vae.__dict__:
+    for part, method, ours in (
+        ("conditioning", kind.condition, CoalescerPipeline.condition),
+        ("unet", kind.evaluate, CoalescerPipeline.evaluate),
+        ("decoder", kind.decode, CoalescerPipeline.decode),
+    ):
+        if method is not ours or ours.__name__ in pipe.__dict__:
+            found[part] = f"{ours.__name__} of the pipeline is another"
+    standard = isinstance(vae, CoalescerAutoencoder) and type(vae).decode is CoalescerAutoencoder.decode
+    if not standard or "decode" in vae.__dict__:
         found["decoder"] = "decode of vae is another"
     return found
 

@@ -23,7 +23,7 @@ from ..folders import WEIGHTS
 from ..models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from ..models.unet import CONFIGURATIONS, AnchorMLP
 from ..pipeline import CoalescerPipeline
-from ..runtime.artefact import network_sha256
+from ..runtime.engines.hashes import network_sha256
 from ..scheduler import CoalescerScheduler
 from ..schema import check_arguments
 from . import checkpoint, pairing

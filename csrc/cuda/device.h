@@ -1,6 +1,7 @@
 // What the CUDA kernels share: elements and vectors of 16 bytes, parameters of any dtype, sums over a warp, launches.
 //
-// Plain CUDA C++17 on the runtime's own headers; the tests compile the same files for the CPU, on headers of the same names.
+// Plain CUDA C++17 on the runtime's own headers; the tests compile the same files for the CPU, on headers of the same
+// names.
 #ifndef COALESCER_FAST_CUDA_DEVICE_H
 #define COALESCER_FAST_CUDA_DEVICE_H
 
@@ -135,6 +136,20 @@ __device__ __forceinline__ void put(void* data, int64_t dtype, int64_t i, float 
     } else {
         static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
     }
+}
+
+// x / (1 + exp(-x)). Two instructions of the special function unit: the intrinsics __expf and __fdividef take several
+// more to keep denormal numbers, which do not matter here: 1 + exp(-x) is at least 1, and infinite where the result is
+// 0.
+__device__ __forceinline__ float silu(float x) {
+#ifdef __CUDA_ARCH__
+    float e, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.442695041f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + e));
+    return x * inverse;
+#else
+    return __fdividef(x, 1 + __expf(-x));
+#endif
 }
 
 // ---- sums, always in the same order

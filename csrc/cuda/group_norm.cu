@@ -1,11 +1,13 @@
 // group_norm_silu on NVIDIA GPUs; the cut into blocks is group_norm.h's.
 //
-// Every value is first brought near zero by k_c = K_g - pre_bias_c, K_g being the median of three elements of the group. A thread keeps
-// for each of its columns the running mean and M2, the sum of squared deviations (Welford); parts are merged by
+// Every value is first brought near zero by k_c = K_g - pre_bias_c, K_g being the median of three elements of the
+// group. A thread keeps for each of its columns the running mean and M2, the sum of squared deviations (Welford); parts
+// are merged by
 //
-//     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2                          (Chan, Golub and LeVeque 1983)
+//     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2        (Chan, Golub and LeVeque 1983)
 //
-// within a thread's vector, a block, and the cluster or the splits, in an order that the plan fixes: no atomics, the same bits on repeat.
+// within a thread's vector, a block, and the cluster or the splits, in an order that the plan fixes: no atomics, the
+// same bits on repeat.
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
@@ -126,11 +128,25 @@ struct Slab {
         return call.pre_bias.data ? median + element(call.pre_bias, c) : median;
     }
 
+    // k of every channel.
     __device__ void centres() {
         for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
             const int c = base + i;
             const float near = centre(c / p.per_group);
             k[i] = call.pre_bias.data ? near - element(call.pre_bias, c) : near;
+        }
+    }
+
+    // a and b of every channel, as far as they do not depend on its moments: read while x is on its way.
+    __device__ void parameters() {
+        for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
+            const int c = base + i;
+            float scale = 1, shift = 0, offset = 0;
+            if (call.scale.data) scale += element(call.scale, n * call.scale_stride + c);
+            if (call.shift.data) shift = element(call.shift, n * call.shift_stride + c);
+            if (call.bias.data) offset = element(call.bias, c);
+            a[i] = call.weight.data ? element(call.weight, c) * scale : scale;
+            b[i] = offset * scale + shift;
         }
     }
 
@@ -222,19 +238,15 @@ struct Slab {
         return make_float2(all.x, __frcp_rn(__fsqrt_rn(all.y / elements() + call.eps)));
     }
 
-    // y = act((x - k) * a + b): k becomes k + mean, rounded, and b makes good what the rounding lost (Knuth's sum of two).
+    // y = act((x - k) * a + b): k becomes k + mean, rounded, and b makes good what the rounding lost (Knuth's sum of
+    // two).
     __device__ void coefficients() {
         for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
             const int c = base + i;
             const float2 group = statistics[c / p.per_group - first_group];
             const float near = k[i], high = near + group.x, part = high - near;
-            const float low = (near - (high - part)) + (group.x - part);
-            float scale = 1, shift = 0, offset = 0;
-            if (call.scale.data) scale += element(call.scale, n * call.scale_stride + c);
-            if (call.shift.data) shift = element(call.shift, n * call.shift_stride + c);
-            if (call.bias.data) offset = element(call.bias, c);
-            const float factor = (call.weight.data ? group.y * element(call.weight, c) : group.y) * scale;
-            k[i] = high, a[i] = factor, b[i] = offset * scale + shift - low * factor;
+            const float low = (near - (high - part)) + (group.x - part), factor = group.y * a[i];
+            k[i] = high, a[i] = factor, b[i] -= low * factor;
         }
     }
 
@@ -263,7 +275,7 @@ struct Slab {
                     } else {
                         z[j] = (z[j] - k[r]) * a[r] + b[r];
                     }
-                    if (call.silu) z[j] = __fdividef(z[j], 1 + __expf(-z[j]));
+                    if (call.silu) z[j] = silu(z[j]);
                 }
                 store<T, V>(target + static_cast<uint64_t>(static_cast<unsigned>(r) * target_stride) * V, z);
             }
@@ -295,6 +307,7 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_apply(
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
     slab.centres();
+    slab.parameters();
     const int all = p.channels / p.per_group, row = CL ? p.per_group : p.spatial;
     const float2* slots = call.slots + slab.n * p.splits * all * p.tiles_per_group;
     for (int i = static_cast<int>(threadIdx.x / WARP); i < slab.groups; i += static_cast<int>(blockDim.x / WARP)) {
@@ -327,6 +340,7 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(
     }
     __pipeline_commit();
     slab.centres();
+    slab.parameters();
     __syncthreads();
     __pipeline_wait_prior(0);
     const auto get = [&](int row) { return load<T, V>(kept + row * p.columns); };

@@ -1,5 +1,5 @@
-// dual_head on NVIDIA GPUs, in two launches: the convolution with the sums over the image from the same read of h, then, with those sums
-// complete, the distance and the anchor's part of the direction.
+// dual_head on NVIDIA GPUs, in two launches: the convolution with the sums over the image from the same read of h,
+// then, with those sums complete, the distance and the anchor's part of the direction.
 #include "head.h"
 
 namespace cf::head {

@@ -1,5 +1,6 @@
-// How dual_head is cut into blocks. An item is PIXELS neighbours of a row and OUTPUTS channels of the direction; `lanes` threads share it,
-// each with vectors of h's channels of its own. A block has THREADS / lanes items of one sample.
+// How dual_head is cut into blocks. An item is PIXELS neighbours of a row and OUTPUTS channels of the direction;
+// `lanes` threads share it, each with vectors of h's channels of its own. A block has THREADS / lanes items of one
+// sample.
 #ifndef COALESCER_FAST_CUDA_HEAD_H
 #define COALESCER_FAST_CUDA_HEAD_H
 

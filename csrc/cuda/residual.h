@@ -1,5 +1,5 @@
-// How bias_residual is cut into blocks: rows of contiguous elements, (n, position) and channels, or (n, channel) and positions.
-// A block works on a tile of columns and a few rows a thread; a thread keeps to one vector of columns.
+// How bias_residual is cut into blocks: rows of contiguous elements, (n, position) and channels, or (n, channel) and
+// positions. A block works on a tile of columns and a few rows a thread; a thread keeps to one vector of columns.
 #ifndef COALESCER_FAST_CUDA_RESIDUAL_H
 #define COALESCER_FAST_CUDA_RESIDUAL_H
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def stage(bar: Any, kind: str) -> Callable[[str], None]:
-    """What shows on a bar of tqdm that the next thing begins for a graph."""
+    """A function that shows on a bar of tqdm which stage of a graph begins."""
 
     def begin(text: str) -> None:
         bar.set_description(f"{kind}: {text}")

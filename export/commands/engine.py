@@ -1,8 +1,8 @@
-"""Build plans of TensorRT, or of TensorRT-RTX without a GPU.
+"""Build engines of TensorRT, or of TensorRT-RTX without a GPU.
 
-Of an artefact in ONNX that was exported with `--target tensorrt`, or of each in a folder of several. The options have trtexec's names.
-Where the plan can run, its error and speed are measured; beyond the error budget, or in int8 no faster than a plan of what was quantised,
-it is written with --force alone.
+They are built from an artefact in ONNX that was exported with `--target tensorrt`, or from each in a folder of several.
+The options have trtexec's names. Where the engine can run, its error and speed are measured; if it is beyond the error
+budget, or in int8 no faster than an engine of what was quantized, it is written only with --force.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import re
 import sys
 from pathlib import Path
 
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import Artefact, creating
-from coalescer_fast.runtime.tensorrt import TITLES
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.artefact import Artefact
+from coalescer_fast.runtime.engines.manifest import MANIFEST
+from coalescer_fast.runtime.engines.tensorrt import TITLES
+from coalescer_fast.runtime.engines.writing import creating
 
-from .. import engine
+from ..engine import builder, options
 
-# of TensorRT-RTX 1.7, without those that take no float32 (75) and are small (121)
+# all that TensorRT-RTX 1.7 builds for, but 75, which takes no float32, and 121, a small GPU
 CAPABILITIES = (80, 86, 89, 120)
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flavour", choices=list(TITLES), default="tensorrt", help=f"{flavours} (default: %(default)s)"
     )
     parser.add_argument(
-        "-o", "--out", "--saveEngine", type=Path, required=True, metavar="DIR", help="folder of the plan"
+        "-o", "--out", "--saveEngine", type=Path, required=True, metavar="DIR", help="folder of the engine"
     )
     parser.add_argument(
         "--force", action="store_true", help="replace what is there, and write what is beyond the budget or no faster"
@@ -40,13 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timingCacheFile", type=Path, metavar="FILE", help="timings of kernels, read if it is there, and written"
     )
-    text = "GPUs that the plan runs on beside the one that it is built on (TensorRT; default: %(default)s)"
-    parser.add_argument("--hardwareCompatibilityLevel", choices=engine.HARDWARE, default="none", help=text)
+    text = "GPUs that the engine runs on beside the one that it is built on (TensorRT; default: %(default)s)"
+    parser.add_argument("--hardwareCompatibilityLevel", choices=options.HARDWARE, default="none", help=text)
     parser.add_argument(
         "--versionCompatible", action="store_true", help="run with later versions of the same major version (TensorRT)"
     )
     parser.add_argument(
-        "--stripWeights", action="store_true", help="leave the weights out of the plan and keep the ONNX file beside it"
+        "--stripWeights",
+        action="store_true",
+        help="leave the weights out of the engine and keep the ONNX file beside it",
     )
     text = "GPUs to build for (TensorRT-RTX; default: 80,86,89,120)"
     parser.add_argument("--computeCapabilities", type=capabilities, metavar="80,86", help=text)
@@ -61,7 +65,7 @@ def capabilities(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    options = engine.Options(
+    chosen = options.Options(
         args.flavour,
         args.computeCapabilities or (CAPABILITIES if args.flavour == "tensorrt_rtx" else ()),
         args.hardwareCompatibilityLevel,
@@ -71,28 +75,28 @@ def run(args: argparse.Namespace) -> int:
     )
     asked = args.minShapes, args.optShapes, args.maxShapes
     artefacts = artefact.find(args.folder)
-    whole = (args.folder / artefact.MANIFEST).is_file()
+    whole = (args.folder / MANIFEST).is_file()
     for found in artefacts.values():
-        engine.check_source(found)
-    shapes = {kind: engine.profile(found.manifest, *asked) for kind, found in artefacts.items()}
+        builder.check_source(found)
+    shapes = {kind: options.profile(found.manifest, *asked) for kind, found in artefacts.items()}
     with creating(args.out, args.force) as folder:
         for kind, found in artefacts.items():
             inner, out = (folder, args.out) if whole else (folder / kind, args.out / kind)
             inner.mkdir(exist_ok=True)
             if not args.quiet:
-                print(engine.equivalent(found, out, options, shapes[kind]), file=sys.stderr)
+                print(options.trtexec_command(found, out, chosen, shapes[kind]), file=sys.stderr)
             with tqdm(disable=args.quiet or None, desc=kind, unit=" steps", delay=1.0) as bar:
-                built = engine.build(found, inner, shapes[kind], options, command(args, found, options), bar)
-                missing = engine.measure(built, found, shapes[kind], options, args.force, bar)
+                built = builder.build_engine(found, inner, shapes[kind], chosen, command(args, found, chosen), bar)
+                missing = builder.measure(built, found, shapes[kind], chosen, args.force, bar)
             if missing and not args.quiet:
                 print(f"{kind}: {missing}", file=sys.stderr)
     print(args.out)
     return 0
 
 
-def command(args: argparse.Namespace, found: Artefact, options: engine.Options) -> tuple[str, ...]:
-    """The arguments that give this one artefact again."""
-    words = ["engine", str(found.folder), "--flavour", options.flavour, *engine.flag_words(options)]
+def command(args: argparse.Namespace, found: Artefact, chosen: options.Options) -> tuple[str, ...]:
+    """Arguments that make this one artefact again."""
+    words = ["engine", str(found.folder), "--flavour", chosen.flavour, *chosen.arguments()]
     for name in ("minShapes", "optShapes", "maxShapes"):
         words += [f"--{name}={given}"] if (given := getattr(args, name)) else []
     return tuple(words)

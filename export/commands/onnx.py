@@ -1,6 +1,7 @@
 """Export a model's networks as ONNX.
 
-`--what all` writes the UNet, the decoder and the generator into folders of these names; else the output is the artefact itself.
+`--what all` writes the UNet, the decoder and the generator into folders of these names. Otherwise the output is the
+artefact itself.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import argparse
 from pathlib import Path
 
 from coalescer_fast.console import MAX_STEPS, open_pipeline, positive, up_to
-from coalescer_fast.runtime.artefact import KINDS, creating
+from coalescer_fast.runtime.engines.manifest import KINDS
+from coalescer_fast.runtime.engines.writing import creating
 
 from . import stage
 
-STAGES = {"fp32": 5, "fp16": 6}  # of `export_onnx`
+STAGES = {"fp32": 5, "fp16": 6}  # how many stages `export_onnx` has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +53,12 @@ def run(args: argparse.Namespace) -> int:
     best = max(args.min_batch, min(4, args.max_batch)) if args.opt_batch is None else args.opt_batch
     batch = args.min_batch, best, args.max_batch
     if not args.min_batch <= best <= args.max_batch:
-        raise ValueError(
-            f"--min-batch {batch[0]}, --opt-batch {best} and --max-batch {batch[2]} are not in order: give them from small to large"
-        )
+        given = f"--min-batch {batch[0]}, --opt-batch {best} and --max-batch {batch[2]}"
+        raise ValueError(f"{given} are not in order: give them from small to large")
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..exporting import export_onnx
+        from ..onnx.exporter import export_onnx
 
         pipe = open_pipeline(args.model)
         kinds = KINDS if args.what == "all" else (args.what,)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def command(args: argparse.Namespace, kind: str, batch: tuple[int, int, int]) -> tuple[str, ...]:
-    """The arguments that give this one artefact again."""
+    """Arguments that make this one artefact again."""
     words = ["onnx", "--model", args.model, "--what", kind, "--precision", args.precision, "--target", args.target]
     words += [word for name, size in zip(("min", "opt", "max"), batch) for word in (f"--{name}-batch", str(size))]
     if kind == "generator":

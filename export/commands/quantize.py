@@ -1,7 +1,7 @@
 """Write exported artefacts in int8, calibrated on the two-step trajectories of real prompts.
 
-What it is for, ONNX Runtime on a CPU or TensorRT, is what the source was exported for. Beyond the error budget, or no faster than the
-source on this machine, it is written with --force alone.
+The result is for the engine that the source was exported for, ONNX Runtime on a CPU or TensorRT. If it is beyond the
+error budget, or no faster than the source on this machine, it is written only with --force.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 import argparse
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coalescer_fast import files
 from coalescer_fast.console import natural, open_pipeline, positive
 from coalescer_fast.files import check_writable
-from coalescer_fast.runtime import artefact
-from coalescer_fast.runtime.artefact import creating
+from coalescer_fast.runtime.engines import artefact
+from coalescer_fast.runtime.engines.manifest import MANIFEST
+from coalescer_fast.runtime.engines.writing import creating
 
-from ..ranges import METHODS, PERCENTILE, PROMPTS, read_ranges
+from ..quantize.calibration import METHODS, PERCENTILE, PROMPTS
+from ..quantize.ranges import read_ranges
 from . import stage
+
+if TYPE_CHECKING:
+    from ..quantize.sensitivity import LayerCost
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,18 +67,17 @@ def run(args: argparse.Namespace) -> int:
     if not 50 <= args.percentile <= 100:
         raise ValueError(f"--percentile is {args.percentile:g}; expected 50 to 100, such as {PERCENTILE}")
     sources = artefact.find(args.source)
-    several = not (args.source / artefact.MANIFEST).is_file()
+    several = not (args.source / MANIFEST).is_file()
     for option, given in (("--ranges", args.ranges), ("--sensitivity", args.sensitivity), ("--keep-fp16", args.keep)):
         if several and given:
-            raise ValueError(
-                f"{option} is of one graph and {args.source} holds several: name one, {args.source / next(iter(sources))}"
-            )
+            reason = f"{option} is of one graph and {args.source} holds several"
+            raise ValueError(f"{reason}: name one, {args.source / next(iter(sources))}")
     if args.sensitivity is not None:
         check_writable(args.sensitivity)
     with creating(args.out, args.force) as folder:
         from tqdm import tqdm
 
-        from ..quantizing import quantise
+        from ..quantize.quantizer import quantize_artefact
 
         known = None if args.ranges is None else read_ranges(args.ranges)
         load = cache(open_pipeline)
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
                     known.check_graph(source, args.ranges)
                 inner = folder / source.folder.name if several else folder
                 inner.mkdir(exist_ok=True)
-                quantise(
+                quantize_artefact(
                     load(args.model or source.manifest.model),
                     source,
                     inner,
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                     keep=args.keep,
                     force=args.force,
                     command=command(args, source.folder),
-                    report=None if args.sensitivity is None else lambda rows: write(args.sensitivity, rows),
+                    report=None if args.sensitivity is None else lambda costs: write(args.sensitivity, costs),
                     stage=stage(bar, kind),
                 )
     print(args.out)
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def command(args: argparse.Namespace, source: Path) -> tuple[str, ...]:
-    """The arguments that give this one artefact again."""
+    """Arguments that make this one artefact again."""
     words = ["quantize", str(source)]
     words += [] if args.model is None else ["--model", args.model]
     if args.ranges is not None:
@@ -114,8 +119,9 @@ def command(args: argparse.Namespace, source: Path) -> tuple[str, ...]:
     return tuple(words + (["--keep-fp16", *args.keep] if args.keep else []))
 
 
-def write(path: Path, rows: list[dict[str, float | str]]) -> None:
-    """The table, as a file and for eyes."""
+def write(path: Path, costs: list[LayerCost]) -> None:
+    """Write what each layer costs to a CSV file, and print it as a table."""
+    rows = [cost.row() for cost in costs]
     columns = list(rows[0])
     text = [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
     files.write_csv(path, text, columns)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from coalescer_fast.console import natural, open_pipeline, positive
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     artefacts = artefact.find(args.folder)
-    from ..figures import compare, opened
-    from ..ranges import prompts_for
+    from ..measure.accuracy import compare, opened
+    from ..quantize.prompts import prompts_for
 
-    runs = {
-        kind: opened(found) for kind, found in artefacts.items()
-    }  # what cannot run here is said before anything is loaded
+    # before any model is loaded, so that what cannot run here is said at once
+    runs = {kind: opened(found) for kind, found in artefacts.items()}
     load = cache(open_pipeline)
     results = {}
     for kind, found in artefacts.items():

@@ -13,9 +13,11 @@ JOBS = 2
 
 
 def build(sources: list[Path], target: Path, *flags: str) -> None:
-    """Compiles `sources` (.cu, .cpp) and the emulation into the shared library `target`, or into a program if "-pie" is among `flags`.
+    """Compiles `sources` (.cu, .cpp) and the emulation into the shared library `target`, or into a program if "-pie" is
+    among `flags`.
 
-    `flags` go to the compiler (CXX, c++ unless set) for .cu and for linking, after -O1 -g. Raises RuntimeError with its output if it fails.
+    `flags` go to the compiler (CXX, c++ unless set) for .cu and for linking, after -O1 -g. Raises RuntimeError with its
+    output if it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         link(compile_all([EMULATION / "emulation.cpp", *sources], Path(folder), *flags), target, *flags)

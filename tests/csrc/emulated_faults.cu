@@ -1,5 +1,5 @@
-// Kernels with a planted fault and the same without, to see whether the emulation finds it: emulated_faults NAME faulty|sound SEED
-// Prints how many threads saw a wrong value and what the launch returned.
+// Kernels with a planted fault and the same without, to see whether the emulation finds it: emulated_faults NAME
+// faulty|sound SEED Prints how many threads saw a wrong value and what the launch returned.
 #include <cuda_runtime.h>
 
 #include <cooperative_groups.h>
@@ -19,11 +19,11 @@ namespace {
 constexpr unsigned THREADS = 64, BLOCKS = 4;
 
 // Every kernel sets right[i] to 1 for the threads that saw what they should. x[i] = i for all threads of the grid.
-#define KERNEL(name)                                                                                                   \
-    template <bool faulty>                                                                                             \
+#define KERNEL(name)       \
+    template <bool faulty> \
     __global__ void name([[maybe_unused]] const float* __restrict__ x, float* __restrict__ right)
-#define POSITION                                                                                                       \
-    [[maybe_unused]] float* const shared = reinterpret_cast<float*>(cf_shared);                                        \
+#define POSITION                                                                \
+    [[maybe_unused]] float* const shared = reinterpret_cast<float*>(cf_shared); \
     [[maybe_unused]] const unsigned t = threadIdx.x, i = blockIdx.x * THREADS + t, next = (t + 1) % THREADS;
 
 KERNEL(sync_block) {
@@ -141,8 +141,7 @@ KERNEL(two_syncs) {
 KERNEL(sync_or_warp) {
     POSITION
     right[i] = 1;
-    if (faulty && t < 32)
-        __syncwarp(t < 3 ? 7u : ~0u);
+    if (faulty && t < 32) __syncwarp(t < 3 ? 7u : ~0u);
     __syncthreads();
 }
 
@@ -153,14 +152,18 @@ KERNEL(sync_some_blocks) {
 }
 
 using Kernel = void (*)(const float*, float*);
-#define CASE(name) {#name, {name<false>, name<true>}}
+#define CASE(name)                         \
+    {                                      \
+        #name, { name<false>, name<true> } \
+    }
 const struct {
     const char* name;
     Kernel kernels[2];
 } cases[] = {
-    CASE(sync_block),    CASE(sync_block_again), CASE(sync_warp),   CASE(sync_cluster), CASE(sync_cluster_at_end), CASE(wait_for_copy),
-    CASE(misaligned_copy), CASE(set_static),     CASE(write_shared), CASE(read_shared), CASE(read_global),         CASE(write_same),
-    CASE(divergent_sync), CASE(two_syncs),       CASE(sync_or_warp), CASE(sync_some_blocks),
+    CASE(sync_block),          CASE(sync_block_again), CASE(sync_warp),       CASE(sync_cluster),
+    CASE(sync_cluster_at_end), CASE(wait_for_copy),    CASE(misaligned_copy), CASE(set_static),
+    CASE(write_shared),        CASE(read_shared),      CASE(read_global),     CASE(write_same),
+    CASE(divergent_sync),      CASE(two_syncs),        CASE(sync_or_warp),    CASE(sync_some_blocks),
 };
 
 }  // namespace
@@ -175,9 +178,11 @@ int main(int, char** arguments) {
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim.x = BLOCKS, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = dim3(BLOCKS), config.blockDim = dim3(THREADS), config.dynamicSmemBytes = THREADS * sizeof(float);
+        config.gridDim = dim3(BLOCKS), config.blockDim = dim3(THREADS),
+        config.dynamicSmemBytes = THREADS * sizeof(float);
         config.attrs = &attribute, config.numAttrs = strstr(c.name, "cluster") || strstr(c.name, "blocks") ? 1 : 0;
-        const cudaError_t error = cudaLaunchKernelEx(&config, c.kernels[!strcmp(arguments[2], "faulty")], x.data(), right.data());
+        const cudaError_t error =
+            cudaLaunchKernelEx(&config, c.kernels[!strcmp(arguments[2], "faulty")], x.data(), right.data());
         int wrong = 0;
         for (const float r : right) wrong += r != 1;
         printf("%d wrong; %s\n", wrong, cudaGetErrorString(error));

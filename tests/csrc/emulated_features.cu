@@ -23,11 +23,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, u
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Sum of a row of x [rows, length] by a block of any size. The row goes through dynamic shared memory, the warps' sums through static.
+// Sum of a row of x [rows, length] by a block of any size. The row goes through dynamic shared memory, the warps' sums
+// through static.
 __global__ void __launch_bounds__(1024) sum_kernel(const float* __restrict__ x, float* __restrict__ sums, int length) {
     float* row = reinterpret_cast<float*>(cf_shared);
     __shared__ float warps[32];
-    const int threads = static_cast<int>(blockDim.x * blockDim.y), t = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+    const int threads = static_cast<int>(blockDim.x * blockDim.y),
+              t = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
     for (int i = t; i < length; i += threads) row[length - 1 - i] = __ldg(x + blockIdx.x * length + i);
     __syncthreads();
     float sum = 0;
@@ -45,7 +47,8 @@ __global__ void __launch_bounds__(1024) sum_kernel(const float* __restrict__ x, 
     }
 }
 
-// Sums of x [rows, blocks of the cluster, threads]: every block adds up the others' parts, copied asynchronously in two groups.
+// Sums of x [rows, blocks of the cluster, threads]: every block adds up the others' parts, copied asynchronously in two
+// groups.
 __global__ void cluster_kernel(const float* x, float* sums) {
     const cg::cluster_group cluster = cg::this_cluster();
     const cg::thread_block block = cg::this_thread_block();
@@ -55,14 +58,17 @@ __global__ void cluster_kernel(const float* x, float* sums) {
     if (t < threads / 4) {
         if (t < half) __pipeline_memcpy_async(part + 4 * t, source + 4 * t, 16);
         __pipeline_commit();
-        if (t >= half) __pipeline_memcpy_async(part + 4 * t, source + 4 * t, 16, t == threads / 4 - 1 ? 4 : 0);  // the last element is zero
+        if (t >= half)
+            __pipeline_memcpy_async(part + 4 * t, source + 4 * t, 16,
+                                    t == threads / 4 - 1 ? 4 : 0);  // the last element is zero
         __pipeline_commit();
         __pipeline_wait_prior(1);
         __pipeline_wait_prior(0);
     }
     cluster.sync();
     float sum = 0;
-    for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) sum += cluster.map_shared_rank(part, rank)[threads - 1 - t];
+    for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank)
+        sum += cluster.map_shared_rank(part, rank)[threads - 1 - t];
     __shared__ float total;
     if (t == 0) total = 0;
     for (unsigned i = 0; i < threads; ++i) {
@@ -87,14 +93,16 @@ __global__ void warp_kernel(unsigned* out) {
     out[6 * n + t] = __shfl_xor_sync(all, t, 5);
     out[7 * n + t] = __float_as_uint(__shfl_sync(all, static_cast<float>(t), 1));
     out[8 * n + t] = static_cast<unsigned>(__shfl_sync(all, wide, 2) >> 31);
-    out[9 * n + t] = odd ? __ballot_sync(0xaaaaaaaau, t > 9) : __ballot_sync(0x55555555u, t > 20);  // halves of a warp apart
+    out[9 * n + t] =
+        odd ? __ballot_sync(0xaaaaaaaau, t > 9) : __ballot_sync(0x55555555u, t > 20);  // halves of a warp apart
     __shared__ unsigned lanes[1024];
     lanes[t] = t;
     __syncwarp();
     out[10 * n + t] = lanes[t ^ 1];
 }
 
-__global__ void convert_kernel(const float* x, unsigned short* half, unsigned short* bfloat, float* from_half, float* from_bfloat) {
+__global__ void convert_kernel(const float* x, unsigned short* half, unsigned short* bfloat, float* from_half,
+                               float* from_bfloat) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     half[i] = __half_as_ushort(__float2half_rn(x[i]));
     bfloat[i] = __bfloat16_as_ushort(__float2bfloat16_rn(x[i]));
@@ -125,13 +133,18 @@ int cluster_sums(const float* x, float* sums, int rows, int threads, int cluster
     return launch(cluster_kernel, dim3(rows * cluster), dim3(threads), threads * sizeof(float), cluster, x, sums);
 }
 int warps(unsigned* out, int threads) { return launch(warp_kernel, dim3(1), dim3(threads), 0, 0, out); }
-int convert(const float* x, unsigned short* half, unsigned short* bfloat, float* from_half, float* from_bfloat, int count) {
+int convert(const float* x, unsigned short* half, unsigned short* bfloat, float* from_half, float* from_bfloat,
+            int count) {
     return launch(convert_kernel, dim3(count / 256), dim3(256), 0, 0, x, half, bfloat, from_half, from_bfloat);
 }
 int positions(int* out, int x, int y, int z, int threads, int cluster) {
     return launch(position_kernel, dim3(x, y, z), dim3(threads / 2, 2), 0, cluster, out);
 }
-int read_shared(float* out, int threads, int bytes) { return launch(shared_kernel, dim3(1), dim3(threads), bytes, 0, out); }
-int raise_shared_limit(int bytes) { return cudaFuncSetAttribute(shared_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); }
+int read_shared(float* out, int threads, int bytes) {
+    return launch(shared_kernel, dim3(1), dim3(threads), bytes, 0, out);
+}
+int raise_shared_limit(int bytes) {
+    return cudaFuncSetAttribute(shared_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 int last_error() { return cudaGetLastError(); }
 }

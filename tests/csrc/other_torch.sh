@@ -19,7 +19,7 @@ for version in "$@"; do
 import hashlib
 import torch
 from coalescer_fast import ops
-from coalescer_fast.ops import library
+from coalescer_fast.ops import native_library
 
 x, w = torch.randn(2, 24, 9, 7).to(memory_format=torch.channels_last), torch.randn(24)
 heads = torch.randn(4, 24, 3, 3), torch.randn(4), torch.randn(24), torch.randn(1)
@@ -33,8 +33,8 @@ for op, args in calls.items():
     results = [getattr(ops, op)(*args, backend=backend) for backend in ("cpu", "reference")]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {"backend": "cpu"})
-digest = hashlib.sha256((library.FOLDER / "libcoalescer_fast_cpu.so").read_bytes()).hexdigest()[:16]
-print(f"torch {torch.__version__}: all ops agree on {library.isa()}, library {digest}")
+digest = hashlib.sha256((native_library.FOLDER / "libcoalescer_fast_cpu.so").read_bytes()).hexdigest()[:16]
+print(f"torch {torch.__version__}: all ops agree on {native_library.isa()}, library {digest}")
 EOF
     )
     rm -rf "${scratch:?}/$version"

@@ -1,8 +1,10 @@
-// Random calls of every CUDA kernel, run by emulation/, for any device that a launch may be cut for: see sanitize_cuda.sh.
+// Random calls of every CUDA kernel, run by emulation/, for any device that a launch may be cut for: see
+// sanitize_cuda.sh.
 //     random_cuda_calls ROUNDS [small] [SEED]
-// Every result must be near that of plain loops in float64 and have the same bits in another order of threads and blocks; nothing that a
-// call reads may change. Tolerances are loose: they are there to see a wrong index. Small calls ask for few threads and are made once, as
-// ThreadSanitizer needs 0.4 ms for every thread. Prints how many calls took which way.
+// Every result must be near that of plain loops in float64 and have the same bits in another order of threads and
+// blocks; nothing that a call reads may change. Tolerances are loose: they are there to see a wrong index. Small calls
+// ask for few threads and are made once, as ThreadSanitizer needs 0.4 ms for every thread. Prints how many calls took
+// which way.
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -8,15 +8,21 @@ import sys
 
 import pytest
 
-from benchmarks import cuda_aot
+from benchmarks.kernels import cuda_aot
 from coalescer_fast.ops import cuda_library, native_library
 
 needs_nvcc = pytest.mark.skipif(bool(cuda_aot.missing()), reason=cuda_aot.missing() or "can run")
 
 
+@pytest.fixture(scope="module", params=[(90,), pytest.param(cuda_aot.TARGETS, marks=pytest.mark.slow)], ids=str)
+def targets(request):
+    """One target takes a quarter of the time of all."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def rows():
-    return list(cuda_aot.report(cuda_aot.TARGETS))
+def rows(targets):
+    return list(cuda_aot.report(targets))
 
 
 @needs_nvcc
@@ -30,33 +36,28 @@ def test_no_kernel_has_a_fault(rows):
 
 
 @needs_nvcc
-def test_every_kernel_is_there_for_every_target(rows):
+def test_every_kernel_is_there_for_every_target(rows, targets):
     sources = "".join(path.read_text("utf-8") for path in (cuda_aot.ROOT / "csrc" / "cuda").glob("*.cu"))
-    names = re.findall(r"__global__ void __launch_bounds__\([^)]*\) (\w+)\(", sources)
+    names = re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(", sources)
     assert len(names) == sources.count("__global__")
-    assert {(row["kernel"], row["target"]) for row in rows} == {
-        (name, target) for name in names for target in cuda_aot.TARGETS
-    }
+    assert {(row["kernel"], row["target"]) for row in rows} == {(name, target) for name in names for target in targets}
 
 
 @needs_nvcc
-def test_every_kernel_that_streams_has_vectors_of_every_type(rows):
+def test_every_kernel_that_streams_has_vectors_of_every_type(rows, targets):
     types = {(row["kernel"], row["target"], row["types"][0]) for row in rows if row["vector"] > 1}
     assert types == {
-        (name, target, dtype)
-        for name in cuda_aot.STREAMS
-        for target in cuda_aot.TARGETS
-        for dtype in cuda_aot.TYPES.values()
+        (name, target, dtype) for name in cuda_aot.STREAMS for target in targets for dtype in cuda_aot.TYPES.values()
     }
 
 
 @needs_nvcc
-def test_planned_launches_are_possible(rows):
+def test_planned_launches_are_possible(rows, targets):
     if reason := native_library.find("cuda", cuda_library.PATH)[1]:
         pytest.skip(reason)
-    launches = list(cuda_aot.plans(cuda_aot.TARGETS, cuda_aot.bounds(rows)))
+    launches = list(cuda_aot.plans(targets, cuda_aot.bounds(rows)))
     assert [(row["call"], row["dtype"], row["target"], row["faults"]) for row in launches if row["faults"]] == []
-    assert {row["cluster"] for row in launches if row["target"] == 80} == {1}
+    assert {row["cluster"] for row in launches if row["target"] == 80} <= {1}
     assert max(row["cluster"] for row in launches if row["target"] == 90) > 1
     assert {row["vector"] for row in launches if row["call"].startswith("l ")} == {4, 8}
 
@@ -133,8 +134,9 @@ def test_what_does_not_compile_is_said(tmp_path):
 
 
 ROW = {
-    "kernel": "coalesce_step", "types": ["bfloat16", "bfloat16"], "vector": 8, "target": 90, "registers": 128, "threads": 512, "spills": 0,
-    "stack": 0, "local": 0, "loads": {128: 7, 16: 1}, "copies": {}, "stores": {128: 3}, "cluster_barriers": 4, "unpaired": 0,
+    "kernel": "coalesce_step", "types": ["bfloat16", "bfloat16"], "vector": 8, "target": 90,
+    "registers": 128, "threads": 512, "spills": 0, "stack": 0, "local": 0, "loads": {128: 7, 16: 1}, "copies": {},
+    "stores": {128: 3}, "cluster_barriers": 4, "unpaired": 0,
 }  # fmt: skip
 
 

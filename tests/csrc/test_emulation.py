@@ -205,7 +205,8 @@ SHOWN = {
     "write_shared": "a write at byte 256 of shared memory, which has 256",
     "divergent_sync": "threads 0-39 at __syncthreads (FILE:LINE), threads 40-63 ended",
     "two_syncs": "while others are at FILE:LINE",
-    "sync_or_warp": "threads 0-2 at __syncthreads (FILE:LINE), threads 3-31 at __syncwarp of lanes ffffffff (FILE:LINE)",
+    "sync_or_warp": "threads 0-2 at __syncthreads (FILE:LINE), "
+    "threads 3-31 at __syncwarp of lanes ffffffff (FILE:LINE)",
     "sync_some_blocks": "block (2,0,0) ended; block (3,0,0) threads 0-63 at cluster_group.sync",
 }
 ADDRESS = ["sync_cluster_at_end", "write_shared", "read_shared", "read_global"]

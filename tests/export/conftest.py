@@ -7,59 +7,30 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import coalescer_fast as cf
 from coalescer_fast.export import cli
-from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 
-UNET = dict(
-    sample_size=4,
-    latent_channels=4,
-    block_out_channels=(8, 12),
-    norm_num_groups=4,
-    attention_levels=(1,),
-    mid_attention=False,
-    num_attention_heads=2,
-    embedding_dim=16,
-)
-
-
-def build(**config) -> cf.CoalescerPipeline:
-    """An untrained pipeline with the embedded model's descriptions."""
-    whole = cf.CoalescerPipeline.from_pretrained("emoji-64")
-    torch.manual_seed(0)
-    unet, vae = CoalescerUNet(**{**UNET, **config}).eval(), CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1)).eval()
-    for module in unet.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    pipe = cf.CoalescerPipeline(unet, whole.scheduler, whole.description_encoder, vae)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from ..helpers.artefacts import small_artefacts, small_model, small_model_folder
 
 
 @pytest.fixture(scope="session")
 def small() -> cf.CoalescerPipeline:
-    return build(anchor="mlp", anchor_hidden_dim=16)
+    return small_model()
 
 
 @pytest.fixture(scope="session")
-def model(small, tmp_path_factory) -> Path:
+def model() -> Path:
     """Its folder."""
-    folder = tmp_path_factory.mktemp("model")
-    small.save_pretrained(folder)
-    return folder
+    return small_model_folder()
 
 
 @pytest.fixture(scope="session")
-def exported(model, tmp_path_factory) -> Path:
+def exported() -> Path:
     """The folder of its three artefacts in float32."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs the package {package}")
-    folder = tmp_path_factory.mktemp("exported") / "fp32"
-    assert cli.main(["onnx", "--model", str(model), "-o", str(folder), "--max-batch", "8"]) == 0
-    return folder
+    return small_artefacts()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +44,7 @@ def exported_half(model, exported) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Callable[[str, str], Path]:
-    """(precision, target) -> the folder of the embedded model's three artefacts, made when first asked for, as a user makes them."""
+    """(precision, target) -> the folder of the embedded model's three artefacts, made at the first use as users do."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs the package {package}")
     root = tmp_path_factory.mktemp("embedded")

@@ -1,4 +1,4 @@
-"""Batches of the embedded model, at random: every picture has the bits that it has alone, in a process of its own.
+"""Random batches of the embedded model: every picture has the bits that it has alone, in a process of its own.
 
 python -m tests.fuzzing.batches --count 300 --seed 1 --csv FILE
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import coalescer_fast as cf
+from coalescer_fast import files
 from coalescer_fast.runtime.native.runtime import no_programs
 
-from .configurations import write
+from ..helpers import processes
 
 DTYPES = ("float32", "bfloat16", "int8")
 PROMPTS = ("octopus", "owl, 3d style", "red heart", "", "fire truck", "xyzzy", "two people", "slug, garden, noto style")
@@ -29,6 +27,7 @@ CALLS: tuple[dict[str, Any], ...] = (
     {"num_inference_steps": 3},
     {"num_inference_steps": 1},
 )
+SIZES = (1, 2, 3, 5, 8, 13, 16, 17)
 
 
 def able(dtype: str) -> bool:
@@ -43,7 +42,7 @@ def load(dtype: str, threads: int) -> cf.CoalescerPipeline:
 
 
 def draw(pipe: cf.CoalescerPipeline, pictures: list[int], call: int) -> list[str]:
-    """SHA-256 of each of these pictures, drawn in one batch: a picture's number decides its prompt and its noise."""
+    """SHA-256 of each of these pictures, drawn in one batch; a picture's number decides its prompt and its noise."""
     noise = torch.cat(
         [torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float32) for n in pictures]
     )
@@ -52,30 +51,36 @@ def draw(pipe: cf.CoalescerPipeline, pictures: list[int], call: int) -> list[str
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
 
 
-def alone(dtype: str, picture: int, call: int, threads: int) -> str:
-    """What a new process draws."""
-    # elsewhere, and with the checkout last in the path, to find the package that is installed
-    code = "import sys; sys.path.append(sys.argv.pop(1)); from tests.fuzzing.batches import draw, load; kind, *n = sys.argv[1:]; "
-    code += "print(draw(load(kind, int(n[2])), [int(n[0])], int(n[1]))[0])"
-    words = [sys.executable, "-c", code, str(Path(__file__).parents[2]), dtype, str(picture), str(call), str(threads)]
-    with tempfile.TemporaryDirectory() as elsewhere:
-        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=elsewhere).stdout.strip()
+def draw_alone(dtype: str, picture: int, call: int, threads: int) -> str:
+    return draw(load(dtype, threads), [picture], call)[0]
 
 
 def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) -> list[dict[str, Any]]:
-    """A row for each of ``count`` batches of each dtype, of ``pictures`` different ones. Raises AssertionError for
-    another bit."""
+    """Draw random batches.
+
+    Args:
+        count: number of batches of each dtype.
+        seed: of the choice of batches.
+        pictures: number of different pictures in them, each of which is first drawn alone.
+        dtypes: those that cannot run here are left out.
+
+    Returns:
+        A row for each batch.
+
+    Raises:
+        AssertionError: if a picture has other bits in a batch than alone; it names the batch.
+    """
     rows = []
     for dtype in filter(able, dtypes):
         rng = random.Random(f"{seed} {dtype}")
-        expected = {(n, n % len(CALLS)): alone(dtype, n, n % len(CALLS), 1 + n % 3) for n in range(pictures)}
+        expected = {
+            (n, n % len(CALLS)): processes.call(draw_alone, dtype, n, n % len(CALLS), 1 + n % 3)
+            for n in range(pictures)
+        }
         pipe = load(dtype, 2)
         for i in range(count):
             threads, call = 1 + i % 3, rng.choice(list(expected))[1]
-            batch = [
-                rng.choice([n for n, c in expected if c == call])
-                for _ in range(rng.choice((1, 2, 3, 5, 8, 13, 16, 17)))
-            ]
+            batch = [rng.choice([n for n, c in expected if c == call]) for _ in range(rng.choice(SIZES))]
             torch.set_num_threads(threads)
             found = draw(pipe, batch, call)
             assert found == [expected[n, call] for n in batch], (
@@ -94,15 +99,19 @@ def run(count: int, seed: int, pictures: int, dtypes: tuple[str, ...] = DTYPES) 
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100, help="batches of each dtype")
-    parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--count", type=int, default=100, help="batches of each dtype (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=16, help="different pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each batch")
     args = parser.parse_args()
-    made = run(args.count, args.seed, args.pictures)
+    rows = run(args.count, args.seed, args.pictures)
     if args.csv:
-        write(args.csv, made)
-    count = sum(row["pictures"] for row in made)
-    print(f"{len(made)} batches, {count} pictures: each has the bits that it has alone in a new process")
+        files.write_csv(args.csv, rows, list(rows[0]))
+    count = sum(row["pictures"] for row in rows)
+    print(f"{len(rows)} batches, {count} pictures: each has the bits that it has alone in a new process")
+
+
+if __name__ == "__main__":
+    main()

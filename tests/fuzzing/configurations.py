@@ -1,4 +1,4 @@
-"""Configurations of the UNet, at random, by the native runtime: the first and the second call against float64.
+"""Random configurations of the UNet in the native runtime: the first and the second call against float64.
 
 python -m tests.fuzzing.configurations --count 500 --seed 1 --csv FILE
 """
@@ -6,7 +6,6 @@ python -m tests.fuzzing.configurations --count 500 --seed 1 --csv FILE
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from coalescer_fast import (
     CoalescerScheduler,
     CoalescerUNet,
     DescriptionEncoder,
+    files,
 )
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.runtime import NativeRuntime, no_programs
 
-# |y - y64| / |y64|, of a direction and of distances: what rounding every layer's input and weights may come to in these small networks
+# Largest |y - y64| / |y64| of directions and of distances: what rounding the inputs and weights of every layer can add
+# up to in networks as small as these.
 BUDGET = {"float32": 3e-6, "bfloat16": 0.03, "int8": 0.04}
 
 
@@ -51,7 +52,7 @@ def draw_configuration(rng: random.Random) -> dict[str, Any]:
 
 
 def build(configuration: dict[str, Any], seed: int) -> CoalescerPipeline:
-    """A pipeline of the network with random weights of the size that keeps activations near 1."""
+    """A pipeline of the network, its weights random with variance 1 / fan-in, so that activations stay near 1."""
     unet, generator = CoalescerUNet(**configuration).eval().requires_grad_(False), torch.Generator().manual_seed(seed)
     for parameter in unet.parameters():
         fan = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -68,7 +69,8 @@ def build(configuration: dict[str, Any], seed: int) -> CoalescerPipeline:
 
 
 def figures(configuration: dict[str, Any], dtype: str, seed: int) -> dict[str, float]:
-    """Errors of direction and distance in the first and the second call, and whether a sample alone has its bits."""
+    """Relative errors of direction and distance in the first and the second call, and "alone", 1 if a sample that is
+    evaluated alone has the same bits as in a batch."""
     pipe = build(configuration, seed)
     n, rng = 3, torch.Generator().manual_seed(seed + 1)
     texts, side = ["red cat", "", "tree"], configuration["sample_size"]
@@ -94,8 +96,18 @@ def figures(configuration: dict[str, Any], dtype: str, seed: int) -> dict[str, f
 
 
 def run(count: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each of ``count`` configurations and dtype. Raises AssertionError, naming the configuration, for one
-    beyond the budget."""
+    """Evaluate random configurations.
+
+    Args:
+        count: number of configurations.
+        seed: of their choice.
+
+    Returns:
+        A row for each configuration and dtype.
+
+    Raises:
+        AssertionError: if one exceeds the error budget of its dtype; it names the configuration.
+    """
     rows = []
     dtypes = [dtype for dtype in BUDGET if not no_programs(torch.uint8 if dtype == "int8" else getattr(torch, dtype))]
     for i in range(count):
@@ -119,27 +131,24 @@ def run(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--count", type=int, default=100, help="configurations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each configuration and dtype")
     args = parser.parse_args()
-    made = run(args.count, args.seed)
+    rows = run(args.count, args.seed)
     if args.csv:
-        write(args.csv, made)
+        files.write_csv(args.csv, rows, list(rows[0]))
     for dtype in BUDGET:
         errors = [
             max(float(row[f"{call} {name}"]) for call in ("first", "second") for name in ("direction", "distance"))
-            for row in made
+            for row in rows
             if row["dtype"] == dtype
         ]
         if errors:
             print(f"{dtype}: {len(errors)} configurations, largest error {max(errors):.3g}, budget {BUDGET[dtype]:g}")
+
+
+if __name__ == "__main__":
+    main()

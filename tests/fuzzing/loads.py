@@ -1,10 +1,10 @@
-"""Loads of damaged files: each gives the right result or one sentence, and none crashes, hangs or leaves anything behind.
+"""Loads of damaged files: each gives the right result or fails with one sentence; none crashes, hangs or litters.
 
     python -m tests.fuzzing.loads --count 5000 --seed 1 --csv loads.csv
 
-Damage number n of a target is a function of the target, the seed and n alone. The loads run in a process of their own, so
-that one that ends the process, or that does not end, is counted like any other. Another kind of folder is fuzzed by another
-entry of `TARGETS`.
+Damage number n of a target is a function of the target, the seed and n alone. The loads run in a process of their own,
+so that one that crashes, or that never ends, is counted like any other. To fuzz another kind of folder, add an entry to
+`TARGETS`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import copy
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,16 +22,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ..helpers import processes
+from ..helpers.artefacts import small_artefacts
+from ..helpers.pipelines import small_pipeline
 from . import pipelines
 
 RIGHT, SENTENCE = "right", "sentence"
-SECONDS, START = 120, 600  # a load that takes longer hangs; so does a process that takes longer to begin
+SECONDS, START = 120, 600  # a load that takes longer counts as hanging; so does a process that takes longer to start
 
-# What a number, a text, a list or a table in JSON may be instead.
+# What replaces a number, a string, a list or an object in JSON.
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 0.5, -0.0, float("nan"), float("inf"), 1e308),
     *(
@@ -58,9 +61,17 @@ NAMES = ("notes.txt", ".hidden", "model.onnx.data", "manifest.json~", "config.js
 
 @dataclass(frozen=True)
 class Target:
-    """make: writes something whole into an empty folder; load: what a caller gets of such a folder, as bytes; seal: writes a changed JSON
-    file so that the folder vouches for it, as a stranger would, or None where nothing does; needs: packages; tolerance: by which
-    float32 numbers may differ from those of the undamaged folder, 0 for the same bits; damage: does it, instead of `mutate`."""
+    """A kind of folder that is damaged and loaded.
+
+    Attributes:
+        make: writes an undamaged one into an empty folder.
+        load: loads it, and returns what a caller gets of it as bytes.
+        seal: writes a changed JSON file together with the checksum that vouches for it, as an attacker would; None
+            where nothing vouches for JSON files.
+        needs: packages that it takes.
+        tolerance: by how much float32 numbers may differ from those of the undamaged folder; 0 for the same bits.
+        damage: damages the folder and says how; None for `mutate`.
+    """
 
     make: Callable[[Path], None]
     load: Callable[[Path], bytes]
@@ -72,6 +83,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
+    """A damaged folder and what became of loading it."""
+
     target: str
     number: int
     damage: str
@@ -87,7 +100,7 @@ class Case:
 
 
 def mutate(folder: Path, rng: random.Random, seal: Callable[[Path, Any], None] | None = None) -> str:
-    """Damage something in a folder, and say what."""
+    """Damage one thing in a folder, and return what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = rng.choice(files)
     kinds = [flip, flip, cut, grow, remove, swap, link, add]
@@ -162,7 +175,7 @@ def nest(path: Path, rng: random.Random) -> str:
 
 
 def value(path: Path, rng: random.Random, seal: Callable[[Path, Any], None] | None) -> str:
-    """One value in JSON becomes another, goes, or comes; in half of the cases, sealed."""
+    """Replace, remove or add one value in JSON; where there is a ``seal``, mostly sealed."""
     content = json.loads(path.read_text("utf-8"))
     where, holder = rng.choice(list(_holders(content, path.name)))
     keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
@@ -208,7 +221,7 @@ def _other(old: Any, rng: random.Random) -> Any:
 
 
 def check(load: Callable[[], bytes], expected: bytes, tolerance: float = 0.0) -> tuple[str, str]:
-    """What a load came to, and what it said."""
+    """The outcome of a load, and its message."""
     try:
         found = load()
     except ValueError as error:
@@ -230,13 +243,13 @@ def _close(found: bytes, expected: bytes, tolerance: float) -> bool:
 
 
 def snapshot(folder: Path) -> list[tuple[str, int, int]]:
-    """What is in a folder, by name, kind and size."""
+    """The entries of a folder: name, mode and size."""
     facts = [(str(path.relative_to(folder)), path.lstat()) for path in sorted(folder.rglob("*"))]
     return [(name, each.st_mode, each.st_size) for name, each in facts]
 
 
 def work(name: str, seed: int, numbers: Sequence[int], original: Path, pipe: Connection) -> None:
-    """The cases of these numbers, one after the other, each sent when it begins and when it has ended."""
+    """Run the cases of these numbers one after the other; send each when it begins and when it has ended."""
     target = TARGETS[name]
     expected = target.load(original)
     pipe.send(None)
@@ -255,8 +268,8 @@ def work(name: str, seed: int, numbers: Sequence[int], original: Path, pipe: Con
 
 
 def run(name: str, count: int, seed: int = 0, worker: Callable[..., None] = work) -> Iterator[Case]:
-    """The cases 0 to ``count`` of a target."""
-    context = multiprocessing.get_context("spawn")
+    """Cases 0 to ``count`` of a target; after a crash or a hang, in another process."""
+    context = processes.context()
     done = 0
     with tempfile.TemporaryDirectory() as scratch:
         original = Path(scratch) / "original"
@@ -304,56 +317,17 @@ def run(name: str, count: int, seed: int = 0, worker: Callable[..., None] = work
 # What is loaded
 
 
-def _small_pipeline() -> Any:
-    """An untrained pipeline with the embedded model's descriptions, exported in seconds; the same in every process."""
-    import torch
-
-    import coalescer_fast as cf
-    from coalescer_fast.console import open_pipeline
-
-    whole = open_pipeline("emoji-64")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = cf.CoalescerUNet(
-            sample_size=4,
-            latent_channels=4,
-            block_out_channels=(8, 12),
-            norm_num_groups=4,
-            attention_levels=(1,),
-            mid_attention=False,
-            num_attention_heads=2,
-            embedding_dim=16,
-        )
-        vae = cf.CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1))
-        for module in unet.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    pipe = cf.CoalescerPipeline(unet.eval(), whole.scheduler, whole.description_encoder, vae.eval())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-_KEPT: dict[str, Any] = {}  # of a process, made once
-
-
+@cache
 def _pipeline() -> Any:
-    if "pipeline" not in _KEPT:
-        _KEPT["pipeline"] = _small_pipeline()
-    return _KEPT["pipeline"]
+    return small_pipeline(anchor="mlp", anchor_hidden_dim=16)
 
 
 def make_artefact(folder: Path) -> None:
-    from coalescer_fast.export.exporting import export_onnx
-
-    for kind in ("unet", "decoder", "generator"):
-        (folder / kind).mkdir()
-        export_onnx(
-            _pipeline(), kind, folder / kind, model="small", batch=(1, 2, 4), command=("onnx", "--model", "small")
-        )
+    shutil.copytree(small_artefacts(), folder, dirs_exist_ok=True)
 
 
 def load_artefact(folder: Path) -> bytes:
-    """Pictures of the artefacts, by the generator and, in a call that is watched, by UNet and decoder."""
+    """Pictures of the artefacts: by the generator, and with a trace, by UNet and decoder."""
     import torch
 
     import coalescer_fast as cf
@@ -361,10 +335,10 @@ def load_artefact(folder: Path) -> bytes:
     pipe = cf.accelerate(_pipeline(), artefact=folder)
     try:
         pictures = []
-        for watched in (False, True):
+        for trace in (False, True):
             noise = torch.Generator().manual_seed(0)
             pictures.append(
-                pipe("octopus", num_images_per_prompt=2, generator=noise, output_type="pt", return_trace=watched).images
+                pipe("octopus", num_images_per_prompt=2, generator=noise, output_type="pt", return_trace=trace).images
             )
         return b"".join(each.numpy().tobytes() for each in pictures)
     finally:
@@ -372,14 +346,14 @@ def load_artefact(folder: Path) -> bytes:
 
 
 def seal_manifest(path: Path, content: Any) -> None:
-    """A manifest with the right hash of itself."""
+    """Write a manifest with its own checksum."""
     content.pop("sha256", None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "sha256": digest}), "utf-8")
 
 
 def _training(folder: Path) -> Any:
-    """A small network's training of eight steps, which goes on from the folder's checkpoint."""
+    """The training of a small network for eight steps, resumed from the folder's checkpoint if there is one."""
     import torch
 
     from coalescer_fast.training.loop import Schedule, Trainer, make_accelerator
@@ -404,14 +378,14 @@ def _loss(trainer: Any, stop: int) -> Callable[[Any, int], Any]:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Of a training that was stopped after six steps, so at its checkpoint of four."""
+    """The checkpoint of a training that was stopped in its seventh step: that of step four."""
     trainer = _training(folder)
     with suppress(InterruptedError):
         trainer.run(_loss(trainer, 6))
 
 
 def load_checkpoint(folder: Path) -> bytes:
-    """The weights at the end of the training that goes on from it, in a copy of the folder."""
+    """The weights at the end of the training that is resumed from it, in a copy of the folder."""
     with tempfile.TemporaryDirectory() as scratch:
         there = Path(scratch) / "copy"
         shutil.copytree(folder, there, symlinks=True)
@@ -430,7 +404,7 @@ def load_pipeline(folder: Path) -> bytes:
 
 TARGETS = {
     "pipeline": Target(pipelines.make, load_pipeline, damage=pipelines.mutate),
-    # where the schedule of a generator is another, UNet and decoder draw the same picture, rounded in other places
+    # a generator of another schedule is not used, and UNet and decoder round the same picture in other places
     "artefact": Target(make_artefact, load_artefact, seal_manifest, ("onnx", "onnxscript", "onnxruntime"), 1e-4),
     "checkpoint": Target(make_checkpoint, load_checkpoint, None, ("accelerate",)),
 }

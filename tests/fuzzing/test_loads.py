@@ -14,15 +14,17 @@ import pytest
 from . import loads
 from .loads import RIGHT, SENTENCE, TARGETS, Case, check, main, mutate, run, seal_manifest
 
-COUNTS = {"pipeline": 100, "artefact": 150, "checkpoint": 50}
+COUNTS = {"pipeline": 60, "artefact": 50, "checkpoint": 50}
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_load_is_right_or_one_sentence(name):
+def test_every_load_is_right_or_one_sentence(name, times):
     for package in TARGETS[name].needs:
         pytest.importorskip(package, reason=f"needs the package {package}")
-    cases = list(run(name, COUNTS[name]))
-    assert [case.number for case in cases] == list(range(COUNTS[name]))
+    count = times * COUNTS[name]
+    cases = list(run(name, count))
+    assert [case.number for case in cases] == list(range(count))
     assert [case for case in cases if not case.passed] == []
     outcomes = Counter(case.outcome for case in cases)
     assert min(outcomes[RIGHT], outcomes[SENTENCE]) >= 5  # or nothing of note was damaged, or all of it
@@ -84,7 +86,7 @@ def worker(name, seed, numbers, original, pipe) -> None:
 
 
 def test_a_load_that_ends_the_process_and_one_that_hangs_are_counted(monkeypatch):
-    monkeypatch.setattr(loads, "SECONDS", 3)
+    monkeypatch.setattr(loads, "SECONDS", 2)
     monkeypatch.setitem(TARGETS, "checkpoint", loads.Target(lambda folder: None, lambda folder: b""))
     outcomes = [case.outcome for case in run("checkpoint", 5, worker=worker)]
     assert outcomes == [RIGHT, "ends the process with 3", RIGHT, "hangs", RIGHT]

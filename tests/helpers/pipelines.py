@@ -1,4 +1,4 @@
-"""A pipeline that is made, saved and called in milliseconds."""
+"""Pipelines of random weights: a tiny one, made, saved and called in milliseconds, and a small one to export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from torch import nn
 
 from coalescer_fast import (
     CoalescerAutoencoder,
@@ -69,3 +70,33 @@ def seed(value: int = 0) -> torch.Generator:
 
 def noise(n: int, size: int = 4, value: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, size, size, generator=seed(value))
+
+
+SMALL_UNET = {
+    "sample_size": 4,
+    "latent_channels": 4,
+    "block_out_channels": (8, 12),
+    "norm_num_groups": 4,
+    "attention_levels": (1,),
+    "mid_attention": False,
+    "num_attention_heads": 2,
+    "embedding_dim": 16,
+}
+
+
+def small_pipeline(**config) -> CoalescerPipeline:
+    """An untrained pipeline with the embedded model's descriptions, exported in seconds; the same in every process.
+
+    Args:
+        config: arguments of the UNet in place of those of ``SMALL_UNET``.
+    """
+    embedded = CoalescerPipeline.from_pretrained("emoji-64")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet, vae = CoalescerUNet(**{**SMALL_UNET, **config}), CoalescerAutoencoder(1, 4, 8, (1, 1), (1, 1))
+        for module in unet.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    pipe = CoalescerPipeline(unet.eval(), embedded.scheduler, embedded.description_encoder, vae.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

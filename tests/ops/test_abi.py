@@ -13,11 +13,14 @@ from enum import IntEnum
 from pathlib import Path
 
 import pytest
+import torch
 
 from coalescer_fast.ops import abi
 from coalescer_fast.ops.kernels.bias_residual.native import cf_bias_residual_args
 from coalescer_fast.ops.op import OPS
 from coalescer_fast.runtime.native import steps
+
+from ..helpers.examples import example
 
 HEADER = Path(__file__).parents[2] / "csrc" / "abi.h"
 for op in OPS.values():
@@ -120,39 +123,59 @@ def test_a_structure_that_two_exchanged_fields_make_another_is_found(structs, co
     assert compiled["cf_gate_args.value"] != [place.offset, place.size]
 
 
-def distinct(struct: type[abi.Struct], start: int = 1) -> dict[str, float]:
-    return {name: start + i for i, (name, _) in enumerate(struct.leaves())}
+def numbers(struct: abi.Struct, prefix: str = "") -> dict[str, float]:
+    """Every number in the structure, by its joined name."""
+    found = {}
+    for name, *_ in struct._fields_:
+        value, joined = getattr(struct, name), f"{prefix}{name}"
+        parts = (
+            {f"{joined}_{i}": part for i, part in enumerate(value)}
+            if isinstance(value, ctypes.Array)
+            else {joined: value}
+        )
+        for key, part in parts.items():
+            found |= numbers(part, f"{key}_") if isinstance(part, abi.Struct) else {key: part}
+    return found
 
 
 @pytest.mark.parametrize("struct", STRUCTS.values(), ids=STRUCTS)
-def test_a_packer_puts_every_field_where_the_structure_has_it(struct):
-    values = distinct(struct)
-    expected = struct()
-    # written as plain memory: all fields have 64 bits
-    for offset, ((_, code), value) in enumerate(zip(struct.leaves(), values.values())):
-        (ctypes.c_double if code == "d" else ctypes.c_int64).from_buffer(expected, 8 * offset).value = value
-    assert struct.packer()(**values) == bytes(expected)
-    every_other = dict(list(values.items())[::2])
-    varying = {name: value for name, value in values.items() if name not in every_other}
-    assert struct.packer(**every_other)(**varying) == bytes(expected)
+def test_numbers_are_packed_where_the_structure_has_them(struct):
+    expected = {name: float(i) if code == "d" else i for i, (name, code) in enumerate(struct.leaves(), 1)}
+    packed = struct.packing().pack(*expected.values())
+    assert numbers(struct.from_buffer_copy(packed)) == expected
 
 
-def test_rare_and_frequent_calls_pack_alike():
+def test_fields_are_set_by_name():
     bias = abi.cf_vector(data=4, dtype=abi.cf_dtype.CF_BFLOAT16)
     sizes = {"dtype": 0, "channels_last": True, "n": 5, "c": 6, "spatial": 7}
-    rare = cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=bias, threads=8)
-    pack = cf_bias_residual_args.packer(**sizes, bias_dtype=2, threads=8)
-    assert rare == pack(x=1, residual=0, y=3, bias_data=4)
+    packed = cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=bias, threads=8)
+    assert packed == cf_bias_residual_args.packing().pack(1, 0, 3, 0, 1, 5, 6, 7, 4, 2, 8)
     without = cf_bias_residual_args.pack(x=1, residual=None, y=3, **sizes, bias=None, threads=8)
-    assert without == cf_bias_residual_args.packer(**sizes, bias_dtype=0, threads=8, bias_data=0, residual=0)(x=1, y=3)
-    strides = abi.cf_tensor4.packer(dtype=1, strides=(2, 3, 4, 5))
-    assert strides(data=9) == abi.cf_tensor4.pack(data=9, dtype=1, strides=(2, 3, 4, 5))
+    assert without == cf_bias_residual_args.packing().pack(1, 0, 3, 0, 1, 5, 6, 7, 0, 0, 8)
+    tensor = abi.cf_tensor4.pack(data=9, dtype=1, strides=(2, 3, 4, 5))
+    assert tensor == abi.cf_tensor4.packing().pack(9, 1, 2, 3, 4, 5)
+    assert bytes(abi.cf_tensor4()) == bytes(48)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "cpu" in OPS[op].implementations])
+def test_a_call_gives_its_tensors_under_their_names(op):
+    """A field of an argument's name describes this argument."""
+    given = example(op, torch.channels_last)
+    kernel = OPS[op].implementation("cpu")
+    packed = kernel.binding.struct.from_buffer_copy(kernel.packed(*(given.get(name) for name in OPS[op].names)))
+    named = [name for name, *_ in packed._fields_ if isinstance(given.get(name), torch.Tensor)]
+    assert len(named) == sum(isinstance(a, torch.Tensor) for a in given.values())
+    for name in named:
+        value, tensor = getattr(packed, name), given[name]
+        if isinstance(value, abi.Struct):
+            assert (value.data, value.dtype) == (tensor.data_ptr(), 0)
+            if hasattr(value, "strides"):
+                assert tuple(value.strides) == tensor.stride()
+        else:
+            assert value == tensor.data_ptr()
+    assert packed.threads == torch.get_num_threads()
 
 
 def test_wrong_names_are_refused():
     with pytest.raises(TypeError, match=r"cf_vector lacks these fields, or has none so called: dtpye, dtype"):
         abi.cf_vector(data=0, dtpye=1)
-    with pytest.raises(TypeError, match=r"cf_bias_residual_args has no such fields: weight_dtype"):
-        cf_bias_residual_args.packer(weight_dtype=0)
-    with pytest.raises(TypeError, match="missing"):
-        abi.cf_vector.packer(dtype=0)()

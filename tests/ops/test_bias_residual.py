@@ -5,32 +5,9 @@ import torch
 
 from coalescer_fast import ops
 
-from .drawn import given, settings, st
-from .numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, assert_accurate, call, exact, make, randn
-
-OP = "bias_residual"
-
-
-def check(
-    backend: str, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    result = call(OP, backend, x, bias, residual)
-    judge(result, x, bias, residual)
-    return result
-
-
-def judge(
-    result: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
-) -> None:
-    """Hold the result to the rule."""
-    truth, plain, size = exact(x), x, x.double().abs()
-    if bias is not None:
-        column = bias.view(-1, *[1] * (x.ndim - 2))
-        truth, plain, size = truth + exact(column), plain + column.to(x.dtype), size + column.double().abs()
-    if residual is not None:
-        truth, plain, size = truth + exact(residual), plain + residual, size + residual.double().abs()
-    assert result.dtype == x.dtype
-    assert_accurate(OP, result, plain, truth, x.dtype, float(size.max()) if size.numel() else 0.0)
+from ..helpers.drawn import given, settings, st
+from ..helpers.numerics import DTYPES, INPUTS, LAYOUTS, able, arrange, call, make, randn
+from ..helpers.rules.bias_residual import OP, check
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,20 +10,11 @@ from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, dispatch, native_library, triton_launch
 from coalescer_fast.ops.op import OPS as DECLARED
 
-from .numerics import FLOAT_AT_MOST_32, takes
+from ..helpers.examples import NAMES as OPS
+from ..helpers.examples import example, several, shortest
+from ..helpers.numerics import EMULATED, FLOAT_AT_MOST_32, takes
 
-OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 X = torch.zeros(2, 4, 3, 3)
-CALLS = {
-    "bias_residual": (X,),
-    "coalesce_step": (X, X, torch.zeros(2)),
-    "dual_head": (X, torch.zeros(2, 4, 3, 3), torch.zeros(2), torch.zeros(4), torch.zeros(1)),
-    "group_norm_silu": (X, 2),
-}
-
-
-def cast(args: tuple, dtype: torch.dtype) -> tuple:
-    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +31,14 @@ def no_library(monkeypatch):
 
 def test_all_public_ops_are_registered():
     assert set(ops.__all__) == {*OPS, "backends"}
+    assert {"bias_residual", "coalesce_step", "dual_head", "group_norm_silu"} <= set(OPS)
     for op in OPS:
         assert hasattr(torch.ops.coalescer_fast, op)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_backends_of_a_call(op):
-    on_cpu = ops.backends(op, *CALLS[op])
+    on_cpu = ops.backends(op, **shortest(op))
     assert list(on_cpu) == ["reference", "cpu", "triton", "cuda"]
     assert on_cpu["reference"] == on_cpu["cpu"] == (True, "")
 
@@ -76,21 +68,21 @@ def test_unknown_backend(op):
     with pytest.raises(
         ValueError, match=f"backend 'magic' is unknown to {op}; use one of auto, reference, cpu, triton, cuda"
     ):
-        getattr(ops, op)(*CALLS[op], backend="magic")
+        getattr(ops, op)(**shortest(op), backend="magic")
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", [b for b in dispatch.BACKENDS if b != "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, *FLOAT_AT_MOST_32], ids=str)
 def test_a_dtype_that_a_backend_does_not_take_is_refused_by_name(op, backend, dtype):
-    able, reason = ops.backends(op, *cast(CALLS[op], dtype))[backend]
+    able, reason = ops.backends(op, **shortest(op, dtype=dtype))[backend]
     if dispatch.BACKENDS[backend].device == "cuda" and not torch.cuda.is_available():
         assert able == takes(backend, dtype)  # in the interpreter
     if able:
         return
     assert reason
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this {op}: ") as caught:
-        getattr(ops, op)(*cast(CALLS[op], dtype), backend=backend)
+        getattr(ops, op)(**shortest(op, dtype=dtype), backend=backend)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -99,7 +91,7 @@ def test_a_dtype_that_a_backend_does_not_take_is_refused_by_name(op, backend, dt
 def test_auto_takes_the_native_code_and_says_so_once(op, caplog):
     with caplog.at_level(logging.INFO, "coalescer_fast"):
         for _ in range(3):
-            getattr(ops, op)(*CALLS[op])
+            getattr(ops, op)(**shortest(op))
     assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", f"{op} runs on cpu")]
 
 
@@ -152,63 +144,40 @@ def test_another_device_takes_the_reference():
 @pytest.mark.parametrize(("backend", "runtime"), [("triton", triton_launch), ("cuda", cuda_library)])
 def test_kernels_for_gpus_want_one_outside_the_tests_stand_ins(op, backend, runtime, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETED", False)
-    first = {"dual_head": "h", "coalesce_step": "sample"}.get(op, "x")
-    assert ops.backends(op, *CALLS[op])[backend] == (False, f"{first} is on cpu; expected a cuda device")
+    first = DECLARED[op].names[0]
+    assert ops.backends(op, **shortest(op))[backend] == (False, f"{first} is on cpu; expected a cuda device")
     if not torch.cuda.is_available():
         monkeypatch.setattr(runtime, "unavailable", getattr(runtime.unavailable, "__wrapped__", runtime.unavailable))
         assert ops.backends(op)[backend] == (False, "there is no CUDA device")
 
 
-# the CUDA kernels on CPU tensors, where the tests' emulation runs them
-EMULATED = ["cuda"] if cuda_library.INTERPRETED else []
-
-
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu", *EMULATED])
 def test_opcheck(op, backend):
-    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, CALLS[op], {"backend": backend})
+    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, (), shortest(op) | {"backend": backend})
 
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
-
-
-def everything(memory_format: torch.memory_format) -> dict[str, tuple[tuple, dict]]:
-    """A call of every op with all its arguments."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape: int) -> torch.Tensor:
-        x = torch.randn(shape, generator=generator)
-        return x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
-
-    x, point = rand(2, 6, 4, 5), rand(2, 3, 4, 5)
-    film = {"scale": rand(2, 12), "shift": rand(2, 12), "skip": rand(2, 6, 4, 5), "pre_bias": rand(12)}
-    heads = (rand(3, 6, 3, 3), rand(3), rand(1, 6), rand(1))
-    return {
-        "bias_residual": ((x, rand(6), rand(2, 6, 4, 5)), {}),
-        "coalesce_step": ((point, rand(2, 3, 4, 5), rand(2).abs()), {"eta": 0.5, "mode": "unit"}),
-        "dual_head": ((x, *heads), {"sample": point, "anchor": rand(2, 3, 4, 5)}),
-        "group_norm_silu": ((x, 3, rand(12), rand(12)), film),
-    }
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", *EMULATED])
 def test_opcheck_with_all_arguments(op, memory_format, backend):
-    args, kwargs = everything(memory_format)[op]
-    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, args, {**kwargs, "backend": backend})
+    given = example(op, memory_format)
+    torch.library.opcheck(getattr(torch.ops.coalescer_fast, op).default, (), given | {"backend": backend})
 
 
 AUTO = [
     # GPU, what the CUDA kernels were built for, whether Triton is there, dtype; whose are dual_head and the others
-    ("a GPU of the build", 90, (80, 90), True, torch.float16, "cuda", "cuda"),
-    ("a newer one of its kind", 86, (80, 90), True, torch.float16, "cuda", "cuda"),
+    ("a GPU of the build", 90, (80, 90), True, torch.float16, "triton", "cuda"),
+    ("a newer one of its kind", 86, (80, 90), True, torch.float16, "triton", "cuda"),
     ("one of another kind", 110, (80, 90), True, torch.float16, "triton", "triton"),
     ("an older one of its kind", 80, (86,), True, torch.float16, "triton", "triton"),
     ("none of the two", 110, (80, 90), False, torch.float16, "reference", "reference"),
-    ("much work for tensor cores", 90, (80, 90), True, torch.bfloat16, "triton", "cuda"),
-    ("much work, and no Triton", 90, (80, 90), False, torch.bfloat16, "cuda", "cuda"),
-    ("much work in float32", 90, (80, 90), True, torch.float32, "cuda", "cuda"),
+    ("half precision, for tensor cores", 90, (80, 90), True, torch.bfloat16, "triton", "cuda"),
+    ("half precision, and no Triton", 90, (80, 90), False, torch.bfloat16, "cuda", "cuda"),
+    ("float32", 90, (80, 90), True, torch.float32, "cuda", "cuda"),
     ("a dtype that neither takes", 90, (80, 90), True, torch.float64, "reference", "reference"),
 ]
 
@@ -223,7 +192,7 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
     monkeypatch.setattr(triton_launch, "unavailable", lambda: "" if triton else "triton cannot be imported")
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(triton_launch, "_capability", lambda device: divmod(gpu, 10))
-    n, c, side = (1, 128, 32) if dtype == torch.float16 else (16, 320, 64)  # 5 and 755 million products
+    n, c, side = 1, 128, 32
     with FakeTensorMode():
         x, narrow = (torch.empty(n, channels, side, side, dtype=dtype, device="cuda:0") for channels in (c, 4))
         weight, flat = (
@@ -243,7 +212,8 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypa
     with FakeTensorMode():
         x = torch.empty(1, 2, 3, device="cuda:0")
     assert dispatch.BACKENDS["cuda"].refusal({"x": x}) == (
-        "x is on a GPU of sm_121, and the CUDA kernels were built for sm_80, sm_90: install coalescer_fast again on this machine"
+        "x is on a GPU of sm_121, and the CUDA kernels were built for sm_80, sm_90: "
+        "install coalescer_fast again on this machine"
     )
 
 
@@ -252,16 +222,15 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_in_one_sentence(monkeypa
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference", *EMULATED])
 def test_compiles_into_one_graph(op, memory_format, backend):
     torch._dynamo.reset()
-    args, kwargs = everything(memory_format)[op]
-    function = getattr(ops, op)
+    given, function = example(op, memory_format), getattr(ops, op)
     with torch.no_grad():
-        explanation = torch._dynamo.explain(lambda *a, **k: function(*a, **k, backend=backend))(*args, **kwargs)
+        explanation = torch._dynamo.explain(lambda **given: function(**given, backend=backend))(**given)
         assert (explanation.graph_break_count, explanation.graph_count) == (0, 1)
         compiled = torch.compile(
-            lambda *a, **k: function(*a, **k, backend=backend), backend="aot_eager", fullgraph=True
+            lambda **given: function(**given, backend=backend), backend="aot_eager", fullgraph=True
         )
-        results, expected = compiled(*args, **kwargs), function(*args, **kwargs, backend=backend)
-    for result, truth in zip(_tuple(results), _tuple(expected)):
+        results, expected = compiled(**given), function(**given, backend=backend)
+    for result, truth in zip(several(results), several(expected)):
         torch.testing.assert_close(result, truth)
         assert result.stride() == truth.stride()
 
@@ -285,25 +254,28 @@ def test_compiled_code_that_needs_a_gradient_has_one():
     assert weight.grad is not None
 
 
-class Everything(torch.nn.Module):
-    def __init__(self, op: str, kwargs: dict):
-        super().__init__()
-        self.op, self.kwargs = op, kwargs
+class Call(torch.nn.Module):
+    """A call of an op, of its tensors."""
 
-    def forward(self, *args):
-        return getattr(ops, self.op)(*args, **self.kwargs, backend="cpu")
+    def __init__(self, op: str, others: dict[str, object]):
+        super().__init__()
+        self.op, self.others = op, others
+
+    def forward(self, **tensors):
+        return getattr(ops, self.op)(**tensors, **self.others, backend="cpu")
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports(op, strict):
-    args, kwargs = everything(torch.channels_last)[op]
+    given = example(op, torch.channels_last)
+    tensors = {name: a for name, a in given.items() if isinstance(a, torch.Tensor)}
+    others = {name: a for name, a in given.items() if name not in tensors}
     with torch.no_grad():
-        program = torch.export.export(Everything(op, kwargs), args, strict=strict)
+        program = torch.export.export(Call(op, others), (), tensors, strict=strict)
         assert [n for n in program.graph.nodes if n.target is getattr(torch.ops.coalescer_fast, op).default]
-        for result, truth in zip(
-            _tuple(program.module()(*args)), _tuple(getattr(ops, op)(*args, **kwargs, backend="cpu"))
-        ):
+        results, expected = program.module()(**tensors), getattr(ops, op)(**given, backend="cpu")
+        for result, truth in zip(several(results), several(expected)):
             torch.testing.assert_close(result, truth, rtol=0, atol=0)
 
 
@@ -321,7 +293,3 @@ def test_tensor_modes_and_subclasses_see_the_op():
         ops.bias_residual(X, backend="cpu")
     assert "coalescer_fast.bias_residual.default" in names
     assert torch.equal(ops.bias_residual(X.as_subclass(Subclass), backend="cpu"), X)
-
-
-def _tuple(x):
-    return x if isinstance(x, tuple) else (x,)

@@ -1,10 +1,9 @@
-"""What is particular to the native CPU kernels: instruction sets, threads, streaming stores, the library and its interface."""
+"""What is particular to the native CPU kernels: instruction sets, threads, streaming stores, the library and its
+interface."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,10 @@ from coalescer_fast import ops
 from coalescer_fast.ops import native_library
 from coalescer_fast.ops.op import OPS
 
-from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
-from .numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
-
-
-def available() -> list[str]:
-    names, best = [], native_library.isa()
-    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
-        try:
-            native_library.set_isa(name)
-            names.append(name)
-        except ValueError:
-            continue
-    native_library.set_isa(best)
-    return names
+from ..helpers.isa import available
+from ..helpers.numerics import FLOAT_AT_MOST_32, LAYOUTS, arrange, randn
+from ..helpers.processes import python
+from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 
 @pytest.fixture(params=available())
@@ -71,11 +60,9 @@ def test_every_instruction_set_normalises(isa, channels, groups, dtype, layout):
         "shift": randn(2, total, seed=4),
         "pre_bias": randn(total, dtype=dtype, seed=5),
     }
-    test_group_norm_silu.check("cpu", x, groups, randn(channels, seed=1), randn(channels, seed=2))
-    test_group_norm_silu.check("cpu", x, groups, randn(total, seed=1), randn(total, seed=2), skip=skip, **film)
-    test_group_norm_silu.check(
-        "cpu", arrange(1e3 + randn(2, channels, 9, 8), layout).to(dtype), groups, activation=None
-    )
+    group_norm_silu.check("cpu", x, groups, randn(channels, seed=1), randn(channels, seed=2))
+    group_norm_silu.check("cpu", x, groups, randn(total, seed=1), randn(total, seed=2), skip=skip, **film)
+    group_norm_silu.check("cpu", arrange(1e3 + randn(2, channels, 9, 8), layout).to(dtype), groups, activation=None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,8 +70,8 @@ def test_every_instruction_set_normalises(isa, channels, groups, dtype, layout):
 @pytest.mark.parametrize("shape", [(2, 5, 7), (1, 40, 3, 3), (2, 3, 5, 19)], ids=str)
 def test_every_instruction_set_adds(isa, shape, dtype, layout):
     x, other = (arrange(randn(*shape, dtype=dtype, seed=seed), layout) for seed in (0, 1))
-    test_bias_residual.check("cpu", x, randn(shape[1], seed=2), other)
-    test_bias_residual.check("cpu", x, None, other)
+    bias_residual.check("cpu", x, randn(shape[1], seed=2), other)
+    bias_residual.check("cpu", x, None, other)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
@@ -96,19 +83,19 @@ def test_every_instruction_set_has_two_heads(isa, channels, latent, size, dtype)
         arrange(randn(2, latent, *size, seed=seed), layout)
         for seed, layout in ((1, "contiguous"), (2, "channels_last"))
     ]
-    test_dual_head.check(
+    dual_head.check(
         "cpu",
         arrange(randn(2, channels, *size, dtype=dtype), "channels_last"),
-        test_dual_head.parameters(channels, latent),
+        dual_head.parameters(channels, latent),
         *points,
     )
 
 
-@pytest.mark.parametrize("mode", test_coalesce_step.MODES)
+@pytest.mark.parametrize("mode", coalesce_step.MODES)
 @pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
 @pytest.mark.parametrize("shape", [(3,), (4, 5, 7), (3000,)], ids=str)
 def test_every_instruction_set_steps(isa, shape, dtype, mode):
-    test_coalesce_step.check("cpu", *test_coalesce_step.batch(shape=shape, dtype=dtype), mode=mode)
+    coalesce_step.check("cpu", *coalesce_step.batch(shape=shape, dtype=dtype), mode=mode)
 
 
 def test_silu_far_out(isa):
@@ -124,13 +111,6 @@ def test_silu_far_out(isa):
     )
 
 
-def python(code: str, folder: Path) -> str:
-    """What a fresh process prints, in a folder without a package of this name that would hide the installed one."""
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def calls() -> dict[str, tuple[tuple, dict]]:
     """Calls that are large enough to be shared between threads."""
     cl = torch.channels_last
@@ -139,7 +119,7 @@ def calls() -> dict[str, tuple[tuple, dict]]:
     return {
         "group_norm_silu": ((x, 12), {"skip": skip, "scale": randn(3, 120, seed=3)}),
         "bias_residual": ((x, randn(80, seed=3), x), {}),
-        "dual_head": ((x, *test_dual_head.parameters(80, 4)), {"sample": point, "anchor": point + 1}),
+        "dual_head": ((x, *dual_head.parameters(80, 4)), {"sample": point, "anchor": point + 1}),
         "coalesce_step": ((randn(40, 1000), randn(40, 1000, seed=1), randn(40, seed=2)), {}),
     }
 
@@ -214,7 +194,8 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
     load = native_library._load.__wrapped__
     assert load()[1] == (
-        "the library of CPU kernels is not there: this checkout has not been installed; install coalescer_fast again to build it"
+        "the library of CPU kernels is not there: this checkout has not been installed; "
+        "install coalescer_fast again to build it"
     )
     (tmp_path / "build.json").write_text(json.dumps({"cpu": "there is no C++ compiler: install g++ or set CXX"}))
     assert "there is no C++ compiler: install g++ or set CXX; install coalescer_fast again" in load()[1]

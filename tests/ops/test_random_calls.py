@@ -1,5 +1,7 @@
-"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any default dtype. Each
-result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that was asked for by name."""
+"""400 random calls: every op, dtype and layout, on tensors of every kind, in every mode of autograd and under any
+default dtype. Each result is held to the rule of `numerics`, or the call is refused in one sentence, by a backend that
+was asked for by
+name."""
 
 from __future__ import annotations
 
@@ -14,9 +16,8 @@ from torch import Tensor
 
 from coalescer_fast import ops
 
-from . import test_bias_residual, test_coalesce_step, test_dual_head, test_group_norm_silu
-from .numerics import DTYPES, ON_GPU, randn
-from .test_dispatch import EMULATED
+from ..helpers.numerics import DTYPES, EMULATED, ON_GPU, randn
+from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 CALLS, PARTS = 400, 8
 # "triton" runs in the interpreter, which takes seconds for what is large
@@ -138,10 +139,10 @@ class Draw:
 
 
 JUDGES: dict[str, Callable[..., None]] = {
-    "group_norm_silu": test_group_norm_silu.judge,
-    "bias_residual": test_bias_residual.judge,
-    "dual_head": test_dual_head.judge,
-    "coalesce_step": test_coalesce_step.judge,
+    "group_norm_silu": group_norm_silu.judge,
+    "bias_residual": bias_residual.judge,
+    "dual_head": dual_head.judge,
+    "coalesce_step": coalesce_step.judge,
 }
 
 
@@ -184,7 +185,10 @@ def outcome(seed: int) -> str:
     return ""
 
 
-REFUSED = r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: \w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+REFUSED = (
+    r"(\w+) on (cpu|triton|cuda): backend '\2' cannot run this \1: "
+    r"\w+ (has dtype|needs a gradient)[^\n]*; expected [^\n]*"
+)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

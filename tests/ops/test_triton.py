@@ -1,4 +1,5 @@
-"""What the Triton backend does beyond the matrix of its ops: splits, tiles and seams, large indices, its table and its refusals."""
+"""What the Triton backend does beyond the matrix of its ops: splits, tiles and seams, large indices, its table and its
+refusals."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import triton_aot, tune_triton  # noqa: E402
+from benchmarks.kernels import triton_aot, tune_triton  # noqa: E402
 from coalescer_fast import ops  # noqa: E402
 from coalescer_fast.ops import dispatch, layout, triton_launch  # noqa: E402
 from coalescer_fast.ops.kernels.bias_residual import triton as residual  # noqa: E402
 from coalescer_fast.ops.kernels.coalesce_step import triton as step  # noqa: E402
 from coalescer_fast.ops.kernels.group_norm_silu import triton as group_norm  # noqa: E402
 
-from . import test_dual_head, test_group_norm_silu  # noqa: E402
-from .numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
+from ..helpers.numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
+from ..helpers.rules import dual_head, group_norm_silu  # noqa: E402
 
 on_gpu = pytest.mark.gpu if "triton" in ON_GPU else ()
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -40,7 +41,7 @@ def mark(*values):
 def test_splits(monkeypatch, n, spatial, multiprocessors, memory):
     monkeypatch.setattr(group_norm, "multiprocessors", lambda device: multiprocessors)
     x = arrange(make("off_centre", n, 12, *spatial), memory)
-    test_group_norm_silu.check(
+    group_norm_silu.check(
         "triton", x, 3, randn(12, seed=1), randn(12, seed=2), scale=randn(n, 12, seed=3), shift=randn(n, 12, seed=4)
     )
 
@@ -76,13 +77,13 @@ def test_tiles_of_groups(memory, channels, skip, num_groups):
         arrange(5 + randn(2, skip, 3, 5, seed=1), memory) if skip else None,
     )
     weight, bias, pre_bias = (randn(channels + skip, seed=seed) for seed in (2, 3, 4))
-    test_group_norm_silu.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
+    group_norm_silu.check("triton", x, num_groups, weight, bias, skip=other, pre_bias=pre_bias)
 
 
 @pytest.mark.parametrize("latent", mark(16, 17, 70, 130))
 def test_heads_of_any_number_of_channels(latent):
     points = [randn(2, latent, 3, 4, seed=seed) for seed in (1, 2)]
-    test_dual_head.check("triton", randn(2, 40, 3, 4), test_dual_head.parameters(40, latent), *points)
+    dual_head.check("triton", randn(2, 40, 3, 4), dual_head.parameters(40, latent), *points)
 
 
 @pytest.mark.parametrize("size", mark((17, 19), (1, 300), (300, 1)))
@@ -91,7 +92,7 @@ def test_head_of_many_tiles_with_an_expanded_anchor(size):
         randn(2, 3, *size, seed=1).to(memory_format=torch.channels_last),
         randn(1, 3, *size, seed=2).expand(2, -1, -1, -1),
     )
-    test_dual_head.check("triton", randn(2, 5, *size), test_dual_head.parameters(5, 3), point, anchor)
+    dual_head.check("triton", randn(2, 5, *size), dual_head.parameters(5, 3), point, anchor)
 
 
 @triton.jit

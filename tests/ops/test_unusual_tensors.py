@@ -1,5 +1,7 @@
-"""Every op on tensors that are more than dense memory: negated by a bit, without memory, dual, under a transform of torch.func, made in
-inference mode, of another class, and under another default dtype; by the first call and by those that a launcher runs."""
+"""Every op on tensors that are more than dense memory: negated by a bit, without memory, dual, under a transform of
+torch.func, made in inference mode, of another class, and under another default dtype; by the first call and by those
+that a launcher
+runs."""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from coalescer_fast import ops
 from coalescer_fast.ops import dispatch
 from coalescer_fast.ops.op import OPS as DECLARED
 
-from .numerics import ON_GPU
-from .test_dispatch import EMULATED, everything
-from .test_native import python
+from ..helpers.examples import NAMES as OPS
+from ..helpers.examples import example, several
+from ..helpers.numerics import EMULATED, ON_GPU
+from ..helpers.processes import python
 
-OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 BACKENDS = [
     pytest.param(name, marks=[pytest.mark.gpu] if name in ON_GPU else [])
     for name in ("reference", "cpu", "triton", *EMULATED)
@@ -45,8 +47,7 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 def named(op: str, backend: str = "cpu") -> dict[str, object]:
     """All arguments of a call, by name, where the backend takes them."""
-    args, kwargs = everything(torch.channels_last)[op]
-    given = dict(zip(DECLARED[op].names, args)) | kwargs
+    given = example(op, torch.channels_last)
     return {name: a.cuda() if backend in ON_GPU and isinstance(a, Tensor) else a for name, a in given.items()}
 
 
@@ -55,8 +56,7 @@ def tensors(op: str) -> list[str]:
 
 
 def run(op: str, given: dict[str, object], backend: str) -> list[Tensor]:
-    result = getattr(ops, op)(**given, backend=backend)
-    return list(result) if isinstance(result, tuple) else [result]
+    return list(several(getattr(ops, op)(**given, backend=backend)))
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -160,7 +160,10 @@ def test_a_fast_backend_refuses_a_tangent(op, name, backend, grad):
         run(op, given, backend)
         with fw.dual_level():
             dual = {**given, name: fw.make_dual(given[name], torch.ones_like(given[name]))}
-            words = f"^backend '{backend}' cannot run this {op}: {name} has a forward-mode tangent, which only reference has; expected .*$"
+            words = (
+                f"^backend '{backend}' cannot run this {op}: {name} has a forward-mode tangent, "
+                "which only reference has; expected .*$"
+            )
             with pytest.raises(ValueError, match=words):
                 run(op, dual, backend)
 
@@ -209,12 +212,14 @@ def test_vmap(op, name, in_dim):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_keeps_the_layout_of_a_sample(op, memory_format):
-    args, kwargs = everything(memory_format)[op]
-    several = torch.stack([args[0], 2 * args[0]])
-    expected = [getattr(ops, op)(x, *args[1:], **kwargs, backend="reference") for x in several]
-    result = torch.vmap(lambda x: getattr(ops, op)(x, *args[1:], **kwargs))(several)
+    first, *_ = DECLARED[op].names
+    given = example(op, memory_format)
+    x = given.pop(first)
+    samples = torch.stack([x, 2 * x])
+    expected = [getattr(ops, op)(x, **given, backend="reference") for x in samples]
+    result = torch.vmap(lambda x: getattr(ops, op)(x, **given))(samples)
     for i, one in enumerate(expected):
-        for y, truth in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, one))):
+        for y, truth in zip(several(result), several(one)):
             torch.testing.assert_close(y[i], truth, rtol=1e-4, atol=1e-4)
             assert y[i].stride() == truth.stride()
 
@@ -230,7 +235,10 @@ def test_a_fast_backend_refuses_transforms(op, name, backend):
         lambda: torch.func.jacrev(function)(a),
         lambda: torch.func.grad(lambda a: function(a).sum())(a),
     )
-    words = f"^backend '{backend}' cannot run this {op}: a transform of torch.func is at work, which only reference supports; .*$"
+    words = (
+        f"^backend '{backend}' cannot run this {op}: a transform of torch.func is at work, "
+        "which only reference supports; .*$"
+    )
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             function(a)

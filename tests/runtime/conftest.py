@@ -63,9 +63,3 @@ class CpuGraphCapture(GraphCapture):
 @pytest.fixture
 def capture() -> CpuGraphCapture:
     return CpuGraphCapture()
-
-
-@pytest.fixture
-def recorder(capture) -> CpuGraphCapture:
-    """`capture` under the name that tests/runtime/test_tensorrt.py has for it."""
-    return capture

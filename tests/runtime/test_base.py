@@ -13,8 +13,8 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.base import Part, PipelineRuntime, Runtime, entered, quiet_torch
 from coalescer_fast.runtime.cuda.runtime import CudaRuntime
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.engines.per_shape import PerShapeRuntime
 from coalescer_fast.runtime.native.runtime import NativeRuntime
-from coalescer_fast.runtime.static import StaticRuntime
 from coalescer_fast.sampling import Call
 
 from .conftest import CpuGraphCapture
@@ -30,7 +30,7 @@ def engine(name: str):
 
 
 def runtimes():
-    yield pytest.param(lambda pipe: StaticRuntime(pipe, "plain", plain, torch.float32), id="plain")
+    yield pytest.param(lambda pipe: PerShapeRuntime(pipe, "plain", plain, torch.float32), id="plain")
     yield pytest.param(
         lambda pipe: CudaRuntime(pipe, "reference", torch.float32, 0, capture=CpuGraphCapture()), id="cuda"
     )

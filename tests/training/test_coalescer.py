@@ -29,6 +29,8 @@ from coalescer_fast.training.loop import Schedule, generator
 from coalescer_fast.training.pictures import to_tensor
 from coalescer_fast.training.prompts import PromptConfig
 
+from ..helpers import processes
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (20, 20, 20)}
 OVERRIDES = {
     "sample_size": 4,
@@ -62,7 +64,7 @@ def squares() -> PictureDataset:
 def autoencoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoencoder")
     config = AutoencoderConfig(
-        Schedule(steps=800, batch_size=8, learning_rate=2e-3, ema_decay=0.98, checkpoint_every=400, sample_every=400),
+        Schedule(steps=500, batch_size=8, learning_rate=2e-3, ema_decay=0.98, checkpoint_every=250, sample_every=250),
         model={"latent_channels": 4, "width": 32, "encoder_blocks": (1, 1), "decoder_blocks": (1, 1)},
         latent_noise=0.1,
         permute_colours=0.0,
@@ -100,7 +102,7 @@ def test_autoencoder_learns_and_standardises(autoencoder):
     latents = encode(model, squares())
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(latents.square().mean((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
-    assert (folder / "autoencoder-000400.png").exists()
+    assert (folder / "autoencoder-000250.png").exists()
 
 
 def test_decoder_alone_keeps_the_latents(autoencoder, tmp_path):
@@ -164,9 +166,9 @@ def test_queue(autoencoder):
 def test_it_learns_two_steps(autoencoder, tmp_path):
     """Two steps from noise land nearer to the described colour than to any other."""
     schedule = Schedule(
-        steps=240, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=240, sample_every=1000
+        steps=120, batch_size=32, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=120, sample_every=1000
     )
-    anchor = Schedule(steps=300, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=300)
+    anchor = Schedule(steps=150, batch_size=32, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=150)
     config = configuration(
         autoencoder[0], schedule=schedule, anchor=anchor, prompts=PromptConfig(queue_size=128, min_group=4)
     )
@@ -221,42 +223,29 @@ def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
         assert torch.load(tmp_path / "coalescer.pt", weights_only=True)["step"] == steps
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from dataclasses import replace
-from pathlib import Path
-from test_coalescer import configuration, squares
-from coalescer_fast.training.coalescer import train_coalescer
-from coalescer_fast.training.loop import Schedule
-schedule = Schedule(steps=64, batch_size=8, learning_rate=2e-3, ema_decay=0.9, checkpoint_every=8, sample_every=1000)
-train_coalescer(configuration(Path(sys.argv[2]), schedule=schedule), squares(), Path(sys.argv[3]))
-"""
-
-
-def script(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(coalescer_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+def train(autoencoder: str | Path, out: str | Path) -> None:
+    """A training of 64 steps in one thread, in a process of its own."""
+    torch.set_num_threads(1)
+    schedule = Schedule(
+        steps=64, batch_size=8, learning_rate=2e-3, ema_decay=0.9, checkpoint_every=8, sample_every=1000
+    )
+    train_coalescer(configuration(Path(autoencoder), schedule=schedule), squares(), Path(out), progress=False)
 
 
 def test_killed_and_resumed_equals_undisturbed(autoencoder, tmp_path):
     """SIGKILL somewhere in the UNet's training; resumed, every weight has the bits of a run that was left alone."""
-    subprocess.run(script(autoencoder[0], tmp_path / "a"), env=environment(), check=True, capture_output=True)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    killed = subprocess.Popen(script(autoencoder[0], tmp_path / "b"), env=environment(), **quiet)
+    processes.call(train, autoencoder[0], tmp_path / "a")
+    killed = processes.context().Process(target=train, args=(autoencoder[0], tmp_path / "b"))
+    killed.start()
     checkpoint = tmp_path / "b" / "coalescer.pt"
     until = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < until:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert torch.load(checkpoint, weights_only=True)["step"] < 64
-    subprocess.run(script(autoencoder[0], tmp_path / "b"), env=environment(), check=True, capture_output=True)
+    processes.call(train, autoencoder[0], tmp_path / "b")
     a, b = (torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in "ab")
     assert a["step"] == b["step"] == 64
     for part in ("model", "ema"):
@@ -265,19 +254,23 @@ def test_killed_and_resumed_equals_undisturbed(autoencoder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "processes"), [("accelerate.commands.launch --cpu", 1), ("torch.distributed.run --nproc_per_node", 2)]
+    ("launcher", "count"), [("accelerate.commands.launch --cpu", 1), ("torch.distributed.run --nproc_per_node", 2)]
 )
-def test_launchers(autoencoder, tmp_path, launcher, processes):
+def test_launchers(autoencoder, tmp_path, launcher, count):
     """accelerate launch runs the training; torchrun's two processes train one model, each on batches of its own."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", *launcher.split(), *(["2"] if processes == 2 else [])]
-    arguments = [tmp_path / "train.py", Path(__file__).parent, autoencoder[0], tmp_path / "launched"]
-    done = subprocess.run([*command, *map(str, arguments)], env=environment(), capture_output=True, text=True)
+    (tmp_path / "train.py").write_text(
+        "import sys\nsys.path.append(sys.argv[1])\n"
+        "from tests.training.test_coalescer import train\ntrain(*sys.argv[2:])\n"
+    )
+    command = [sys.executable, "-m", *launcher.split(), *(["2"] if count == 2 else [])]
+    arguments = [tmp_path / "train.py", Path(__file__).parents[2], autoencoder[0], tmp_path / "launched"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(coalescer_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    subprocess.run(script(autoencoder[0], tmp_path / "alone"), env=environment(), check=True, capture_output=True)
+    processes.call(train, autoencoder[0], tmp_path / "alone")
     launched, alone = (
         torch.load(tmp_path / name / "coalescer.pt", weights_only=True) for name in ("launched", "alone")
     )
     assert launched["step"] == 64
-    assert torch.equal(launched["model"]["conv_in.weight"], alone["model"]["conv_in.weight"]) == (processes == 1)
+    assert torch.equal(launched["model"]["conv_in.weight"], alone["model"]["conv_in.weight"]) == (count == 1)
     assert CoalescerPipeline.from_pretrained(tmp_path / "launched" / "pipeline")("red").images[0].size == (16, 16)

@@ -215,8 +215,8 @@ class CudaGraphCapture(GraphCapture):
     def __init__(self, device: torch.device):
         self.device = device
         with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream()
+            self.done = torch.cuda.Event()
             self.pool = torch.cuda.graph_pool_handle()
 
     def make(self, function: Callable[[], T]) -> tuple[Callable[[], object], T]:
@@ -246,7 +246,7 @@ class CudaGraphCapture(GraphCapture):
                 self.done.record(stream)
 
     def bytes(self) -> int:
-        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        segments = torch.cuda.memory_snapshot()
         return sum(
             segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(self.pool)
         )

@@ -1,4 +1,5 @@
-// The copies are made when their thread waits for them, as late as a device may, so that a forgotten wait reads what was there before.
+// The copies are made when their thread waits for them, as late as a device may, so that a forgotten wait reads what
+// was there before.
 #pragma once
 #include "emulation.h"
 

@@ -1,9 +1,11 @@
-// The scheduler of emulation.h, for Linux. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r, which gives it its
-// own __shared__ variables; only one system thread runs at a time, the holder of the turn, so a seed fixes the whole schedule.
+// The scheduler of emulation.h, for Linux. Every CUDA thread is a fiber. Block r of a cluster runs on system thread r,
+// which gives it its own __shared__ variables; only one system thread runs at a time, the holder of the turn, so a seed
+// fixes the whole schedule.
 //
-// The sanitizers' functions are weak: this file is compiled without them and serves programs with and without. Its own state is thereby
-// invisible to them, which is meant: ThreadSanitizer sees each CUDA thread as a thread of its own, ordered by nothing but barriers, warp
-// meetings and launches. It cannot be told that memory begins anew with a block, so under it every block has new system threads and stacks.
+// The sanitizers' functions are weak: this file is compiled without them and serves programs with and without. Its own
+// state is thereby invisible to them, which is meant: ThreadSanitizer sees each CUDA thread as a thread of its own,
+// ordered by nothing but barriers, warp meetings and launches. It cannot be told that memory begins anew with a block,
+// so under it every block has new system threads and stacks.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #error "compile this file without sanitizers"
 #endif
@@ -139,8 +141,8 @@ struct Thread {
 struct Barrier {
     unsigned arrived = 0, phase = 0;
     Site site;
-    uint64_t sync
-        [2];  // addresses for ThreadSanitizer, by phase: a thread may reach the next phase before another has left this one
+    // addresses for ThreadSanitizer, by phase: a thread may reach the next phase before another has left this one
+    uint64_t sync[2];
 };
 
 // Lanes of a warp that meet, or have met and are not all gone.
@@ -383,7 +385,8 @@ void end() {
                         blockIdx.z, static_cast<size_t>(p - cf_shared), size));
             break;
         }
-    // Another block that still reads here finds NaN, or a sanitizer finds it: this write follows the block's own threads only.
+    // Another block that still reads here finds NaN, or a sanitizer finds it: this write follows the block's own
+    // threads only.
     void* const writer = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
     if (writer) __tsan_switch_to_fiber(writer, 1);
     tsan_acquire(&block->end);
@@ -414,7 +417,8 @@ void run_block() {
     end();
 }
 
-// The thread-local variables of the program or library that has cf_shared: the kernels' __shared__ variables, and few others.
+// The thread-local variables of the program or library that has cf_shared: the kernels' __shared__ variables, and few
+// others.
 int find_thread_local(dl_phdr_info* info, size_t, void*) {
     auto* const data = static_cast<unsigned char*>(info->dlpi_tls_data);
     for (int i = 0; data && i < info->dlpi_phnum; ++i)

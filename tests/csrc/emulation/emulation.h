@@ -1,17 +1,18 @@
-// CUDA on the host, for tests: a kernel compiled as C++17 runs with one fiber for every CUDA thread, so that barriers, shuffles, clusters
-// and asynchronous copies keep their meaning. The headers beside this one carry the official names; with this folder first on the include
-// path a .cu file needs no change. ../emulate.py builds, or:
+// CUDA on the host, for tests: a kernel compiled as C++17 runs with one fiber for every CUDA thread, so that barriers,
+// shuffles, clusters and asynchronous copies keep their meaning. The headers beside this one carry the official names;
+// with this folder first on the include path a .cu file needs no change. ../emulate.py builds, or:
 //     g++ -x c++ -std=c++17 -fno-strict-aliasing -I tests/csrc/emulation -c kernel.cu
 //     g++ -std=c++17 -O2 -c tests/csrc/emulation/emulation.cpp      (once a program; never with -fsanitize)
 //
-// Threads and blocks run in an order drawn from emulation_seed. Shared memory starts as NaN (arrays of fixed size only without sanitizers).
-// A fault that the emulation sees (deadlock, misaligned copy, write past shared memory) is printed, and the launch returns
-// cudaErrorLaunchFailure with cudaGetErrorString telling it.
-// As barriers are strict here, a thread must not return before a barrier that others reach, though recent devices let it.
+// Threads and blocks run in an order drawn from emulation_seed. Shared memory starts as NaN (arrays of fixed size only
+// without sanitizers). A fault that the emulation sees (deadlock, misaligned copy, write past shared memory) is
+// printed, and the launch returns cudaErrorLaunchFailure with cudaGetErrorString telling it. As barriers are strict
+// here, a thread must not return before a barrier that others reach, though recent devices let it.
 //
-// Limits: dynamic shared memory is `extern __shared__ __align__(16) unsigned char cf_shared[]`, declared at global scope. Every pointer is
-// a host pointer and a launch returns when the kernel has ended. No <<<>>>, atomics, textures, mma, or split barriers of clusters.
-// Misaligned float4 and the like and indices past a __shared__ array of fixed size are for -fsanitize=undefined to find.
+// Limits: dynamic shared memory is `extern __shared__ __align__(16) unsigned char cf_shared[]`, declared at global
+// scope. Every pointer is a host pointer and a launch returns when the kernel has ended. No <<<>>>, atomics, textures,
+// mma, or split barriers of clusters. Misaligned float4 and the like and indices past a __shared__ array of fixed size
+// are for -fsanitize=undefined to find.
 #pragma once
 
 #include <math.h>
@@ -130,7 +131,8 @@ struct Site {
 };
 void sync_block(Site site);
 void sync_cluster(Site site);
-// All lanes of `mask` meet; returns the value of lane `source` (all bits set if it does not take part), or the ballot for source < 0.
+// All lanes of `mask` meet; returns the value of lane `source` (all bits set if it does not take part), or the ballot
+// for source < 0.
 uint64_t meet(unsigned mask, uint64_t value, int source, Site site);
 unsigned lane();
 unsigned thread_rank();
@@ -244,10 +246,13 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1 / sqrt(static_cast<double>(x))); }
 inline float rsqrtf(float x) { return __frsqrt_rn(x); }
-// The hardware's ex2 and lg2 with a rounded factor: the error of __expf grows with |x|. __fdividef loses quotients by more than 2^126.
+// The hardware's ex2 and lg2 with a rounded factor: the error of __expf grows with |x|. __fdividef loses quotients by
+// more than 2^126.
 inline float __expf(float x) { return exp2f(x * 1.442695041f); }
 inline float __logf(float x) { return log2f(x) * 0.693147181f; }
-inline float __fdividef(float x, float y) { return fabsf(y) > 0x1p126f && !isinf(y) && !isnan(y) ? x * copysignf(0, y) : x / y; }
+inline float __fdividef(float x, float y) {
+    return fabsf(y) > 0x1p126f && !isinf(y) && !isnan(y) ? x * copysignf(0, y) : x / y;
+}
 
 // As in CUDA's headers, the common type is unsigned if either is.
 #define EMULATION_MIN_MAX(R, A, B)                                                                                     \

@@ -8,11 +8,16 @@ import pytest
 
 import coalescer_fast as cf
 from coalescer_fast.parity import Budget
-from coalescer_fast.runtime import artefact
+from coalescer_fast.runtime.engines import artefact
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
-from coalescer_fast.export import figures, quantization, quantizing, ranges  # noqa: E402
+import onnx  # noqa: E402
+
+from coalescer_fast.export.measure import accuracy, speed  # noqa: E402
+from coalescer_fast.export.quantize import qdq, quantizer, ranges  # noqa: E402
+from coalescer_fast.export.quantize.calibration import METHODS  # noqa: E402
+from coalescer_fast.export.quantize.layers import find_layers  # noqa: E402
 
 BRIEF = ("--calibration-prompts", "8")
 # untrained networks draw noise
@@ -21,11 +26,11 @@ LOOSE = Budget(psnr_median=5.0, psnr_minimum=5.0, direction_cosine=0.5, distance
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setitem(figures.BUDGETS, "int8", LOOSE)
-    monkeypatch.setattr(quantizing, "HELD_OUT", 8)
+    monkeypatch.setitem(accuracy.BUDGETS, "int8", LOOSE)
+    monkeypatch.setattr(quantizer, "HELD_OUT", 8)
     # a network of eight channels is no faster
     monkeypatch.setattr(
-        figures, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions}
+        speed, "interleaved", lambda functions: {name: [1.0 + (name == "source")] for name in functions}
     )
 
 
@@ -42,12 +47,12 @@ def test_the_manifest_says_what_it_is(unet, exported):
     assert set(m.files) == {"model.onnx", "ranges.json"}
     known = ranges.read_ranges(unet.folder / "ranges.json")
     assert m.calibration == known.sha256
-    assert known.graph == source.files["model.onnx"]["sha256"]
+    assert known.graph == source.files["model.onnx"].sha256
     assert known.method == "percentile 99.999"
     assert len(known.prompts) == 8
-    assert m.measured["error"]["pictures: PSNR, median"] > 5
-    assert m.measured["speed"]["speedup"] == 2
-    assert m.measured["pictures"] == 8
+    assert m.measured.error["pictures: PSNR, median"] > 5
+    assert m.measured.speed["speedup"] == 2
+    assert m.measured.pictures == 8
     assert (unet.folder / "model.onnx").stat().st_size < (exported / "unet" / "model.onnx").stat().st_size
 
 
@@ -56,7 +61,7 @@ def test_verify_and_inspect(run, unet):
     assert status == 0, out
     assert "in int8 against the float32 reference, 3 pictures" in out
     facts = json.loads(run("inspect", "int8", "--json")[1])["unet"]
-    layers = len(quantization.prepare(quantizing.onnx.load("int8/model.onnx"), "tensorrt"))
+    layers = len(find_layers(onnx.load("int8/model.onnx"), "tensorrt"))
     assert layers == 0  # what reads int8 has no weight of its own
     assert facts["layers"]["Conv"]["int8"] == int(unet.manifest.recipe.split()[0])
     assert "uint8" in run("inspect", "int8")[1]
@@ -64,8 +69,10 @@ def test_verify_and_inspect(run, unet):
 
 def test_measured_on_names_that_calibration_never_saw(run, exported, monkeypatch):
     seen = []
-    compare = figures.compare
-    monkeypatch.setattr(figures, "compare", lambda *args, **kwargs: (seen.append(args[3]), compare(*args, **kwargs))[1])
+    compare = accuracy.compare
+    monkeypatch.setattr(
+        accuracy, "compare", lambda *args, **kwargs: (seen.append(args[3]), compare(*args, **kwargs))[1]
+    )
     assert run("quantize", exported / "decoder", "-o", "int8", *BRIEF)[0] == 0
     assert run("verify", "int8", "--prompts", "30")[0] == 0
     known = set(ranges.read_ranges(artefact.read("int8").folder / "ranges.json").prompts)
@@ -87,7 +94,7 @@ def test_it_runs_as_a_pipeline(run, exported, small):
 
 @pytest.mark.parametrize("kind", ["unet", "generator"])
 def test_ranges_are_reused_to_the_bit(run, exported, kind):
-    for method in ranges.METHODS:
+    for method in METHODS:
         assert run("quantize", exported / kind, "-o", "one", *BRIEF, "--method", method, "--force")[0] == 0
         assert run("quantize", exported / kind, "-o", "two", "--ranges", "one/ranges.json", "--force")[0] == 0
         one, two = (artefact.read(name).manifest for name in ("one", "two"))
@@ -124,7 +131,7 @@ def test_layers_that_are_kept(run, exported):
             assert node.input[1] == f"{name}.weight"
     assert nodes["unet.down.0.0.conv1"].input[1] == "unet.down.0.0.conv1.weight:int8"
     m = artefact.read("int8").manifest
-    assert m.flags["int8"]["kept"] == "unet.mid.* unet.down.1.0"
+    assert m.flags.int8.kept == "unet.mid.* unet.down.1.0"
     assert m.command[-3:] == ("--keep-fp16", "unet.mid.*", "unet.down.1.0")
     status, _, error = run("quantize", exported / "unet", "-o", "other", *BRIEF, "--keep-fp16", "unet.conv_in")
     assert status == 1
@@ -158,10 +165,10 @@ def test_sensitivity(run, exported):
 @pytest.mark.parametrize("why", ["budget", "speed"])
 def test_what_does_not_win_needs_force(run, exported, monkeypatch, tmp_path, why):
     if why == "budget":
-        monkeypatch.setitem(figures.BUDGETS, "int8", Budget(psnr_median=200.0))
+        monkeypatch.setitem(accuracy.BUDGETS, "int8", Budget(psnr_median=200.0))
         said = "the decoder in int8 is beyond its budget, pictures: PSNR, median is "
     else:
-        monkeypatch.setattr(figures, "interleaved", lambda functions: {name: [1.0] for name in functions})
+        monkeypatch.setattr(speed, "interleaved", lambda functions: {name: [1.0] for name in functions})
         said = "the decoder in int8 is no faster here than in fp32, 1e+03 ms against 1e+03 for 4 pictures"
     status, out, error = run("quantize", exported / "decoder", "-o", "int8", *BRIEF)
     assert (status, out) == (1, "")
@@ -176,7 +183,7 @@ def test_nothing_is_left_of_a_failure(run, exported, monkeypatch, tmp_path):
         path.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantization, "save", fail)
+    monkeypatch.setattr(qdq, "save", fail)
     assert run("quantize", exported / "decoder", "-o", "int8", *BRIEF)[0] == 130
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from coalescer_fast.export import figures
+from coalescer_fast.export.measure import accuracy
 
 
 def test_pass(run, exported):
@@ -19,7 +19,7 @@ def test_pass(run, exported):
 
 
 def test_json_and_beyond_the_budget(run, exported, monkeypatch):
-    monkeypatch.setattr(figures, "LARGEST_ERROR", 0.0)
+    monkeypatch.setattr(accuracy, "LARGEST_ERROR", 0.0)
     status, out, _ = run("verify", exported / "generator", "--prompts", "3", "--json")
     assert status == 1
     facts = json.loads(out)

@@ -18,7 +18,7 @@ from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_modu
 from coalescer_fast.runtime.native.steps import Convolution, GroupNormSiLU, Pointwise
 from coalescer_fast.runtime.native.value import Range, Unsupported
 
-from ...ops.test_native import available
+from ...helpers.isa import available
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"

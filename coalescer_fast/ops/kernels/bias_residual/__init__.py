@@ -47,4 +47,5 @@ def bias_residual(
     checks.tensor("residual", residual, shape, x.device)
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual has dtype {residual.dtype}; expected x's, {x.dtype}")
-    return run("bias_residual", backend, x, bias, residual)
+    y: Tensor = run("bias_residual", backend, x, bias, residual)
+    return y

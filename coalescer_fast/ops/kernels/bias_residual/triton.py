@@ -24,7 +24,8 @@ def bias_residual_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = x + bias + residual on (rows, columns): (n, position) and channels if CHANNELS_LAST, else (n, channel) and positions."""
+    """y = x + bias + residual on (rows, columns): (n, position) and channels if CHANNELS_LAST, else (n, channel) and
+    positions."""
     program = tl.program_id(0)
     row = (program // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = program % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)

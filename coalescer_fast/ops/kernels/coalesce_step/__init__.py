@@ -40,9 +40,10 @@ def coalesce_step(
     r"""Move R along the target direction by the target distance.
 
     ``unit``: ``R + eta * distance * direction / max(|direction|, eps)``; ``raw``: ``R + eta * distance * direction``;
-    ``|x| = ||x||_2 / sqrt(numel(x))`` of one sample. Computed in float32 (float64 if sample is), rounded once to sample's dtype.
-    A zero direction leaves R where it is. What is not finite in a sample's direction or distance makes that sample not finite, and
-    no other; a finite direction whose square overflows float32 has infinite length and does not move R in mode ``unit``.
+    ``|x| = ||x||_2 / sqrt(numel(x))`` of one sample. Computed in float32 (float64 if sample is), rounded once to
+    sample's dtype. A zero direction leaves R where it is. A direction or distance that is not finite makes its own
+    sample not finite, and no other. A finite direction whose square overflows float32 has infinite length and does not
+    move R in mode ``unit``.
 
     Args:
         sample: R, (N, ...), float64, float32, float16 or bfloat16.
@@ -69,4 +70,5 @@ def coalesce_step(
     eta, eps = checks.number("eta", eta), checks.number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a number above 0")
-    return run("coalesce_step", backend, sample, direction, distance, eta, mode, eps)
+    y: Tensor = run("coalesce_step", backend, sample, direction, distance, eta, mode, eps)
+    return y

@@ -50,9 +50,9 @@ def dual_head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Direction field and distance from one feature map.
 
-    ``direction = conv3x3(h)`` (zero padding 1) and ``distance = softplus(w . mean_HW(h) + b)``. With the sample R and its anchor p,
-    the heads are residual: ``direction += (p - R) / max(|p - R|, 1e-6)`` and ``distance *= |p - R|``, where
-    ``|x| = ||x||_2 / sqrt(Cz H W)`` of one sample; norms and distance are computed in float32 at least.
+    ``direction = conv3x3(h)`` (zero padding 1) and ``distance = softplus(w . mean_HW(h) + b)``. With the sample R and
+    its anchor p, the heads are residual: ``direction += (p - R) / max(|p - R|, 1e-6)`` and ``distance *= |p - R|``,
+    where ``|x| = ||x||_2 / sqrt(Cz H W)`` of one sample. Norms and distance are computed in float32 at least.
 
     Args:
         h: (N, C, H, W) features, float64, float32, float16 or bfloat16.
@@ -96,4 +96,5 @@ def dual_head(
     checks.tensor("sample", sample, (n, latent, height, width), device)
     checks.tensor("anchor", anchor, (n, latent, height, width), device)
     heads = direction_weight, direction_bias, distance_weight, distance_bias
-    return run("dual_head", backend, h, *heads, sample, anchor)
+    result: tuple[Tensor, Tensor] = run("dual_head", backend, h, *heads, sample, anchor)
+    return result

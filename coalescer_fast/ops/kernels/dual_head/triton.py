@@ -1,4 +1,5 @@
-"""dual_head in Triton: an implicit GEMM that also pools, then one program a sample for the distance and the way to the anchor."""
+"""dual_head in Triton: an implicit GEMM that also pools, then one program a sample for the distance and the way to the
+anchor."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def heads_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """direction = conv3x3(h) and, of every tile of positions, sum(h * distance_weight); h (N, H, W, C), direction_weight (Cz, 3, 3, C)."""
+    """direction = conv3x3(h) and, of every tile of positions, sum(h * distance_weight); h (N, H, W, C),
+    direction_weight (Cz, 3, 3, C)."""
     program = tl.program_id(0)
     channel_tile = program % channel_tiles
     tile = program // channel_tiles % tiles
@@ -82,7 +84,8 @@ def heads_kernel(
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(z)) = max(z, 0) + log1p(t), t = exp(-|z|), with log1p(t) = 2 atanh(s), s = t / (2 + t) <= 1/3; z in float64."""
+    """log(1 + exp(z)) = max(z, 0) + log1p(t), t = exp(-|z|), with log1p(t) = 2 atanh(s), s = t / (2 + t) <= 1/3; z in
+    float64."""
     t = tl.exp(-tl.abs(z))
     s = t / (2 + t)
     q = s * s
@@ -125,7 +128,7 @@ def finish_kernel(
     terms = tl.zeros([BLOCK], tl.float64)  # of one number a sample, float64 costs nothing
     for start in range(0, tiles, BLOCK):
         terms += tl.load(partials + n * tiles + start + i, mask=start + i < tiles, other=0).to(tl.float64)
-    result = softplus(tl.sum(terms) / positions.to(tl.float64) + tl.load(distance_bias).to(tl.float64))
+    result = softplus(tl.sum(terms) / positions + tl.load(distance_bias).to(tl.float64))
     if sample is not None:
         o = tl.arange(0, BLOCK_O).to(tl.int64)[None, :]
         p = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
@@ -142,7 +145,8 @@ def finish_kernel(
                     sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
                 ).to(tl.float32)
                 squares += (to - at) * (to - at)
-        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), (positions * latent).to(tl.float32)))
+        # Triton takes a size of 1 for a constant, which has no .to
+        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * latent * 1.0))
         result *= length
         divisor = tl.where(length < 1e-6, 1e-6, length)  # NaN is kept
         for c in range(0, latent, BLOCK_O):
@@ -161,7 +165,8 @@ def finish_kernel(
 
 
 def strides(point: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """point (N, C, H, W), or a copy if its positions are not evenly spaced, and the strides of its rows, channels and positions."""
+    """point (N, C, H, W), or a copy if its positions are not evenly spaced, and the strides of its rows, channels and
+    positions."""
     row, channel, down, right = point.stride()
     height, width = point.shape[2:]
     if height == 1:

@@ -47,8 +47,8 @@ def group_norm_silu(
     r"""Group normalisation, conditioned and activated.
 
     ``y = act(GN(z) * (1 + scale) + shift)`` with ``z = cat([x, skip], 1) + pre_bias`` and
-    ``GN(z) = (z - mean_g) / sqrt(var_g + eps) * weight + bias``; mean and (biased) variance are over the C/num_groups channels of a
-    group and all spatial positions of one sample.
+    ``GN(z) = (z - mean_g) / sqrt(var_g + eps) * weight + bias``. Mean and (biased) variance are over the C/num_groups
+    channels of a group and all spatial positions of one sample.
 
     Args:
         x: (N, C1, *spatial), float64, float32, float16 or bfloat16, one to three spatial dimensions.
@@ -64,8 +64,8 @@ def group_norm_silu(
         backend: "auto" or a name of `ops.backends`.
 
     Returns:
-        (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are float32 at
-        least.
+        (N, C, *spatial) of x's dtype, channels innermost in memory if x's are, else contiguous. Statistics are computed
+        in float32 at least.
 
     Raises:
         ValueError: other shapes, dtypes, devices or values than these, or a backend that cannot run the call.
@@ -101,4 +101,7 @@ def group_norm_silu(
     checks.tensor("scale", scale, per_sample, device)
     checks.tensor("shift", shift, per_sample, device)
     checks.choice("activation", activation, ("silu", None))
-    return run("group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation)
+    y: Tensor = run(
+        "group_norm_silu", backend, x, num_groups, weight, bias, eps, scale, shift, skip, pre_bias, activation
+    )
+    return y

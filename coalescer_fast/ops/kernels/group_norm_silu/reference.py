@@ -41,8 +41,11 @@ def group_norm_silu(
 
 
 def _needs_contiguous(z: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether torch.group_norm fails if z has its channels innermost: under torch.vmap, in forward mode, and, with a segmentation fault, in
-    the backward pass where a parameter needs a gradient and z does not (seen with torch 2.13 on a CPU)."""
+    """Whether torch.group_norm fails if z has its channels innermost.
+
+    It does under torch.vmap and in forward mode. In the backward pass it crashes with a segmentation fault where a
+    parameter needs a gradient and z does not (seen with torch 2.13 on a CPU).
+    """
     if layout.transforms_active() or forward_ad._current_level >= 0:
         return True
     return (

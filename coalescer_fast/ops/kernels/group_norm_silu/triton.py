@@ -1,13 +1,15 @@
-"""group_norm_silu in Triton: statistics of every channel, then the normalisation, both in tiles [BLOCK_R positions, BLOCK_C channels].
+"""group_norm_silu in Triton: statistics of every channel, then the normalisation, both in tiles [BLOCK_R positions,
+BLOCK_C channels].
 
-The statistics of one sample are split over its positions, so that a batch of one fills the device. Each program leaves for its part and
-each of its channels the mean and the sum of squared deviations M2 in a slot of its own (no atomics: bit-identical on repeat); the second
-kernel merges them by
+The statistics of one sample are split over its positions, so that a batch of one fills the device. Each program leaves
+for its part and each of its channels the mean and the sum of squared deviations M2 in a slot of its own (no atomics:
+bit-identical on repeat); the second kernel merges them by
 
-    mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2                         (Chan, Golub and LeVeque 1983)
+    mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2                         (Chan, Golub and
+    LeVeque 1983)
 
-first over the splits, then over the channels of a group. Everything is relative to K_c, the mean of the channel's first eight elements, so
-that nothing is lost where the mean is large against the standard deviation.
+first over the splits, then over the channels of a group. Everything is relative to K_c, the mean of the channel's first
+eight elements, so that nothing is lost where the mean is large against the standard deviation.
 
 The workspace is (N, 2 splits + 1, C) in float32: the means of x - K_c, the M2, and K_c.
 """
@@ -64,7 +66,8 @@ def statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and M2 of x - K_c over one split of one sample; every element of the tile is first a running mean of its own (Welford)."""
+    """Mean and M2 of x - K_c over one split of one sample; every element of the tile is first a running mean of its own
+    (Welford)."""
     program = tl.program_id(0)
     split = program // channel_tiles % splits
     n = (program // channel_tiles // splits).to(tl.int64)
@@ -118,10 +121,11 @@ def group_statistics(
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Mean, less K and pre_bias of the group's first channel, and variance of each of ``groups`` (G,): their channels are begin to end."""
+    """Mean, less K and pre_bias of the group's first channel, and variance of each of ``groups`` (G,): their channels
+    are begin to end."""
     s = tl.arange(0, BLOCK_S)[:, None]
     count = tl.maximum(tl.minimum(spatial - s * rows_per_split, rows_per_split), 0).to(tl.float32)
-    positions = spatial.to(tl.float32)
+    positions = spatial * 1.0  # Triton takes a size of 1 for a constant, which has no .to
     merged = tl.zeros([BLOCK_G], tl.float32)  # channels so far
     mean = tl.zeros([BLOCK_G], tl.float32)
     m2 = tl.zeros([BLOCK_G], tl.float32)
@@ -234,7 +238,8 @@ def apply_kernel(
         low += tl.load(pre_bias + leader, mask=known, other=0).to(tl.float32) - tl.load(
             pre_bias + c, mask=known, other=0
         ).to(tl.float32)
-    # the same sum, high rounded and low what is lost by that (Knuth): relative to K of the group's first channel, low could be large
+    # the same sum, high rounded and low what is lost by that (Knuth): relative to K of the group's first channel, low
+    # could be large
     rounded = high + low
     part = rounded - high
     low = (high - (rounded - part)) + (low - part)
@@ -269,7 +274,8 @@ def apply_kernel(
 
 
 def parts(blocks: int, wanted: int) -> tuple[int, int]:
-    """Cut ``blocks`` into at most ``wanted`` parts, none of them empty: how many, and how many blocks each but the last has."""
+    """Cut ``blocks`` into at most ``wanted`` parts, none of them empty: how many, and how many blocks each but the last
+    has."""
     each = cdiv(blocks, max(1, min(blocks, wanted)))
     return cdiv(blocks, each), each
 

@@ -1,0 +1,35 @@
+PYTHON ?= python
+CXX_SOURCES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help install test lint format types docs bench ci
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install:  ## install the package in this environment, editable, with all that development needs
+	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
+
+test:  ## run the tests, without the slow ones
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint:  ## check the code's style
+	ruff check
+	ruff format --check
+	clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format:  ## format the code
+	ruff check --fix
+	ruff format
+	clang-format -i $(CXX_SOURCES)
+
+types:  ## check the types
+	$(PYTHON) -m mypy
+
+docs:  ## build the documentation into site/
+	$(PYTHON) -m mkdocs build --strict
+
+bench:  ## run the kernel benchmark briefly, to see that it works
+	$(PYTHON) -m benchmarks.kernels --quick
+
+ci:  ## run everything that a submission must pass
+	.ci/run

@@ -1,0 +1,1 @@
+"""The four ops, backend beside backend and against plain torch."""

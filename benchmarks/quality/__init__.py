@@ -1,0 +1,1 @@
+"""Sample quality against network evaluations."""

@@ -1,0 +1,1 @@
+"""The whole sampler, accelerated, beside other ways to run the same networks."""

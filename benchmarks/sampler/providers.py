@@ -1,0 +1,229 @@
+"""What `benchmarks.sampler` compares: a pipeline run by `coalescer_fast.accelerate`, and by every peer at its best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import coalescer_fast
+from coalescer_fast.acceleration import RUNTIMES, accelerate
+from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.runtime.engines import compiled
+from coalescer_fast.runtime.engines.onnx import export
+from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, PerShapeRuntime, Tensors
+from coalescer_fast.scheduler import CoalescerScheduler
+
+from ..harness import timing
+from ..harness.peers import Missing, Peers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RANDOM = "random weights, timing only"
+
+Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
+
+
+def load(model: str, device: torch.device) -> CoalescerPipeline:
+    """emoji-64 as it is embedded; m and l with random weights, and other components that only complete the pipeline."""
+    disable_progress_bar()
+    pipe = CoalescerPipeline.from_pretrained("emoji-64")
+    if model != "emoji-64":
+        torch.manual_seed(0)
+        unet = CoalescerUNet.named(model).eval()
+        for parameter in unet.parameters():
+            # a residual branch that starts at zero would make the output trivial
+            if parameter.ndim > 1 and not parameter.any():
+                nn.init.normal_(parameter, std=0.5 / parameter[0].numel() ** 0.5)
+        encoder = pipe.description_encoder
+        if (dim := unet.config.description_dim) != encoder.config.dim:
+            table = torch.randint(-127, 128, (encoder.config.vocab_size, dim), dtype=torch.int8)
+            encoder = DescriptionEncoder.from_table(
+                table.numpy(), torch.full((dim,), 1 / 64).numpy(), encoder.vocab.numpy()
+            ).eval()
+        vae = CoalescerAutoencoder(2, unet.config.latent_channels, 8, (1, 1, 1), (1, 1, 1)).eval()
+        pipe = CoalescerPipeline(unet, CoalescerScheduler(), encoder, vae)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def eager(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
+    """As users have it: float32, contiguous."""
+    return lambda rest: lambda x: module(x, *rest)
+
+
+def eager_channels_last(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
+    return eager(compiled.channels_last(module, dtype), args, dtype, folder)
+
+
+class EagerCopies(PerShapeRuntime):
+    """Copies of the networks that torch runs as they are, also under the hooks of a FLOP counter."""
+
+    runs_own_code = True
+
+
+def run_eagerly(name: str, prepare: Prepare, pipe: Any, dtype: torch.dtype) -> None:
+    """Give the pipeline a runtime whose networks are prepared so."""
+    pipe.runtime = EagerCopies(pipe, name, prepare, dtype)
+    pipe.runtime.backend = "reference"
+
+
+def run_accelerated(name: str, pipe: Any, dtype: torch.dtype) -> None:
+    """Accelerate the pipeline with a backend that compiles its networks. Raises Missing."""
+    try:
+        accelerate(pipe, name, dtype)
+    except ValueError as reason:
+        raise Missing(str(reason)) from reason
+
+
+PEERS = Peers()
+PEERS.register("eager", "fp32")(partial(run_eagerly, "eager", eager))
+PEERS.register("eager_channels_last", *DTYPES)(partial(run_eagerly, "eager_channels_last", eager_channels_last))
+COMPILERS = ("compile", "onnxruntime", "openvino")
+for _name in COMPILERS:
+    PEERS.register(_name, *DTYPES)(partial(run_accelerated, _name))
+
+
+@dataclass
+class Engine:
+    """A pipeline as a provider runs it.
+
+    Attributes:
+        pipe: draws with the provider's runtime.
+        dtype: a key of `DTYPES`, or int8.
+        seconds: to prepare each network, "unet" and "decoder".
+    """
+
+    pipe: CoalescerPipeline
+    dtype: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def runtime(self) -> Any:
+        return self.pipe.runtime
+
+
+def peer(
+    name: str, dtype: str, pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str], decodes: bool, folder: Path
+) -> Engine:
+    """The engine of a peer, prepared for samples of this shape.
+
+    Args:
+        name: of the peer.
+        dtype: of its networks.
+        pipe: whose networks it runs.
+        sample: what one evaluation takes.
+        texts: descriptions, one for each sample.
+        decodes: whether the decoder is prepared as well.
+        folder: for exported networks, one for all peers.
+
+    Raises:
+        Missing: if the peer cannot run here.
+    """
+    mine: Any = twin(pipe)
+    PEERS[name].prepare(mine, DTYPES[dtype])
+    compiles = name in COMPILERS
+    prepare, seconds = mine.runtime.prepare, {}
+
+    def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
+        if compiles and "onnx" in RUNTIMES[name].packages:
+            export(module, args, folder)  # once for all peers that read it, and before the clock starts
+        start = time.perf_counter()
+        bind = prepare(module, args, dtype, folder)
+        if compiles:
+            seconds["unet" if isinstance(module, Evaluation) else "decoder"] = time.perf_counter() - start
+        return bind
+
+    mine.runtime.prepare = timed
+    mine.runtime.evaluate(sample, mine.runtime.condition(texts, sample.device))
+    if decodes:
+        mine.runtime.decode(sample)
+    return Engine(mine, dtype, seconds)
+
+
+def ours(dtype: str, pipe: CoalescerPipeline) -> Engine:
+    """The engine of `coalescer_fast.accelerate`, for dtype "auto", "int8" or one of `DTYPES`.
+
+    Raises:
+        Missing: for int8 where it cannot run.
+    """
+    with torch.inference_mode(False):  # weights whose changes are noticed, as those of a user
+        start = time.perf_counter()
+        try:
+            mine: Any = coalescer_fast.accelerate(twin(pipe), backend="auto", dtype=DTYPES.get(dtype, dtype))
+        except ValueError as reason:
+            raise Missing(str(reason)) from reason
+        seconds = time.perf_counter() - start
+    names = {kind: name for name, kind in DTYPES.items()}
+    return Engine(mine, dtype if dtype == "int8" else names.get(mine.runtime.dtype, dtype), {"unet": seconds})
+
+
+def twin(pipe: CoalescerPipeline) -> CoalescerPipeline:
+    """Another pipeline of the same networks."""
+    mine = CoalescerPipeline(pipe.unet, pipe.scheduler, pipe.description_encoder, pipe.vae)
+    mine.set_progress_bar_config(disable=True)
+    return mine
+
+
+class Convolutions(TorchDispatchMode):
+    """Keeps the arguments of every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.found.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable[[], None]:
+    """All convolutions that the function makes and nothing else: channels_last, weights packed once where oneDNN can.
+
+    On a GPU they are one CUDA graph, so that launches are not in the floor.
+    """
+    with torch.inference_mode(False), torch.no_grad(), Convolutions() as made:
+        function()
+    inputs: dict[torch.Size, torch.Tensor] = {}
+    packed: dict[tuple[Any, ...], torch.Tensor] = {}
+    calls: list[Callable[[], object]] = []
+    for x, weight, bias, stride, padding, dilation, _, _, groups in made.found:
+        if x.shape not in inputs:
+            inputs[x.shape] = torch.randn_like(x).to(dtype, memory_format=torch.channels_last)
+        bias, key = None if bias is None else bias.to(dtype), (weight.data_ptr(), weight.shape, x.shape)
+        if key not in packed:
+            weight = weight.to(dtype, memory_format=torch.channels_last)
+            if x.is_cpu and torch.backends.mkldnn.is_available():
+                weight = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, padding, stride, dilation, groups, list(x.shape)
+                )
+            packed[key] = weight
+        if x.is_cpu and torch.backends.mkldnn.is_available():
+            run = torch.ops.mkldnn._convolution_pointwise
+            calls.append(
+                partial(run, inputs[x.shape], packed[key], bias, padding, stride, dilation, groups, "none", [], "")
+            )
+        else:
+            calls.append(partial(torch.conv2d, inputs[x.shape], packed[key], bias, stride, padding, dilation, groups))
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    if not made.found or made.found[0][0].is_cpu:
+        return run_all
+    graph = timing.CudaTimer().capture(run_all, 1)
+
+    def replay(kept: object = calls) -> None:
+        graph.replay()
+
+    return replay

@@ -1,0 +1,1 @@
+"""An artefact in ONNX becomes an engine of TensorRT or TensorRT-RTX."""

@@ -1,0 +1,182 @@
+"""README.md and docs/results.md: their tables hold what the committed CSV files hold."""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/results.md"))
+MODELS = ("emoji-64", "m")
+PROVIDERS = (
+    ("eager", "fp32"),
+    ("ours", "bf16"),
+    ("ours_int8", "int8"),
+    ("openvino", "bf16"),
+    ("compile", "bf16"),
+    ("onnxruntime", "fp32"),
+    ("convolutions", "bf16"),
+)
+
+
+def rows(name: str, **wanted: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+
+
+def sampler(model: str, batch: int, provider: str, dtype: str) -> dict[str, str]:
+    wanted = {"model": model, "batch": str(batch), "provider": provider, "dtype": dtype}
+    [row] = [row for row in rows("cpu/sampler.csv", part="sampler", **wanted) if float(row["guidance_scale"]) == 1]
+    return row
+
+
+def milliseconds(row: dict[str, str]) -> str:
+    """Three digits, and ~ where threads had to wait."""
+    time = float(f"{float(row['y_value_50']):.3g}")
+    return f"{time:g}" + "~" * (float(row["quiet"]) == 0)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
+
+
+def line(page: str, start: str, after: str = "") -> list[str]:
+    """The cells behind the first one, of the row that begins with ``start``, the first one behind ``after``."""
+    rest = page[page.index(after) :]
+    return next(cells(each)[1:] for each in rest.splitlines() if each.startswith("|") and cells(each)[0] == start)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("model", MODELS)
+def test_times_of_the_sampler(model, batch):
+    times = [milliseconds(sampler(model, batch, *provider)) for provider in PROVIDERS]
+    name = f"{model}, {batch} picture{'s' * (batch > 1)}"
+    assert line(PAGE, name) == times
+    assert line(README, name) == times[:-1]
+    errors = [float(sampler(model, batch, *PROVIDERS[i])["result_error"]) for i in (1, 2, 3, 4)]
+    assert line(PAGE, name, "The relative error") == [f"{100 * error:.2f}" for error in errors]
+
+
+def test_time_to_the_first_picture():
+    seconds = [f"{float(row['y_value_50']) / 1e3:.1f}" for row in rows("cpu/sampler.csv", part="cold")]
+    assert [line(PAGE, seconds[0]), len(seconds)] == [seconds[1:], 3]
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "bias_residual", "dual_head", "coalesce_step"])
+def test_speed_of_the_ops(op):
+    def ratios(peer: str, dtype: str) -> str:
+        found: dict[tuple[str, ...], dict[str, float]] = {}
+        wanted = {"kernel_name": op, "dtype": dtype, "cache": "warm", "metric_name": "time", "status": "ok"}
+        for row in rows("cpu/kernels.csv", **wanted, quiet="1"):
+            call = (row["shapes"], row["batch"], row["extra_benchmark_config_str"])
+            found.setdefault(call, {})[row["kernel_provider"]] = float(row["y_value_50"])
+        speeds = [times[peer] / times["cpu"] for times in found.values() if {peer, "cpu"} <= times.keys()]
+        return f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})"
+
+    expected = [ratios(peer, dtype) for peer in ("eager", "compile") for dtype in ("fp32", "bf16")]
+    assert line(PAGE, f"`{op}`") == expected
+
+
+H100 = "nvidia-h100-80gb-hbm3/kernels.csv"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["group_norm_silu", "bias_residual", "dual_head", "coalesce_step"])
+def test_speed_of_the_ops_on_an_h100(op, backend):
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows(H100, kernel_name=op, dtype="bf16", cache="warm", metric_name="time", status="ok"):
+        call = (row["shapes"], row["batch"], row["extra_benchmark_config_str"])
+        found.setdefault(call, {})[row["kernel_provider"]] = float(row["y_value_50"])
+
+    def ratios(*peers: str) -> str:
+        pairs = [(times, [times[peer] for peer in peers if peer in times]) for times in found.values()]
+        speeds = [min(others) / times[backend] for times, others in pairs if others and backend in times]
+        return f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})" if speeds else "–"
+
+    section = PAGE[PAGE.index("## Speed of the ops on an H100") :]
+    table = [cells(each) for each in section.splitlines() if each.startswith(f"| `{op}` | `{backend}` |")]
+    assert table == [[f"`{op}`", f"`{backend}`", ratios("eager", "eager_contiguous"), ratios("compile")]]
+
+
+def test_share_of_the_copy_on_an_h100():
+    large = [
+        float(row["percent_of_copy"])
+        for row in rows(H100, kernel_name="group_norm_silu", kernel_provider="cuda", dtype="bf16", cache="warm")
+        if float(row["x_value"]) >= 64e6
+    ]
+    assert f"reaches {min(large):.0f} to {max(large):.0f} %" in " ".join(PAGE.split())
+
+
+def test_quality():
+    [row] = rows("evaluate.csv", steps="2")
+    value = {name: float(text) for name, text in row.items()}
+    expected = {
+        "nearest real picture shows the right emoji": (
+            f"{value['name_top1']:.3f}",
+            f"among the ten nearest: {value['name_top10']:.3f}",
+        ),
+        "the same, name and an existing style": (f"{value['name_style_all_top1']:.3f}", ""),
+        "the same, three keywords": (
+            f"{value['keyword_top1']:.3f}",
+            f"among the ten nearest: {value['keyword_top10']:.3f}",
+        ),
+        "Fréchet distance": (
+            f"{value['fd_name']:.1f} / {value['fd_name_style']:.1f}",
+            f"autoencoder {value['fd_floor_autoencoder']:.1f}, real against real {value['fd_floor_real']:.1f}",
+        ),
+        "distinct styles": (f"{value['styles_hit']:.2g}", f"real: {value['styles_real']:.1f}"),
+        "autoencoder, held-out": (f"{value['psnr_autoencoder_held_out']:.1f} dB", ""),
+        "held-out emoji": (f"{value['held_out_group']:.2f}", f"chance: {value['held_out_group_chance']:.2f}"),
+        "samples nearer": (f"{value['below_q5']:.2f}", "real: 0.05"),
+        "rank correlation": (f"{value['direction_length_spearman']:.2f}", ""),
+        "R² of the distance": (f"{value['distance_r2']:.2f}", ""),
+    }
+    table = PAGE[PAGE.index("| figure | value |") :].replace("\\|", "").split("\n\n")[0].splitlines()[2:]
+    found = [cells(each) for each in table]
+    assert len(found) == len(expected)
+    for (what, *shown), (start, numbers) in zip(found, expected.items()):
+        assert what.startswith(start)
+        assert shown == list(numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "guidance"),
+    [
+        ("coalescer", "coalescer", 1),
+        ("coalescer, guidance 1.5 in the last step", "coalescer", 1.5),
+        ("flow matching", "flow matching", 1),
+        ("flow matching, guidance 1.5", "flow matching", 1.5),
+    ],
+)
+def test_against_flow_matching(name, sampler, guidance):
+    found = {
+        int(row["steps"]): f"{float(row['fd_name']):.1f} ({row['nfe']})"
+        for row in rows("quality.csv", sampler=sampler)
+        if float(row["guidance_scale"]) == guidance
+    }
+    assert line(PAGE, name, "## Against flow matching") == [found.get(n, "–") for n in (1, 2, 4, 8, 50)]
+
+
+@pytest.mark.parametrize("what", ["unet", "decoder", "generator"])
+def test_speed_of_exported_graphs(what):
+    def speeds(threads: int) -> str:
+        found = rows("cpu/export.csv", what=what, precision="int8", threads=str(threads))
+        return ", ".join(f"{float(row['speedup_over_fp32']):.1f}" for row in found)
+
+    assert line(PAGE, {"unet": "UNet"}.get(what, what), "## Exported graphs") == [speeds(1), speeds(2)]
+
+
+def test_error_of_int8_exports():
+    row = rows("cpu/export.csv", what="generator", precision="int8")[0]
+    figures = f"{float(row['psnr_median_db']):.1f} dB at the median, and {float(row['psnr_minimum_db']):.1f} dB"
+    assert figures in re.sub(r"\s+", " ", PAGE)
+    for name, file in (("reference, float32", "evaluate.csv"), ("ONNX Runtime, int8", "cpu/evaluate_int8.csv")):
+        [row] = rows(file, steps="2")
+        distances = [f"{float(row[column]):.1f}" for column in ("fd_name", "fd_name_style")]
+        shares = [f"{float(row[column]):.3f}" for column in ("name_top1", "keyword_top1")]
+        assert line(PAGE, name) == distances + shares
