@@ -1,7 +1,9 @@
 """Training of the image autoencoder.
 
-``L = |e| + 2 e^2 + 1/2 |grad e| + |mean_4x4(e)|`` with e the reconstruction's error, means over all elements. Noise of a random
-strength is added to the latents, so that the decoder forgives what a sampler misses.
+    L = |e| + 2 e^2 + 1/2 |grad e| + |mean_4x4(e)|
+
+with e the error of the reconstruction, and means over all elements. Noise of random strength is added to the latents,
+so that the decoder tolerates the errors of a sampler.
 """
 
 from __future__ import annotations
@@ -30,9 +32,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """model: keyword arguments of `CoalescerAutoencoder`; latent_noise: largest standard deviation of the noise added to latents;
-    flip, permute_colours: probabilities of the augmentations; init: a saved autoencoder to start from instead of ``model``;
-    train_encoder: False trains the decoder alone, so that the latents stay those that a coalescer was trained on."""
+    """How an autoencoder is trained.
+
+    Attributes:
+        schedule: of the training.
+        model: arguments of `CoalescerAutoencoder`.
+        latent_noise: largest standard deviation of the noise that is added to latents.
+        flip: probability that a picture is mirrored.
+        permute_colours: probability that the colours of a batch are permuted.
+        train_encoder: False trains the decoder alone, so that the latents stay those that a coalescer was trained on.
+        init: folder of a saved autoencoder to start from instead of ``model``.
+        seed: of the weights and of all random draws.
+    """
 
     schedule: Schedule
     model: dict[str, Any] = field(default_factory=dict)
@@ -47,13 +58,12 @@ class AutoencoderConfig:
         check_arguments(self.model, CoalescerAutoencoder.__init__, "model")
         for name in ("latent_noise", "flip", "permute_colours"):
             if not 0 <= getattr(self, name) <= (math.inf if name == "latent_noise" else 1):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected a number from 0 {'up' if name == 'latent_noise' else 'to 1'}"
-                )
+                limit = "up" if name == "latent_noise" else "to 1"
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 {limit}")
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """The module's loss of (N, 3, H, W) pictures; a scalar."""
+    """The loss of reconstructed pictures (N, 3, H, W), a scalar."""
     error = reconstruction - picture
     gradient = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * gradient + F.avg_pool2d(error, 4).abs().mean()
@@ -62,7 +72,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, picture: torch.Tensor) -> 
 def batch(
     data: PictureDataset, size: int, config: AutoencoderConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augmented pictures (N, 3, H, W) and the strength (N, 1, 1, 1) of each latent's noise."""
+    """Augmented pictures (N, 3, H, W), and the strength (N, 1, 1, 1) of the noise of each latent."""
     index = torch.randint(len(data), (size,), generator=generator)
     pictures = to_tensor(data.images[index.numpy()])
     flip = torch.rand(size, dtype=torch.float32, generator=generator) < config.flip
@@ -80,9 +90,20 @@ def train_autoencoder(
     allow_changes: bool = False,
     progress: bool = True,
 ) -> CoalescerAutoencoder:
-    """Train (or go on training) an autoencoder in ``output_dir``; returns it with exact latent statistics, and saves it there.
+    """Train an autoencoder, or resume its training, and save it.
 
-    allow_changes: go on even if configuration or pictures are others than before; progress: show a bar.
+    Args:
+        config: how it is trained.
+        data: pictures; those that are held out are not trained on.
+        output_dir: folder of the checkpoint, of sample sheets and of the saved autoencoder.
+        allow_changes: resume even if the configuration or the pictures have changed.
+        progress: show a bar.
+
+    Returns:
+        The averaged autoencoder with exact latent statistics.
+
+    Raises:
+        ValueError: if ``config.init`` has no autoencoder, or the checkpoint cannot be resumed.
     """
     if config.init and not (Path(config.init) / "config.json").is_file():
         raise ValueError(
@@ -149,7 +170,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def set_latent_statistics(model: CoalescerAutoencoder, data: PictureDataset, batch_size: int = 256) -> None:
-    """Give ``latent_norm`` the exact per-channel mean and variance of the pictures' latents."""
+    """Set ``latent_norm`` to the exact mean and variance of each channel of the pictures' latents."""
     device = next(model.parameters()).device
     parts = [
         model.encoder(

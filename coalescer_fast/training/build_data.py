@@ -1,4 +1,4 @@
-"""The emoji data set: freely licensed art sets with the names and keywords of Unicode CLDR, everything out of npm packages.
+"""The emoji data set: freely licensed art sets with the names and keywords of Unicode CLDR, all from npm packages.
 
 `build` draws every emoji in every art style on white, and writes for each picture side S ``emoji_S.npz`` with
 
@@ -9,8 +9,9 @@
     split      int8  (N,)   1 where the emoji is held out of training
     meta_json  uint8 (M,)   UTF-8 JSON
 
-and a contact sheet ``contact_S.png``; once for all sizes ``pairs.tsv``, a line a picture, and ``NOTICE.txt``, the attribution that
-whatever is derived from the pictures must carry. Package versions are pinned: two builds of one size are bit-identical.
+and a contact sheet ``contact_S.png``; once for all sizes ``pairs.tsv``, a line for each picture, and ``NOTICE.txt``,
+the attribution that everything derived from the pictures must carry. Package versions are pinned: two builds of one
+size are bit-identical.
 """
 
 from __future__ import annotations
@@ -49,7 +50,14 @@ ALIASES = "emoji-datasource@16.0.0"
 
 @dataclass(frozen=True)
 class Style:
-    """An art set: its npm package, SPDX licence, word in a prompt, and attribution."""
+    """An art set.
+
+    Attributes:
+        package: npm package, ``name@version``.
+        licence: SPDX identifier.
+        word: what a prompt calls it.
+        attribution: who made it.
+    """
 
     package: str
     licence: str
@@ -87,13 +95,22 @@ DEFAULT_STYLES = tuple(
 
 SKIN_TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 RENDER_SIZE = 256  # vector art is drawn at this width, then reduced like all other pictures
-# FxEmojis has no code points and is matched by name, which is wrong for a waving hand, a person bowing and the UP! button.
+# FxEmojis has no code points and is matched by name, which is wrong for waving hand, person bowing and the UP! button.
 MISMATCHED = {("fxemoji", "1f44b"), ("fxemoji", "1f647"), ("fxemoji", "1f199")}
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """An emoji and how CLDR describes it; ``aliases`` are other names that art sets know it by."""
+    """An emoji and how CLDR describes it.
+
+    Attributes:
+        hex: code points in hexadecimal, joined by dashes.
+        char: the emoji itself.
+        name, keywords, group, subgroup: CLDR's.
+        tone: index into `SKIN_TONES`.
+        order: Unicode's.
+        aliases: other names that art sets know it by.
+    """
 
     hex: str
     char: str
@@ -115,9 +132,18 @@ class Emoji:
 
 
 def fetch(package: str, cache: Path, *patterns: str) -> dict[str, bytes]:
-    """Contents, by path, of the files of the npm package ``name@version`` that match a pattern; its tarball stays in ``cache``.
+    """Fetch files of an npm package.
 
-    Raises OSError if npm is missing or cannot fetch the package.
+    Args:
+        package: ``name@version``.
+        cache: folder in which the package's tarball stays.
+        patterns: of the paths that are read.
+
+    Returns:
+        Contents by path.
+
+    Raises:
+        OSError: if npm is missing or cannot fetch the package.
     """
     tarball = cache / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not tarball.exists():
@@ -147,9 +173,8 @@ def npm_pack(package: str, tarball: Path) -> None:
         packed = list(Path(folder).glob("*.tgz"))
         if done.returncode or not packed:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise OSError(
-                f"npm could not fetch {package} ({reason}): check the network and npm's registry setting, then run again"
-            )
+            advice = "check the network and npm's registry setting, then run again"
+            raise OSError(f"npm could not fetch {package} ({reason}): {advice}")
         os.replace(packed[0], tarball)
 
 
@@ -167,7 +192,7 @@ def slug(name: str) -> str:
 
 
 def read_emoji(cache: Path, skin_tones: str, flags: bool) -> list[Emoji]:
-    """All emoji in Unicode's order; ``skin_tones`` none, medium or all says which toned variants are emoji of their own."""
+    """All emoji in Unicode's order; skin_tones and flags as in `build`."""
     files = fetch(DESCRIPTIONS, cache, "en/data.json", "meta/groups.json")
     names = json.loads(files["meta/groups.json"])
     aliases = {
@@ -273,9 +298,12 @@ def open_style(name: str, cache: Path) -> IconSet | PictureSet:
 def draw_all(
     emoji: Sequence[Emoji], styles: Sequence[str], sizes: Sequence[int], cache: Path, progress: bool = True
 ) -> tuple[list[tuple[int, int]], dict[int, np.ndarray]]:
-    """(emoji, style) indices of the N pictures that are worth keeping, and the pictures, uint8 (N, S, S, 3), by size S.
+    """Draw all emoji in all styles.
 
-    Left out are blank pictures, and those that are equal, at the largest size, to an earlier one of another emoji.
+    Blank pictures are left out, and pictures that equal, at the largest size, an earlier one of another emoji.
+
+    Returns:
+        Indices (emoji, style) of the N pictures that are kept, and the pictures, uint8 (N, S, S, 3), by size S.
     """
     rows: list[tuple[int, int]] = []
     pictures: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
@@ -307,7 +335,7 @@ def draw_all(
 
 
 def contact_sheet(rows: Sequence[tuple[int, int]], images: np.ndarray, styles: int, count: int = 96) -> Image.Image:
-    """A random choice of emoji, three to a line, each in all styles; white where a style lacks it."""
+    """A random choice of emoji, three in a row, each in all styles; white where a style does not have it."""
     at = {row: n for n, row in enumerate(rows)}
     emoji = sorted({i for i, _ in rows})
     chosen = sorted(random.Random(7).sample(emoji, min(count, len(emoji))))
@@ -326,17 +354,25 @@ def build(
     held_out: float = 0.03,
     progress: bool = True,
 ) -> Path:
-    """Write the data set in the sides ``sizes`` to the folder ``out``; returns the file of the largest.
+    """Build the data set.
 
     Args:
+        out: folder that it is written to.
         cache: folder of the fetched packages (55 MB); what it already holds is not fetched again.
+        sizes: sides of the pictures, each of which gives a file.
         styles: names out of `STYLES`.
         skin_tones: "none", "medium" or "all": the skin tones that become emoji of their own.
         flags: whether to keep national and other flags.
         held_out: share of the emoji whose pictures are marked as held out.
         progress: show a bar.
 
-    Raises ValueError for an unknown style, size or skin tone, ImportError without resvg_py, OSError where npm or the folders fail.
+    Returns:
+        The file of the largest size.
+
+    Raises:
+        ValueError: for an unknown style, size or skin tone.
+        ImportError: without the package resvg_py.
+        OSError: if npm fails, or a file cannot be written.
     """
     styles = list(dict.fromkeys(styles))
     if not styles or set(styles) - set(STYLES):

@@ -1,10 +1,11 @@
-"""Distillation of a sentence transformer into a static token table: one row a WordPiece token.
+"""Distillation of a sentence transformer into a static token table, one row for each WordPiece token.
 
     h_t = unit(mean of the transformer's last states over [CLS] t [SEP])
-    row_t = (h_t - mean h) A · a / (a + p_t),   A the first principal axes of h (384 -> dim),   p_t ∝ 1 / (t + 2.7),   a = 1e-4
+    row_t = (h_t - mean h) A · a / (a + p_t),   p_t ∝ 1 / (t + 2.7),   a = 1e-4
 
-p is Zipf's estimate of a token's frequency (WordPiece vocabularies are sorted by it), a/(a + p) smooth inverse frequency (Arora et al.,
-ICLR 2017). The source is all-MiniLM-L6-v2 (Apache-2.0).
+A are the first principal axes of h (384 -> dim), p is Zipf's estimate of a token's frequency (WordPiece vocabularies
+are sorted by it), and a / (a + p) the smooth inverse frequency (Arora et al., ICLR 2017). The embedded model's table
+was made from all-MiniLM-L6-v2 (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -23,10 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 def build_text_table(model_dir: Path, out: Path, dim: int = 128) -> Path:
-    """Write the table of the BERT-like model in ``model_dir`` (vocab.txt, config.json and weights) to the .npz file ``out``.
+    """Distil a BERT-like model into a table.
 
-    Written are ``table`` int8 (V, dim), ``scale`` float32 (dim,) and ``vocab``, the tokens joined by newlines as UTF-8 bytes; a token's
-    vector is table · scale. Raises ImportError without transformers, OSError where ``model_dir`` holds no such model.
+    Args:
+        model_dir: folder of the model, with vocab.txt, config.json and weights.
+        out: the .npz file that is written. It holds ``table`` int8 (V, dim), ``scale`` float32 (dim,) and ``vocab``,
+            the tokens joined by newlines as UTF-8 bytes; a token's vector is table · scale.
+        dim: of the vectors.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ImportError: without the package transformers.
+        OSError: if the folder has no such model.
     """
     vocabulary = Path(model_dir) / "vocab.txt"
     if not vocabulary.exists():
@@ -45,7 +56,7 @@ def build_text_table(model_dir: Path, out: Path, dim: int = 128) -> Path:
 
 @torch.inference_mode()
 def token_states(model_dir: Path, tokens: list[str], batch_size: int = 512) -> np.ndarray:
-    """h of the module's formula, float32 (V, hidden)."""
+    """h of the formula above, float32 (V, hidden)."""
     try:
         from transformers import AutoModel
     except ImportError as error:
@@ -63,7 +74,7 @@ def token_states(model_dir: Path, tokens: list[str], batch_size: int = 512) -> n
 
 
 def project(states: np.ndarray, dim: int, a: float = 1e-4) -> np.ndarray:
-    """The rows of the module's formula, (V, dim), of ``states`` (V, hidden) in order of falling frequency."""
+    """The rows (V, dim) of the formula above, from h (V, hidden) in order of falling frequency."""
     centred = states - states.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     frequency = 1.0 / (np.arange(len(states)) + 2.7)
@@ -72,6 +83,6 @@ def project(states: np.ndarray, dim: int, a: float = 1e-4) -> np.ndarray:
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 (V, dim) and float32 (dim,) whose product is ``rows``, to half a step of 1/127 of each dimension's largest magnitude."""
+    """int8 (V, dim) and float32 (dim,) whose product is the rows, to half a step of 1/127 of a column's maximum."""
     scale = np.abs(rows).max(0) / 127.0
     return np.round(rows / scale).astype(np.int8), scale.astype(np.float32)

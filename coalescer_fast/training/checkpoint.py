@@ -1,7 +1,7 @@
-"""Checkpoints of a training: a file of torch's that ends in a line with the SHA-256 of all that stands before it.
+"""Checkpoints of a training: a file of torch.save that ends in a line with the SHA-256 of everything before it.
 
-`torch.load` reads it like any other, and what reads it here checks the hash before a byte is unpickled, and unpickles tensors, numbers and
-text alone.
+`torch.load` reads it like any other file. `read` checks the hash before a byte is unpickled, and unpickles only
+tensors, numbers and text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ Count = Annotated[int, between(0, 2**62)]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training after ``step`` steps.
+    """The state of a training.
 
-    ema_updates: how often the averaged weights were; settings: what decides the training, name -> JSON, see `flat`; model, ema: weights
-    and averaged weights; optimizer: state of the optimiser.
+    Attributes:
+        step: steps that were taken.
+        ema_updates: updates of the averaged weights.
+        settings: what decides the training, name -> JSON, see `flat`.
+        model: weights.
+        ema: averaged weights.
+        optimizer: state of the optimizer.
+        format: of the file.
     """
 
     step: Count
@@ -43,7 +49,7 @@ class Checkpoint:
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
-        """Raises ValueError for numbers that are not finite, from which no training could go on: the file stays as it was."""
+        """Write the checkpoint. Raises ValueError for numbers that are not finite, and leaves the file as it was."""
         for name in ("model", "ema", "optimizer"):
             _check_finite(getattr(self, name), name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises ValueError, in one sentence, for a file that `Checkpoint.write` has not written, or that is no longer as it was."""
+    """Read a checkpoint. Raises ValueError for a file that `Checkpoint.write` has not written, or that has changed."""
     if not path.is_file():
         raise ValueError(f"{path} is no file: remove it to begin anew, or train into another folder")
     try:
@@ -93,7 +99,7 @@ def flat(values: Mapping[str, Any], where: str = "") -> dict[str, str]:
 
 
 def difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first setting that is another now, in words, or ""."""
+    """The first setting that has changed, in words, or ""."""
     for name in (*now, *then):
         if then.get(name) != now.get(name):
             if name == "data":

@@ -1,9 +1,9 @@
-"""A small picture classifier, whose features the Fréchet distance of `training.evaluation` is measured in.
+"""A small picture classifier, in whose features `training.evaluation` measures the Fréchet distance.
 
     L = CE(group) + CE(style) + CE(concept) / 2 + CE(subgroup) / 2
 
-on randomly shifted pictures. The heads of concepts and subgroups make the features finer, and are not part of the model: distances are
-comparable in the same features only, so the classifier is shipped, and has to be small.
+on randomly shifted pictures. The heads of concepts and subgroups make the features finer and are not part of the model:
+distances compare in the same features only, so the classifier is shipped, and has to be small.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ KEPT_HEADS = ("group", "style")
 
 
 class PictureClassifier(ModelMixin, ConfigMixin):
-    r"""A convolutional network with one linear head a labelling, all on the same features.
+    """A convolutional network with a linear head for each labelling, all on the same features.
 
-    ``features = ReLU(linear(convolutions(mean_2x2(x))))``: the convolutions reduce the side by 8 in three strides, with BatchNorm.
-    Pictures of another size are resized to ``size`` first.
+        features = ReLU(linear(convolutions(mean_2x2(x))))
+
+    The convolutions, with BatchNorm, reduce the side by 8 in three strides. Pictures of another size are resized first.
 
     Args:
         size: side S of the pictures in pixels, a multiple of 16.
         width: channels of the first convolutions; the last has four times as many.
         num_features: length of the features.
-        labels: by labelling, {"style": ("3d", "flat")}; a head's logits come in their order.
+        dropout: probability, before the features.
+        labels: by labelling, {"style": ("3d", "flat")}, in the order of the logits of its head.
     """
 
     @register_to_config
@@ -87,7 +89,7 @@ class PictureClassifier(ModelMixin, ConfigMixin):
 
 
 def labels_of(data: PictureDataset) -> dict[str, list[str]]:
-    """Each picture's label by labelling, in the order of `LOSS_WEIGHTS`; the empty string where it has none."""
+    """The label of each picture by labelling, "" where it has none."""
     concepts = [data.concepts[c] for c in data.concept.tolist()]
     return {
         "group": [c.group for c in concepts],
@@ -113,7 +115,18 @@ def train_classifier(
     kept_heads: Sequence[str] = KEPT_HEADS,
     progress: bool = True,
 ) -> PictureClassifier:
-    """A classifier of the training split; labellings of fewer than two labels are left out. Deterministic in its arguments."""
+    """Train a classifier on the training split; the same arguments give the same weights.
+
+    Args:
+        data: pictures; labellings with fewer than two labels are left out.
+        steps: of the training.
+        seed: of the weights and of all random draws.
+        batch_size: pictures in a step.
+        learning_rate: the largest.
+        largest_shift: pixels by which pictures are shifted at most.
+        kept_heads: labellings whose heads are part of the model.
+        progress: show a bar.
+    """
     data = data.train()
     labels = labels_of(data)
     heads = {name: sorted({*labels[name]} - {""}) for name in LOSS_WEIGHTS}
@@ -146,7 +159,7 @@ def train_classifier(
             loss = torch.zeros((), dtype=torch.float32)
             for name in heads:
                 head = model.heads[name] if name in kept else dropped[name]
-                # summed and divided by hand: a batch may hold no picture that has this label
+                # the sum, divided here: a batch may have no picture with this label
                 error = F.cross_entropy(head(features), target[name][index], ignore_index=-1, reduction="sum")
                 loss = loss + LOSS_WEIGHTS[name] * error / batch_size
             optimizer.zero_grad(set_to_none=True)
@@ -158,7 +171,7 @@ def train_classifier(
 
 
 def shifted(pictures: torch.Tensor, largest: int) -> torch.Tensor:
-    """The pictures (N, 3, H, W), all moved by one random offset of up to ``largest`` pixels a side, the border continued."""
+    """The pictures (N, 3, H, W), all shifted by one random offset of up to ``largest`` pixels, the border continued."""
     height, width = pictures.shape[2:]
     y, x = torch.randint(2 * largest + 1, (2,)).tolist()
     return F.pad(pictures, (largest,) * 4, mode="replicate")[:, :, y : y + height, x : x + width]
@@ -166,7 +179,7 @@ def shifted(pictures: torch.Tensor, largest: int) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracies(model: PictureClassifier, data: PictureDataset, batch_size: int = 256) -> dict[str, float]:
-    """Share of pictures whose label is the most likely one, by labelling, among those whose label the model knows."""
+    """By labelling, the share of pictures whose label is the most likely one, among those whose label is known."""
     labels = labels_of(data)
     model.eval()
     logits = [model(to_tensor(data.images[i : i + batch_size])) for i in range(0, len(data), batch_size)]

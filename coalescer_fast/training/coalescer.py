@@ -1,15 +1,15 @@
 """Training of a coalescer: the anchor's MLP first, then, with it frozen, the dual-head UNet.
 
-A step draws R at mixed radii, ``R = a z + (1 - a) x`` with a = 1 (the prior) for half of the batch and a ~ U(0, 1) for the rest, so
-that the second sampling step is on-distribution; the close picture comes from a pairing (`training.pairing`), renewed every
-``queue_size / batch_size`` steps with the averaged network. A reconstruction: the seed's own lists of steps are lost.
+A step draws R at mixed radii, R = a z + (1 - a) x with a = 1 (the prior) for half of the batch and a ~ U(0, 1) for the
+rest, so that the second sampling step is on-distribution. The close picture comes from a pairing (`training.pairing`),
+renewed every ``queue_size / batch_size`` steps with the averaged network. This is a reconstruction: the lists of steps
+in the text that the method comes from are lost.
 """
 
 from __future__ import annotations
 
-import logging
-import random
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,41 @@ from . import checkpoint, pairing
 from .autoencoder import AutoencoderConfig, encode, train_autoencoder
 from .data import PictureDataset
 from .flow_matching import FlowMatchingUNet
+from .items import PAIRINGS, ItemStream, Pairing
 from .loop import Schedule, Trainer, make_accelerator
 from .losses import DIRECTION_LOSSES, coalescer_loss, flow_matching_loss, mean_square
 from .pictures import sheet
 from .prompts import PromptConfig, PromptSampler
 
-logger = logging.getLogger(__name__)
-
-PAIRINGS = ("output_transport", "transport", "nearest", "nearest_of_k", "paired")
 OBJECTIVES = ("coalescer", "flow_matching")
+DECISIVE = (  # fields of the configuration that decide what is learnt, besides schedule and seed
+    *("model", "overrides", "objective", "pairing", "direction_loss", "nearest_of", "pairing_warmup", "prior_share"),
+)
 
 
 @dataclass(frozen=True)
 class CoalescerConfig:
-    """schedule, anchor: how the UNet and the anchor's MLP are trained; autoencoder: folder of a saved autoencoder, or how one is
-    trained first; model: a named configuration; overrides: arguments of `CoalescerUNet` that differ from it; anchor_from: folder of a
-    run whose anchor is taken over; pairing_warmup: steps for which output_transport matches in noise space; prior_share: share of R
-    drawn from the prior; without: pictures left out, arguments of `PictureDataset.without`; prompts: what is said; scheduler: arguments
-    of `CoalescerScheduler` stored with the model; sheet: prompts of the sample sheets."""
+    """How a coalescer is trained.
+
+    Attributes:
+        schedule: of the UNet.
+        autoencoder: folder of a saved autoencoder, or how one is trained first.
+        anchor: schedule of the anchor's MLP.
+        anchor_from: folder of a training whose anchor is used.
+        model: a named configuration.
+        overrides: arguments of `CoalescerUNet` that differ from it.
+        objective: one of `OBJECTIVES`.
+        pairing: one of `PAIRINGS`.
+        direction_loss: one of `DIRECTION_LOSSES`.
+        nearest_of: pictures that the pairing nearest_of_k searches.
+        pairing_warmup: steps for which output_transport pairs in noise space.
+        prior_share: share of R that is drawn from the prior.
+        without: pictures left out, arguments of `PictureDataset.without`.
+        prompts: what pictures are described by.
+        scheduler: arguments of `CoalescerScheduler`, stored with the model.
+        sheet: prompts of the sample sheets.
+        seed: of the weights and of all random draws.
+    """
 
     schedule: Schedule
     autoencoder: str | AutoencoderConfig
@@ -88,9 +105,8 @@ class CoalescerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         if self.anchor is not None and self.anchor.batch_size > self.prompts.queue_size:
-            raise ValueError(
-                f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {self.prompts.queue_size}"
-            )
+            limit = self.prompts.queue_size
+            raise ValueError(f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {limit}")
         period = self.prompts.queue_size // self.schedule.batch_size
         if period < 1 or self.schedule.checkpoint_every % period:
             raise ValueError(
@@ -99,65 +115,8 @@ class CoalescerConfig:
             )
 
 
-@dataclass
-class Queue:
-    """Training items: noise (n, C, h, w), description (n, D), radius (n,), and indices (n,) of the source and the close picture."""
-
-    noise: torch.Tensor
-    description: torch.Tensor
-    radius: torch.Tensor
-    source: torch.Tensor
-    close: torch.Tensor
-
-    def batch(self, start: int, size: int) -> Queue:
-        return Queue(*(x[start : start + size] for x in vars(self).values()))
-
-
-def fill_queue(
-    sampler: PromptSampler,
-    latents: torch.Tensor,
-    config: CoalescerConfig,
-    generator: torch.Generator,
-    size: int,
-    endpoint: Any = None,
-) -> Queue:
-    """Draw groups, pair each, and shuffle: ``size`` items. ``endpoint(noise, description)`` serves output_transport; None is warm-up."""
-    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-    groups = sampler.groups(rng)
-    counts = torch.tensor([len(g.pictures) for g in groups], dtype=torch.int64)
-    description = sampler.vectors([g.phrases for g in groups]).repeat_interleave(counts, 0)
-    picture = torch.tensor([i for g in groups for i in g.pictures], dtype=torch.int64)
-    n = len(picture)
-    noise = torch.randn(n, *latents.shape[1:], dtype=torch.float32, generator=generator)
-    prior, mixed = (torch.rand(n, dtype=torch.float32, generator=generator) for _ in range(2))
-    radius = torch.where(prior < config.prior_share, torch.ones_like(mixed), mixed)
-
-    source = close = torch.arange(n, dtype=torch.int64)
-    if config.pairing != "paired":
-        several = counts.repeat_interleave(counts) > 1
-        landing = noise
-        if config.pairing == "output_transport" and endpoint is not None:
-            landing = noise.clone()
-            landing[several] = endpoint(noise[several], description[several])
-        source, close = source.clone(), close.clone()
-        for start, count in zip((counts.cumsum(0) - counts).tolist(), counts.tolist()):
-            if count > 1:
-                part = slice(start, start + count)
-                args = (noise[part], latents[picture[part]], radius[part])
-                if config.pairing == "output_transport":
-                    pairs = pairing.output_transport(*args, landing[part])
-                elif config.pairing == "nearest_of_k":
-                    pairs = pairing.nearest_of_k(*args, config.nearest_of, generator)
-                else:
-                    pairs = getattr(pairing, config.pairing)(*args)
-                source[part], close[part] = pairs[0] + start, pairs[1] + start
-    order = torch.randperm(n, generator=generator)[:size]
-    order = order.repeat(-(-size // len(order)))[:size]
-    return Queue(noise[order], description[order], radius[order], picture[source[order]], picture[close[order]])
-
-
 def description_encoder(data: PictureDataset) -> DescriptionEncoder:
-    """The embedded token table, told the styles of ``data`` and which of them exist for its names."""
+    """The embedded model's token table, with the styles of the data set and which of them exist for each name."""
     embedded = DescriptionEncoder.from_pretrained(WEIGHTS / "emoji-64" / "description_encoder")
     concepts = sorted(set(data.concept.tolist()))
     row = {concept: i for i, concept in enumerate(concepts)}
@@ -185,23 +144,28 @@ def train_anchor(
     accelerator: Accelerator,
     **options: Any,
 ) -> nn.Module:
-    """Fit ``model``, the mean latent of a description, by the mean squared error; ``options``: of the `Trainer`."""
-    schedule = config.anchor
-    assert schedule is not None
-    trainer = Trainer("anchor", model, schedule, output_dir, accelerator, config.seed, **options)
-    independent = CoalescerConfig(schedule=config.schedule, autoencoder="", pairing="paired", prompts=config.prompts)
-    period = config.prompts.queue_size // schedule.batch_size
-    queue: Queue
+    """Train the anchor's MLP to give the mean latent of a description, by the mean squared error.
+
+    Args:
+        config: with a schedule of the anchor.
+        sampler: draws descriptions.
+        latents: of all pictures, (N, C, h, w).
+        model: the MLP.
+        output_dir: folder of the checkpoint.
+        accelerator: device, precision and processes.
+        options: further arguments of `Trainer`.
+
+    Returns:
+        The averaged MLP.
+    """
+    assert config.anchor is not None
+    trainer = Trainer("anchor", model, config.anchor, output_dir, accelerator, config.seed, **options)
+    items = ItemStream(trainer, sampler, latents, Pairing("paired"), key=1)
 
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        nonlocal queue
-        if step % period == 0 or step == trainer.first_step:
-            queue = fill_queue(
-                sampler, latents, independent, trainer.generator(1, step // period), config.prompts.queue_size
-            )
-        item = queue.batch(step % period * schedule.batch_size, schedule.batch_size)
-        target = latents[item.close].to(accelerator.device)
-        return mean_square(network(item.description.to(accelerator.device)).float() - target).mean(), {}
+        batch = items.at(step)
+        target = latents[batch.close].to(accelerator.device)
+        return mean_square(network(batch.description.to(accelerator.device)).float() - target).mean(), {}
 
     return trainer.run(loss)
 
@@ -214,23 +178,24 @@ def train_coalescer(
     allow_changes: bool = False,
     progress: bool = True,
 ) -> CoalescerUNet:
-    """Train (or go on training) a coalescer in ``output_dir`` and save its pipeline there; returns the averaged network.
+    """Train a coalescer, or resume its training, and save its pipeline.
 
-    allow_changes: go on even if configuration, pictures or autoencoder are others than before; progress: show bars.
+    Args:
+        config: how it is trained.
+        data: pictures; those that are held out are not trained on.
+        output_dir: folder of checkpoints, of sample sheets and of the saved pipeline.
+        allow_changes: resume even if the configuration, the pictures or the autoencoder have changed.
+        progress: show bars.
+
+    Returns:
+        The averaged network.
+
+    Raises:
+        ValueError: if a part is missing, no picture is left, or a checkpoint cannot be resumed.
     """
-    for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
-        folder = getattr(config, name)
-        if isinstance(folder, str) and folder and not (Path(folder) / part).is_file():
-            raise ValueError(
-                f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder"
-            )
+    _check_folders(config)
     options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
-    if isinstance(config.autoencoder, str):
-        vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
-        origin: Any = network_sha256(vae, vae.config)
-    else:
-        vae, origin = train_autoencoder(config.autoencoder, data, output_dir, **options), asdict(config.autoencoder)
-    vae.eval()
+    vae, origin = _autoencoder(config, data, output_dir, **options)
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
     if not len(training):
@@ -246,11 +211,7 @@ def train_coalescer(
     data_settings = {"data": training.fingerprint(), "autoencoder": origin, "prompts": asdict(config.prompts)}
     if model.anchor_mlp is not None:
         if config.anchor_from:
-            source = Path(config.anchor_from) / "anchor.pt"
-            try:
-                model.anchor_mlp.load_state_dict(checkpoint.read(source).ema)
-            except RuntimeError as error:
-                raise ValueError(f"{source} is of another anchor than this model's: give another folder") from error
+            _load_anchor(model.anchor_mlp, Path(config.anchor_from) / "anchor.pt")
         elif config.anchor is not None:
             averaged = train_anchor(
                 config, sampler, latents, model.anchor_mlp, output_dir, accelerator, settings=data_settings, **options
@@ -258,68 +219,23 @@ def train_coalescer(
             model.anchor_mlp.load_state_dict(averaged.state_dict())
         model.anchor_mlp.requires_grad_(False)
 
-    schedule, period = config.schedule, config.prompts.queue_size // config.schedule.batch_size
-    names = (
-        "model",
-        "overrides",
-        "objective",
-        "pairing",
-        "direction_loss",
-        "nearest_of",
-        "pairing_warmup",
-        "prior_share",
-    )
-    settings = {**{name: getattr(config, name) for name in names}, **data_settings}
+    settings = {**{name: getattr(config, name) for name in DECISIVE}, **data_settings}
     trainer = Trainer(
-        config.objective, model, schedule, output_dir, accelerator, config.seed, settings=settings, **options
+        config.objective, model, config.schedule, output_dir, accelerator, config.seed, settings=settings, **options
     )
-    queue: Queue
-
-    @torch.no_grad()
-    def endpoint(noise: torch.Tensor, description: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for z, d in zip(noise.split(256), description.split(256)):
-            with accelerator.autocast():
-                direction, distance = trainer.ema.model(
-                    z.to(accelerator.device), d.to(accelerator.device), return_dict=False
-                )
-            parts.append((z.to(accelerator.device) + distance.view(-1, 1, 1, 1) * direction).float().cpu())
-        return torch.cat(parts)
-
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        nonlocal queue
-        if step % period == 0 or step == trainer.first_step:
-            warm = config.objective == "flow_matching" or step < config.pairing_warmup
-            queue = fill_queue(
-                sampler,
-                latents,
-                config,
-                trainer.generator(2, step // period),
-                config.prompts.queue_size,
-                None if warm else endpoint,
-            )
-        item = queue.batch(step % period * schedule.batch_size, schedule.batch_size)
-        device = accelerator.device
-        close, noise, description = latents[item.close].to(device), item.noise.to(device), item.description.to(device)
-        if config.objective == "flow_matching":
-            time = torch.rand(len(noise), dtype=torch.float32, generator=trainer.generator(3, step)).to(device)
-            velocity = network(pairing.mix(noise, close, 1 - time), description, time)
-            return flow_matching_loss(velocity.float(), noise, close), {}
-        sample = pairing.mix(noise, latents[item.source].to(device), item.radius.to(device))
-        direction, distance = network(sample, description, return_dict=False)
-        return coalescer_loss(direction.float(), distance.float(), sample, close, config.direction_loss)
+    make_loss = _flow_matching_loss if config.objective == "flow_matching" else _coalescer_loss
 
     def pipeline(network: CoalescerUNet) -> CoalescerPipeline:
         return CoalescerPipeline(network, CoalescerScheduler(**config.scheduler), encoder, vae)
 
     def on_sample(network: nn.Module, step: int) -> None:
         if config.sheet and isinstance(network, CoalescerUNet) and config.objective == "coalescer":
-            pipe: Any = pipeline(network)
+            pipe = pipeline(network)
             pipe.set_progress_bar_config(disable=True)
-            pictures = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed)).images
-            files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(pictures, config.sheet, columns=10))
+            out: Any = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed))
+            files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(out.images, config.sheet, columns=10))
 
-    averaged = trainer.run(loss, on_sample)
+    averaged = trainer.run(make_loss(config, trainer, sampler, latents), on_sample)
     assert isinstance(averaged, CoalescerUNet)
     if accelerator.is_main_process:
         coalescer = config.objective == "coalescer"
@@ -327,3 +243,78 @@ def train_coalescer(
             (pipeline(averaged) if coalescer else averaged).save_pretrained(folder)
     accelerator.wait_for_everyone()
     return averaged
+
+
+def _check_folders(config: CoalescerConfig) -> None:
+    """Raise ValueError for a folder that lacks what is taken from it."""
+    for name, part in (("autoencoder", "config.json"), ("anchor_from", "anchor.pt")):
+        folder = getattr(config, name)
+        if isinstance(folder, str) and folder and not (Path(folder) / part).is_file():
+            raise ValueError(
+                f"{name} is {folder!r}, where there is no {part}: train that first, or give another folder"
+            )
+
+
+def _autoencoder(
+    config: CoalescerConfig, data: PictureDataset, output_dir: Path, **options: Any
+) -> tuple[CoalescerAutoencoder, Any]:
+    """The autoencoder, loaded or trained, and what tells it from others in the settings of a training."""
+    if isinstance(config.autoencoder, str):
+        vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
+        return vae.eval(), network_sha256(vae, vae.config)
+    vae = train_autoencoder(config.autoencoder, data, output_dir, **options)
+    return vae.eval(), asdict(config.autoencoder)
+
+
+def _load_anchor(model: AnchorMLP, source: Path) -> None:
+    try:
+        model.load_state_dict(checkpoint.read(source).ema)
+    except RuntimeError as error:
+        raise ValueError(f"{source} is of another anchor than this model's: give another folder") from error
+
+
+def _coalescer_loss(
+    config: CoalescerConfig, trainer: Trainer, sampler: PromptSampler, latents: torch.Tensor
+) -> Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]]:
+    """The loss of a step, at R of mixed radii."""
+    device, autocast = trainer.accelerator.device, trainer.accelerator.autocast
+
+    @torch.no_grad()
+    def endpoint(noise: torch.Tensor, description: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for z, d in zip(noise.split(256), description.split(256)):
+            z = z.to(device)
+            with autocast():
+                direction, distance = trainer.ema.model(z, d.to(device), return_dict=False)
+            parts.append((z + distance.view(-1, 1, 1, 1) * direction).float().cpu())
+        return torch.cat(parts)
+
+    how = Pairing(config.pairing, config.prior_share, config.nearest_of)
+    items = ItemStream(trainer, sampler, latents, how, key=2, endpoint=endpoint, warmup=config.pairing_warmup)
+
+    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch = items.at(step)
+        close, noise = latents[batch.close].to(device), batch.noise.to(device)
+        sample = pairing.mix(noise, latents[batch.source].to(device), batch.radius.to(device))
+        direction, distance = network(sample, batch.description.to(device), return_dict=False)
+        return coalescer_loss(direction.float(), distance.float(), sample, close, config.direction_loss)
+
+    return loss
+
+
+def _flow_matching_loss(
+    config: CoalescerConfig, trainer: Trainer, sampler: PromptSampler, latents: torch.Tensor
+) -> Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]]:
+    """The loss of a step of the baseline, at a random time."""
+    device = trainer.accelerator.device
+    how = Pairing(config.pairing, config.prior_share, config.nearest_of)
+    items = ItemStream(trainer, sampler, latents, how, key=2)
+
+    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch = items.at(step)
+        close, noise = latents[batch.close].to(device), batch.noise.to(device)
+        time = torch.rand(len(noise), dtype=torch.float32, generator=trainer.generator(3, step)).to(device)
+        velocity = network(pairing.mix(noise, close, 1 - time), batch.description.to(device), time)
+        return flow_matching_loss(velocity.float(), noise, close), {}
+
+    return loss

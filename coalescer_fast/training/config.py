@@ -1,4 +1,4 @@
-"""Training from a TOML file: its keys are the fields of the configuration dataclasses, nested ones as tables."""
+"""Training from a TOML file, whose keys are the fields of the configuration dataclasses, nested ones as tables."""
 
 from __future__ import annotations
 
@@ -33,8 +33,15 @@ def find(name: str | Path) -> Path:
 
 
 def read(path: str | Path, kind: type[T]) -> T:
-    """The configuration dataclass ``kind`` of a TOML file; ValueError names a key that it does not have, that is missing, or whose value
-    is not of its type."""
+    """The configuration in a TOML file.
+
+    Args:
+        path: the file, or the name of a committed configuration.
+        kind: the configuration dataclass.
+
+    Raises:
+        ValueError: for a key that is unknown or missing, or whose value has another type; it names the key.
+    """
     path = find(path)
     try:
         return build(tomllib.loads(path.read_text("utf-8")), kind)
@@ -53,9 +60,15 @@ def run(
     allow_changes: bool = False,
     progress: bool = True,
 ) -> None:
-    """Train ``kind`` ("autoencoder" or "coalescer") by a configuration on a data set into a folder; goes on where it was stopped.
+    """Train on a data set, or resume where a training was stopped.
 
-    allow_changes: even if configuration or data are others than before; progress: show bars.
+    Args:
+        kind: "autoencoder" or "coalescer".
+        config: the configuration, as in `find`.
+        data: the data set, as in `training.data.load`.
+        out: folder of checkpoints and results.
+        allow_changes: resume even if the configuration or the data have changed.
+        progress: show bars.
     """
     out = Path(out)
     options: Any = {"allow_changes": allow_changes, "progress": progress}

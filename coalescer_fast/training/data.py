@@ -1,4 +1,4 @@
-"""Pictures with descriptions: the emoji file, a plain folder, the digits of the fast test bed."""
+"""Pictures with descriptions: the emoji file, a folder of captioned pictures, and the digits of the small test bed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ class Concept:
 class PictureDataset:
     """Pictures, each of one concept in one art style.
 
-    images: uint8 (N, S, S, 3); concept: (N,) row of ``concepts``; style: (N,) row of ``styles``, -1 where a picture has none;
-    held_out: (N,) bool, pictures kept out of training.
+    Attributes:
+        images: uint8 (N, S, S, 3).
+        concepts: what the pictures show.
+        concept: (N,), index into ``concepts``.
+        styles: words for the art styles.
+        style: (N,), index into ``styles``, -1 for a picture without one.
+        held_out: (N,) bool, pictures kept out of training.
     """
 
     images: np.ndarray
@@ -53,7 +58,7 @@ class PictureDataset:
         return len(self.images)
 
     def check(self) -> None:
-        """Raise ValueError for pictures of another shape or dtype, and for rows that are not there."""
+        """Raise ValueError for pictures of another shape or dtype, and for indices that are out of range."""
         n, side = len(self.images), self.images.shape[1:2]
         if self.images.dtype != np.uint8 or self.images.shape != (n, *side * 2, 3):
             raise ValueError(f"images is {self.images.dtype} {self.images.shape}; expected uint8 (N, S, S, 3)")
@@ -65,7 +70,7 @@ class PictureDataset:
             raise ValueError(f"held_out is not of the {n} pictures")
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that it holds."""
+        """SHA-256 of all of its data."""
         digest = hashlib.sha256(json.dumps([[asdict(c) for c in self.concepts], self.styles]).encode())
         for array in (self.images, self.concept, self.style, self.held_out):
             digest.update(f"{array.dtype} {array.shape}".encode())
@@ -89,7 +94,13 @@ class PictureDataset:
         return self.take(self.held_out)
 
     def without(self, groups: Sequence[str] = (), subgroups: Sequence[str] = (), names: str = "") -> PictureDataset:
-        """Leave out pictures whose group or subgroup is listed or whose name matches the regular expression ``names``."""
+        """Leave out pictures by their concept.
+
+        Args:
+            groups: that are left out.
+            subgroups: that are left out.
+            names: a regular expression; a concept is left out if it is found in the name.
+        """
         pattern = re.compile(names, re.IGNORECASE) if names else None
         keep = np.array(
             [
@@ -111,9 +122,15 @@ class Caption:
 
 
 def load(path: str | Path, size: int | None = None) -> PictureDataset:
-    """The data set of an .npz file (as `build_dataset` writes it), of a folder of captioned pictures, or of the word ``digits``.
+    """Load a data set.
 
-    Raises FileNotFoundError or ValueError, in one sentence, for anything else.
+    Args:
+        path: an .npz file of `build_data.build`, a folder of captioned pictures, or the word ``digits``.
+        size: side in pixels that pictures of a folder are reduced to; None for 64.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: for anything else; it says in one sentence what is wrong.
     """
     if str(path) == "digits":
         return digits()
@@ -163,8 +180,8 @@ def load_npz(path: Path) -> PictureDataset:
 def load_folder(folder: Path, size: int) -> PictureDataset:
     """Every picture below ``folder``, on white, centred and reduced to ``size``, with its caption.
 
-    Captions stand in ``metadata.jsonl`` (a line a picture: {"file_name": ..., "text": ..., and, if wanted, "keywords": [...],
-    "style": ...}), or in a text file beside the picture with the same name (cat.png, cat.txt).
+    Captions are in ``metadata.jsonl``, a line for each picture, {"file_name": ..., "text": ...} and optionally
+    "keywords": [...] and "style": ..., or in a text file beside the picture with the same name (cat.png, cat.txt).
     """
     from .pictures import open_on_white
 

@@ -1,4 +1,4 @@
-"""Put trained parts together into a pipeline folder with half-precision weights, as the package embeds one.
+"""Put trained parts together into a pipeline folder with half-precision weights, as the package embeds it.
 
 python -m coalescer_fast.training.embed RUN_OF_COALESCER RUN_OF_DECODER OUT
 """
@@ -14,7 +14,13 @@ from ..pipeline import CoalescerPipeline
 
 
 def embed(coalescer_run: Path, decoder_run: Path, out: Path) -> None:
-    """Save the pipeline of ``coalescer_run`` with the autoencoder of ``decoder_run`` (same encoder, better decoder) to ``out`` in fp16."""
+    """Save a pipeline in float16.
+
+    Args:
+        coalescer_run: folder of the training that made the pipeline.
+        decoder_run: folder of the training of its autoencoder's decoder, which had the same encoder.
+        out: folder that is written.
+    """
     pipe = CoalescerPipeline.from_pretrained(coalescer_run / "pipeline")
     vae = CoalescerAutoencoder.from_pretrained(decoder_run / "autoencoder")
     latent_of = vae.state_dict()

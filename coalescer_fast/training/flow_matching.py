@@ -1,4 +1,4 @@
-"""The baseline: flow matching with the coalescer's network, anchor and descriptions, and a time that the coalescer does without."""
+"""The baseline: flow matching with the coalescer's network, anchor and descriptions, and a time as a further input."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from ..models.unet import CoalescerUNet, replace_empty
 class FlowMatchingUNet(CoalescerUNet):
     """The same UNet as a velocity field v(x_t, t, description), x_t = (1 - t) noise + t picture.
 
-    The time is embedded by sinusoids and added to the description's embedding. With an anchor p the output is residual to the velocity
-    that leads onto p, ``v = net + (1 - t) (p - x_t) + t x_t``. The distance head is there, unused and frozen.
+    The time is embedded by sinusoids and added to the description's embedding. With an anchor p, the output is a
+    residual of the velocity that leads to p: v = net + (1 - t) (p - x_t) + t x_t. The distance head is unused and
+    frozen.
     """
 
     frequencies = 64
 
-    @functools.wraps(CoalescerUNet.__init__)  # type: ignore[misc]  # from_pretrained reads the arguments off the signature
+    # from_pretrained reads the arguments off the signature
+    @functools.wraps(CoalescerUNet.__init__)  # type: ignore[misc]
     def __init__(self, **config: Any):
         super().__init__(**config)
         width = self.config.embedding_dim
@@ -55,7 +57,18 @@ class FlowMatchingUNet(CoalescerUNet):
 def euler(
     model: FlowMatchingUNet, noise: torch.Tensor, description: torch.Tensor, steps: int, guidance_scale: float = 1.0
 ) -> torch.Tensor:
-    """Integrate the velocity from t = 0 to 1 in equal Euler steps; guidance_scale as in classifier-free guidance, 1 for none."""
+    """Integrate the velocity from t = 0 to 1 in equal Euler steps.
+
+    Args:
+        model: the velocity field.
+        noise: (N, Cz, H, W), at t = 0.
+        description: (N, D).
+        steps: how many.
+        guidance_scale: as in classifier-free guidance; 1 for none.
+
+    Returns:
+        Latents (N, Cz, H, W), at t = 1.
+    """
     x = noise
     for i in range(steps):
         time = torch.full((len(x),), i / steps, dtype=torch.float32, device=x.device)

@@ -1,7 +1,7 @@
-"""The optimiser loop that every training shares: schedule, EMA, checkpoints, exact resume, several processes.
+"""The optimizer loop that all trainings share: schedule, EMA, checkpoints, exact resume, several processes.
 
-Every random draw of a training is a function of (seed, step, process), see `generator`: a checkpoint needs no random state, and a run
-that was killed and resumed takes the same steps as one that was not.
+Every random draw of a training is a function of (seed, step, process), see `generator`: a checkpoint needs no random
+state, and a run that was killed and resumed takes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from . import checkpoint
 from .checkpoint import Checkpoint
 
-# of a `Schedule`: they decide what is kept, and not what is learnt
+# fields of `Schedule` that decide what is kept and not what is learnt
 KEEPING = ("checkpoint_every", "sample_every")
 
 
@@ -31,8 +31,20 @@ KEEPING = ("checkpoint_every", "sample_every")
 class Schedule:
     """How long and how fast a network is trained.
 
-    The learning rate rises linearly over ``warmup_steps``, stays flat, and from ``decay_from`` (a share of ``steps``) on falls by a
-    cosine to ``final_learning_rate`` (a share of ``learning_rate``). ``batch_size`` is that of one process.
+    The learning rate rises linearly, stays flat, and then falls by a cosine.
+
+    Attributes:
+        steps: of the training.
+        batch_size: of one process.
+        learning_rate: the largest.
+        warmup_steps: over which the learning rate rises.
+        decay_from: share of ``steps`` after which it falls.
+        final_learning_rate: share of ``learning_rate`` that it falls to.
+        weight_decay, betas: of AdamW.
+        max_grad_norm: that gradients are clipped to; 0 for no clipping.
+        ema_decay: of the averaged weights.
+        checkpoint_every: steps between checkpoints.
+        sample_every: steps between sample sheets.
     """
 
     steps: int
@@ -78,7 +90,10 @@ class Schedule:
 
 
 class EMA:
-    """Exponential moving average of a network's parameters, its buffers copied; the decay warms up as (1 + n) / (10 + n)."""
+    """Exponential moving average of a network's parameters; its buffers are copied.
+
+    The decay of update n is at most (1 + n) / (10 + n).
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -100,30 +115,37 @@ class EMA:
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator that is a function of the seed and of a key, such as (step, process), through a hash that keeps all apart."""
-    digest = hashlib.blake2b(
-        struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=4
-    ).digest()  # of a seed, torch uses 32 bits
+    """A CPU generator whose seed is a hash of the seed and a key, such as (step, process)."""
+    # torch uses 32 bits of a seed
+    digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def make_accelerator() -> Accelerator:
-    """HF accelerate's device, precision (bf16 autocast) and processes; on a machine without a GPU, torchrun's processes too."""
+    """HF accelerate with bf16 autocast, on the GPU if there is one; with several processes if they were launched."""
     return Accelerator(mixed_precision="bf16", cpu=not torch.accelerator.is_available())
 
 
 class Trainer:
-    """Runs ``schedule.steps`` optimiser steps of ``model`` and keeps ``output_dir/<name>.pt`` to resume from.
+    """Takes the optimizer steps of a training, and keeps a checkpoint to resume from.
 
-    A checkpoint holds weights, averaged weights, optimiser state and the step, is written atomically and only between steps that are
-    multiples of ``schedule.checkpoint_every``. It holds the settings, too: the schedule, seed, number of processes and ``settings``, what
-    else decides the training, such as the hash of its data. With other settings a training does not go on.
+    The checkpoint ``output_dir/<name>.pt`` has weights, averaged weights, the optimizer's state, the step and the
+    settings that decide the training. It is written atomically, after steps that are multiples of
+    ``schedule.checkpoint_every`` and after the last. A training is not resumed with other settings.
 
     Args:
-        allow_changes: go on with other settings all the same.
+        name: of the checkpoint and of the progress bar.
+        model: the network.
+        schedule: how long and how fast it is trained.
+        output_dir: folder of the checkpoint.
+        accelerator: device, precision and processes.
+        seed: of all random draws.
+        settings: what decides the training besides schedule, seed and number of processes, such as a hash of the data.
+        allow_changes: resume with other settings all the same.
         progress: show a bar.
 
-    Raises: ValueError, in one sentence, for a checkpoint that is damaged, or of another model, or of other settings.
+    Raises:
+        ValueError: for a checkpoint that is damaged, or of another model, or of other settings.
     """
 
     def __init__(
@@ -170,7 +192,15 @@ class Trainer:
         loss: Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]],
         on_sample: Callable[[nn.Module, int], None] | None = None,
     ) -> nn.Module:
-        """Minimise ``loss(model, step)`` and return the averaged network; ``on_sample(averaged, step)`` draws sheets now and then."""
+        """Minimize a loss.
+
+        Args:
+            loss: (model, step) -> the loss, a scalar, and figures for the progress bar.
+            on_sample: is called with the averaged network and the step every ``schedule.sample_every`` steps.
+
+        Returns:
+            The averaged network.
+        """
         schedule = self.schedule
         shows = self.progress and self.accelerator.is_main_process
         bar = tqdm(
@@ -205,7 +235,7 @@ class Trainer:
             ):
                 on_sample(self.ema.model, self.step)
         bar.close()
-        self.optimizer.zero_grad(set_to_none=True)  # a network trained in parts must not clip the next part by these
+        self.optimizer.zero_grad(set_to_none=True)  # or the gradients would count when another part is clipped
         return self.ema.model
 
     def _save(self) -> None:
@@ -222,26 +252,25 @@ class Trainer:
 
     def _load(self) -> None:
         found = checkpoint.read(self.path)
-        mend = "train into another folder"
+        fix = "train into another folder"
         if not self.allow_changes and (what := checkpoint.difference(found.settings, self.settings)):
             words = "add --allow-changes (allow_changes=True) to go on all the same"
-            raise ValueError(f"{self.path} was trained with {what}: {mend}, or {words}")
+            raise ValueError(f"{self.path} was trained with {what}: {fix}, or {words}")
         if found.step > self.schedule.steps:
-            raise ValueError(
-                f"{self.path} is at step {found.step} of a schedule of {self.schedule.steps}: give more steps, or {mend}"
-            )
+            where = f"{self.path} is at step {found.step} of a schedule of {self.schedule.steps}"
+            raise ValueError(f"{where}: give more steps, or {fix}")
         try:
             self.accelerator.unwrap_model(self.model).load_state_dict(found.model)
             self.ema.model.load_state_dict(found.ema)
             self.optimizer.load_state_dict(found.optimizer)
             self._check_optimizer()
         except Exception as error:  # torch's for a state of another shape are of every kind
-            raise ValueError(f"{self.path} was written for another model: {mend}, or remove it") from error
+            raise ValueError(f"{self.path} was written for another model: {fix}, or remove it") from error
         self.ema.updates = found.ema_updates
         self.step = found.step
 
     def _check_optimizer(self) -> None:
-        """Raise ValueError unless it has moments for all of its parameters, or for none."""
+        """Raise ValueError unless the optimizer has moments for all of its parameters, or for none."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
         moments = [(state["exp_avg"].shape, state["exp_avg_sq"].shape, state["step"].numel()) for state in states]

@@ -1,7 +1,7 @@
-"""Losses of a coalescer, on the heads' outputs at R and the close picture's latent; lengths are RMS: |x| = ||x||_2 / sqrt(C H W).
+"""Losses of a coalescer, from the outputs of the heads at R and the latent of the close picture.
 
-`EPS` smooths both the unit vector near the target, ``n = e / sqrt(|e|^2 + EPS^2)`` with ``e = close - R``, and the root of the
-direction loss, whose gradient would be infinite at 0.
+Lengths are RMS: |x| = ||x||_2 / sqrt(C H W). `EPS` smooths both the unit vector near the target, n = e / sqrt(|e|^2 +
+EPS^2) with e = close - R, and the root of the direction loss, whose gradient would be infinite at 0.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def distance_marching_loss(
 ) -> torch.Tensor:
     """|R + distance * direction - close|^2 / (|close - R|^2 + EPS^2) + eikonal_weight * |direction - n|^2; (N,).
 
-    One-step loss and directional Eikonal loss of Distance Marching (arXiv 2602.02928), on a direction that points at the data.
+    The one-step loss and the directional Eikonal loss of Distance Marching (arXiv 2602.02928), for a direction that
+    points to the data.
     """
     landing = sample + _like(distance, sample) * direction
     one_step = mean_square(landing - close) / (mean_square(close - sample) + EPS**2)
@@ -61,7 +62,18 @@ def coalescer_loss(
     close: torch.Tensor,
     direction_loss: str = "sqrt",
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean training loss of a batch, and its parts for the progress bar; direction_loss: one of `DIRECTION_LOSSES`."""
+    """The training loss.
+
+    Args:
+        direction: (N, C, H, W), of the network at R.
+        distance: (N,), of the network at R.
+        sample: R, (N, C, H, W).
+        close: latents of the close pictures, (N, C, H, W).
+        direction_loss: one of `DIRECTION_LOSSES`.
+
+    Returns:
+        The mean over the batch, and its parts for the progress bar.
+    """
     if direction_loss == "distance_marching":
         value = distance_marching_loss(direction, distance, sample, close).mean()
         return value, {}

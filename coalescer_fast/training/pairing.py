@@ -1,10 +1,11 @@
-"""How the close picture of a random point R is found, within a group: n noises, n pictures that all fit one description.
+"""How the close picture of a random point R is found, in a group of n noises and n pictures that all fit a description.
 
-Every function takes noise z (n, ...), latents x (n, ...) of the group's pictures and radii a (n,) in [0, 1], where a = 1 is the
-prior and R = a z + (1 - a) x lies on the way to a picture, and returns (source, close), two (n,) index tensors into the pictures:
-R is mixed from ``x[source]``, and its close picture is ``x[close]``.
+Every function takes noise z (n, ...), latents x (n, ...) of the group's pictures and radii a (n,) in [0, 1], where
+a = 1 is the prior and R = a z + (1 - a) x lies between noise and picture. It returns (source, close), two (n,) tensors
+of indices into the pictures: R is mixed from ``x[source]``, and its close picture is ``x[close]``.
 
-The seed says "vector search" and leaves the rest open: the pairings below are a reconstruction.
+The text that the method comes from says "vector search" and leaves the rest open: the pairings here are a
+reconstruction.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def assign(cost: torch.Tensor) -> torch.Tensor:
 
 
 def paired(noise: torch.Tensor, pictures: torch.Tensor, radius: torch.Tensor) -> Pairs:
-    """No search: the i-th noise belongs to the i-th picture, at random."""
+    """No search: the i-th noise is paired with the i-th picture, that is at random."""
     index = torch.arange(len(noise), dtype=torch.int64)
     return index, index
 

@@ -15,12 +15,19 @@ from .data import PictureDataset
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Shares of the kinds of description, by number of training items, and the wording of a named concept.
+    """What pictures are described by.
 
-    name_style: a picture's name (and style, where it has one); missing_style: a name with a style that it lacks, answered by a picture
-    in one that exists; keyword: one word that several concepts share, most often with a style; style: a style alone; empty: nothing.
-    A named concept is said by its name, by name and keywords (``with_keywords``) or by keywords alone (``keywords_only``).
-    Groups of one description are cut to ``group_size`` pictures, and small ones repeated up to ``min_group``.
+    Attributes:
+        name_style: share, among the training items, of descriptions by a name, and a style if the picture has one.
+        missing_style: share of names with a style that they do not exist in, answered by a picture in another style.
+        keyword: share of single words that several concepts share, mostly with a style.
+        style: share of styles alone.
+        empty: share of empty descriptions.
+        with_keywords: share of named concepts that are described by name and keywords.
+        keywords_only: share of named concepts that are described by keywords alone.
+        group_size: most pictures of one description.
+        min_group: fewest, up to which the pictures of a keyword are repeated.
+        queue_size: training items that are drawn at a time.
     """
 
     name_style: float = 0.68
@@ -37,7 +44,7 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class Group:
-    """One description (as phrases) and the pictures, by index, that fit it."""
+    """A description, as phrases, and the indices of the pictures that fit it."""
 
     phrases: tuple[str, ...]
     pictures: list[int]
@@ -81,7 +88,7 @@ class PromptSampler:
         return rng.sample(keywords, min(len(keywords), rng.randint(2, 4)))
 
     def vectors(self, descriptions: Sequence[Sequence[str]]) -> torch.Tensor:
-        """As ``encoder([", ".join(phrases) ...])``, from cached sums of each phrase's rows; (N, D)."""
+        """What the encoder gives for the joined phrases, (N, D), from cached sums of the rows of each phrase."""
         dim = self.encoder.config.dim
         sums = np.stack(
             [sum((self._phrase(p) for p in phrases), np.zeros(dim, np.float32)) for phrases in descriptions]

@@ -126,7 +126,7 @@ def trajectories(
         size = next(sizes)
         part, texts = texts[:size], texts[size:]
         part += [part[-1]] * (min(batches) - len(part))  # a graph may not take smaller batches
-        noise = pipe._initial_sample(len(part), None, None, generator, None)
+        noise = pipe.initial_noise(len(part), generator)
         recorded.trajectory = Trajectory(noise)
         try:
             pipe.runtime = recorded

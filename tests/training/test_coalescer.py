@@ -16,18 +16,16 @@ import coalescer_fast
 from coalescer_fast import CoalescerPipeline
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, psnr, train_autoencoder
 from coalescer_fast.training.coalescer import (
-    PAIRINGS,
     CoalescerConfig,
-    PromptSampler,
     description_encoder,
-    fill_queue,
     train_coalescer,
 )
 from coalescer_fast.training.data import Concept, PictureDataset
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
+from coalescer_fast.training.items import PAIRINGS, Pairing, draw_items
 from coalescer_fast.training.loop import Schedule, generator
 from coalescer_fast.training.pictures import to_tensor
-from coalescer_fast.training.prompts import PromptConfig
+from coalescer_fast.training.prompts import PromptConfig, PromptSampler
 
 from ..helpers import processes
 
@@ -141,8 +139,7 @@ def test_queue(autoencoder):
     data = squares()
     encoder = description_encoder(data)
     prompts = PromptConfig(name_style=1.0, missing_style=0, keyword=0, style=0, empty=0, queue_size=400)
-    config = configuration(autoencoder[0], prompts=prompts, schedule=Schedule(16, 8, 1e-3, checkpoint_every=50))
-    sampler, latents = PromptSampler(data, encoder, config.prompts), encode(autoencoder[1], data)
+    sampler, latents = PromptSampler(data, encoder, prompts), encode(autoencoder[1], data)
     looks = {}
     for i in range(len(data)):
         looks.setdefault((int(data.concept[i]), int(data.style[i])), set()).add(i)
@@ -152,14 +149,14 @@ def test_queue(autoencoder):
         landings.append(len(noise))
         return noise
 
-    queue = fill_queue(sampler, latents, config, generator(0, 1), 400, endpoint)
+    queue = draw_items(sampler, latents, Pairing(), generator(0, 1), 400, endpoint)
     assert len(queue.noise) == 400
     assert landings == [400]
     assert 0.4 < float((queue.radius == 1).double().mean()) < 0.6
     for close, source in zip(queue.close.tolist(), queue.source.tolist()):
         look = (int(data.concept[close]), int(data.style[close]))
         assert source in looks[look]
-    again = fill_queue(sampler, latents, config, generator(0, 1), 400, endpoint)
+    again = draw_items(sampler, latents, Pairing(), generator(0, 1), 400, endpoint)
     assert all(torch.equal(a, b) for a, b in zip(vars(queue).values(), vars(again).values()))
 
 

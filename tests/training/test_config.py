@@ -19,8 +19,8 @@ def test_values_and_nesting(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text(
         'autoencoder = "ae"\nsheet = ["owl"]\npairing = "nearest"\n[prompts]\nempty = 0.5\nqueue_size = 1024\n'
-        "[schedule]\nsteps = 10\nbatch_size = 4\nlearning_rate = 1e-3\ncheckpoint_every = 256\n[anchor]\nsteps = 3\nbatch_size = 2\n"
-        "learning_rate = 1.0\n[without]\ngroups = ['flags']\n"
+        "[schedule]\nsteps = 10\nbatch_size = 4\nlearning_rate = 1e-3\ncheckpoint_every = 256\n"
+        "[anchor]\nsteps = 3\nbatch_size = 2\nlearning_rate = 1.0\n[without]\ngroups = ['flags']\n"
     )
     config = read(file, CoalescerConfig)
     assert (config.pairing, config.sheet, config.prompts.empty, config.anchor.steps) == ("nearest", ("owl",), 0.5, 3)

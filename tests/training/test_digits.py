@@ -54,9 +54,8 @@ def test_digits_in_two_steps(tmp_path):
     with torch.no_grad():
         distance = frechet_distance(classifier.features(drawn), classifier.features(to_tensor(data.train().images)))
         spread = torch.stack([torch.pdist(classifier.features(part)).mean() for part in drawn.split(20)]).mean()
-    print(
-        f"{trained:.0f} CPU s, accuracy {accuracy:.3f}, Fréchet distance {distance:.1f}, spread within a digit {spread:.2f}"
-    )
+    figures = f"accuracy {accuracy:.3f}, Fréchet distance {distance:.1f}, spread within a digit {spread:.2f}"
+    print(f"{trained:.0f} CPU s, {figures}")
     assert trained < 180
     assert accuracy > 0.85
     assert spread > 1  # twenty drawings of a digit differ

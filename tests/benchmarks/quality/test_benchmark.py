@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.quality import benchmark as quality
 from coalescer_fast.training.flow_matching import FlowMatchingUNet
 
-from ...training.test_evaluation import UNET, classifier, tiny_data, tiny_pipeline
+from ...helpers.evaluation import UNET, classifier, pipeline_for, tiny_data
 
 
 def tiny_flow() -> FlowMatchingUNet:
@@ -24,9 +24,7 @@ def tiny_flow() -> FlowMatchingUNet:
 @pytest.fixture(scope="module")
 def rows() -> list[quality.Row]:
     data = tiny_data()
-    return list(
-        quality.compare(tiny_pipeline(data), data, (1, 2), tiny_flow(), progress=False, classifier=classifier())
-    )
+    return list(quality.compare(pipeline_for(data), data, (1, 2), tiny_flow(), progress=False, classifier=classifier()))
 
 
 def test_a_row_for_every_sampler_guidance_and_step_count(rows):
@@ -50,7 +48,7 @@ def test_a_row_for_every_sampler_guidance_and_step_count(rows):
 
 def test_all_steps_guided_and_no_guidance():
     data = tiny_data()
-    pipe = tiny_pipeline(data, guidance_scale=1.0)
+    pipe = pipeline_for(data, guidance_scale=1.0)
     assert [labels["nfe"] for labels, *_ in quality.samplers(pipe, None, (2, 4))] == [2, 4]
     pipe.scheduler.register_to_config(guidance_scale=2.0, guided_steps="all")
     assert [labels["nfe"] for labels, *_ in quality.samplers(pipe, None, (2, 4))] == [2, 4, 4, 8]
@@ -58,7 +56,7 @@ def test_all_steps_guided_and_no_guidance():
 
 def test_the_counted_evaluations_are_those_that_run():
     data = tiny_data()
-    pipe, flow = tiny_pipeline(data), tiny_flow()
+    pipe, flow = pipeline_for(data), tiny_flow()
     count = 0
 
     def counting(features):
@@ -80,7 +78,7 @@ def test_the_counted_evaluations_are_those_that_run():
 
 def test_the_baseline_gets_the_pipelines_own_styles():
     data = tiny_data()
-    pipe, prompts, heard = tiny_pipeline(data), ["cat", "dog, noto style", "", "rice"] * 8, []
+    pipe, prompts, heard = pipeline_for(data), ["cat", "dog, noto style", "", "rice"] * 8, []
     noise = torch.randn(len(prompts), 12, 4, 4, generator=torch.Generator().manual_seed(0))
     encode = pipe.description_encoder.forward
     pipe.description_encoder.forward = lambda texts: heard.append(list(texts)) or encode(texts)
@@ -123,7 +121,7 @@ def test_a_table_without_rows_cannot_be_drawn(tmp_path):
 
 def test_command_line(tmp_path, monkeypatch):
     data = tiny_data()
-    tiny_pipeline(data).save_pretrained(tmp_path / "pipeline")
+    pipeline_for(data).save_pretrained(tmp_path / "pipeline")
     tiny_flow().save_pretrained(tmp_path / "flow")
     emoji = [{"name": c.name, "keywords": c.keywords, "group": c.group, "subgroup": c.subgroup} for c in data.concepts]
     meta = json.dumps({"emoji": emoji, "styles": [{"word": word} for word in data.styles]}).encode()
