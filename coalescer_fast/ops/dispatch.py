@@ -124,8 +124,8 @@ def run(name: str, backend: str, *args: Any) -> Any:
         else:
             resolved = tuple(map(_tracked, args)) if reason else args
         if key is not None and all(map(operator.is_, args, resolved)):
-            launcher = function.launcher(*args) if isinstance(function, NativeKernel) else None
-            op.remember(key, launcher or function)
+            function = function.launcher(*args) if isinstance(function, NativeKernel) else function
+            op.remember(key, function)
         return function(*resolved)
     if backend == "reference" or (backend == "auto" and reason):
         return op.implementation("reference")(*args)  # a compiler looks into it
