@@ -226,7 +226,6 @@ def info(args: argparse.Namespace) -> None:
     from . import acceleration
     from .folders import WEIGHTS, embedded_models
     from .ops import backends
-    from .ops.dispatch import BACKENDS
 
     facts: dict[str, Any] = {
         "coalescer_fast": __version__,
