@@ -15,7 +15,7 @@ from coalescer_fast.ops import dispatch, native_library
 from coalescer_fast.parity import Budget, Verification, at_least
 from coalescer_fast.runtime.base import Part, Runtime
 
-from .test_pipeline import FREE, tiny_pipeline
+from .helpers.pipelines import FREE, tiny_pipeline
 
 OPS = ("bias_residual", "coalesce_step", "dual_head", "group_norm_silu")
 

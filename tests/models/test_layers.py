@@ -13,6 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.layers import Convolution, is_plain
 
+from ..helpers.networks import seeded
+
 SMALL = dict(
     block_out_channels=(16, 24),
     norm_num_groups=4,
@@ -25,14 +27,6 @@ MODELS = {
     "anchor": dict(anchor="mlp", anchor_hidden_dim=40, **SMALL),
     "cross-attention": dict(cross_attention_dim=12, attention_levels=(0, 1), **SMALL),
 }
-
-
-def seeded(unet: CoalescerUNet) -> CoalescerUNet:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in unet.parameters():
-        fan = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
-    return unet.eval().requires_grad_(False)
 
 
 @pytest.fixture(params=MODELS)

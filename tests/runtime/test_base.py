@@ -17,7 +17,7 @@ from coalescer_fast.runtime.engines.per_shape import PerShapeRuntime
 from coalescer_fast.runtime.native.runtime import NativeRuntime
 from coalescer_fast.sampling import Call
 
-from .conftest import CpuGraphCapture
+from ..helpers.graph_capture import CpuGraphCapture
 
 
 def plain(module, args, dtype, folder):

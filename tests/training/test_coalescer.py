@@ -16,11 +16,9 @@ import coalescer_fast
 from coalescer_fast import CoalescerPipeline
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, psnr, train_autoencoder
 from coalescer_fast.training.coalescer import (
-    CoalescerConfig,
     description_encoder,
     train_coalescer,
 )
-from coalescer_fast.training.data import Concept, PictureDataset
 from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
 from coalescer_fast.training.items import PAIRINGS, Pairing, draw_items
 from coalescer_fast.training.loop import Schedule, generator
@@ -28,34 +26,7 @@ from coalescer_fast.training.pictures import to_tensor
 from coalescer_fast.training.prompts import PromptConfig, PromptSampler
 
 from ..helpers import processes
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "black": (20, 20, 20)}
-OVERRIDES = {
-    "sample_size": 4,
-    "latent_channels": 4,
-    "block_out_channels": (16, 16),
-    "norm_num_groups": 4,
-    "attention_levels": (),
-    "embedding_dim": 16,
-    "anchor_hidden_dim": 32,
-}
-
-
-def squares() -> PictureDataset:
-    """Sixteen 16x16 pictures: a square of each of four colours in two styles, slightly different each time."""
-    rng = np.random.default_rng(0)
-    images, concept, style = [], [], []
-    for c, colour in enumerate(COLOURS.values()):
-        for s in range(2):
-            for _ in range(2):
-                picture = np.full((16, 16, 3), 255, np.uint8)
-                inset = 2 + 3 * s
-                picture[inset:-inset, inset:-inset] = np.clip(np.array(colour) + rng.integers(-15, 15, 3), 0, 255)
-                images.append(picture)
-                concept.append(c)
-                style.append(s)
-    concepts = tuple(Concept(name, ("square", f"{name}ish"), "shapes") for name in COLOURS)
-    return PictureDataset(np.stack(images), concepts, np.array(concept), ("flat", "3d"), np.array(style))
+from ..helpers.training import COLOURS, configuration, squares, train
 
 
 @pytest.fixture(scope="module")
@@ -69,27 +40,6 @@ def autoencoder(tmp_path_factory):
     )
     model = train_autoencoder(config, squares(), folder)
     return folder, model
-
-
-def configuration(folder: Path, **changes) -> CoalescerConfig:
-    base = CoalescerConfig(
-        schedule=Schedule(
-            steps=16,
-            batch_size=8,
-            learning_rate=2e-3,
-            warmup_steps=1,
-            ema_decay=0.9,
-            checkpoint_every=8,
-            sample_every=8,
-        ),
-        autoencoder=str(folder / "autoencoder"),
-        anchor=Schedule(steps=20, batch_size=16, learning_rate=5e-3, ema_decay=0.9, checkpoint_every=10),
-        overrides=OVERRIDES,
-        pairing_warmup=4,
-        prompts=PromptConfig(queue_size=32, min_group=4),
-        sheet=("red", "blue, flat style"),
-    )
-    return replace(base, **changes)
 
 
 def test_autoencoder_learns_and_standardises(autoencoder):
@@ -220,15 +170,6 @@ def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):
         assert torch.load(tmp_path / "coalescer.pt", weights_only=True)["step"] == steps
 
 
-def train(autoencoder: str | Path, out: str | Path) -> None:
-    """A training of 64 steps in one thread, in a process of its own."""
-    torch.set_num_threads(1)
-    schedule = Schedule(
-        steps=64, batch_size=8, learning_rate=2e-3, ema_decay=0.9, checkpoint_every=8, sample_every=1000
-    )
-    train_coalescer(configuration(Path(autoencoder), schedule=schedule), squares(), Path(out), progress=False)
-
-
 def test_killed_and_resumed_equals_undisturbed(autoencoder, tmp_path):
     """SIGKILL somewhere in the UNet's training; resumed, every weight has the bits of a run that was left alone."""
     processes.call(train, autoencoder[0], tmp_path / "a")
@@ -256,8 +197,7 @@ def test_killed_and_resumed_equals_undisturbed(autoencoder, tmp_path):
 def test_launchers(autoencoder, tmp_path, launcher, count):
     """accelerate launch runs the training; torchrun's two processes train one model, each on batches of its own."""
     (tmp_path / "train.py").write_text(
-        "import sys\nsys.path.append(sys.argv[1])\n"
-        "from tests.training.test_coalescer import train\ntrain(*sys.argv[2:])\n"
+        "import sys\nsys.path.append(sys.argv[1])\nfrom tests.helpers.training import train\ntrain(*sys.argv[2:])\n"
     )
     command = [sys.executable, "-m", *launcher.split(), *(["2"] if count == 2 else [])]
     arguments = [tmp_path / "train.py", Path(__file__).parents[2], autoencoder[0], tmp_path / "launched"]

@@ -20,7 +20,7 @@ from coalescer_fast.runtime.engines import artefact, tensorrt, writing
 from coalescer_fast.runtime.engines.hashes import network_hashes
 from coalescer_fast.runtime.engines.manifest import EngineBuild, Flags, Manifest, Port, Quantization, Schedule
 
-from ...tensorrt_api import Fake, recorded, surface
+from ...helpers.tensorrt_api import Fake, recorded, surface
 
 MEASURE = builder.measure
 PLAN = {"version": "10.8", "compute_capabilities": ["8.6"], "gpu": None, "profile": {}, "source": {}}

@@ -18,7 +18,7 @@ from coalescer_fast.runtime.engines import tensorrt, writing
 from coalescer_fast.runtime.engines.manifest import EngineBuild, Flags, Manifest, Port
 from coalescer_fast.runtime.engines.tensorrt import LoadedEngine, refusal
 
-from ...tensorrt_api import Fake, recorded
+from ...helpers.tensorrt_api import Fake, recorded
 
 A10 = ("NVIDIA A10", "8.6")
 PLENTY = 10**9

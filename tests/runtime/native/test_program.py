@@ -19,6 +19,7 @@ from coalescer_fast.runtime.native.steps import Convolution, GroupNormSiLU, Poin
 from coalescer_fast.runtime.native.value import Range, Unsupported
 
 from ...helpers.isa import available
+from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
@@ -41,14 +42,6 @@ def able(request):
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(network: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        fan = parameter[0].numel() if parameter.ndim > 1 else 4
-        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
-    return network.eval().requires_grad_(False)
 
 
 def program(

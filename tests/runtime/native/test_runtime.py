@@ -24,7 +24,7 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.native import runtime
 
-from ...models.test_layers import seeded
+from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
