@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import coalescer_fast
+from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.engines import onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.manifest import KINDS
@@ -85,11 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one batch of a graph after the other, each printed as soon as it is measured."""
-    from coalescer_fast.pipeline import CoalescerPipeline
     from export.onnx import exporter
     from export.quantize import quantizer  # the checkout's, which need not be installed
 
-    pipe: Any = CoalescerPipeline.from_pretrained(args.model)
+    pipe = CoalescerPipeline.from_pretrained(args.model)
     sizes = min(args.batch), min(max(4, min(args.batch)), max(args.batch)), max(args.batch)
     for what in args.what:
         with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +107,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:
                 yield rows
 
 
-def measure(pipe: Any, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
+def measure(pipe: CoalescerPipeline, found: Sequence[Artefact], batch: int, budget: float) -> list[Row]:
     """A row for each artefact, the first of which is in float32."""
     from coalescer_fast.parity import descriptions
     from export.measure import reference

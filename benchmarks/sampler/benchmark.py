@@ -285,9 +285,10 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
         return lambda: (engine.runtime.decode(latents),)
 
     def draw(engine: Engine) -> Tensors:
-        pipe: Any = engine.pipe
+        pipe = engine.pipe
         generator = torch.Generator().manual_seed(0)
-        return (pipe(PROMPTS[0], num_images_per_prompt=batch, generator=generator, output_type="pt").images,)
+        out: Any = pipe(PROMPTS[0], num_images_per_prompt=batch, generator=generator, output_type="pt")
+        return (out.images,)
 
     yield Part("unet", "", 1, one)
     for scale in dict.fromkeys((1.0, own)):

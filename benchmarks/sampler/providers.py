@@ -70,13 +70,13 @@ class EagerCopies(PerShapeRuntime):
     runs_own_code = True
 
 
-def run_eagerly(name: str, prepare: Prepare, pipe: Any, dtype: torch.dtype) -> None:
+def run_eagerly(name: str, prepare: Prepare, pipe: CoalescerPipeline, dtype: torch.dtype) -> None:
     """Give the pipeline a runtime whose networks are prepared so."""
     pipe.runtime = EagerCopies(pipe, name, prepare, dtype)
     pipe.runtime.backend = "reference"
 
 
-def run_accelerated(name: str, pipe: Any, dtype: torch.dtype) -> None:
+def run_accelerated(name: str, pipe: CoalescerPipeline, dtype: torch.dtype) -> None:
     """Accelerate the pipeline with a backend that compiles its networks. Raises Missing."""
     try:
         accelerate(pipe, name, dtype)

@@ -56,6 +56,7 @@ class Struct(ctypes.Structure):
         return result
 
     @classmethod
+    @functools.cache
     def leaves(cls) -> list[tuple[str, str]]:
         """The name of every number in the structure, and its format in `struct`.
 

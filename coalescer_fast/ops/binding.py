@@ -53,7 +53,7 @@ def like(model: Tensor) -> Tensor:
     return model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binding:
     """How an op's arguments fill the structure that its native kernels take.
 
@@ -85,10 +85,15 @@ class Binding:
 
     def arranged(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments in their memory layouts."""
-        return tuple(
-            self.layouts[name](a, args[0]) if name in self.layouts and a is not None else a
-            for name, a in zip(self.names, args)
-        )
+        result = list(args)
+        for i, in_layout in self._by_position:
+            if (a := args[i]) is not None:
+                result[i] = in_layout(a, args[0])
+        return tuple(result)
+
+    @functools.cached_property
+    def _by_position(self) -> list[tuple[int, Layout]]:
+        return [(self.names.index(name), in_layout) for name, in_layout in self.layouts.items()]
 
     def launcher(self, call: Call, args: tuple[Any, ...]) -> Callable[..., Any]:
         """A function that runs calls of the same kind as one with ``args``, given all arguments in order.
@@ -101,64 +106,84 @@ class Binding:
             args: the op's arguments in their memory layouts. Those of other calls must have the same sizes, strides and
                 dtypes, and be None where these are.
         """
-        given, constants = dict(zip(self.names, args)), self.fields(*args)
-        models = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
-        constants = {name: value for name, value in constants.items() if name not in models}
-        addresses: dict[str, str] = {}  # and numbers, that are not constants, as code
+        given, fields = dict(zip(self.names, args)), self.fields(*args)
+        models = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        same = {id(a): name for name, a in given.items()}
+        results = tuple((name, same.get(id(model), f"like_{name}")) for name, model in models.items())
+        make, constants = _generated(self, tuple(map(_code, args)), tuple(fields), results)
         for name, kind, *_ in self.struct._fields_:
-            tensor, place = models.get(name, given.get(name)), name
-            if issubclass(kind, (cf_vector, cf_tensor4)):
-                place = f"{name}_data"
-                constants |= {f"{name}_{each}": value for each, value in _description(kind, tensor).items()}
-            if name in models:
-                addresses[place] = f"{name}.data_ptr()"
-            elif isinstance(tensor, Tensor):
-                addresses[place] = f"{name}.data_ptr() or missing({name})"
-            elif name in given:
-                addresses[place] = "0" if tensor is None else name
-        code = {name: f"_{name}" for name in constants} | addresses | {"threads": "get_num_threads()"}
-        as_given = {id(a): name for name, a in given.items()}
-        results = {name: as_given.get(id(model), f"like_{name}") for name, model in models.items()}
-        source = LAUNCHER.format(
-            constants=", ".join([*(f"_{name}" for name in constants), *(f"like_{name}" for name in models)]),
-            arguments=", ".join(self.names),
-            allocations="; ".join(f"{name} = empty_like({model})" for name, model in results.items()),
-            fields=", ".join(code[name] for name, _ in self.struct.leaves()),
-            results=", ".join(models),
-        )
+            if kind in DESCRIPTIONS:
+                fields |= _description(name, kind, models.get(name, given.get(name)))
         common = call, self.struct.packing().pack, torch.empty_like, torch.get_num_threads, missing
-        launch: Callable[..., Any] = _compiled(source, self.struct)(*common, *constants.values(), *models.values())
+        launch: Callable[..., Any] = make(*common, *models.values(), *map(fields.__getitem__, constants))
         return launch
 
 
+DESCRIPTIONS = (cf_vector, cf_tensor4)
 LAUNCHER = """
-def make(call, pack, empty_like, get_num_threads, missing, {constants}):
+def make(call, pack, empty_like, get_num_threads, missing, {models}, {constants}):
     def launch({arguments}):
         {allocations}
-        call(pack({fields}))
+        call(pack({numbers}))
         return {results}
 
     return launch
 """
 
 
+def _code(a: Any) -> str:
+    """What a launcher writes for an argument like this one, called {0}."""
+    return "{0}.data_ptr() or missing({0})" if isinstance(a, Tensor) else "0" if a is None else "{0}"
+
+
 @functools.cache
-def _compiled(source: str, struct: type[Struct]) -> Callable[..., Any]:
-    """The source's function ``make``."""
-    file = f"<launcher of {struct.__name__}, {len(linecache.cache)}>"
+def _generated(
+    binding: Binding, arguments: tuple[str, ...], fields: tuple[str, ...], results: tuple[tuple[str, str], ...]
+) -> tuple[Callable[..., Any], list[str]]:
+    """What makes launchers.
+
+    Args:
+        binding: of the op.
+        arguments: the `_code` of each.
+        fields: the names of those that `Binding.fields` gives.
+        results: the name of each, and of the tensor that it is like: an argument, or like_NAME for its model.
+
+    Returns:
+        The function ``make`` of `LAUNCHER`, and the names of the constants that it takes.
+    """
+    names, given = dict(results), dict(zip(binding.names, arguments))
+    code = {"threads": "get_num_threads()"}  # of the numbers that differ from call to call
+    for name, kind, *_ in binding.struct._fields_:
+        place = f"{name}_data" if kind in DESCRIPTIONS else name
+        if name in names:
+            code[place] = f"{name}.data_ptr()"
+        elif name not in fields and name in given:
+            code[place] = given[name].format(name)
+    leaves = [name for name, _ in binding.struct.leaves()]
+    constants = [name for name in leaves if name not in code]
+    source = LAUNCHER.format(
+        models=", ".join(f"like_{name}" for name in names),
+        constants=", ".join(f"_{name}" for name in constants),
+        arguments=", ".join(binding.names),
+        allocations="; ".join(f"{name} = empty_like({model})" for name, model in results),
+        numbers=", ".join(code.get(name, f"_{name}") for name in leaves),
+        results=", ".join(names),
+    )
+    file = f"<launcher of {binding.struct.__name__}, {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     namespace: dict[str, Any] = {"__name__": __name__}
     exec(compile(source, file, "exec"), namespace)
-    make: Callable[..., Any] = namespace["make"]
-    return make
+    return namespace["make"], constants
 
 
-def _description(kind: type[Struct], tensor: Tensor | None) -> dict[str, int]:
-    """The numbers in a ``cf_vector`` or ``cf_tensor4`` without the address."""
-    names = [name for name, _ in kind.leaves() if name != "data"]
+def _description(name: str, kind: type[Struct], tensor: Tensor | None) -> dict[str, int]:
+    """The numbers in a ``cf_vector`` or ``cf_tensor4`` but the address, by their joined names."""
     if tensor is None:
-        return dict.fromkeys(names, 0)
-    return dict(zip(names, (DTYPE_CODES[tensor.dtype], *tensor.stride())))
+        return {f"{name}_{each}": 0 for each, _ in kind.leaves()}
+    numbers = {f"{name}_dtype": DTYPE_CODES[tensor.dtype]}
+    if kind is cf_tensor4:
+        numbers |= {f"{name}_strides_{i}": stride for i, stride in enumerate(tensor.stride())}
+    return numbers
 
 
 class NativeKernel:
@@ -188,11 +213,16 @@ class NativeKernel:
         arranged = self._at_16_bytes(self.binding.arranged(args))
         return self.binding.restore(self.binding.launcher(self.function(args[0]), arranged)(*arranged), args[0])
 
-    def launcher(self, *args: Any) -> Callable[..., Any] | None:
-        """See `Binding.launcher`; None if an argument does not have its memory layout."""
-        if not all(map(operator.is_, args, self.binding.arranged(args))):
-            return None
-        launch, aligned = self.binding.launcher(self.function(args[0]), args), self.aligned
+    def launcher(self, *args: Any) -> Callable[..., Any]:
+        """A function that runs calls of the same kind as one with ``args``, given all arguments in order.
+
+        It may be given any arguments with the same sizes, strides and dtypes, None where these are, and the same
+        numbers.
+        """
+        arranged = self.binding.arranged(args)
+        launch, aligned = self.binding.launcher(self.function(args[0]), arranged), self.aligned
+        if any(map(operator.is_not, args, arranged)):
+            return lambda *args: self.binding.restore(launch(*self._at_16_bytes(self.binding.arranged(args))), args[0])
         if not aligned:
             return launch
 

@@ -230,10 +230,10 @@ def train_coalescer(
 
     def on_sample(network: nn.Module, step: int) -> None:
         if config.sheet and isinstance(network, CoalescerUNet) and config.objective == "coalescer":
-            pipe: Any = pipeline(network)
+            pipe = pipeline(network)
             pipe.set_progress_bar_config(disable=True)
-            pictures = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed)).images
-            files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(pictures, config.sheet, columns=10))
+            out: Any = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed))
+            files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(out.images, config.sheet, columns=10))
 
     averaged = trainer.run(make_loss(config, trainer, sampler, latents), on_sample)
     assert isinstance(averaged, CoalescerUNet)

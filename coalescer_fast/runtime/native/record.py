@@ -8,6 +8,7 @@ residuals and activations join the step before them. An op that no step does is 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .steps import FUNCTIONS, HANDLERS, Step
 from .value import Unsupported, Value
@@ -43,6 +44,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         self._values: dict[int, Value] = {}
         self._unknown: dict[int, str] = {}  # which op gave a tensor that is no value
         self._notes: dict[int, object] = {}
+        self._numbers: dict[Step, int] = {}
         self._alive: list[Tensor] = list(parameters)  # while they live, no other storage has their keys
 
     def input(self, like: Tensor, *, image: bool = False, rounded: bool = False) -> Tensor:
@@ -111,10 +113,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
     def optional_parameter(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else self.parameter(tensor)
 
+    def written(self, value: Value) -> int:
+        """The number of the step that writes the value, -1 for an input."""
+        return -1 if value.step is None else self._numbers[value.step]
+
     # What they tell it.
 
     def add(self, step: Step, *results: Tensor) -> None:
         """Note a step, whose outputs the results are."""
+        self._numbers[step] = len(self.steps)
         self.steps.append(step)
         for result, value in zip(results, step.outputs, strict=True):
             self._know(result, value)
@@ -148,21 +155,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        handler = HANDLERS.get(func)
+        handler, mutable = HANDLERS.get(func), func._schema.is_mutable
         if handler is None:
-            if func._schema.is_mutable and self._known(args, kwargs):
+            if mutable and self._known(args, kwargs):
                 raise Unsupported(f"there is no step for {func}")
-            # no error yet: reshapes are such ops, and what nobody computes with does not matter
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor) and not self._known(tensor):
-                    self._alive.append(tensor)
-                    self._unknown[_key(tensor)] = str(func)
+            # No error yet: reshapes are such ops, and what nobody computes with does not matter.
+            if isinstance(result, Tensor) and (key := _key(result)) not in self._values and key not in self._parameters:
+                self._alive.append(result)
+                self._unknown[key] = str(func)
             return result
-        if not func._schema.is_mutable:
-            result = tree_map_only(Tensor, _channels_innermost, result)
-        arguments = {each.name: each.default_value for each in func._schema.arguments}
-        arguments |= dict(zip(arguments, args)) | (kwargs or {})
-        handler(self, result, **{"input" if name == "self" else name: each for name, each in arguments.items()})
+        if isinstance(result, Tensor) and result.ndim == 4 and not mutable:
+            result = torch.empty_like(result, memory_format=torch.channels_last)  # as the steps will have it
+        defaults = _defaults(func)
+        handler(self, result, **{**defaults, **dict(zip(defaults, args)), **(kwargs or {})})
         return result
 
     def _known(self, *arguments: Any) -> bool:
@@ -176,9 +181,11 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _channels_innermost(tensor: Tensor) -> Tensor:
-    """An image's result as the steps will have it in memory."""
-    return torch.empty_like(tensor, memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+@functools.cache
+def _defaults(operation: Any) -> dict[str, Any]:
+    """A torch op's arguments, in order, and their defaults."""
+    arguments = operation._schema.arguments
+    return {"input" if each.name == "self" else each.name: each.default_value for each in arguments}
 
 
 class _Functions(TorchFunctionMode):
