@@ -226,7 +226,6 @@ def info(args: argparse.Namespace) -> None:
     from . import acceleration
     from .folders import WEIGHTS, embedded_models
     from .ops import backends
-    from .ops.dispatch import BACKENDS
 
     facts: dict[str, Any] = {
         "coalescer_fast": __version__,
@@ -238,9 +237,7 @@ def info(args: argparse.Namespace) -> None:
     facts["threads"] = torch.get_num_threads()
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     states = backends("group_norm_silu")
-    facts["backends"] = {
-        name: {"able": able, "reason": reason, "note": BACKENDS[name].note} for name, (able, reason) in states.items()
-    }
+    facts["backends"] = {name: {"able": able, "reason": reason} for name, (able, reason) in states.items()}
     reasons = {name: acceleration.unavailable(name) for name in acceleration.RUNTIMES}
     facts["accelerate"] = {name: {"able": not reason, "reason": reason} for name, reason in reasons.items()}
     facts["models"] = {
@@ -251,8 +248,7 @@ def info(args: argparse.Namespace) -> None:
         return
     facts["models"] = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in facts["models"].items())
     for name, state in facts.pop("backends").items():
-        note = f" ({state['note']})" if state["note"] else ""
-        facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}{note}"
+        facts[f"backend {name}"] = f"{'can run' if state['able'] else 'cannot run: ' + state['reason']}"
     for name, state in facts.pop("accelerate").items():
         facts[f"accelerate {name}"] = state["reason"] or "can run"
     print(table([(name, str(value or "none")) for name, value in facts.items()]))

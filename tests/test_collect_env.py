@@ -13,6 +13,7 @@ import pytest
 import coalescer_fast
 from coalescer_fast import __version__, collect_env
 from coalescer_fast.ops import native_library
+from coalescer_fast.ops.op import OPS
 
 PACKAGE = Path(coalescer_fast.__file__).parent
 
@@ -65,7 +66,7 @@ def test_an_installation_that_works(tmp_path):
     assert facts["pipeline"]["imports"] is True
     assert facts["cpu"]["usable_cores"] >= 1
     assert set(facts["cpu"]["flags"]) >= {"avx2", "avx512f", "avx512_bf16", "avx512_vnni"}
-    assert set(facts["backends"]) == {"group_norm_silu", "bias_residual", "dual_head", "coalesce_step"}
+    assert set(facts["backends"]) == set(OPS)
     assert facts["backends"]["dual_head"]["reference"] == {"able": True, "reason": ""}
     assert {
         k: v for k, v in facts["environment"].items() if k in ("COALESCER_FAST_STRICT", "OMP_NUM_THREADS", "SECRET")

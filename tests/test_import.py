@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -40,6 +41,47 @@ def test_ops_need_torch_alone(tmp_path):
     heavy = HEAVY - {"torch", "numpy"}
     code = f"import sys, coalescer_fast; coalescer_fast.ops; print(sorted({heavy} & set(sys.modules)))"
     assert python(code, tmp_path) == "[]"
+
+
+ROOT = Path(coalescer_fast.__file__).parent
+# CONTRIBUTING.md, "Dependencies": by files, what of the package they may import, or with ! what they may not
+RULES = {
+    "ops/**/*.py": "ops",
+    "models/**/*.py": "!runtime pipeline training acceleration",
+    "runtime/native/[!r]*.py": "ops runtime.native",  # all but record.py and runtime.py
+    "runtime/native/record.py": "ops runtime.native",
+    "runtime/**/*.py": "!training export",
+    "training/**/*.py": "!export",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """What of the package a file imports, also in its functions, and not for types alone."""
+    package = ["coalescer_fast", *path.relative_to(ROOT).parts[:-1]]
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("coalescer_fast.") for name in found if name.startswith("coalescer_fast.")}
+
+
+@pytest.mark.parametrize("files", RULES)
+def test_what_may_import_what(files):
+    denied, names = RULES[files].startswith("!"), tuple(RULES[files].lstrip("!").split())
+    paths = sorted(ROOT.glob(files))
+    assert paths
+    for path in paths:
+        for module in imported(path):
+            inside = any(module == name or module.startswith(f"{name}.") for name in names)
+            assert inside != denied, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_import_costs_less_than_a_tenth_of_a_second_beyond_torch(tmp_path):

@@ -10,18 +10,18 @@ from numbers import Integral, Real
 
 import torch
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 _STRIDED = torch.strided
 
 
 def floating(name: str, value: torch.Tensor | None) -> torch.Tensor:
-    """``value``, a dense tensor of one of `DTYPES`."""
+    """``value``, a dense tensor of one of `FLOATING`."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {shown(value)}; expected a torch.Tensor")
-    if value.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {value.dtype}; expected {', '.join(map(str, DTYPES))}")
+    if value.dtype not in FLOATING:
+        raise ValueError(f"{name} has dtype {value.dtype}; expected {', '.join(map(str, FLOATING))}")
     if value.layout is not _STRIDED or value.is_nested:
         found = "nested" if value.is_nested else f"of {value.layout}"
         raise ValueError(f"{name} is {found}; expected a dense tensor, of torch.strided")

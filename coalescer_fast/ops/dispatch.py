@@ -29,7 +29,6 @@ from .op import MOST_LAUNCHERS, OPS, Op, differentiated, dispatches, in_kernel, 
 logger = logging.getLogger(__name__)
 
 FLOAT_AT_MOST_32 = (torch.float32, torch.float16, torch.bfloat16)
-UNTRIED = "not yet run on a GPU"
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -61,13 +60,11 @@ class Backend:
         device: the type of device that it is made for, or None for any.
         dtypes: those that it takes, or None for all.
         support: the module that runs its kernels, or None if that is torch.
-        note: what users of the backend should know.
     """
 
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     support: Support | None = None
-    note: str = ""
 
     def refusal(self, tensors: dict[str, Tensor]) -> str:
         """Why it cannot run on these arguments, or ""."""
@@ -90,8 +87,8 @@ class Backend:
 BACKENDS = {
     "reference": Backend(),
     "cpu": Backend("cpu", FLOAT_AT_MOST_32, native_library),
-    "triton": Backend("cuda", FLOAT_AT_MOST_32, triton_launch, UNTRIED),
-    "cuda": Backend("cuda", FLOAT_AT_MOST_32, cuda_library, UNTRIED),
+    "triton": Backend("cuda", FLOAT_AT_MOST_32, triton_launch),
+    "cuda": Backend("cuda", FLOAT_AT_MOST_32, cuda_library),
 }
 # What "auto" tries, fastest first. A native kernel may yield a call to the next backend made for the device.
 PREFERENCE = ("cuda", "triton", "cpu", "reference")

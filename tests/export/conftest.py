@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,13 @@ import pytest
 import coalescer_fast as cf
 from coalescer_fast.export import cli
 
-from ..helpers.artefacts import small_artefacts, small_model, small_model_folder
+from ..helpers.artefacts import (
+    embedded_artefacts,
+    small_artefacts,
+    small_half_artefact,
+    small_model,
+    small_model_folder,
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,33 +39,17 @@ def exported() -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported_half(model, exported) -> Path:
+def exported_half(exported) -> Path:
     """Its generator for TensorRT in float16."""
-    folder = exported.parent / "fp16"
-    options = ["--what", "generator", "--precision", "fp16", "--target", "tensorrt", "--guidance", "2"]
-    assert cli.main(["onnx", "--model", str(model), "-o", str(folder), *options]) == 0
-    return folder
+    return small_half_artefact()
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory) -> Callable[[str, str], Path]:
+def embedded() -> Callable[[str, str], Path]:
     """(precision, target) -> the folder of the embedded model's three artefacts, made at the first use as users do."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs the package {package}")
-    root = tmp_path_factory.mktemp("embedded")
-
-    @cache
-    def make(precision: str, target: str) -> Path:
-        folder = root / f"{precision}-{target}"
-        if precision == "int8":
-            # by force, for how fast it is depends on who else is at work here
-            argv = ["quantize", str(make("fp16" if target == "tensorrt" else "fp32", target)), "--force"]
-        else:
-            argv = ["onnx", "--precision", precision, "--target", target]
-        assert cli.main([*argv, "-o", str(folder)]) == 0
-        return folder
-
-    return make
+    return embedded_artefacts
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""CUDA graphs of functions of tensors: captured once, held with static inputs, and replayed. Not yet run on a GPU."""
+"""CUDA graphs of functions of tensors: captured once, held with static inputs, and replayed."""
 
 from __future__ import annotations
 

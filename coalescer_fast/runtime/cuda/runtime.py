@@ -1,7 +1,4 @@
-"""A pipeline on a CUDA device: fused ops, and all of a call but its conditioning in one CUDA graph.
-
-Not yet run on a GPU.
-"""
+"""A pipeline on a CUDA device: fused ops, and all of a call but its conditioning in one CUDA graph."""
 
 from __future__ import annotations
 

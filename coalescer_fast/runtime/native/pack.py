@@ -120,6 +120,7 @@ def address(value: Value | None) -> int:
 
 
 def image(value: Value | None) -> cf_image | None:
+    """A value with its border, None for None."""
     if value is None:
         return None
     return cf_image(

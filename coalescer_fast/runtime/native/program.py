@@ -11,7 +11,7 @@ Inputs are float32, and so are outputs: from each output we go back to the first
 reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the
 convolutions that read them multiply integers.
 
-**Borders** (`Step.arrange`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
+**Borders** (`Step.lay_out`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
 would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
 step that writes the image writes, too. Where this cannot be, as with an input, or with an image that is also read by a
 step that does not skip borders, a `Gather` makes a copy that has one. Padding does the same for channels: kernels read
@@ -211,7 +211,7 @@ class Layout:
         self._copies: dict[Hashable, Value] = {}
         self._choose_dtypes(recording)
         for step in recording.steps:
-            step.arrange(self)
+            step.lay_out(self)
             self.steps.append(step)
         self.outputs = [self.in_dtype(value, torch.float32) for value in self.outputs]
 

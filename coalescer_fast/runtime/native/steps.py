@@ -1,4 +1,6 @@
-"""The steps that programs are made of: for each the torch ops that it does, what it asks of its inputs, its arguments.
+"""The steps that programs are made of.
+
+A class says all that is known of a step: which torch ops it does, what it needs of its inputs, and its arguments.
 
 To add a step:
 
@@ -42,16 +44,16 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What notes a torch op, called as handler(recorder, result, **arguments), with the names of the op's schema, ``input``
-# for ``self``. The result has no data.
+# Handlers of torch ops: handler(recorder, result, **arguments) is called after the op, whose result has no data. The
+# arguments have the names of the op's schema, but ``self`` is called ``input``.
 HANDLERS: dict[Any, Callable[..., None]] = {}
-# What notes a function of torch.nn.functional that torch would take apart, called as handler(recorder, *args, **kwargs)
-# of the function; it returns the result, without data.
+# Handlers of functions of torch.nn.functional that torch would take apart: handler(recorder, *args, **kwargs) is called
+# instead of the function, and returns a result without data.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
 def records(*operations: Any) -> Callable[[Function], Function]:
-    """Make a function the one that notes these operations, torch ops or functions of torch.nn.functional."""
+    """Make a function the handler of these torch ops or functions of torch.nn.functional."""
 
     def register(handler: Function) -> Function:
         for operation in operations:
@@ -65,9 +67,9 @@ class Step:
     """One native operation with its inputs, outputs and attributes: a subclass for each line of ``CF_STEPS``.
 
     Attributes:
-        name: in ``CF_STEPS``.
+        name: as in ``CF_STEPS``.
         number: likewise.
-        struct: of its arguments.
+        struct: the type of its arguments.
         widens: its output may be float32 whatever its inputs are.
         elementwise: its output has the dtype of its first input.
         writes_border: its output may have a border.
@@ -118,14 +120,14 @@ class Step:
         return False
 
     def add(self, residual: Value | None, bias: Tensor | None) -> bool:
-        """Add these to its output, as a part of the step; returns whether it can, and has."""
+        """Make the addition of these to its output a part of the step; returns False if it cannot."""
         return False
 
-    def arrange(self, layout: Layout) -> None:
-        """Replace inputs that it cannot read as they are by copies that it can. All dtypes are known."""
+    def lay_out(self, layout: Layout) -> None:
+        """Replace inputs that it cannot read as they are by copies. All dtypes have been chosen."""
 
     def arguments(self, packer: Packer) -> Struct:
-        """Its arguments. All values have addresses."""
+        """Its arguments. All values have been placed in memory."""
         raise NotImplementedError
 
 
@@ -187,7 +189,7 @@ class Convolution(Step):
     def reads_uint8(self, value: Value) -> bool:
         return self.wide and value is not self.residual
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]
         padded = -(-x.channels // lanes) * lanes
         # A copy costs a pass through memory: whatever writes x should write the border and the padding, if it can and
@@ -307,7 +309,7 @@ class GroupNormSiLU(Step):
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.skip, self.scale, self.shift
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         self.x = layout.in_dtype(self.x, layout.dtype)
         self.skip = layout.in_dtype(self.skip, layout.dtype)
 
@@ -500,7 +502,7 @@ class Heads:
 class Attention(Step):
     """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask allows.
 
-    q, k and v may be parts of one value; ``layout`` says how the heads lie in each. The mask is (n, k_length), bool,
+    q, k and v may be parts of one value; ``views`` says how the heads lie in each. The mask is (n, k_length), bool,
     and y (n, length, heads * width).
     """
 
@@ -513,7 +515,7 @@ class Attention(Step):
     v: Value
     mask: Value | None
     y: Value
-    layout: tuple[Heads, Heads, Heads]
+    views: tuple[Heads, Heads, Heads]
     heads: int
     length: int
     k_length: int
@@ -522,7 +524,7 @@ class Attention(Step):
     def reads(self) -> Sequence[Value | None]:
         return self.q, self.k, self.v, self.mask
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         for value in (self.q, self.k, self.v):
             if value.dtype != layout.dtype:
                 raise Unsupported(f"it attends to what is given as {value.dtype}")
@@ -530,7 +532,7 @@ class Attention(Step):
     def arguments(self, packer: Packer) -> Struct:
         if self.width * BYTES[packer.dtype] % 4:
             raise Unsupported(f"its attention has heads of width {self.width}")
-        q, k, v = (heads.pack(value) for heads, value in zip(self.layout, (self.q, self.k, self.v)))
+        q, k, v = (heads.pack(value) for heads, value in zip(self.views, (self.q, self.k, self.v)))
         return cf_attention_args(
             q=q,
             k=k,
@@ -569,10 +571,10 @@ class Attention(Step):
         q, k, v = (recorder.value(t) for t in (query, key, value))
         if (q.n, q.height * q.width) != (n, length):
             raise Unsupported("it attends to images that are reshaped")
-        layout = Heads.of(query), Heads.of(key), Heads.of(value)
+        views = Heads.of(query), Heads.of(key), Heads.of(value)
         y = q.like(heads * width)
         result = torch.empty((n, length, heads, width), dtype=torch.float32, device="meta")
-        recorder.add(Attention(q, k, v, mask, y, layout, heads, length, key.shape[2], width), result)
+        recorder.add(Attention(q, k, v, mask, y, views, heads, length, key.shape[2], width), result)
         return result.transpose(1, 2)
 
 
@@ -685,7 +687,7 @@ class LayerNorm(Step):
     def reads(self) -> Sequence[Value | None]:
         return (self.x,)
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         self.x = layout.in_dtype(self.x, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
@@ -756,7 +758,7 @@ class Gate(Step):
     def reads(self) -> Sequence[Value | None]:
         return (self.x,)
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         self.x = layout.in_dtype(self.x, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
@@ -835,7 +837,7 @@ class Pointwise(Step):
         self.residual = residual
         return True
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         self.x = layout.in_dtype(self.x, self.y.dtype)
         self.residual = layout.in_dtype(self.residual, self.y.dtype)
 
@@ -931,7 +933,7 @@ class ReplaceZeroRows(Step):
     def reads(self) -> Sequence[Value | None]:
         return (self.x,)
 
-    def arrange(self, layout: Layout) -> None:
+    def lay_out(self, layout: Layout) -> None:
         if self.y.dtype != torch.float32:
             raise Unsupported(f"it replaces rows of zeros in {self.y.dtype}")
         self.x = layout.in_dtype(self.x, torch.float32)

@@ -293,9 +293,6 @@ def test_bytes_for_graphs(monkeypatch):
         cuda.graph_bytes(torch.device("cuda:0"))
 
 
-# What follows has not yet run on a GPU.
-
-
 def on_gpu(dtype="auto"):
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
     pipe.set_progress_bar_config(disable=True)
