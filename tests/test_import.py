@@ -125,3 +125,10 @@ def test_unknown_name():
 def test_version_is_that_of_pyproject():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == coalescer_fast.__version__
+
+
+def test_references_are_imported_with_their_ops(tmp_path):
+    """A compiler that looks into an op cannot look into an import."""
+    code = "from coalescer_fast import ops; from coalescer_fast.ops.op import OPS; "
+    code += "print(all(callable(op.implementations['reference']) for op in OPS.values()), len(OPS) > 0)"
+    assert python(code, tmp_path) == "True True"
