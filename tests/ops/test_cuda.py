@@ -337,6 +337,6 @@ def test_a_refused_launch_is_an_error_that_says_why(limited):
 
 
 def test_many_odd_channels_of_a_small_image_have_a_plan():
-    """39 channels a group that are no multiple of a vector: no tile of whole groups has 32 bytes, and 9 rows are few."""
+    """39 channels a group that are no multiple of a vector: no tile of whole groups fits, and 9 rows are few."""
     plan = plan_of_norm(3, 575, 49, 3, H100._replace(multiprocessors=8), dtype=torch.float32, groups=16)
     assert plan.launches == 2
