@@ -90,8 +90,9 @@ inline bool is_power_of_two(int64_t x) { return (x & (x - 1)) == 0; }
 // What the plan should take, to compare plans of one call by. Blocks come in waves of as many as the device holds at a
 // time. A block takes longer the more bytes its multiprocessor has to move meanwhile, in two launches also the more
 // parts there are to merge; clusters find room for fewer blocks; and in one launch memory sets a floor. The factors
-// were fitted to 4,076 times of 140 calls on an H100 (bfloat16, channels innermost, batches of 1 to 64): the plan with
-// the least of this takes 2 % longer than the best one that was measured, at the mean, and 24 % at most.
+// were fitted to 4,076 times of 140 calls on an H100, in bfloat16 with channels innermost (launch_plans.csv of the
+// results; a test compares): the plan with the least of this takes 2 % longer than the best one that was measured, at
+// the mean, and 24 % at most.
 inline double microseconds(const Plan& p, const cf_cuda_device& device, int64_t element) {
     const int64_t registers = p.channels_last && p.vector > 1 ? 64 : 128;
     int64_t resident = 65536 / (registers * p.threads);  // blocks that a multiprocessor holds

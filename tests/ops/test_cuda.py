@@ -7,9 +7,11 @@ On a machine without a GPU the kernels run on the CPU, in the emulation of tests
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kernels import shapes
 from coalescer_fast import ops
 from coalescer_fast.ops import cuda_library, dispatch, native_library
 from coalescer_fast.ops.cuda_library import Device, LaunchPlan
@@ -340,3 +343,31 @@ def test_many_odd_channels_of_a_small_image_have_a_plan():
     """39 channels a group that are no multiple of a vector: no tile of whole groups fits, and 9 rows are few."""
     plan = plan_of_norm(3, 575, 49, 3, H100._replace(multiprocessors=8), dtype=torch.float32, groups=16)
     assert plan.launches == 2
+
+
+def test_plans_are_near_the_best_that_were_measured():
+    """Of all ways to cut a call: rows of 32, 64, ... bytes, in 1, 2, ... parts, in one launch or two."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "launch_plans.csv"
+    times: dict[tuple[str, int], dict[tuple[int, int, int], float]] = {}
+    calls = {str(call): call for of_model in shapes.CALLS.values() for call in of_model if call.op == "group_norm_silu"}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["op"] == "group_norm_silu":
+                launches, run, parts = re.fullmatch(r"(one|two) .* of (\d+) bytes, (\d+) parts", row["plan"]).groups()
+                call, n, splits = calls[row["call"]], int(row["batch"]), int(parts)
+                per_group = (call.channels + call.skip) // call.groups
+                columns = min(math.lcm(per_group, max(int(run) // 2, 8)), call.channels + call.skip)
+                tiles = -(-call.groups // (columns // per_group))
+                key = 1 + (launches == "two"), tiles, splits
+                times.setdefault((row["call"], n), {})[key] = float(row["us"])
+    ratios = []
+    for (name, n), measured in times.items():
+        call = calls[name]
+        plan = plan_of_norm(n, call.channels, call.skip, call.size, H100, groups=call.groups)
+        splits = plan.cluster if plan.launches == 1 else plan.workspace // (8 * n * call.groups)
+        time = measured.get((plan.launches, plan.blocks // (n * splits), splits))
+        ratios += [] if time is None else [time / min(measured.values())]
+    assert len(times) == 140
+    assert len(ratios) >= 110  # the others have rows of 256 bytes in one launch, of which kernels.csv has a few
+    assert sum(ratios) / len(ratios) < 1.03
+    assert max(ratios) < 1.25
