@@ -141,8 +141,8 @@ def accelerate(
 
     What depends on the description alone is computed once a call, in float32; R, distances and the update are float32.
     What is changed of the networks later, weights, layers, attributes or hooks, takes effect at the next call (see
-    `refresh` for what no call can see), but not while a call runs. A network with hooks, or with layers of other
-    packages that no native step does, is run by its own code on "cpu" and refused by the others.
+    `refresh` for what no call can see), but not while a call runs. A network with hooks is run by its own code on
+    "cpu" and refused by the others; on "cpu", so is one with layers of other packages.
 
     On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch,
     its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or

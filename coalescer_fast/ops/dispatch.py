@@ -163,28 +163,43 @@ def _resolve(op: Op, backend: str, args: Sequence[Any]) -> str:
         if reason := _refusal(op, backend, tensors):
             raise ValueError(f"backend {backend!r} cannot run this {op.name}: {reason}")
         return backend
-    passed_over: list[str] = []
+    chosen, unable, reason = preferred(op, *args)
+    if unable and os.environ.get("COALESCER_FAST_STRICT") == "1":
+        raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {op.name} to fall back to {chosen}; {unable}")
+    _log_once(
+        "; ".join(filter(None, [f"{op.name} runs on {chosen}", unable, reason])),
+        logging.WARNING if unable else logging.INFO,
+    )
+    return chosen
+
+
+def preferred(op: Op, *args: Any) -> tuple[str, str, str]:
+    """What "auto" takes for a call.
+
+    Args:
+        op: the op.
+        args: the call's arguments in the schema's order, or the first of them.
+
+    Returns:
+        The backend's name, why faster ones cannot run the call, and why a faster one that can leaves it to this one.
+        The reasons are "" where there is none.
+    """
+    tensors = {name: a for name, a in zip(op.names, args) if isinstance(a, Tensor)}
+    unable: list[str] = []
     able: list[str] = []
     for candidate in PREFERENCE:
         if candidate not in op.implementations or BACKENDS[candidate].device not in (None, args[0].device.type):
             continue
         if reason := BACKENDS[candidate].refusal(tensors):
-            passed_over += [] if able else [f"not on {candidate}: {reason}"]
+            unable += [] if able else [f"not on {candidate}: {reason}"]
         else:
             able.append(candidate)
     chosen, *others = able
-    if passed_over and os.environ.get("COALESCER_FAST_STRICT") == "1":
-        raise ValueError(
-            f"COALESCER_FAST_STRICT=1 forbids {op.name} to fall back to {chosen}; {'; '.join(passed_over)}"
-        )
-    level = logging.WARNING if passed_over else logging.INFO
-    kernel = op.implementation(chosen)
+    kernel, left = op.implementation(chosen), ""
     is_choice = others and BACKENDS[others[0]].device is not None
     if is_choice and isinstance(kernel, NativeKernel) and (reason := kernel.yields(*args)):
-        passed_over.append(f"not on {chosen}: {reason}")
-        chosen = others[0]
-    _log_once("; ".join([f"{op.name} runs on {chosen}", *passed_over]), level)
-    return chosen
+        left, chosen = f"not on {chosen}: {reason}", others[0]
+    return chosen, "; ".join(unable), left
 
 
 def _resolved(a: Any) -> Any:

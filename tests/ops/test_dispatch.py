@@ -200,6 +200,7 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, gpu, built, triton, dtype, heads,
             torch.empty(n, dtype=dtype, device="cuda:0"),
         )
         assert dispatch._resolve(DECLARED["dual_head"], "auto", (x, weight, flat, flat, flat, None, None)) == heads
+        assert dispatch.preferred(DECLARED["dual_head"], x)[0] == heads  # as explain asks
         step = (narrow, narrow, flat, 1.0, "unit", 1e-6)
         for op, args in {"group_norm_silu": (x, 32), "bias_residual": (x,), "coalesce_step": step}.items():
             assert dispatch._resolve(DECLARED[op], "auto", args) == others

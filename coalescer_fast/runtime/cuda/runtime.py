@@ -13,7 +13,8 @@ from ... import ops, sampling
 from ...finite import nan_where_not_finite
 from ...models.unet import Conditioning
 from ...nvtx_ranges import span
-from ...ops.dispatch import BACKENDS, PREFERENCE
+from ...ops.dispatch import preferred
+from ...ops.op import OPS
 from ...scheduler import CoalescerScheduler
 from ..base import Part, PipelineRuntime, channels_last_copy, entered, quiet_torch
 from .graphs import CudaGraphCapture, GraphCapture, Graphs
@@ -170,17 +171,11 @@ class CudaRuntime(PipelineRuntime):
         rows = [Part("convolutions, linear layers", f"torch, {self.dtype}", "channels innermost in memory")]
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
-            states = ops.backends(op, probe)
-            order = [name for name in PREFERENCE if BACKENDS[name].device in (None, self.device.type)]
-            able = [name for name in (order if self.backend == "auto" else [self.backend]) if states[name][0]]
-            chosen = able[0] if able else self.backend
-            passed = (
-                [f"not on {name}: {states[name][1]}" for name in order[: order.index(chosen)]]
-                if self.backend == "auto"
-                else []
-            )
-            reason = "; ".join(passed) or ("it can run" if able else states[chosen][1])
-            rows.append(Part.of_op(op, chosen, reason))
+            if self.backend == "auto":
+                chosen, *reasons = preferred(OPS[op], probe)
+            else:
+                chosen, reasons = self.backend, [ops.backends(op, probe)[self.backend][1]]
+            rows.append(Part.of_op(op, chosen, "; ".join(filter(None, reasons)) or "it can run"))
         for key, size in self.graphs.sizes():
             rows.append(Part("graph", str(key), f"{size / 1e6:.1f} MB"))
         total = f"{self.graphs.bytes() / 1e6:.1f} MB of {self.graphs.most_bytes / 1e6:.0f} MB"
