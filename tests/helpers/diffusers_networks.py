@@ -98,10 +98,10 @@ CONFIGURATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "vae_tiny": (
         AutoencoderTiny,
         {
-            "encoder_block_out_channels": (16, 16, 16),
-            "decoder_block_out_channels": (16, 16, 16),
-            "num_encoder_blocks": (1, 2, 2),
-            "num_decoder_blocks": (2, 2, 1),
+            "encoder_block_out_channels": (16, 16, 16, 16),
+            "decoder_block_out_channels": (16, 16, 16, 16),
+            "num_encoder_blocks": (1, 2, 2, 2),
+            "num_decoder_blocks": (2, 2, 2, 1),
         },
     ),
     "controlnet": (
@@ -152,7 +152,7 @@ def inputs(module: nn.Module, n: int = 1, size: Sequence[int] = (16, 16), timest
     height, width = size
     config: Any = module.config
     if isinstance(module, (AutoencoderKL, AutoencoderTiny)):
-        pixels = 4
+        pixels = 4 if isinstance(module, AutoencoderKL) else 8
         return {
             "pictures": randn(n, 3, pixels * height, pixels * width, seed=seed).tanh(),
             "latents": randn(n, config.latent_channels, height, width, seed=seed + 1),
