@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 # CF_ABI_VERSION: a library of another version is refused.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 
@@ -95,6 +95,10 @@ class cf_function(IntEnum):
     CF_IDENTITY = 0
     CF_SILU = 1
     CF_TANH = 2
+    CF_RELU = 3
+    CF_GELU = 4
+    CF_GELU_TANH = 5
+    CF_SIGMOID = 6
 
 
 class cf_vector(Struct):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,23 +14,45 @@ from ...ops.abi import cf_image, cf_tensor4, cf_vector
 from .value import BYTES, Range, Value
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of a module, or a view of it, which is read when it is packed.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the view.
+        stride: likewise.
+        offset: likewise, in elements, from the parameter's own first element.
+        own: the parameter by its name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    own: Callable[[str], Tensor] = field(compare=False)
+
+    def tensor(self) -> Tensor:
+        own = self.own(self.name)
+        # the same strides in another storage, where it may begin further on
+        return own.as_strided(self.shape, self.stride, own.storage_offset() + self.offset)
+
+
 class Weights:
     """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        # With a weight's packed form we keep the weight itself: while it lives, no other has its address.
-        self._floats: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._integers: dict[Any, tuple[tuple[Tensor, Tensor, Tensor], Tensor, Range]] = {}
+        self._floats: dict[Weight, Tensor] = {}
+        self._integers: dict[tuple[Weight, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Weight) -> Tensor:
         """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
-        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        if key not in self._floats:
-            self._floats[key] = kernel_order(weight, self.dtype), weight
-        return self._floats[key][0]
+        if weight not in self._floats:
+            self._floats[weight] = kernel_order(weight.tensor(), self.dtype)
+        return self._floats[weight]
 
-    def quantise(self, weight: Tensor, of: Range) -> tuple[Tensor, Tensor, Tensor]:
+    def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
         r"""A convolution's weights in int8, for an input in uint8.
 
         ``sum_c w_c x_c = scale (sum_c v_c q_c - sum_c v_c zero_c)`` with ``v = round(w step / scale)`` and, for every
@@ -43,16 +66,16 @@ class Weights:
             The packed v, int8; scale, (Cout,), float32; ``-scale sum_c v_c zero_c``, (Cout,), float32, to be added to
             the bias.
         """
-        key = (weight.data_ptr(), weight.shape, weight.stride(), id(of))
+        key = weight, id(of)
         if key not in self._integers:
             step, zero = of.quantisation()
-            stepped = weight.float() * step[:, None, None]
+            stepped = weight.tensor().float() * step[:, None, None]
             scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
             whole = (stepped / scale[:, None, None, None]).round()
             # whole numbers, exact in float64 whatever the order of the sum
             zeros = (whole.double().sum((2, 3)) * zero.double()).sum(1)
             packed = kernel_order(whole, torch.uint8), scale, (-scale * zeros).float()
-            self._integers[key] = packed, weight, of
+            self._integers[key] = packed, of  # while the range lives, no other has its identity
         return self._integers[key][0]
 
 

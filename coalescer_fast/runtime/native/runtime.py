@@ -101,12 +101,13 @@ class NativeRuntime(PipelineRuntime):
         return {name: network.refused for name, network in self.networks.items() if network.refused}
 
     def take_over(self) -> None:
-        weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
+        weights = Weights(self.dtype)
+        in_float32 = weights if self.dtype == torch.float32 else Weights(torch.float32)
         unet, decoder = self.pipe.unet, self.pipe.vae.decoder
         self.networks = {
-            "unet": Network(unet, weights[self.dtype], self.backend),
-            "decoder": Network(decoder, weights[self.dtype], self.backend),
-            "conditioning": Network(unet, weights[torch.float32], self.backend),
+            "unet": Network(unet, weights, self.backend),
+            "decoder": Network(decoder, Weights(self.dtype), self.backend),
+            "conditioning": Network(unet, in_float32, self.backend),
         }
         self.programs = ProgramCache()
         self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
