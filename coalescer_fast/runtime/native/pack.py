@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,10 +39,17 @@ class Weight:
 
 
 class Weights:
-    """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once."""
+    """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once.
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    Attributes:
+        dtype: of the packed weights.
+        keep: whether the module keeps its own.
+        freed: the names of those that it does not have any more.
+    """
+
+    def __init__(self, dtype: torch.dtype, keep: bool = True):
+        self.dtype, self.keep = dtype, keep
+        self.freed: set[str] = set()
         self._floats: dict[Weight, Tensor] = {}
         self._integers: dict[tuple[Weight, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
 
@@ -51,6 +58,15 @@ class Weights:
         if weight not in self._floats:
             self._floats[weight] = kernel_order(weight.tensor(), self.dtype)
         return self._floats[weight]
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the packed weights of these parameters, which have changed."""
+        gone = set(names) - self.freed
+        self._floats = {weight: packed for weight, packed in self._floats.items() if weight.name not in gone}
+        self._integers = {key: packed for key, packed in self._integers.items() if key[0].name not in gone}
+
+    def save(self) -> None:
+        """Keep what was packed on disk, if that is wanted."""
 
     def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
         r"""A convolution's weights in int8, for an input in uint8.
