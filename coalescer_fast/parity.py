@@ -93,9 +93,10 @@ class Verification:
     Attributes:
         runtime: name of what was compared with the float32 reference.
         dtype: what it multiplies in, see `Runtime.precision`.
-        pictures: how many were compared.
+        pictures: how many were compared, or how many calls of a module.
         rows: the figures.
         receipt: of the accelerated pictures, see `receipt`, if there is one.
+        unit: what ``pictures`` counts.
     """
 
     runtime: str
@@ -103,6 +104,7 @@ class Verification:
     pictures: int
     rows: tuple[Row, ...]
     receipt: Mapping[str, Any] | None = None
+    unit: str = "picture"
 
     @property
     def passed(self) -> bool:
@@ -125,7 +127,7 @@ class Verification:
             cells.append((row.what, number(row.value) + row.unit, limit, "PASS" if row.ok else "FAIL"))
         lines = [table(cells, "<>><")]
         count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
-        pictures = f"{self.pictures} picture{'s' * (self.pictures != 1)}"
+        pictures = f"{self.pictures} {self.unit}{'s' * (self.pictures != 1)}"
         subject = f"{self.runtime} in {self.dtype} against the float32 reference, {pictures}"
         if self.receipt is not None:
             where = self.receipt["instruction_set"] or "no native kernels"
@@ -181,8 +183,8 @@ def verify(
         pipe: a pipeline or module after `accelerate`. It is left as it is. Of a module that is not in float32 there is
             a copy in float32 while this runs.
         prompts: of a module the arguments of some calls, each a tuple or a dict. Of a diffusers pipeline descriptions;
-            there is a default. Of a CoalescerPipeline descriptions, or how many names to draw from those that the model was trained on (all, if it has
-            fewer); 16 if None.
+            there is a default. Of a CoalescerPipeline descriptions, or how many names to draw from those that the model
+            was trained on (all, if it has fewer); 16 if None.
         num_images: pictures a prompt.
         seed: of the noise and of the choice of names.
         budget: limits. A mapping replaces some of the default, `Budget.of` the runtime's dtype.
@@ -281,7 +283,8 @@ def _verify_networks(
             at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
         ]
         count = len(drawn)
-    return Verification("torch" if refused else "cpu", runtime.precision, count, tuple(rows))
+    unit = "call" if isinstance(x, nn.Module) else "picture"
+    return Verification("torch" if refused else "cpu", runtime.precision, count, tuple(rows), unit=unit)
 
 
 def receipt(
