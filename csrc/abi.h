@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 3
+#define CF_ABI_VERSION 4
 
 enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
@@ -275,6 +275,22 @@ CF_API int cf_cpu_vector_width(void);
 /* Dtypes beside float32 that the instruction set in use multiplies: bit 0 bfloat16, bit 1 uint8. */
 CF_API int cf_cpu_products(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
+
+/* Weights in the order of cf_convolution_args, rounded to the dtype. For uint8 they are int8,
+ * v = round(weight * step / scale) cut to -128 ... 127, and sums = sum over channels and taps of v * zero. */
+typedef struct {
+    cf_tensor4 weight; /* (outputs, channels, height, width), any strides */
+    void* packed;      /* result, all of it written */
+    int64_t dtype;     /* of the convolution's input: float32, bfloat16 or uint8 */
+    int64_t outputs, channels, height, width;
+    const float* step;  /* (channels), for uint8; else null, like the next three */
+    const float* scale; /* (outputs) */
+    const float* zero;  /* (channels), whole numbers from 0 to 255 */
+    int64_t* sums;      /* result, (outputs) */
+    int64_t threads;
+} cf_pack_args;
+
+CF_API int cf_cpu_pack(const cf_pack_args* args);
 
 typedef struct {
     const void* data;

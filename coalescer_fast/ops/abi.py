@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 # CF_ABI_VERSION: a library of another version is refused.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 
@@ -152,6 +152,23 @@ class cf_program_args(Struct):
     _fields_: ClassVar = [
         ("steps", c_void_p),
         ("count", c_int64),
+        ("threads", c_int64),
+    ]
+
+
+class cf_pack_args(Struct):
+    _fields_: ClassVar = [
+        ("weight", cf_tensor4),
+        ("packed", c_void_p),
+        ("dtype", c_int64),
+        ("outputs", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("step", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("sums", c_void_p),
         ("threads", c_int64),
     ]
 

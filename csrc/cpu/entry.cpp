@@ -24,3 +24,5 @@ int cf_cpu_vector_width(void) { return kernels->width; }
 int cf_cpu_products(void) { return kernels->products; }
 
 int cf_cpu_run(const cf_program_args* args) { return kernels->run_program(*args); }
+
+int cf_cpu_pack(const cf_pack_args* args) { return kernels->pack(*args); }
