@@ -307,6 +307,16 @@ typedef struct {
 
 CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
 
+/* A hash of all bytes and of the seed, the same for any number of threads. It is not a cryptographic one. */
+typedef struct {
+    const void* data;
+    int64_t bytes, seed;
+    uint64_t* hash;
+    int64_t threads;
+} cf_content_hash_args;
+
+CF_API int cf_cpu_content_hash(const cf_content_hash_args* args);
+
 /* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it
  * neither waits nor allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h,
  * direction_weight, and sample and direction of the step; direction_weight has h's dtype. */

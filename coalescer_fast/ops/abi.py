@@ -190,6 +190,16 @@ class cf_fingerprint_args(Struct):
     ]
 
 
+class cf_content_hash_args(Struct):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("bytes", c_int64),
+        ("seed", c_int64),
+        ("hash", c_void_p),
+        ("threads", c_int64),
+    ]
+
+
 class cf_cuda_device(Struct):
     _fields_: ClassVar = [
         ("ordinal", c_int64),

@@ -1,4 +1,4 @@
-// The functions of abi.h, in its order; cf_cpu_fingerprint is in fingerprint.cpp.
+// The functions of abi.h, in its order; the hashes are in fingerprint.cpp.
 #include "isa.h"
 #include "threads.h"
 

@@ -165,6 +165,7 @@ void one_round(bool large) {
     run(chain(1, large), chain(draw(2, 9), false));
     fingerprints();
     packs(large);
+    content_hashes(large);
 }
 
 }  // namespace

@@ -719,6 +719,34 @@ void fingerprints() {
         if (cf_cpu_fingerprint(&wrong) != CF_INVALID_ARGUMENT) printf("fingerprint: taken\n"), exit(1);
 }
 
+// The hash of all bytes sees every change of one, and is the same from three threads.
+void content_hashes(bool large) {
+    std::vector<char> data(static_cast<size_t>(draw(0, large ? 3 << 20 : 200)));
+    for (char& byte : data) byte = static_cast<char>(draw(0, 255));
+    const auto hash = [&](int64_t threads) {
+        uint64_t result = 0;
+        const cf_content_hash_args a{data.data(), static_cast<int64_t>(data.size()), 5, &result, threads};
+        if (cf_cpu_content_hash(&a) != CF_OK) printf("content_hash: refused\n"), exit(1);
+        return result;
+    };
+    const uint64_t before = hash(1);
+    if (hash(3) != before) printf("content_hash: three threads have another result than one\n"), exit(1);
+    for (int i = 0; i < (large ? 3 : 40) && !data.empty(); ++i) {
+        char& byte = data[static_cast<size_t>(draw(0, static_cast<int64_t>(data.size()) - 1))];
+        const int bit = 1 << draw(0, 7);
+        byte = static_cast<char>(byte ^ bit);
+        if (hash(1) == before) printf("content_hash: a change is not seen\n"), exit(1);
+        byte = static_cast<char>(byte ^ bit);
+    }
+    data.push_back(0);
+    if (hash(1) == before) printf("content_hash: a zero more is not seen\n"), exit(1);
+    uint64_t result = 0;
+    for (const cf_content_hash_args& wrong :
+         {cf_content_hash_args{nullptr, 1, 0, &result, 1}, cf_content_hash_args{&result, -1, 0, &result, 1},
+          cf_content_hash_args{&result, 8, 0, nullptr, 1}})
+        if (cf_cpu_content_hash(&wrong) != CF_INVALID_ARGUMENT) printf("content_hash: taken\n"), exit(1);
+}
+
 // The op as a step has the op's results.
 void dual_head_step(Program& p, int64_t n, int64_t dtype) {
     auto call = std::make_shared<Call<cf_dual_head_args>>(
