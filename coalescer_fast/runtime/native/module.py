@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +28,10 @@ from ...ops.layout import transforms_active
 from ..base import Part, counted, quiet_torch
 from ..watch import Watch, fingerprints, foreign
 from .pack import Weights
+from .packed_file import PackedFile
 from .program import Program, ProgramCache
-from .record import MetaCopy, Recorder, record_module
+from .record import MetaCopy, Recorder, Recording, record_module
+from .steps import Convolution
 from .value import Range, Unsupported
 
 logger = logging.getLogger(__name__)
@@ -97,7 +102,7 @@ class ModuleRuntime:
         self._previous = module.__dict__.get("forward")
         self._parameters = tuple(inspect.signature(self._forward).parameters)[1:]
         self._watch: Watch | None = None
-        self._weights = Weights(self.dtype, keep_weights)
+        self._weights = Weights(self.dtype)
         self._fingerprints: dict[str, Any] = {}
         self._replacement: Callable[..., Any] | None = None
         self.refused = ""
@@ -241,21 +246,69 @@ class ModuleRuntime:
                 output[:] = out_spec, out_leaves
                 return [results[i] for i in numbers]
 
-            ranges = self.ranges.get(size) if self._observers is None and self.collected is None else None
+            observing = self._observers is not None
+            ranges = self.ranges.get(size) if not observing and self.collected is None else None
             try:
                 recording = record_module(self._meta_copy, run)
-                program = Program(recording, self._weights, threads, ranges, keep=self._observers is not None)
+                with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
+                    program = Program(recording, self._weights, threads, ranges, keep=observing)
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
             program.bound = output
             programs.add(key, counted(program))
-            self._weights.save()
+            if self._weights.file is not None:
+                self._weights.file.save()
         return program, *program.bound
 
     @functools.cached_property
     def _meta_copy(self) -> MetaCopy:
         return MetaCopy(self.module)
+
+    # Weights.
+
+    @contextmanager
+    def _freeing(self, recording: Recording, frees: bool) -> Iterator[None]:
+        """Inside, parameters are freed as they are packed, if that is wanted."""
+        if frees:
+            self._weights.free_after(self._packed_alone(recording), self._free)
+            self._watch = None  # which holds all parameters
+        try:
+            yield
+        finally:
+            self._weights.free_after({}, self._free)
+            if frees:
+                self._fingerprints, self._watch = fingerprints(self.module), Watch(self.module)
+
+    def _packed_alone(self, recording: Recording) -> Counter[str]:
+        """How often parameters are packed that nothing else is done with."""
+        convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
+        uses = Counter(step.weight.name for step in convolutions)
+        # those in 8 bits are packed anew for every size of images
+        in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
+        for name in (*recording.read, *in_integers):
+            uses.pop(name, None)
+        return uses
+
+    def _free(self, name: str) -> None:
+        """Leave the module a parameter without data."""
+        path, _, last = name.rpartition(".")
+        holder = self.module.get_submodule(path)
+        own = holder._parameters[last]
+        assert own is not None
+        empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+        holder._parameters[last] = nn.Parameter(empty, requires_grad=False)
+        self._meta_copy.replace(name, holder._parameters[last])
+
+    def _open_file(self, module: nn.Module) -> None:
+        """Look for packed weights of the module as it is now on disk."""
+        if self.cache is None or native_library.unavailable():
+            return
+        now = fingerprints(module)
+        content = repr([(name, *p.shape, now[name][-1]) for name, p in module.named_parameters()])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        name = f"{self.name}-{dtype_name(self.dtype)}-{native_library.isa()}-{digest}.safetensors"
+        self._weights.file = PackedFile(Path(self.cache) / name)
 
     # Changes.
 
@@ -280,9 +333,14 @@ class ModuleRuntime:
         self.__dict__.pop("_meta_copy", None)
         self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
         now = fingerprints(module)
-        self._weights.drop(name for name, seen in self._fingerprints.items() if now.get(name) != seen)
-        if not self._fingerprints:
-            self._weights.drop(now)
+        if self._fingerprints:
+            changed = {name for name, seen in self._fingerprints.items() if now.get(name) != seen}
+            if changed - self._weights.freed:
+                self._weights.file = None  # it is of other weights
+            self._weights.drop(name for name in changed if not _is_empty(module, name))
+        else:
+            self._weights.drop(name for name in now if not _is_empty(module, name))
+            self._open_file(module)
         self._has_own_code = no_programs(torch.uint8 if self.quantised else self.dtype)
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             self._has_own_code = "there are hooks of all modules"
@@ -366,6 +424,16 @@ class ModuleRuntime:
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
     logger.warning("%s runs in torch, not as a native program: %s", name, reason)
+
+
+def _is_empty(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is there that has no data."""
+    path, _, last = name.rpartition(".")
+    try:
+        found = getattr(module.get_submodule(path), last)
+    except AttributeError:
+        return False
+    return isinstance(found, Tensor) and found.is_meta
 
 
 class _Output:
