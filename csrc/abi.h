@@ -305,6 +305,22 @@ CF_API int cf_cpu_vector_width(void);
 CF_API int cf_cpu_products(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
 
+/* Weights in the order of cf_convolution_args, rounded to the dtype. For uint8 they are int8,
+ * v = round(weight * step / scale) cut to -128 ... 127, and sums = sum over channels and taps of v * zero. */
+typedef struct {
+    cf_tensor4 weight; /* (outputs, channels, height, width), any strides */
+    void* packed;      /* result, all of it written */
+    int64_t dtype;     /* of the convolution's input: float32, bfloat16 or uint8 */
+    int64_t outputs, channels, height, width;
+    const float* step;  /* (channels), for uint8; else null, like the next three */
+    const float* scale; /* (outputs) */
+    const float* zero;  /* (channels), whole numbers from 0 to 255 */
+    int64_t* sums;      /* result, (outputs) */
+    int64_t threads;
+} cf_pack_args;
+
+CF_API int cf_cpu_pack(const cf_pack_args* args);
+
 typedef struct {
     const void* data;
     int64_t bytes; /* a multiple of the dtype's size, whatever that is */
@@ -319,6 +335,16 @@ typedef struct {
 } cf_fingerprint_args;
 
 CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
+
+/* A hash of all bytes and of the seed, the same for any number of threads. It is not a cryptographic one. */
+typedef struct {
+    const void* data;
+    int64_t bytes, seed;
+    uint64_t* hash;
+    int64_t threads;
+} cf_content_hash_args;
+
+CF_API int cf_cpu_content_hash(const cf_content_hash_args* args);
 
 /* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it
  * neither waits nor allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h,

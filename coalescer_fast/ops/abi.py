@@ -160,6 +160,23 @@ class cf_program_args(Struct):
     ]
 
 
+class cf_pack_args(Struct):
+    _fields_: ClassVar = [
+        ("weight", cf_tensor4),
+        ("packed", c_void_p),
+        ("dtype", c_int64),
+        ("outputs", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("step", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("sums", c_void_p),
+        ("threads", c_int64),
+    ]
+
+
 class cf_span(Struct):
     _fields_: ClassVar = [
         ("data", c_void_p),
@@ -174,6 +191,16 @@ class cf_fingerprint_args(Struct):
         ("whole", c_int64),
         ("samples", c_int64),
         ("hash", c_void_p),
+    ]
+
+
+class cf_content_hash_args(Struct):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("bytes", c_int64),
+        ("seed", c_int64),
+        ("hash", c_void_p),
+        ("threads", c_int64),
     ]
 
 

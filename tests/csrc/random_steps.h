@@ -693,6 +693,77 @@ Image replace_zero_rows(Program& p, const Image& x) {
     return y;
 }
 
+// Weights are packed in the order that the interface says, whatever their strides, by one thread and by three.
+void packs(bool large) {
+    const int64_t dtypes[] = {CF_FLOAT32, CF_BFLOAT16, CF_UINT8};
+    cf_pack_args a{};
+    a.dtype = dtypes[draw(0, 2)], a.outputs = draw(1, 150), a.channels = draw(1, large ? 90 : 20);
+    a.height = draw(1, 3), a.width = draw(1, 3);
+    const bool integers = a.dtype == CF_UINT8;
+    const int64_t taps = a.height * a.width, count = a.outputs * a.channels * taps;
+    Buffer weight = numbers(count, draw(0, 2));
+    a.weight = any_layout(weight, a.channels, a.height, a.width);
+    Buffer step = numbers(a.channels, CF_FLOAT32), scale = numbers(a.outputs, CF_FLOAT32);
+    std::vector<float> zero;
+    for (int64_t c = 0; c < a.channels; ++c) zero.push_back(static_cast<float>(draw(0, 255)));
+    const auto at = [](Buffer& b) { return reinterpret_cast<float*>(b.data()); };
+    for (int64_t o = 0; o < a.outputs; ++o) at(scale)[o] = 0.1f + fabsf(at(scale)[o]);
+    std::vector<int64_t> sums(static_cast<size_t>(a.outputs), -1), expected_sums(sums.size());
+    if (integers) a.step = at(step), a.scale = at(scale), a.zero = zero.data(), a.sums = sums.data();
+
+    const int64_t width = cf_cpu_vector_width(), most = width == 16 ? 4 : 3, lanes = 4 / bytes_of(a.dtype);
+    const int64_t vectors = (a.outputs + width - 1) / width, units = (a.channels + lanes - 1) / lanes,
+                  blocks = (vectors + most - 1) / most;
+    std::vector<char> results[2];
+    for (std::vector<char>& packed : results) {
+        packed.assign(static_cast<size_t>(vectors * width * taps * units * 4), '\xff');
+        a.packed = packed.data(), a.threads = &packed == results ? 1 : 3;
+        if (cf_cpu_pack(&a) != CF_OK) printf("pack: refused\n"), exit(1);
+    }
+    if (results[0] != results[1]) printf("pack: three threads have another result than one\n"), exit(1);
+    const char* p = results[0].data();
+    for (int64_t block = 0, first = 0; block < blocks; ++block) {
+        const int64_t size = vectors / blocks + (block < vectors % blocks);
+        for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t u = 0; u < units; ++u)
+                for (int64_t o = first * width; o < (first + size) * width; ++o)
+                    for (int64_t lane = 0; lane < lanes; ++lane, p += bytes_of(a.dtype)) {
+                        const int64_t c = u * lanes + lane;
+                        double exact = 0;
+                        if (o < a.outputs && c < a.channels) {
+                            const int64_t* s = a.weight.strides;
+                            exact = number_at(
+                                weight.data() + sizes[weight.dtype] *
+                                                    (o * s[0] + c * s[1] + tap / a.width * s[2] + tap % a.width * s[3]),
+                                weight.dtype);
+                            if (integers) exact = exact * at(step)[c] / at(scale)[o];
+                        }
+                        const double value = integers ? static_cast<signed char>(*p) : number_at(p, a.dtype);
+                        require_near("pack", value, exact, integers ? 0.5001 : 0, a.dtype);
+                        if (integers && o < a.outputs && c < a.channels)
+                            expected_sums[static_cast<size_t>(o)] +=
+                                static_cast<int64_t>(value * static_cast<double>(zero[static_cast<size_t>(c)]));
+                    }
+        first += size;
+    }
+    if (integers && sums != expected_sums) printf("pack: wrong sums\n"), exit(1);
+
+    const auto refuse = [a](const char* what, void (*change)(cf_pack_args&)) {
+        cf_pack_args wrong = a;
+        change(wrong);
+        if (cf_cpu_pack(&wrong) != CF_INVALID_ARGUMENT) printf("pack: %s is taken\n", what), exit(1);
+    };
+    refuse("dtype", [](cf_pack_args& w) { w.dtype = CF_FLOAT16; });
+    refuse("the weight's dtype", [](cf_pack_args& w) { w.weight.dtype = CF_UINT8; });
+    refuse("no weight", [](cf_pack_args& w) { w.weight.data = nullptr; });
+    refuse("no result", [](cf_pack_args& w) { w.packed = nullptr; });
+    refuse("outputs", [](cf_pack_args& w) { w.outputs = 0; });
+    refuse("channels", [](cf_pack_args& w) { w.channels = 0; });
+    refuse("height", [](cf_pack_args& w) { w.height = 0; });
+    refuse("width", [](cf_pack_args& w) { w.width = 0; });
+    refuse("no sums", [](cf_pack_args& w) { w.dtype = CF_UINT8, w.sums = nullptr; });
+}
+
 // A fingerprint is that of the places that the interface says, and of no byte beside them.
 void fingerprints() {
     const int64_t whole = draw(0, 90), samples = draw(2, 9), count = draw(0, 3);
@@ -728,6 +799,34 @@ void fingerprints() {
          {cf_fingerprint_args{&none, 1, 9, 2, &after}, cf_fingerprint_args{nullptr, 1, 9, 2, &after},
           cf_fingerprint_args{nullptr, 0, 9, 1, &after}, cf_fingerprint_args{nullptr, 0, 9, 2, nullptr}})
         if (cf_cpu_fingerprint(&wrong) != CF_INVALID_ARGUMENT) printf("fingerprint: taken\n"), exit(1);
+}
+
+// The hash of all bytes sees every change of one, and is the same from three threads.
+void content_hashes(bool large) {
+    std::vector<char> data(static_cast<size_t>(draw(0, large ? 3 << 20 : 200)));
+    for (char& byte : data) byte = static_cast<char>(draw(0, 255));
+    const auto hash = [&](int64_t threads) {
+        uint64_t result = 0;
+        const cf_content_hash_args a{data.data(), static_cast<int64_t>(data.size()), 5, &result, threads};
+        if (cf_cpu_content_hash(&a) != CF_OK) printf("content_hash: refused\n"), exit(1);
+        return result;
+    };
+    const uint64_t before = hash(1);
+    if (hash(3) != before) printf("content_hash: three threads have another result than one\n"), exit(1);
+    for (int i = 0; i < (large ? 3 : 40) && !data.empty(); ++i) {
+        char& byte = data[static_cast<size_t>(draw(0, static_cast<int64_t>(data.size()) - 1))];
+        const int bit = 1 << draw(0, 7);
+        byte = static_cast<char>(byte ^ bit);
+        if (hash(1) == before) printf("content_hash: a change is not seen\n"), exit(1);
+        byte = static_cast<char>(byte ^ bit);
+    }
+    data.push_back(0);
+    if (hash(1) == before) printf("content_hash: a zero more is not seen\n"), exit(1);
+    uint64_t result = 0;
+    for (const cf_content_hash_args& wrong :
+         {cf_content_hash_args{nullptr, 1, 0, &result, 1}, cf_content_hash_args{&result, -1, 0, &result, 1},
+          cf_content_hash_args{&result, 8, 0, nullptr, 1}})
+        if (cf_cpu_content_hash(&wrong) != CF_INVALID_ARGUMENT) printf("content_hash: taken\n"), exit(1);
 }
 
 // The op as a step has the op's results.

@@ -100,14 +100,15 @@ class Program:
             weights: the module's packed weights, of the program's dtype.
             threads: how many may be used.
             ranges: of the values of ``normalised`` that are to be uint8, by their number.
-            keep: let every value stay in memory until the next run, for `observe`.
+            keep: let the values of ``normalised`` stay in memory until the next run, for `observe`.
         """
         self.normalised = _normalised(recording.steps)
-        for number, each in (ranges or {}).items():
-            self.normalised[number].range = each
+        for number, value in self.normalised.items():
+            value.range = (ranges or {}).get(number)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
-            size = place(layout.steps, recording.inputs, layout.outputs, keep)
+            kept = [*layout.outputs, *(self.normalised.values() if keep else ())]
+            size = place(layout.steps, recording.inputs, kept)
             self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         values = {value for step in layout.steps for value in step.values} | {*recording.inputs}
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -260,24 +261,23 @@ class Layout:
         return self._copies[key]
 
 
-def place(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], keep: bool) -> int:
+def place(steps: Sequence[Step], inputs: Sequence[Value], kept: Sequence[Value]) -> int:
     """Give every value an address, from 0 on, where no other value lies that is still to be read.
 
     Args:
         steps: in the order in which they run.
         inputs: whose memory no other value has.
-        outputs: which nothing overwrites.
-        keep: let nothing be overwritten.
+        kept: outputs and others that nothing overwrites.
 
     Returns:
         How many bytes they need.
     """
     first: dict[Value, int] = dict.fromkeys(inputs, -1)
-    last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
+    last: dict[Value, int] = dict.fromkeys([*inputs, *kept], len(steps))
     for n, step in enumerate(steps):
         for value in step.values:
             first.setdefault(value, n)
-            last[value] = max(last.get(value, n), len(steps) if keep else n)
+            last[value] = max(last.get(value, n), n)
     total = 0
     live: list[tuple[int, int, int]] = []  # address, end, last step that reads it
     # First fit, in the order in which values are written. This is not optimal, but it is fast, and networks with

@@ -123,6 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         self._bases: dict[int, Tensor] = {}  # by storage: the tensor that it was made for
         self._constants: dict[int, Tensor] = {}
         self._calls: list[TorchCall] = []
+        self._read: set[str] = set()
         self._alive: list[Tensor] = list(copied.names)  # while they live, no other storage has their keys
 
     # What the runtime declares.
@@ -254,7 +255,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
 
     def parameter(self, tensor: Tensor) -> Tensor:
         """The module's own parameter, or the view of it, that the tensor stands for."""
-        return self.weight(tensor).tensor()
+        weight = self.weight(tensor)
+        self._read.add(weight.name)
+        return weight.tensor()
 
     def weight(self, tensor: Tensor) -> Weight:
         """Likewise, without reading it."""
@@ -444,7 +447,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         for value, result in outputs:
             if result.numel() == value.count and not value.readers:
                 value.tensor = result
-        return Recording(steps, inputs, outputs, prologue)
+        return Recording(steps, inputs, outputs, prologue, self._read)
 
 
 def _key(tensor: Tensor) -> int:
@@ -509,8 +512,15 @@ class MetaCopy:
     def own(self, name: str) -> Tensor:
         """The module's own parameter or buffer."""
         own = self._own[name].detach()
+        if own.is_meta:
+            raise ValueError(f"{name} has no data")
         # a lazy negation has no memory of its own
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype).copy_(own) if own.is_neg() else own
+
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Take over another parameter of the module, of the same shape and strides."""
+        self._own[name] = tensor
 
 
 def _first_line(error: Exception) -> str:
@@ -526,12 +536,14 @@ class Recording:
         inputs: in the order in which they were declared.
         outputs: with the tensors that the module gave for them, which may be views.
         prologue: what makes the inputs of what the module is given.
+        read: names of parameters that are read otherwise than to be packed.
     """
 
     steps: list[Step]
     inputs: list[Value]
     outputs: list[tuple[Value, Tensor]]
     prologue: Prologue
+    read: set[str]
 
 
 def record_module(copied: MetaCopy, run: Callable[[Any, Recorder], Iterable[Tensor]]) -> Recording:

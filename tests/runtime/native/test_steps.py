@@ -65,9 +65,9 @@ def test_only_the_runtime_knows_our_pipeline():
     """The other modules import ops and each other."""
     code = """
 import sys
-from coalescer_fast.runtime.native import pack, program, record, steps, value
+from coalescer_fast.runtime.native import pack, packed_file, program, record, steps, value
 print(*(name for name in sys.modules if name.startswith(("coalescer_fast.", "diffusers"))))
 """
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    allowed = re.compile(r"coalescer_fast\.(ops(\..*)?|runtime|runtime\.native(\..*)?)")
+    allowed = re.compile(r"coalescer_fast\.(dtypes|files|ops(\..*)?|runtime|runtime\.native(\..*)?)")
     assert [name for name in imported if not allowed.fullmatch(name)] == []
