@@ -11,8 +11,7 @@ from torch import nn
 
 import coalescer_fast as cf
 from coalescer_fast.runtime import base
-from coalescer_fast.runtime.native.module import runtime_of
-from coalescer_fast.runtime.native.runtime import no_programs
+from coalescer_fast.runtime.native.module import no_programs, runtime_of
 
 pytest.importorskip("transformers", reason="diffusers' pipelines need transformers, which is not installed")
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import coalescer_fast as cf
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
-from coalescer_fast.runtime.native.module import runtime_of
-from coalescer_fast.runtime.native.runtime import no_programs
+from coalescer_fast.runtime.native.module import no_programs, runtime_of
 
 from ...helpers import processes
 from ...helpers.diffusers_networks import (
@@ -107,16 +106,20 @@ def test_every_network_runs_natively_and_gives_its_own_results(name, dtype):
 @pytest.mark.parametrize("name", TIMED)
 def test_a_timestep_is_an_input(name):
     module, twin = network(name), network(name)
-    call(accelerated(module), inputs(module, 2, timestep=500))
+    accelerated(module)
+    ways = (lambda t: t, torch.tensor, lambda t: torch.tensor([t]), lambda t: torch.tensor([t, 300]))
+    for way in ways:
+        call(module, inputs(module, 2, timestep=way(500)))
+        assert_native(module)
     prepared = base.count
     for t in (0, 1, 999):
-        for timestep in (t, torch.tensor(t), torch.tensor([t]), torch.tensor([t, t]), torch.tensor([t, 300])):
-            given = inputs(module, 2, timestep=timestep)
-            assert_same(module, twin, given)
+        for way in ways:
+            assert_same(module, twin, inputs(module, 2, timestep=way(t)))
             assert_native(module)
     assert base.count == prepared
-    assert_same(module, twin, inputs(module, 2, timestep=0.25))
-    assert_same(module, twin, inputs(module, 2, timestep=torch.tensor([7.5, 2.0], dtype=torch.float64)))
+    for timestep in (0.25, torch.tensor(7.5), torch.tensor([7.5, 2.0], dtype=torch.float64)):
+        assert_same(module, twin, inputs(module, 2, timestep=timestep))
+        assert_native(module)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -419,18 +422,19 @@ def test_freeu_and_attention_slicing_are_right():
     accelerated(module)
     given = inputs(module, 2)
     changes = (
-        lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
-        lambda unet: unet.disable_freeu(),
-        lambda unet: unet.set_attention_slice("auto"),
-        lambda unet: unet.set_default_attn_processor(),
-        lambda unet: unet.fuse_qkv_projections(),
-        lambda unet: unet.unfuse_qkv_projections(),
+        (True, lambda unet: unet.fuse_qkv_projections()),
+        (True, lambda unet: unet.unfuse_qkv_projections()),
+        (False, lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4)),
+        (True, lambda unet: unet.disable_freeu()),
+        (False, lambda unet: unet.set_attention_slice("auto")),
+        (False, lambda unet: unet.set_default_attn_processor()),  # of PyTorch 1
     )
-    for change in changes:
+    for runs_natively, change in changes:
         for each in (module, twin):
             change(each)
         assert_same(module, twin, given)
-    assert_native(module)
+        if runs_natively:
+            assert_native(module)
 
 
 # Changes
@@ -663,7 +667,7 @@ def test_two_adapters_and_the_scale_of_a_call():
         adapted(each, ATTENTION, "one")
         adapted(each, ["conv1", "to_q"], "two")
     states = []
-    for names, weights in ((["one"], [1.0]), (["two"], [0.5]), (["one", "two"], [0.3, 0.8])):
+    for names, weights in ((["one"], [0.4]), (["two"], [0.5]), (["one", "two"], [1.0, 1.0])):
         for each in (module, twin):
             each.set_adapters(names, weights)
         assert_same(module, twin, given)
@@ -716,7 +720,6 @@ def test_gradients(name):
         return [given["sample"].grad, *(p.grad for p in each.parameters() if p.grad is not None)]
 
     assert error(gradients(module), gradients(twin)) < 1e-4
-    assert_in_torch(module, "grad")
     given = inputs(module, 1)
     assert_same(module, twin, given)
     assert_native(module)
