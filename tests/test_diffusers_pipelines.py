@@ -93,13 +93,12 @@ def test_nearly_the_same_pictures_in_int8(name):
 
 
 @int8
-def test_int8_needs_prompts():
+def test_int8_has_prompts_of_its_own():
     pipe = pipeline("StableDiffusionPipeline")
     expected = draw(pipe)
-    with pytest.raises(ValueError, match="prompts") as caught:
-        cf.accelerate(pipe, dtype="int8")
-    assert "\n" not in str(caught.value)
-    assert torch.equal(draw(pipe), expected)
+    assert psnr(draw(cf.accelerate(pipe, dtype="int8", height=64, width=64)), expected) > PSNR["int8"]
+    assert runtime_of(pipe.unet).precision == "int8"
+    assert_native(pipe, "vae.encoder")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -292,8 +291,7 @@ def test_verify_with_its_defaults():
 def test_verify_finds_another_network():
     pipe = cf.accelerate(pipeline("StableDiffusionPipeline"), dtype="float32")
     draw(pipe)
-    weight = pipe.unet.conv_in.weight
-    weight.data.view(-1)[torch.arange(weight.numel()) % 7 == 3] *= 3  # which no call can see
+    pipe.unet.up_blocks[1].resnets[0].conv1.weight.data.view(-1)[5:7] += 30  # which no call can see
     assert not cf.verify(pipe, num_inference_steps=2, height=64, width=64).passed
 
 

@@ -27,8 +27,8 @@ SD15 = {
 }
 SD21 = {**SD15, "attention_head_dim": (1, 2, 4), "use_linear_projection": True}
 CONFIGURATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "sd15": (UNet2DConditionModel, {**SD15, "layers_per_block": 2}),
-    "sd21": (UNet2DConditionModel, {**SD21, "upcast_attention": True}),
+    "sd15": (UNet2DConditionModel, SD15),
+    "sd21": (UNet2DConditionModel, {**SD21, "layers_per_block": 2, "upcast_attention": True}),
     "sd_turbo": (UNet2DConditionModel, {**SD21, "cross_attention_dim": 40}),
     "lcm": (UNet2DConditionModel, {**SD15, "time_cond_proj_dim": 16}),
     "sdxl_turbo": (

@@ -79,9 +79,7 @@ def pipeline(name: str, vae: str = "vae_kl", **changes: Any) -> Any:
     if name == "LatentConsistencyModelPipeline":
         components["scheduler"] = diffusers.LCMScheduler(beta_schedule="scaled_linear")
     if name == "StableDiffusionControlNetPipeline":
-        components["controlnet"] = network(
-            "controlnet", layers_per_block=2, conditioning_embedding_out_channels=(4, 8, 16)
-        )
+        components["controlnet"] = network("controlnet", conditioning_embedding_out_channels=(4, 8, 16))
     pipe = getattr(diffusers, name)(**{**components, **changes})
     pipe.set_progress_bar_config(disable=True)
     return pipe
