@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import os
 import threading
 import weakref
 from collections import Counter
@@ -175,6 +176,8 @@ class ModuleRuntime:
                         return self._run(args, kwargs)
                 except Unsupported as reason:
                     self.refused = str(reason)
+            if os.environ.get("COALESCER_FAST_STRICT") == "1":
+                raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {self.name} to run in torch; {self.refused}")
             _warn_once(self.name, self.refused)
         return self._in_torch(args, kwargs)
 

@@ -51,7 +51,6 @@ HANDLERS: dict[Any, Callable[..., None]] = {}
 # Those that are steps even of vectors, which else a prologue of torch ops computes with.
 PRODUCTS = {
     aten.convolution.default,
-    aten.native_layer_norm.default,
     torch.ops.coalescer_fast.bias_residual.default,
     torch.ops.coalescer_fast.dual_head.default,
     torch.ops.coalescer_fast.group_norm_silu.default,
@@ -849,21 +848,23 @@ class LayerNorm(Step):
         )
 
     @staticmethod
-    @records(aten.native_layer_norm.default)
+    @records(F.layer_norm, torch.layer_norm)
     def record(
         recorder: Recorder,
-        result: tuple[Tensor, ...],
         input: Tensor,
         normalized_shape: Sequence[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> None:
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Tensor:
         x = recorder.whole(input)
         if list(normalized_shape) != [x.channels] or input.ndim == 4:
             raise Unsupported(f"it has a LayerNorm over {list(normalized_shape)}")
         weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
-        recorder.add(LayerNorm(x, x.like(), weight, bias, eps), result[0])
+        result = without_data(input.shape)
+        recorder.add(LayerNorm(x, x.like(), weight, bias, eps), result)
+        return result
 
 
 class cf_gate_args(Struct):
