@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,8 @@ class ModuleRuntime:
     @property
     def own_forward(self) -> Callable[..., Any]:
         """The forward that the module had before."""
-        return self._previous or self._forward.__get__(self.module)
+        forward: Callable[..., Any] = self._previous or self._forward.__get__(self.module)
+        return forward
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -233,12 +234,12 @@ class ModuleRuntime:
 
     def _program(self, leaves: list[Any], spec: TreeSpec, size: tuple[int, ...]) -> _Prepared:
         threads = torch.get_num_threads()
-        key = threads, spec, *map(_description, leaves)
+        key: tuple[Hashable, ...] = (threads, spec, *map(_description, leaves))
         programs = self.programs if self._observers is None else self._observers
         if reason := self._refusals.get(key):
             raise Unsupported(reason)
         if (program := programs.get(key)) is None:
-            output: list[Any] = []
+            output: list[Any] = []  # how the module returns its results
 
             def run(copied: Any, recorder: Recorder) -> list[Tensor]:
                 given = [recorder.given(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -258,11 +259,12 @@ class ModuleRuntime:
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
-            program.bound = output
+            program.bound = tuple(output)
             programs.add(key, counted(program))
             if self._weights.file is not None:
                 self._weights.file.save()
-        return program, *program.bound
+        out_spec, out_leaves = cast(tuple[TreeSpec, list[Any]], program.bound)
+        return program, out_spec, out_leaves
 
     @functools.cached_property
     def _meta_copy(self) -> MetaCopy:
@@ -300,8 +302,8 @@ class ModuleRuntime:
         own = holder._parameters[last]
         assert own is not None
         empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
-        holder._parameters[last] = nn.Parameter(empty, requires_grad=False)
-        self._meta_copy.replace(name, holder._parameters[last])
+        holder._parameters[last] = left = nn.Parameter(empty, requires_grad=False)
+        self._meta_copy.replace(name, left)
 
     def _open_file(self, module: nn.Module) -> None:
         """Look for packed weights of the module as it is now on disk."""

@@ -72,7 +72,8 @@ class Weights:
         own = weight.tensor()
         if self.file is None:
             return kernel_order(own, self.dtype)
-        key, source = f"{weight.name} {weight.shape} {weight.stride} {weight.offset}", content_hash(own)
+        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset}"
+        source = content_hash(own)
         found = self.file.get(key, source)
         if found is None:
             self.file.put(key, source, found := kernel_order(own, self.dtype))

@@ -431,6 +431,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         for step in reversed(list(steps)):
             if not any(value.readers or value in read for value in step.outputs):
                 steps.remove(step)
+                for value in step.outputs:
+                    value.step = None
                 for value in step.inputs:
                     value.readers = [reader for reader in value.readers if reader is not step]
         # inputs that a step has come to do without
@@ -517,7 +519,6 @@ class MetaCopy:
         # a lazy negation has no memory of its own
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype).copy_(own) if own.is_neg() else own
 
-
     def replace(self, name: str, tensor: Tensor) -> None:
         """Take over another parameter of the module, of the same shape and strides."""
         self._own[name] = tensor
@@ -579,3 +580,6 @@ def record_module(copied: MetaCopy, run: Callable[[Any, Recorder], Iterable[Tens
             return recorder.recording(results)
         except _Joined as wrong:
             kept_apart |= {wrong.join}
+        finally:
+            # frames of torch's own keep the recorder until the cyclic collector runs; the parameters must not wait
+            vars(recorder).clear()

@@ -931,10 +931,11 @@ class Gate(Step):
                 one, two = two, one
             (x, x_first), (gate, gate_first) = one, two
             function = _function_of(gate)
-            if function is not None and isinstance(gate.step, Pointwise):
+            if isinstance(gate.step, Pointwise) and function is not None:
                 gate, gate_first = gate.step.x, 0
-                if isinstance(gate.step, Gather) and gate.step.is_part:
-                    gate, gate_first = gate.step.x, gate.step.first
+                part = gate.step
+                if isinstance(part, Gather) and part.is_part:
+                    gate, gate_first = part.x, part.first
             channels = input.shape[1] if input.ndim == 4 else input.shape[-1]
             y = x.like(channels)
             gated = Gate(x, gate, y, x_first, gate_first, function or cf_function.CF_IDENTITY)
