@@ -61,7 +61,8 @@ def take_over(
         description_dim=description_dim or cross or 128,
         embedding_dim=embedding_dim or 2 * width,
         sample_residual=residual,
-    ).to(unet.device, unet.dtype)
+    )
+    nn.Module.to(network, unet.device, unet.dtype)
     with torch.no_grad():
         _copy(network.conv_in, unet.conv_in)
         for ours, theirs in zip((*network.down, network.mid, *network.up), _parts(unet)):
