@@ -219,7 +219,7 @@ def train_coalescer(
     if teacher is not None:
         config = replace(config, teacher=config.teacher or TeacherConfig())
     elif config.teacher is not None:
-        teacher = load_pipeline(config.teacher.pipeline)
+        teacher = load_pipeline(config.teacher.pipeline, config.teacher.dtype)
     vae, origin = _autoencoder(config, data, output_dir, **options)
     accelerator = make_accelerator()
     training = data.train().without(**config.without)

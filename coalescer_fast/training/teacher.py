@@ -22,13 +22,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import files
+from ..dtypes import DTYPES
 from ..models import DescriptionEncoder
+from ..pipeline import DTYPE
 from ..runtime.engines.hashes import network_sha256
 from .checkpoint import difference, flat
 from .items import Items
 from .loop import Trainer, generator
 from .prompts import PromptSampler
 
+FLOATS = ("float32", "bfloat16", "float16")
 CHUNK = 256  # pictures in a file
 STREAM = 4  # of the random draws, beside those of `training.coalescer`
 
@@ -43,6 +46,7 @@ class TeacherConfig:
         guidance_scale: as in diffusers, 1 for none.
         pictures: how many are drawn, once.
         folder: where they are kept; in the folder of the training if empty.
+        dtype: of its networks, "float32", "bfloat16" or "float16".
         batch_size: pictures that are drawn at a time.
     """
 
@@ -51,18 +55,21 @@ class TeacherConfig:
     guidance_scale: float = 1.0
     pictures: int = 4096
     folder: str = ""
+    dtype: str = "float32"
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        if self.dtype not in FLOATS:
+            raise ValueError(f"teacher.dtype is {self.dtype!r}; use one of {', '.join(FLOATS)}")
         for name in ("steps", "pictures", "batch_size"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"teacher.{name} is {getattr(self, name)}; expected a whole number from 1 to 2^31 - 1")
 
 
-def load_pipeline(name: str) -> DiffusionPipeline:
-    """Load the teacher's pipeline, safetensors only. Raises ValueError for what is none."""
+def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
+    """Load a diffusers pipeline, safetensors only. Raises ValueError for what is none."""
     try:
-        return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(name, use_safetensors=True, **{DTYPE: DTYPES[dtype]})
     except Exception as error:  # of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be loaded as a diffusers pipeline ({reason:.300})") from error
@@ -74,7 +81,7 @@ class Teacher:
     Args:
         pipe: the pipeline; its networks are moved to the device.
         encoder: reads descriptions where the pipeline has no text encoder.
-        config: steps and guidance.
+        config: steps and guidance; the default if None.
         device: where it runs.
 
     Raises:
@@ -82,21 +89,27 @@ class Teacher:
     """
 
     def __init__(
-        self, pipe: Any, encoder: DescriptionEncoder, config: TeacherConfig, device: torch.device | str = "cpu"
+        self,
+        pipe: Any,
+        encoder: DescriptionEncoder | None = None,
+        config: TeacherConfig | None = None,
+        device: torch.device | str = "cpu",
     ):
         kind = type(pipe).__name__
         scheduler: Any = getattr(pipe, "scheduler", None)
         if getattr(pipe, "unet", None) is None or not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"teacher is a {kind}; expected a diffusers pipeline with a unet and a scheduler of DDPM")
-        self.unet, self.encoder, self.config, self.device = pipe.unet, encoder, config, torch.device(device)
+        self.unet, self.encoder, self.device = pipe.unet, encoder, torch.device(device)
+        self.config = config or TeacherConfig()
         self.attends = pipe.unet.config.get("cross_attention_dim")
         self.reads = hasattr(pipe, "encode_prompt")
         if pipe.unet.config.get("addition_embed_type"):
             raise ValueError(
                 f"teacher is a {kind}, whose UNet takes added conditions; give one that takes prompts only"
             )
-        if self.attends and not self.reads and self.attends != encoder.config.dim:
-            rows = f"token rows of width {self.attends}, and the description encoder has {encoder.config.dim}"
+        width = None if encoder is None else encoder.config.dim
+        if self.attends and not self.reads and self.attends != width:
+            rows = f"token rows of width {self.attends}, and the description encoder has {width}"
             raise ValueError(f"teacher is a {kind} without a text encoder; its UNet attends to {rows}")
         self.pipe = pipe.to(self.device) if self.reads else pipe
         self.unet.to(self.device).eval().requires_grad_(False)
@@ -106,7 +119,7 @@ class Teacher:
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on, beside noise and descriptions."""
         scheduler = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        how = {"steps": self.config.steps, "guidance_scale": self.config.guidance_scale}
+        how = {name: getattr(self.config, name) for name in ("steps", "guidance_scale")}
         return {"unet": network_sha256(self.unet, self.unet.config), "scheduler": scheduler, **how}
 
     @torch.no_grad()
@@ -118,6 +131,7 @@ class Teacher:
             description encoder, their mask (N, L). A text encoder's vector is the mean of its rows.
         """
         if not self.reads:
+            assert self.encoder is not None
             return described(self.encoder, bool(self.attends), texts)
         rows = self.pipe.encode_prompt(list(texts), self.device, 1, False)[0].float()
         vectors = rows.mean(1)

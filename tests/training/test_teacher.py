@@ -19,7 +19,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet
 from coalescer_fast.training import config as training_config
 from coalescer_fast.training.coalescer import description_encoder, train_coalescer
 from coalescer_fast.training.items import Items
@@ -149,6 +149,17 @@ def test_an_unconditional_teacher(encoder):
     assert torch.equal(teacher.draw(noise, ["red", "blue"]), teacher.draw(noise, ["", "dog"]))
 
 
+def test_a_teacher_in_half_precision(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    pipe, noise = load_pipeline(str(tmp_path), "bfloat16"), torch.randn(1, *SHAPE)
+    assert pipe.unet.dtype == torch.bfloat16
+    drawn, exact = (
+        Teacher(each, None, TeacherConfig(steps=2)).draw(noise, ["red"]) for each in (pipe, stable_diffusion())
+    )
+    assert drawn.dtype == torch.float32
+    assert 0 < (drawn - exact).norm() / exact.norm() < 0.1
+
+
 def test_descriptions_of_a_text_encoder(encoder):
     vectors, rows = Teacher(stable_diffusion(), encoder, TeacherConfig()).describe(["cat", ""])
     assert rows.shape == (2, 12, 16)
@@ -249,8 +260,13 @@ def test_a_teacher_with_a_text_encoder_needs_no_autoencoder(tmp_path):
     )
     train_coalescer(config, squares(), tmp_path / "run", progress=False, teacher=pipe)
     network = CoalescerUNet.from_pretrained(tmp_path / "run" / "unet")
-    described = Teacher(pipe, description_encoder(squares()), TeacherConfig()).describe(["red"])
-    assert network(torch.randn(1, *SHAPE), *described).direction.isfinite().all()
+    with torch.no_grad():  # as docs/training.md says
+        conditioning = network.condition(*Teacher(pipe).describe(["red"]))
+        scheduler, sample = CoalescerScheduler(), torch.randn(1, *SHAPE)
+        for i in scheduler.timesteps:
+            direction, distance = network(sample, conditioning, return_dict=False)
+            sample = scheduler.step(direction, distance, i, sample).prev_sample
+        assert pipe.vae.decode(sample / pipe.vae.config.scaling_factor).sample.shape == (1, 3, 8, 8)
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
@@ -275,6 +291,8 @@ def test_mistakes(autoencoder, encoder, tmp_path):
         with_teacher(autoencoder, objective="flow_matching")
     with pytest.raises(ValueError, match=r"teacher\.pictures is 0; expected a whole number from 1"):
         TeacherConfig(pictures=0)
+    with pytest.raises(ValueError, match=r"teacher\.dtype is 'int8'; use one of float32, bfloat16, float16"):
+        TeacherConfig(dtype="int8")
     with pytest.raises(ValueError, match="autoencoder is missing"):
         train(autoencoder=None, teacher=None)
     with pytest.raises(ValueError, match="nowhere cannot be loaded as a diffusers pipeline"):
