@@ -79,7 +79,7 @@ class Teacher:
     """Draws latents by DDIM, which is deterministic: the picture is a function of noise and description.
 
     Args:
-        pipe: the pipeline; its networks are moved to the device.
+        pipe: the pipeline; its UNet and text encoder are moved to the device.
         encoder: reads descriptions where the pipeline has no text encoder.
         config: steps and guidance; the default if None.
         device: where it runs.
@@ -111,7 +111,10 @@ class Teacher:
         if self.attends and not self.reads and self.attends != width:
             rows = f"token rows of width {self.attends}, and the description encoder has {width}"
             raise ValueError(f"teacher is a {kind} without a text encoder; its UNet attends to {rows}")
-        self.pipe = pipe.to(self.device) if self.reads else pipe
+        self.pipe = pipe
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(self.device)
         self.unet.to(self.device).eval().requires_grad_(False)
         # the first step is at the last timestep, where noise is all that there is
         self.scheduler: Any = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
