@@ -309,6 +309,8 @@ def _copy_norm(ours: nn.GroupNorm, theirs: Any) -> None:
 
 def _copy(ours: Any, theirs: Any, factor: float = 1.0) -> None:
     """Copy weight and bias; a 1x1 convolution may become a linear layer."""
+    if ours.weight.numel() != theirs.weight.numel() or (ours.bias is None) != (theirs.bias is None):
+        raise _refused(f"a {type(theirs).__name__} of shape", tuple(theirs.weight.shape))
     ours.weight.copy_(factor * theirs.weight.reshape(ours.weight.shape))
     if ours.bias is not None:
         ours.bias.copy_(factor * theirs.bias)

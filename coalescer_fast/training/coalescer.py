@@ -225,7 +225,7 @@ def train_coalescer(
     training = data.train().without(**config.without)
     if not len(training):
         raise ValueError("no picture is left to train on: leave fewer out (without), or give another data set")
-    latents = torch.empty(0) if vae is None else encode(vae.to(accelerator.device), training)
+    latents = torch.empty(0, dtype=torch.float32) if vae is None else encode(vae.to(accelerator.device), training)
     encoder = description_encoder(training)
     sampler = PromptSampler(training, encoder, config.prompts)
     with torch.random.fork_rng():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 
-from coalescer_fast import CoalescerScheduler, CoalescerUNet
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet, accelerate
+from coalescer_fast.ops import native_library
 
 from .test_unet import relative_error
 
@@ -190,6 +191,7 @@ def test_half_precision_and_the_unet_stays_as_it_is():
         ({"down_block_types": ("SimpleCrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}, "SimpleCrossAttnDownBlock2D"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type UNetMidBlock2DSimpleCrossAttn"),
         ({"conv_out_kernel": 1}, "conv_out_kernel 1"),
+        ({"attention_head_dim": 5}, r"a Conv2d of shape \(15, 16, 1, 1\)"),
     ],
 )
 def test_what_cannot_be_taken_over_is_named(changes, words):
@@ -218,3 +220,25 @@ def test_an_adapter_is_refused():
     unet.down_blocks[0].attentions[0].proj_in.base_layer = torch.nn.Identity()
     with pytest.raises(ValueError, match="adapters"):
         CoalescerUNet.from_diffusers(unet)
+
+
+@pytest.mark.parametrize(("dtype", "budget"), [("float32", 1e-5), ("bfloat16", 0.03)])
+@torch.no_grad()
+def test_it_runs_natively(dtype, budget):
+    if reason := native_library.unavailable():
+        pytest.skip(reason)
+    unet = make("sd-2.1", cross_attention_dim=128, transformer_layers_per_block=2, attention_head_dim=(2, 4, 4, 4))
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    network = CoalescerUNet.from_diffusers(unet, scheduler, 600)
+    encoder = CoalescerPipeline.from_pretrained("emoji-64").description_encoder
+    pipe = CoalescerPipeline(
+        network, CoalescerScheduler(), encoder, CoalescerAutoencoder(2, 4, 8, (1, 1), (1, 1)).eval()
+    )
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    texts, device = ["owl", "red heart"], torch.device("cpu")
+    expected = pipe.evaluate(sample, pipe.condition(texts, device))
+    accelerate(pipe, backend="cpu", dtype=dtype)
+    found = pipe.runtime.evaluate(sample, pipe.runtime.condition(texts, device))
+    assert not pipe.runtime.refused
+    for mine, its in zip(found, expected):
+        assert relative_error(mine, its) < budget
