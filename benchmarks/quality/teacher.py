@@ -4,14 +4,16 @@
 
 The same network is trained from the diffusion model's weights and from scratch, with the diffusion model as the teacher
 and with the vector search, for the same steps. A row of the CSV is a model after some steps, with the mean loss of the
-steps since the row before, or a sampler by its evaluations of the network: the share of its pictures that a classifier
-recognises as what was described, and their Fréchet distance to the training pictures in the classifier's features.
+steps since the row before and the CPU time since the training began; or a sampler by its evaluations of the network,
+with the share of its pictures that a classifier recognises as what was described, and their Fréchet distance to the
+training pictures in the classifier's features.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +57,14 @@ SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linea
 TEACHER = Schedule(
     steps=2048, batch_size=128, learning_rate=1e-3, ema_decay=0.998, checkpoint_every=1024, sample_every=4096
 )
-COALESCERS = ("from the teacher", "from scratch, with the teacher", "from the teacher, search", "from scratch, search")
+# name -> whether it starts from the teacher's weights, and whether the teacher draws the close pictures
+COALESCERS = {
+    "from the teacher": (True, True),
+    "from scratch, with the teacher": (False, True),
+    "from the teacher, search": (True, False),
+    "from scratch, search": (False, False),
+    "from the teacher, timestep 999": (True, True),
+}
 PICTURES = 100  # of a digit
 ROW_EVERY = 64  # steps
 
@@ -95,16 +104,27 @@ def compare(out: Path, csv: Path, plot: Path | None, steps: int | None = None, p
     pipe = train_teacher(config, data, vae, out, curve("teacher", rows), steps, progress)
     network = CoalescerUNet.from_diffusers(pipe.unet)
     overrides = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    folders: dict[str, Any] = {"autoencoder": str(out / "autoencoder"), "init": str(out / "teacher")}
-    scratch = {**folders, "init": "", "overrides": overrides}
-    for name, changes, drawing in zip(COALESCERS, (folders, scratch) * 2, (pipe, pipe, None, None)):
-        changed = replace(config, **changes, teacher=None if drawing is None else teacher)
-        folder = out / name.replace(",", "").replace(" ", "-")
-        train_coalescer(changed, data, folder, teacher=drawing, on_step=curve(name, rows), progress=progress)
+    for name, (starts, drawn) in COALESCERS.items():
+        changed = replace(
+            config,
+            autoencoder=str(out / "autoencoder"),
+            init=str(out / "teacher") if starts else "",
+            init_timestep=999 if name.endswith("999") else config.init_timestep,
+            overrides={} if starts else overrides,
+            teacher=teacher if drawn else None,
+        )
+        pipeline = pipe if drawn else None
+        train_coalescer(
+            changed, data, folder(out, name), teacher=pipeline, on_step=curve(name, rows), progress=progress
+        )
         write(csv, rows)
     rows += [{**row, **environment()} for row in measure(data, vae, pipe, teacher, out, plot)]
     write(csv, rows)
     return rows
+
+
+def folder(out: Path, name: str) -> Path:
+    return out / name.replace(",", "").replace(" ", "-")
 
 
 def shortened(config: CoalescerConfig, steps: int | None) -> CoalescerConfig:
@@ -122,11 +142,13 @@ def shortened(config: CoalescerConfig, steps: int | None) -> CoalescerConfig:
 def curve(name: str, rows: list[Row]) -> Callable[[int, dict[str, float]], None]:
     """Add a row with the mean loss every `ROW_EVERY` steps."""
     losses: list[float] = []
+    started = time.process_time()
 
     def on_step(step: int, figures: dict[str, float]) -> None:
         losses.append(figures["loss"])
         if step % ROW_EVERY == 0:
-            rows.append({"model": name, "step": step, "loss": statistics.fmean(losses)})
+            seconds = time.process_time() - started
+            rows.append({"model": name, "step": step, "loss": statistics.fmean(losses), "cpu_seconds": seconds})
             losses.clear()
 
     return on_step
@@ -161,8 +183,8 @@ def train_teacher(
         return mean_square(predicted.float() - batch.noise).mean(), {}
 
     pipe = DDIMPipeline(trainer.run(loss, on_step=on_step), scheduler)
-    with files.writing_folder(out / "teacher") as folder:
-        pipe.save_pretrained(folder)
+    with files.writing_folder(out / "teacher") as saved:
+        pipe.save_pretrained(saved)
     return pipe
 
 
@@ -201,7 +223,7 @@ def measure(
         pictures[f"teacher, {steps} steps"] = drawn = by_teacher(steps)
         rows.append({"model": "teacher", "evaluations": steps, **figures(drawn)})
     for name in COALESCERS:
-        coalescer = CoalescerPipeline.from_pretrained(out / name.replace(",", "").replace(" ", "-") / "pipeline")
+        coalescer = CoalescerPipeline.from_pretrained(folder(out, name) / "pipeline")
         coalescer.set_progress_bar_config(disable=True)
         for steps in (1, 2):
             given: Any = coalescer(texts, latents=noise, num_inference_steps=steps, output_type="pt")
@@ -216,8 +238,9 @@ def measure(
             for drawn in pictures.values()
             for x in drawn[:: PICTURES // 2]
         ]
-        captions = [f"{name}: {text}" for name in pictures for text in texts[:: PICTURES // 2]]
-        files.write_picture(plot, sheet(shown, captions, columns=20, scale=2))
+        columns = texts[:: PICTURES // 2]
+        captions = [caption for name in pictures for caption in (name, *columns[1:])]
+        files.write_picture(plot, sheet(shown, captions, columns=len(columns), scale=2))
     return rows
 
 

@@ -139,7 +139,7 @@ class Teacher:
         rows = self.pipe.encode_prompt(list(texts), self.device, 1, False)[0].float()
         vectors = rows.mean(1)
         vectors = vectors / vectors.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
-        says_something = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
+        says_something = torch.tensor([bool(text.strip()) for text in texts], dtype=torch.bool, device=vectors.device)
         return [vectors * says_something[:, None], rows]
 
     @torch.no_grad()

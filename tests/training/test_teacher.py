@@ -245,6 +245,8 @@ def test_training_from_a_pretrained_network_with_its_sampler(autoencoder, tmp_pa
     drawn = CoalescerPipeline.from_pretrained(tmp_path / "run" / "pipeline")("red, flat style")
     assert drawn.images[0].size == (16, 16)
     assert (tmp_path / "run" / "coalescer-000064.png").is_file()
+    again = train_coalescer(config, squares(), tmp_path / "run", progress=False)  # finds all as it was
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values()))
     longer = replace(config, schedule=replace(schedule, steps=96))
     train_coalescer(longer, squares(), tmp_path / "run", progress=False, allow_changes=True)
     other = replace(config, teacher=replace(teacher, guidance_scale=2.0))
