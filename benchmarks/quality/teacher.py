@@ -39,6 +39,7 @@ from coalescer_fast.training.teacher import Teacher, TeacherConfig, described
 
 from ..harness.environment import environment
 from ..harness.results import Row, write
+from ..harness.results import read as read_rows
 
 RESULTS = Path(__file__).parents[1] / "results" / "teacher.csv"
 UNET = dict(
@@ -86,7 +87,7 @@ def compare(out: Path, csv: Path, plot: Path | None, steps: int | None = None, p
     """Train the diffusion model and the coalescers, and measure them.
 
     Args:
-        out: folder of everything that is trained; what is there is not trained again.
+        out: folder of everything that is trained, and of the losses; what is there is not trained again.
         csv: the rows.
         plot: a sheet of pictures, a row for each sampler.
         steps: of every training; None for those that the results are of.
@@ -100,7 +101,8 @@ def compare(out: Path, csv: Path, plot: Path | None, steps: int | None = None, p
         vae = CoalescerAutoencoder.from_pretrained(out / "autoencoder").eval()
     else:
         vae = train_autoencoder(digits.autoencoder, data, out, progress=progress).eval()
-    rows: list[Row] = []
+    losses = out / "losses.csv"
+    rows: list[Row] = [dict(row) for row in read_rows(losses)] if losses.exists() else []
     pipe = train_teacher(config, data, vae, out, curve("teacher", rows), steps, progress)
     network = CoalescerUNet.from_diffusers(pipe.unet)
     overrides = {name: value for name, value in network.config.items() if not name.startswith("_")}
@@ -117,7 +119,7 @@ def compare(out: Path, csv: Path, plot: Path | None, steps: int | None = None, p
         train_coalescer(
             changed, data, folder(out, name), teacher=pipeline, on_step=curve(name, rows), progress=progress
         )
-        write(csv, rows)
+        write(losses, rows)
     rows += [{**row, **environment()} for row in measure(data, vae, pipe, teacher, out, plot)]
     write(csv, rows)
     return rows
