@@ -248,15 +248,17 @@ def train_coalescer(
         settings["init"] = {"unet": network_sha256(model, model.config)}
     attends, pairs = model.config.cross_attention_dim is not None, None
     read: Describe | None = None
-    if config.teacher is not None:
-        draws = Teacher(teacher, encoder, config.teacher, accelerator.device)
-        read, settings["teacher"] = draws.describe if draws.reads else None, draws.settings()
+    drawing = None if config.teacher is None else Teacher(teacher, encoder, config.teacher, accelerator.device)
+    if drawing is not None and drawing.reads:
+        read = drawing.describe
+    _check_widths(model, encoder, read)
+    if drawing is not None and config.teacher is not None:
+        settings["teacher"] = drawing.settings()
         size = model.config.sample_size
         with accelerator.main_process_first():
             shape = (model.config.latent_channels, size, size)
             folder = Path(config.teacher.folder or output_dir / "teacher")
-            pairs = draw_pairs(draws, sampler, shape, folder, config.seed, progress)
-    _check_widths(model, encoder, read)
+            pairs = draw_pairs(drawing, sampler, shape, folder, config.seed, progress)
     if read is None and (attends or pairs is not None):
         read = partial(described, encoder, attends)
     trainer = Trainer(

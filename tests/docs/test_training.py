@@ -1,7 +1,8 @@
-"""docs/training.md: what it counts of Stable Diffusion 1.5."""
+"""docs/training.md: its table of digits, and what it counts of Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -11,16 +12,31 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.quality.teacher import COALESCERS
 from coalescer_fast import CoalescerUNet
 from coalescer_fast.models.unet import CONFIGURATIONS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training.md").read_text("utf-8")
 SECTION = PAGE[PAGE.index("### What Stable Diffusion 1.5 would take") :]
 
 
 def stated(pattern: str) -> float:
     [found] = re.findall(pattern, SECTION)
     return float(found.replace(",", ""))
+
+
+@pytest.mark.parametrize("model", [name for name in COALESCERS if "999" not in name])
+def test_table_of_the_digits(model):
+    with (ROOT / "benchmarks" / "results" / "teacher.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == model]
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    one, two = (row for row in rows if row["evaluations"])
+    assert [one["evaluations"], two["evaluations"]] == ["1", "2"]
+    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} |")]
+    figures = [f"{float(row['frechet_distance']):.1f}" for row in (one, two)]
+    stated = [f"{losses[0]:.2f} → {losses[-1]:.2f}", *figures, f"{float(two['accuracy']):.2f}"]
+    assert [cell.strip().strip("*") for cell in line.strip("|").split("|")][1:] == stated
 
 
 def test_the_named_configuration_is_that_of_stable_diffusion():
