@@ -242,7 +242,7 @@ def measure(
         ]
         columns = texts[:: PICTURES // 2]
         captions = [caption for name in pictures for caption in (name, *columns[1:])]
-        files.write_picture(plot, sheet(shown, captions, columns=len(columns), scale=2))
+        files.write_picture(plot, sheet(shown, captions, columns=len(columns), scale=2).convert("L"))
     return rows
 
 

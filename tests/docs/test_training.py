@@ -26,12 +26,29 @@ def stated(pattern: str) -> float:
     return float(found.replace(",", ""))
 
 
-@pytest.mark.parametrize("model", [name for name in COALESCERS if "999" not in name])
-def test_table_of_the_digits(model):
+def of_model(model: str) -> tuple[list[float], list[dict[str, str]]]:
+    """Losses in the order of the training, and the rows of its samplers."""
     with (ROOT / "benchmarks" / "results" / "teacher.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == model]
-    losses = [float(row["loss"]) for row in rows if row["loss"]]
-    one, two = (row for row in rows if row["evaluations"])
+    return [float(row["loss"]) for row in rows if row["loss"]], [row for row in rows if row["evaluations"]]
+
+
+def test_text_of_the_digits():
+    text = " ".join(PAGE[PAGE.index("### Tried on digits") : PAGE.index(SECTION[:20])].split())
+    _, (many, two) = of_model("teacher")
+    distances = [float(row["frechet_distance"]) for row in (many, two)]
+    recognised = [float(row["accuracy"]) for row in (many, two)]
+    assert f"a distance of {distances[0]:.1f} in 20 steps ({recognised[0]:.2f} recognised)" in text
+    assert f"and {distances[1]:.1f} in 2 steps ({recognised[1]:.2f})" in text
+    losses, (first, second) = of_model("from the teacher, timestep 999")
+    assert f"the loss ends at {losses[-1]:.2f}" in text
+    one, two = (f"{float(row['frechet_distance']):.1f}" for row in (first, second))
+    assert f"one step has a distance of {one}, though two steps have {two}" in text
+
+
+@pytest.mark.parametrize("model", [name for name in COALESCERS if "999" not in name])
+def test_table_of_the_digits(model):
+    losses, (one, two) = of_model(model)
     assert [one["evaluations"], two["evaluations"]] == ["1", "2"]
     [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} |")]
     figures = [f"{float(row['frechet_distance']):.1f}" for row in (one, two)]
