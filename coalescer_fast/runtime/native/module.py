@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from ...dtypes import dtype_name
 from ...ops import native_library
 from ...ops.layout import transforms_active
-from ..base import Part, counted, quiet_torch
+from ..base import Part, counted, lock_anew_after_fork, quiet_torch
 from ..watch import Watch, fingerprints, foreign
 from .pack import Weights
 from .packed_file import PackedFile
@@ -112,6 +112,7 @@ class ModuleRuntime:
         self.programs = ProgramCache()
         self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
         self._observers: ProgramCache | None = None
+        lock_anew_after_fork(self)
         module.__dict__["forward"] = self
 
     @property
@@ -407,7 +408,8 @@ class ModuleRuntime:
             way += f", {count} convolutions in int8" if self.inputs else ", no inputs to find the ranges of int8 with"
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
-        return Part(name, way, f"it can run on {native_library.isa()}")
+        because = f"it can run on {native_library.isa()}"
+        return Part(name, way, because if self.programs.programs else f"{because}; it is recorded at its first call")
 
     def remove(self) -> None:
         """Give the module its own forward back.

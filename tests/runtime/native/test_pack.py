@@ -157,7 +157,8 @@ def test_quantise(isa, threads, shape, source):
     weight[-1] = 0  # an output without weights
     of = Range(-3 * torch.rand(shape[1], generator=generator), 2 * torch.rand(shape[1], generator=generator))
     for view in (weight, weight.contiguous(memory_format=torch.channels_last)):
-        for got, expected in zip(Weights(torch.bfloat16).quantise(named(view), of), plain_quantise(weight, of), strict=True):
+        quantised = Weights(torch.bfloat16).quantise(named(view), of)
+        for got, expected in zip(quantised, plain_quantise(weight, of), strict=True):
             assert_same_bytes(got, expected)
 
 
