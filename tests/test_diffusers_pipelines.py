@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 bfloat16 = pytest.mark.skipif(bool(no_programs(torch.bfloat16)), reason="the processor does not multiply bfloat16")
 int8 = pytest.mark.skipif(bool(no_programs(torch.uint8)), reason="the processor does not multiply int8 itself")
-NEAR = 1e-4  # the largest difference of a pixel in [0, 1], in float32
-PSNR = {"bfloat16": 30.0, "int8": 25.0}
+NEAR = 2e-5  # the largest difference of a pixel in [0, 1], in float32
+PSNR = {"bfloat16": 45.0, "int8": 42.0}  # dB, the worst picture
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
@@ -253,7 +253,7 @@ def test_moves():
     pictures = draw(pipe.to(torch.bfloat16))
     assert pictures.dtype == own.dtype
     # the scheduler rounds in both
-    assert psnr(pictures.float(), own.float()) > 25
+    assert psnr(pictures.float(), own.float()) > 40
     assert_native(pipe, "vae.encoder")
     cf.restore(pipe)
     assert torch.equal(draw(pipe), own)
@@ -267,7 +267,7 @@ def test_half_precision_pipelines(stored):
     expected = draw(exact)
     cf.accelerate(pipe)
     pictures = draw(pipe)
-    assert psnr(pictures.float(), expected) > 20  # latents and updates are in half precision
+    assert psnr(pictures.float(), expected) > 45  # latents and updates are in half precision
     assert_native(pipe, "vae.encoder")
     assert {p.dtype for p in pipe.unet.parameters()} == {stored}
 
@@ -291,7 +291,8 @@ def test_verify_with_its_defaults():
 def test_verify_finds_another_network():
     pipe = cf.accelerate(pipeline("StableDiffusionPipeline"), dtype="float32")
     draw(pipe)
-    pipe.unet.up_blocks[1].resnets[0].conv1.weight.data.view(-1)[5:7] += 30  # which no call can see
+    # which no call can see: between two of the elements that a watch looks at
+    pipe.vae.decoder.mid_block.resnets[0].conv1.weight.data.view(-1)[5:280] *= 20
     assert not cf.verify(pipe, num_inference_steps=2, height=64, width=64).passed
 
 

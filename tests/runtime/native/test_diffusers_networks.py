@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 TIMED = tuple(name for name in NAMES if not name.startswith("vae"))
 # |y - y_ref| / |y_ref| in the root mean square
-BUDGET = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
+BUDGET = {"float32": 1e-5, "bfloat16": 1.6e-2, "int8": 3.5e-2}
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 DTYPES = [name for name, dtype in STORED.items() if not no_programs(dtype)]
 bfloat16 = pytest.mark.skipif("bfloat16" not in DTYPES, reason="the processor does not multiply bfloat16 itself")
