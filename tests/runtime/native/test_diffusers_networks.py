@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import coalescer_fast as cf
@@ -116,7 +116,9 @@ def test_a_timestep_is_an_input(name):
             assert_same(module, twin, inputs(module, 2, timestep=way(t)))
             assert_native(module)
     assert base.count == prepared
-    for timestep in (0.25, torch.tensor(7.5), torch.tensor([7.5, 2.0], dtype=torch.float64)):
+    # of a number, UNet2DModel takes the whole part
+    fraction = 7.0 if isinstance(module, UNet2DModel) else 0.25
+    for timestep in (fraction, torch.tensor(7.5), torch.tensor([7.5, 2.0], dtype=torch.float64)):
         assert_same(module, twin, inputs(module, 2, timestep=timestep))
         assert_native(module)
 
@@ -187,6 +189,15 @@ def test_half_precision_networks_give_their_own_dtype(name, stored):
             assert {y.dtype for y in results} == {stored}
             assert error(results, expected) < budget, dtype
     assert {p.dtype for p in module.parameters()} == {stored}
+
+
+def test_outputs_have_the_dtype_of_the_sample_in_any_order_of_the_arguments():
+    module = network("sd15").half()
+    given = inputs(module, 1, timestep=torch.tensor(37.0, dtype=torch.float32))
+    half = {key: given[key].half() for key in ("sample", "encoder_hidden_states")}
+    results = call(accelerated(module), {"timestep": given["timestep"], **half})
+    assert_native(module)
+    assert [y.dtype for y in results] == [torch.float16]
 
 
 @pytest.mark.parametrize("name", ["sd15", "ddpm", "vae_kl"])
