@@ -93,16 +93,19 @@ def accelerate(
     for network in networks.values():
         if (before := runtime_of(network)) is not None:
             before.remove()
+    folder, itself = None if cache is None else str(cache), list(networks.values()) == [x]
     made = [
-        ModuleRuntime(network, dtype, given, keep_weights, None if cache is None else str(cache))
-        for network in networks.values()
+        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder) for network in networks.values()
     ]
-    if dtype == torch.int8 and not isinstance(x, nn.Module):
+    if dtype == torch.int8 and not itself:
         try:
-            with ExitStack() as stack:
+            with ExitStack() as stack, torch.no_grad():
                 for runtime in made:
                     stack.enter_context(runtime.collecting())
-                _draw(x, prompts, call)
+                for args, kwargs in given:
+                    x(*args, **kwargs)
+                if not given:
+                    _draw(x, prompts, call)
         except BaseException:
             for runtime in made:
                 runtime.remove()

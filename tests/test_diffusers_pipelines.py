@@ -291,8 +291,7 @@ def test_verify_with_its_defaults():
 def test_verify_finds_another_network():
     pipe = cf.accelerate(pipeline("StableDiffusionPipeline"), dtype="float32")
     draw(pipe)
-    # which no call can see: between two of the elements that a watch looks at
-    pipe.vae.decoder.mid_block.resnets[0].conv1.weight.data.view(-1)[5:280] *= 20
+    pipe.unet.conv_out.weight.data.view(-1)[2:34] += 3  # which no call can see
     assert not cf.verify(pipe, num_inference_steps=2, height=64, width=64).passed
 
 

@@ -224,9 +224,9 @@ class ModuleRuntime:
 
     def _numbers_as_tensors(self, args: Any, kwargs: Any) -> Arguments:
         def tensor(name: str, value: Any) -> Any:
-            if name not in NUMBERS or isinstance(value, bool) or not isinstance(value, (int, float)):
-                return value
-            return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+            # a fraction is rounded by some modules and not by others
+            whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
+            return torch.tensor(int(value), dtype=torch.int64) if name in NUMBERS and whole else value
 
         named = zip(self._parameters, args)
         args = (*(tensor(name, value) for name, value in named), *args[len(self._parameters) :])
@@ -244,7 +244,7 @@ class ModuleRuntime:
             def run(copied: Any, recorder: Recorder) -> list[Tensor]:
                 given = [recorder.given(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 args, kwargs = tree_unflatten(given, spec)
-                results, out_spec = tree_flatten(copied(*args, **kwargs))
+                results, out_spec = tree_flatten(copied.forward(*args, **kwargs))  # hooks run around the program
                 numbers = {i: n for n, i in enumerate(i for i, x in enumerate(results) if isinstance(x, Tensor))}
                 out_leaves = [_Output(numbers[i]) if i in numbers else leaf for i, leaf in enumerate(results)]
                 output[:] = out_spec, out_leaves
@@ -289,6 +289,8 @@ class ModuleRuntime:
         """How often parameters are packed that nothing else is done with."""
         convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
         uses = Counter(step.weight.name for step in convolutions)
+        # diffusers takes a module's device and dtype from its first parameter
+        uses.pop(next(name for name, _ in self.module.named_parameters()), None)
         # those in 8 bits are packed anew for every size of images
         in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
         for name in (*recording.read, *in_integers):
