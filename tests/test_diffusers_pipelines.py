@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 bfloat16 = pytest.mark.skipif(bool(no_programs(torch.bfloat16)), reason="the processor does not multiply bfloat16")
 int8 = pytest.mark.skipif(bool(no_programs(torch.uint8)), reason="the processor does not multiply int8 itself")
-NEAR = 1e-4  # the largest difference of a pixel in [0, 1], in float32
-PSNR = {"bfloat16": 30.0, "int8": 25.0}
+NEAR = 2e-5  # the largest difference of a pixel in [0, 1], in float32
+PSNR = {"bfloat16": 45.0, "int8": 42.0}  # dB, the worst picture
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
@@ -101,7 +101,9 @@ def test_int8_has_prompts_of_its_own():
     assert_native(pipe, "vae.encoder")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"]
+)
 def test_callbacks_see_and_change_every_step(name):
     pipe = pipeline(name)
     seen: list[torch.Tensor] = []
@@ -197,7 +199,9 @@ def test_tiling_and_slicing():
     torch.testing.assert_close(draw(pipe, 2), whole, rtol=0, atol=NEAR)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "StableDiffusionControlNetPipeline", "StableDiffusionXLPipeline"]
+)
 def test_explain_names_every_component(name):
     pipe = cf.accelerate(pipeline(name), dtype="float32")
     draw(pipe)
@@ -209,7 +213,9 @@ def test_explain_names_every_component(name):
     assert "float32" in explained
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "StableDiffusionControlNetPipeline", "StableDiffusionXLPipeline"]
+)
 def test_restore_gives_equal_bits(name):
     pipe = pipeline(name)
     expected = draw(pipe)
@@ -253,7 +259,7 @@ def test_moves():
     pictures = draw(pipe.to(torch.bfloat16))
     assert pictures.dtype == own.dtype
     # the scheduler rounds in both
-    assert psnr(pictures.float(), own.float()) > 25
+    assert psnr(pictures.float(), own.float()) > 40
     assert_native(pipe, "vae.encoder")
     cf.restore(pipe)
     assert torch.equal(draw(pipe), own)
@@ -267,7 +273,7 @@ def test_half_precision_pipelines(stored):
     expected = draw(exact)
     cf.accelerate(pipe)
     pictures = draw(pipe)
-    assert psnr(pictures.float(), expected) > 20  # latents and updates are in half precision
+    assert psnr(pictures.float(), expected) > 45  # latents and updates are in half precision
     assert_native(pipe, "vae.encoder")
     assert {p.dtype for p in pipe.unet.parameters()} == {stored}
 

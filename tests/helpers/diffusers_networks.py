@@ -155,7 +155,7 @@ def inputs(module: nn.Module, n: int = 1, size: Sequence[int] = (16, 16), timest
         pixels = 4 if isinstance(module, AutoencoderKL) else 8
         return {
             "pictures": randn(n, 3, pixels * height, pixels * width, seed=seed).tanh(),
-            "latents": randn(n, config.latent_channels, height, width, seed=seed + 1),
+            "latents": 0.6 * randn(n, config.latent_channels, height, width, seed=seed + 1),  # as the encoder gives
         }
     given = {"sample": randn(n, config.in_channels, height, width, seed=seed), "timestep": timestep}
     if isinstance(module, UNet2DModel):
