@@ -166,7 +166,7 @@ def accelerate(
     module's own forward is recorded at the first call of every structure and shapes of its arguments, and runs as a
     native program from then on. What has no step, and what has hooks inside, runs in torch; `explain` says why. So does
     a call that needs a gradient: of an input, or of parameters in training mode. Outputs have the dtype of the
-    first floating-point input. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
+    first image. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
     next call.
 
     Args:

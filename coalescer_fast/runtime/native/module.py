@@ -105,6 +105,7 @@ class ModuleRuntime:
         self._watch: Watch | None = None
         self._weights = Weights(self.dtype)
         self._fingerprints: dict[str, Any] = {}
+        self._copied: MetaCopy | None = None  # while a program is made
         self._replacement: Callable[..., Any] | None = None
         self.refused = ""
         self._has_own_code = ""  # why no call can
@@ -217,7 +218,7 @@ class ModuleRuntime:
         program.run()
         if observing:
             program.observe(self.ranges.setdefault(size, {}))
-        floats = [x.dtype for x in tensors if x.is_floating_point()]
+        floats = [x.dtype for x in sorted(tensors, key=lambda x: x.ndim != 4) if x.is_floating_point()]
         dtype = floats[0] if floats else next((p.dtype for p in self.module.parameters()), torch.float32)
         results = [program.outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
         results = [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in results]
@@ -254,22 +255,21 @@ class ModuleRuntime:
             observing = self._observers is not None
             ranges = self.ranges.get(size) if not observing and self.collected is None else None
             try:
-                recording = record_module(self._meta_copy, run)
+                self._copied = MetaCopy(self.module)  # anew, since a forward may leave something in a module
+                recording = record_module(self._copied, run)
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
                     program = Program(recording, self._weights, threads, ranges, keep=observing)
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
+            finally:
+                self._copied = None
             program.bound = tuple(output)
             programs.add(key, counted(program))
             if self._weights.file is not None:
                 self._weights.file.save()
         out_spec, out_leaves = cast(tuple[TreeSpec, list[Any]], program.bound)
         return program, out_spec, out_leaves
-
-    @functools.cached_property
-    def _meta_copy(self) -> MetaCopy:
-        return MetaCopy(self.module)
 
     # Weights.
 
@@ -306,7 +306,8 @@ class ModuleRuntime:
         assert own is not None
         empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
         holder._parameters[last] = left = nn.Parameter(empty, requires_grad=False)
-        self._meta_copy.replace(name, left)
+        assert self._copied is not None
+        self._copied.replace(name, left)
 
     def _open_file(self, module: nn.Module) -> None:
         """Look for packed weights of the module as it is now on disk."""
@@ -338,7 +339,6 @@ class ModuleRuntime:
         if other := next((p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")), None):
             raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
         self._watch = None  # until all of it is taken over
-        self.__dict__.pop("_meta_copy", None)
         self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
         now = fingerprints(module)
         if self._fingerprints:
