@@ -164,8 +164,8 @@ class CoalescerPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         if TorchVersion(diffusers.__version__) < SAFE_DIFFUSERS:
             raise ValueError(
-                f"diffusers {diffusers.__version__} may run code of a folder: loading a pipeline needs {SAFE_DIFFUSERS} "
-                "or newer; run pip install -U diffusers"
+                f"diffusers {diffusers.__version__} may run code of a folder: loading a pipeline needs "
+                f"{SAFE_DIFFUSERS} or newer; run pip install -U diffusers"
             )
         given = [part for part in folders.COMPONENTS if part in kwargs]
         if absent := [part for part in given if kwargs[part] is None]:

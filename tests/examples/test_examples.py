@@ -14,6 +14,7 @@ SCRIPTS = {
     "accelerate_pipeline": ([], []),
     "batch": ([], []),
     "custom_runtime": ([], []),
+    "diffusers_pipeline": (["transformers"], ["cat.png"]),
     "draw": ([], [f"draw-{i}.png" for i in range(4)]),
     "export_onnx": (["onnx", "onnxscript", "onnxruntime"], ["exported.png"]),
     "own_module": ([], []),
@@ -33,6 +34,11 @@ def test_example(name, tmp_path, monkeypatch):
     for package in packages:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    if name == "diffusers_pipeline":  # the name of a folder, instead of one on the Hub
+        from ..helpers.diffusers_pipelines import pipeline
+
+        pipeline("StableDiffusionPipeline").save_pretrained("model", safe_serialization=True)
+        monkeypatch.setattr("sys.argv", ["diffusers_pipeline.py", "model"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     for file in written:
         assert (tmp_path / file).is_file()

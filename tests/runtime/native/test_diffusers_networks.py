@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -1097,3 +1098,18 @@ def test_other_instruction_sets(name, isa):
         assert_native(module)
     finally:
         native_library.set_isa(available()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_child_process_goes_on():
+    module = accelerated(network("sd15"))
+    given = inputs(module, 1)
+    (expected,) = call(module, given)
+    runtime = runtime_of(module)
+    with runtime.lock:  # as if another thread were in a call
+        child = os.fork()
+        if child == 0:
+            same = torch.equal(call(module, given)[0], expected) and runtime.refused == ""
+            os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
