@@ -237,7 +237,7 @@ def inputs(
         return {"x": sample}
     if network.kind == "AutoencoderKL":
         return {"sample": sample}
-    found = {"sample": sample, "timestep": torch.tensor(timestep, dtype=torch.int64)}
+    found: dict[str, Any] = {"sample": sample, "timestep": torch.tensor(timestep, dtype=torch.int64)}
     if network.kind == "UNet2DModel":
         return found
     found["encoder_hidden_states"] = drawn(batch, TOKENS, settings["cross_attention_dim"])
@@ -252,10 +252,8 @@ def inputs(
 
 def evaluate(module: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """The result of a call: the prediction of a UNet, the image of a decoder."""
-    if isinstance(getattr(module, "config", None), dict):  # a whole model of diffusers returns a structure
-        result: Tensor = module(**arguments, return_dict=False)[0]
-        return result
-    result = module(**arguments)
+    structured = isinstance(getattr(module, "config", None), dict)  # as results of a whole model of diffusers are
+    result: Tensor = module(**arguments, return_dict=False)[0] if structured else module(**arguments)
     return result
 
 
@@ -296,7 +294,9 @@ def parameters(module: nn.Module) -> int:
 def gflop(name: str, batch: int, size: int | None, scale: float = 1.0) -> float:
     """Billions of floating point operations of the products and convolutions of a call, attention included."""
     module, arguments = on_meta(name, scale), inputs(name, batch, size, scale)
-    moved = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    moved: dict[str, Any] = {
+        key: value.to("meta") if isinstance(value, Tensor) else value for key, value in arguments.items()
+    }
     if NESTED in moved:
         moved[NESTED] = {key: value.to("meta") for key, value in moved[NESTED].items()}
     # attention by products, which are counted

@@ -7,7 +7,6 @@ conversion: a process of its own, whose files several providers may read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -144,11 +143,6 @@ def compile(task: Task, module: Any) -> Call:
     from . import models
 
     set_threads(task)
-    if task.isa == "avx2":
-        os.environ["TORCHINDUCTOR_CPP_SIMDLEN"] = "256"
-        import torch._inductor.config as config
-
-        config.cpp.simdlen = 256
     given = arguments(task)
     flat = tuple(models.flat(given).values())
     with torch.no_grad():  # inference mode would keep weights from being frozen
@@ -162,9 +156,11 @@ def compile(task: Task, module: Any) -> Call:
 
 
 def openvino(task: Task, model: Any) -> Call:
-    """OpenVINO, tuned for latency, from a file."""
+    """OpenVINO, tuned for latency, from a file. Raises Missing for bfloat16 under a cap."""
     import openvino as ov
 
+    if task.isa and task.dtype == "bf16":
+        raise Missing(f"{task.isa} has no bfloat16")
     hint = "f32" if task.dtype == "fp32" or task.isa else "bf16"
     config = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -262,7 +258,10 @@ def file(name: str, task: Task) -> Path:
 
 
 def ir(task: Task) -> Path:
-    return task.path({"fp32": "fp32.xml", "bf16": "fp16.xml", "int8": "int8.xml"}[task.dtype])
+    """The file that OpenVINO reads; see `isa` on float32 under a cap."""
+    return task.path(
+        {"fp32": "fp16.xml" if task.isa else "fp32.xml", "bf16": "fp16.xml", "int8": "int8.xml"}[task.dtype]
+    )
 
 
 OURS = "coalescer_fast"
@@ -280,10 +279,7 @@ PROVIDERS = {
 
 
 def peak(task: Task) -> float:
-    """Billions of operations a second of a product of large square matrices in a dtype by torch's oneDNN, the best of several.
-
-    The second matrix is packed beforehand, as weights are.
-    """
+    """Billions of operations a second of torch's product of large matrices in a dtype, packed as weights; the best."""
     import time
 
     import torch

@@ -4,7 +4,7 @@
 
 TASK is a `Task` as JSON, STARTED the monotonic time at which the process was started. Answers are lines of JSON on
 standard output, to which nothing else is written. Lines on standard input ask for more: "measure" for one measurement,
-"avx512" for whether AVX-512 is in use; at their end the process ends.
+"avx512" for how often AVX-512 is found in use; at their end the process ends.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(task: Task, started: float, say: Say) -> None:
         elif line.strip() == "avx512":
             from . import isa
 
-            say({"avx512": isa.uses_avx512(call)})
+            say({"avx512_percent": isa.avx512_percent(call)})
 
 
 def peak_rss_mb() -> float:
