@@ -6,14 +6,16 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from . import networks
 from .console import table
 from .dtypes import DTYPES, dtype_name
 from .ops import native_library
 from .pipeline import CoalescerPipeline
+from .prompts import check_texts
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.engines import artefact as artefacts
@@ -21,12 +23,15 @@ from .runtime.engines import compiled, onnxruntime, openvino, tensorrt
 from .runtime.engines.artefact import Artefact
 from .runtime.engines.exported import ExportedRuntime
 from .runtime.engines.per_shape import PerShapeRuntime
-from .runtime.native.runtime import NativeRuntime, native_bfloat16
+from .runtime.native.module import native_bfloat16
+from .runtime.native.runtime import NativeRuntime
 
 if TYPE_CHECKING:
     from .runtime.base import Runtime
 
 FLOATS = ("float32", "bfloat16")
+# What can be accelerated: a CoalescerPipeline, another diffusers pipeline, or a module.
+Accelerated = TypeVar("Accelerated")
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,27 @@ def native_dtype(device: str, dtypes: Sequence[str]) -> str:
 
 
 def accelerate(
-    pipe: CoalescerPipeline,
+    pipe: Accelerated,
     backend: str = "auto",
     dtype: str | torch.dtype = "auto",
     artefact: str | Path | None = None,
-) -> CoalescerPipeline:
-    """Have the pipeline's calls run fast from now on.
+    *,
+    prompts: Sequence[str] | None = None,
+    inputs: Sequence[Any] | None = None,
+    keep_weights: bool = True,
+    cache: str | Path | None = None,
+    **call: Any,
+) -> Accelerated:
+    """Have the calls of a pipeline or a module run fast from now on.
 
     The same call with the same seed gives the same pictures, up to rounding.
 
+    **A CoalescerPipeline** runs on one of these:
+
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size
       and resolution. Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images
-      multiply 8-bit integers, their ranges found here on a few dozen known names; it needs a processor with AVX-512
-      VNNI and bfloat16.
+      multiply 8-bit integers, their ranges found here on ``prompts`` (a few dozen known names); it needs a processor
+      with AVX-512 VNNI and bfloat16.
     - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size,
       resolution, step count and use of guidance, captured at the first call of its kind; calls with a callback or a
       trace go step by step.
@@ -149,26 +162,59 @@ def accelerate(
     pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one thread, and the
     others ask to be accelerated again.
 
+    **Another diffusers pipeline**, or **a module**, runs on "cpu": of a pipeline the UNet, a ControlNet, and encoder
+    and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and decoder; any other module
+    itself, if it is made of operations that there are steps for, as UNet2DConditionModel and UNet2DModel are. The
+    module's own forward is recorded at the first call of every structure and shapes of its arguments, and runs as a
+    native program from then on. What has no step, and what has hooks inside, runs in torch; `explain` says why. So does
+    a call that needs a gradient: of an input, or of parameters in training mode. Outputs have the dtype of the
+    first floating-point input. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
+    next call.
+
     Args:
-        pipe: a pipeline on a CPU, or for "cuda" and "compile" on a CUDA device.
+        pipe: a pipeline or module on a CPU, or for "cuda" and "compile" a CoalescerPipeline on a CUDA device.
         backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
             `RUNTIMES`.
         dtype: "auto", which is bfloat16 where device and runtime have it (else float32, and float16 by "cuda"), or a
             dtype or its name, as in `RUNTIMES`.
         artefact: a folder that `coalescer-export` wrote, to run it instead of the pipeline's own networks.
+        prompts: of a pipeline with int8, what its ranges are found with; there is a default.
+        inputs: of a module with int8, what its ranges are found with: the arguments of some calls, each a tuple or a
+            dict. Images of another size get ranges of their own, of the same inputs resized.
+        keep_weights: False frees the weights of modules as they are packed, so that each is in memory once. The modules
+            can then neither be restored nor copied or saved.
+        cache: a folder where packed weights are kept for the next process, which maps them into its memory.
+        **call: of a diffusers pipeline with int8, what else its calls are given while ranges are found, such as
+            num_inference_steps (4 without), guidance_scale, image.
 
     Returns:
-        ``pipe`` itself, with another ``runtime``; `restore` undoes it.
+        ``pipe`` itself, with another ``runtime`` or with modules whose ``forward`` is another; `restore` undoes it.
 
     Raises:
-        ValueError: for a backend or dtype that does not exist or cannot run here, and for an artefact that is damaged
-            or of another model.
+        TypeError: for anything but a pipeline or a module.
+        ValueError: for a backend or dtype that does not exist or cannot run here, for an artefact that is damaged or of
+            another model, and for arguments that do not go together.
     """
-    check_pipeline(pipe)
+    if not isinstance(pipe, CoalescerPipeline) and not networks.is_networks(pipe):
+        raise TypeError(
+            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, a diffusers pipeline or a module"
+        )
     if artefact is not None and not isinstance(artefact, (str, Path)):
         raise TypeError(f"artefact is {artefact!r:.80}; expected the name of a folder")
     if backend not in ("auto", *RUNTIMES):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
+    if not isinstance(pipe, CoalescerPipeline):
+        if backend not in ("auto", "cpu") or artefact is not None:
+            given = "artefact" if artefact is not None else f"backend {backend!r}"
+            raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu'")
+        if backend == "cpu" and (reason := unavailable("cpu")):
+            raise ValueError(f"backend 'cpu' {reason}")
+        chosen = _dtype(dtype, "cpu", "cpu")
+        networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, call)
+        return pipe
+    if inputs is not None or not keep_weights or cache is not None or call:
+        given = "inputs, keep_weights, cache" + "".join(f", {name}" for name in call)
+        raise ValueError(f"of {given}, none is for a CoalescerPipeline; its int8 takes prompts")
     if artefact is not None:
         return _load(pipe, backend, dtype, artefact)
     _check_device(pipe, backend)
@@ -176,16 +222,30 @@ def accelerate(
     name = AUTO[device] if backend == "auto" else backend
     if (make := RUNTIMES[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
-    dtypes = RUNTIMES[name].dtypes[device]
-    chosen = native_dtype(device, dtypes) if dtype == "auto" else dtype_name(dtype)
-    if chosen not in dtypes:
-        raise ValueError(f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {name!r} on {device}")
+    chosen = _dtype(dtype, name, device)
     if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
-        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, dtypes)}")
+        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, FLOATS)}")
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
-    pipe.runtime, pipe.recipe = make(pipe, DTYPES[chosen]), {"backend": name, "dtype": chosen}
+    if prompts is not None and chosen != "int8":
+        raise ValueError("prompts are what dtype 'int8' finds its ranges with: leave them out")
+    if prompts is None:
+        pipe.runtime, pipe.recipe = make(pipe, DTYPES[chosen]), {"backend": name, "dtype": chosen}
+    else:
+        pipe.runtime = NativeRuntime(pipe, torch.int8, check_texts("prompts", prompts))
+        pipe.recipe = {"backend": name, "dtype": chosen, "prompts": list(prompts)}
     return pipe
+
+
+def _dtype(dtype: str | torch.dtype, backend: str, device: str) -> str:
+    """The name of the dtype to compute in."""
+    dtypes = RUNTIMES[backend].dtypes[device]
+    chosen = native_dtype(device, dtypes) if dtype == "auto" else dtype_name(dtype)
+    if chosen not in dtypes:
+        raise ValueError(
+            f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {backend!r} on {device}"
+        )
+    return chosen
 
 
 def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:
@@ -214,15 +274,23 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
         raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
 
 
-def restore(pipe: CoalescerPipeline) -> CoalescerPipeline:
-    """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``."""
+def restore(pipe: Accelerated) -> Accelerated:
+    """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``.
+
+    Raises:
+        ValueError: if weights were freed by ``keep_weights=False``, and for modules and diffusers pipelines that are
+            not accelerated.
+    """
+    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+        networks.restore(pipe)
+        return pipe
     check_pipeline(pipe)
     pipe.runtime, pipe.recipe = EagerRuntime(pipe), None
     return pipe
 
 
-def refresh(pipe: CoalescerPipeline) -> CoalescerPipeline:
-    """Have an accelerated pipeline take over its networks as they are now, whether or not it sees a change.
+def refresh(pipe: Accelerated) -> Accelerated:
+    """Have an accelerated pipeline or module take over its networks as they are now, whether or not it sees a change.
 
     Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch
     counts. What torch does not count, writes through ``.data`` or numpy, it finds on a CPU if they change a whole
@@ -234,33 +302,46 @@ def refresh(pipe: CoalescerPipeline) -> CoalescerPipeline:
     Raises:
         ValueError: if the pipeline is not accelerated, or if an artefact is not of its weights.
     """
+    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+        networks.refresh(pipe)
+        return pipe
     runtime = _accelerated(pipe)
     runtime.forget()
     runtime.refresh()
     return pipe
 
 
-def warmup(pipe: CoalescerPipeline, batch_sizes: Sequence[int] = (1,), **call: Any) -> None:
+def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any] | None = None, **call: Any) -> None:
     """Do now what the first call of these batch sizes would do once: pack weights, prepare networks, capture graphs.
 
     Args:
-        pipe: an accelerated pipeline.
-        batch_sizes: pictures a call.
+        pipe: an accelerated pipeline or module.
+        batch_sizes: pictures a call of a pipeline.
+        inputs: of a module, the arguments of calls of all the shapes to come, each a tuple or a dict.
         **call: what else the calls to come will be given, of that which is prepared for: num_inference_steps, height,
             width, output_type, guidance_scale (whether it is 1).
 
     Raises:
         ValueError: if the pipeline is not accelerated.
     """
+    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+        networks.warmup(pipe, batch_sizes, inputs, call)
+        return
     _accelerated(pipe)
+    if inputs is not None:
+        raise ValueError("inputs are for modules: a pipeline takes batch_sizes and the arguments of its calls")
     for n in batch_sizes:
         pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), **{"output_type": "pt", **call})
 
 
-def explain(pipe: CoalescerPipeline) -> str:
-    """A table of what runs each part of a pipeline, and why."""
-    check_pipeline(pipe)
-    rows = [(part.name, part.runs_on, part.because) for part in pipe.runtime.explain()]
+def explain(pipe: Any) -> str:
+    """A table of what runs each part of a pipeline or module, and why."""
+    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+        found = networks.explain(pipe)
+    else:
+        check_pipeline(pipe)
+        found = pipe.runtime.explain()
+    rows = [(part.name, part.runs_on, part.because) for part in found]
     return table([("part", "runs on", "because"), *rows])
 
 

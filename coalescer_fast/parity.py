@@ -12,13 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import ops
+from . import networks, ops
 from .acceleration import check_pipeline
 from .console import table
 from .dtypes import dtype_name
 from .ops import native_library
+from .pipeline import CoalescerPipeline
 from .prompts import check_count, check_texts
 from .runtime.eager import EagerRuntime
 from .runtime.engines.hashes import network_sha256
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .models.unet import CoalescerUNet
-    from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
 NUM_PROMPTS = 16
@@ -45,20 +45,24 @@ class Budget:
         psnr_minimum: in dB, over the pictures.
         direction_cosine: the smallest over the pictures of a step.
         distance_error: the largest relative error over the pictures of a step.
+        output_error: of a module, the largest relative L2 error of an output.
     """
 
     psnr_median: float = 35.0
     psnr_minimum: float = 25.0
     direction_cosine: float = 0.999
     distance_error: float = 0.01
+    output_error: float = 0.03
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Budget:
         """The default for networks that run in ``dtype``.
 
-        Only the median is stricter in float32: a convolution in TF32 rounds as float16 does.
+        Of pictures only the median is stricter in float32: a convolution in TF32 rounds as float16 does.
         """
-        return cls(psnr_median=60.0) if dtype == torch.float32 else cls()
+        if dtype == torch.int8:
+            return cls(output_error=0.1)
+        return cls(psnr_median=60.0, output_error=1e-4) if dtype == torch.float32 else cls()
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,10 @@ class Verification:
     Attributes:
         runtime: name of what was compared with the float32 reference.
         dtype: what it multiplies in, see `Runtime.precision`.
-        pictures: how many were compared.
+        pictures: how many were compared, or how many calls of a module.
         rows: the figures.
         receipt: of the accelerated pictures, see `receipt`, if there is one.
+        unit: what ``pictures`` counts.
     """
 
     runtime: str
@@ -99,6 +104,7 @@ class Verification:
     pictures: int
     rows: tuple[Row, ...]
     receipt: Mapping[str, Any] | None = None
+    unit: str = "picture"
 
     @property
     def passed(self) -> bool:
@@ -121,7 +127,7 @@ class Verification:
             cells.append((row.what, number(row.value) + row.unit, limit, "PASS" if row.ok else "FAIL"))
         lines = [table(cells, "<>><")]
         count = f"{sum(row.ok for row in self.rows)} of {len(self.rows)}"
-        pictures = f"{self.pictures} picture{'s' * (self.pictures != 1)}"
+        pictures = f"{self.pictures} {self.unit}{'s' * (self.pictures != 1)}"
         subject = f"{self.runtime} in {self.dtype} against the float32 reference, {pictures}"
         if self.receipt is not None:
             where = self.receipt["instruction_set"] or "no native kernels"
@@ -151,14 +157,19 @@ def finite(what: str, value: float) -> Row:
 
 @torch.no_grad()
 def verify(
-    pipe: CoalescerPipeline,
-    prompts: int | str | Sequence[str] | None = None,
+    pipe: Any,
+    prompts: Any = None,
     *,
     num_images: int = 1,
     seed: int = 0,
     budget: Budget | Mapping[str, float] | None = None,
+    **call: Any,
 ) -> Verification:
-    r"""Compare an accelerated pipeline with its own float32 reference, on the same noise: ops, steps and pictures.
+    r"""Compare an accelerated pipeline or module with its own float32 reference.
+
+    Of a module, each output: ``|y - y_ref|_2 / |y_ref|_2``, the largest over all calls. Of a diffusers pipeline, the
+    pictures of its calls with the same seeds, as below. Of a CoalescerPipeline, on the same noise, ops, steps and
+    pictures:
 
     - every fused op on the backend and in the dtype that the runtime runs it in:
       ``max |y - y64| <= 2 max |y_plain - y64| + ulp``, with y64 in float64, y_plain plain torch in the same dtype, and
@@ -169,12 +180,15 @@ def verify(
     - the pictures of two ordinary calls: PSNR ``-10 log10 mean (x - x_ref)^2``, x in [0, 1].
 
     Args:
-        pipe: a pipeline after `accelerate`. It is left as it is.
-        prompts: descriptions, or how many names to draw from those that the model was trained on (all, if it has
-            fewer); 16 if None.
+        pipe: a pipeline or module after `accelerate`. It is left as it is. Of a module that is not in float32 there is
+            a copy in float32 while this runs.
+        prompts: of a module the arguments of some calls, each a tuple or a dict. Of a diffusers pipeline descriptions;
+            there is a default. Of a CoalescerPipeline descriptions, or how many names to draw from those that the model
+            was trained on (all, if it has fewer); 16 if None.
         num_images: pictures a prompt.
         seed: of the noise and of the choice of names.
         budget: limits. A mapping replaces some of the default, `Budget.of` the runtime's dtype.
+        **call: of a diffusers pipeline, what else its calls are given, such as num_inference_steps (4 without).
 
     Returns:
         The figures, and whether they are within their limits; printed, a table. A figure that is NaN fails.
@@ -182,7 +196,11 @@ def verify(
     Raises:
         ValueError: for a pipeline that is not accelerated, and for arguments other than these.
     """
+    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+        return _verify_networks(pipe, prompts, num_images, budget, call)
     check_pipeline(pipe)
+    if call:
+        raise ValueError(f"{', '.join(call)} are for diffusers pipelines; expected none of a CoalescerPipeline")
     runtime = pipe.runtime
     if isinstance(runtime, EagerRuntime):
         raise ValueError(
@@ -226,6 +244,47 @@ def verify(
     ]
     pictures = torch.cat([each for _, _, each in batches])
     return Verification(runtime.name, runtime.precision, len(texts), tuple(rows), receipt(pipe, texts, noise, pictures))
+
+
+def _verify_networks(
+    x: Any, given: Any, num_images: int, budget: Budget | Mapping[str, float] | None, call: Mapping[str, Any]
+) -> Verification:
+    """`verify` of a module or a diffusers pipeline."""
+    runtime = next(iter(networks.runtimes(x).values()))
+    limits = _limits(budget, torch.int8 if runtime.quantised else runtime.dtype)
+    if isinstance(x, nn.Module):
+        if not given or isinstance(given, (str, int)):
+            raise ValueError(
+                "inputs are missing: give the arguments of some calls of the module, verify(module, [...])"
+            )
+        arguments = [networks.as_arguments(each) for each in given]
+        results = [networks.outputs(x, each) for each in arguments]
+        refused = runtime.refused
+        with networks.references(x):
+            expected = [networks.outputs(x, each) for each in arguments]
+        rows = [
+            at_most(
+                f"output {i + 1}: relative L2 error",
+                max(float((y - y_ref).norm() / y_ref.norm().clamp_min(1e-30)) for y, y_ref in zip(*pairs)),
+                limits.output_error,
+            )
+            for i, pairs in enumerate(zip(zip(*results), zip(*expected)))
+        ]
+        count = len(arguments)
+    else:
+        texts = None if given is None else check_texts("prompts", given)
+        drawn = networks.pictures(x, texts, call, num_images)
+        refused = next((each.refused for each in networks.runtimes(x).values() if each.refused), "")
+        with networks.references(x):
+            expected_pictures = networks.pictures(x, texts, call, num_images)
+        psnr = -10 * (drawn - expected_pictures).square().mean((1, 2, 3)).log10()
+        rows = [
+            at_least("pictures: PSNR, median", float(psnr.median()), limits.psnr_median, " dB"),
+            at_least("pictures: PSNR, minimum", float(psnr.min()), limits.psnr_minimum, " dB"),
+        ]
+        count = len(drawn)
+    unit = "call" if isinstance(x, nn.Module) else "picture"
+    return Verification("torch" if refused else "cpu", runtime.precision, count, tuple(rows), unit=unit)
 
 
 def receipt(

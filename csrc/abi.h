@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 3
+#define CF_ABI_VERSION 4
 
 enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
@@ -160,7 +160,9 @@ typedef struct {
     cf_quantisation quantisation;
 } cf_group_norm_image_args;
 
-/* y = act(convolution(x) + bias + residual), 1x1 or 3x3, act being ReLU or nothing.
+/* y = act(convolution(x) + bias + row + residual), 1x1 or 3x3, act being ReLU or nothing. A 1x1 convolution reads
+ * positions (stride * i, stride * j) of x; a 3x3 one reads the 3x3 positions from (stride * i - padding,
+ * stride * j - padding) on.
  *
  * Weights are packed in the order in which the kernel reads them. The outputs form vectors of cf_cpu_vector_width(),
  * the last one filled up with zeros, and the vectors form ceil(vectors / M) blocks that are as equal as can be, the
@@ -173,18 +175,21 @@ typedef struct {
     const void* weight;
     const float* bias;        /* (outputs) */
     const float* scale;       /* (outputs), of the integer sums, for uint8; else null */
+    const float* row;         /* (n, outputs), added at every position of a sample, or null */
     int64_t n, height, width; /* of y */
     int64_t channels;         /* of x, a multiple of 4 bytes */
-    int64_t outputs, taps, stride, relu;
+    int64_t outputs, taps, stride, padding, relu;
 } cf_convolution_args;
 
-/* y = cat(parts, 1), each position repeated `factor` times along both axes, converted to y's dtype. y may have more
- * channels than the parts; these are zero. */
+/* y = cat(parts, 1), resized to the nearest position: position i of y is position floor(i * scale) of the parts, and
+ * their last at most, along both axes, in float32 as torch has it. Converted to y's dtype. y may have more channels than
+ * the parts; these are zero. */
 typedef struct {
-    cf_tensor4 parts[2]; /* (n, channels, height / factor, width / factor), any strides; the second may be null */
+    cf_tensor4 parts[2]; /* (n, channels, from_height, from_width), any strides; the second may be null */
     int64_t channels[2];
     cf_image y;
-    int64_t n, height, width, y_channels, factor;
+    int64_t n, height, width, y_channels, from_height, from_width;
+    double y_scale, x_scale;
 } cf_gather_args;
 
 /* Element (n, head, i, d) is data[n * sample + head * head_stride + i * row + d], in elements. */
@@ -193,9 +198,10 @@ typedef struct {
     int64_t sample, head_stride, row;
 } cf_heads;
 
-/* y = softmax(q k^T * scale) v for every sample and head, over the keys whose mask is not 0. */
+/* y = softmax(q k^T * scale + bias) v for every sample and head, over the keys whose mask is not 0. */
 typedef struct {
     cf_heads q, k, v;
+    cf_heads bias;       /* float32, (n, heads, length, k_length) with any strides but the last, or data null */
     const uint8_t* mask; /* (n, k_length), or null; without keys, y is 0 */
     void* y;             /* (n, length, heads * width) */
     int64_t dtype;       /* float32 or bfloat16 */
@@ -214,16 +220,25 @@ typedef struct {
     double eps;
 } cf_layer_norm_args;
 
-/* y = value * gelu(gate), with gelu(x) = x (1 + erf(x / sqrt(2))) / 2. Rows of value and gate begin `stride` elements
- * after one another. */
+/* gelu(x) = x (1 + erf(x / sqrt(2))) / 2; CF_GELU_TANH is its approximation by tanh. */
+enum cf_function {
+    CF_IDENTITY = 0,
+    CF_SILU = 1,
+    CF_TANH = 2,
+    CF_RELU = 3,
+    CF_GELU = 4,
+    CF_GELU_TANH = 5,
+    CF_SIGMOID = 6
+};
+
+/* y = value * function(gate). Rows of value begin value_stride elements after one another, those of gate
+ * gate_stride. */
 typedef struct {
     const void *value, *gate;
     void* y;       /* (rows, channels) */
     int64_t dtype; /* float32 or bfloat16 */
-    int64_t rows, channels, stride;
+    int64_t rows, channels, value_stride, gate_stride, function;
 } cf_gate_args;
-
-enum cf_function { CF_IDENTITY = 0, CF_SILU = 1, CF_TANH = 2 };
 
 /* y = function(x * x_scale + x_shift) * y_scale + y_shift + residual, element by element. */
 typedef struct {
@@ -233,6 +248,19 @@ typedef struct {
     int64_t count, function;
     double x_scale, x_shift, y_scale, y_shift;
 } cf_pointwise_args;
+
+/* y = x * (scale + plus) + shift, with a scale and a shift for every channel of a sample. */
+typedef struct {
+    const void* x; /* (n, spatial, channels) */
+    void* y;
+    int64_t dtype; /* float32 or bfloat16, of both */
+    int64_t n, spatial, channels;
+    cf_vector scale;      /* (n, channels), or null for 1 */
+    int64_t scale_stride; /* elements from a sample's to the next; 0 if all samples share one */
+    cf_vector shift;      /* likewise, or null for 0 */
+    int64_t shift_stride;
+    double plus;
+} cf_modulate_args;
 
 /* y = x, where every row of x that is all zeros is replaced by `row`. */
 typedef struct {
@@ -244,16 +272,17 @@ typedef struct {
 
 /* Every step: STEP(name, number, type of its arguments, function of csrc/cpu that runs it). This is the only list of
  * them: the enum below and the dispatch in csrc/cpu/program.h are made from it. */
-#define CF_STEPS(STEP)                                                   \
-    STEP(CONVOLUTION, 0, cf_convolution_args, convolution)               \
-    STEP(GROUP_NORM_SILU, 1, cf_group_norm_image_args, group_norm_image) \
-    STEP(GATHER, 2, cf_gather_args, gather)                              \
-    STEP(ATTENTION, 3, cf_attention_args, attention)                     \
-    STEP(DUAL_HEAD, 4, cf_dual_head_args, dual_head)                     \
-    STEP(LAYER_NORM, 5, cf_layer_norm_args, layer_norm)                  \
-    STEP(GATE, 6, cf_gate_args, gate)                                    \
-    STEP(POINTWISE, 7, cf_pointwise_args, pointwise)                     \
-    STEP(REPLACE_ZERO_ROWS, 8, cf_replace_zero_rows_args, replace_zero_rows)
+#define CF_STEPS(STEP)                                                       \
+    STEP(CONVOLUTION, 0, cf_convolution_args, convolution)                   \
+    STEP(GROUP_NORM_SILU, 1, cf_group_norm_image_args, group_norm_image)     \
+    STEP(GATHER, 2, cf_gather_args, gather)                                  \
+    STEP(ATTENTION, 3, cf_attention_args, attention)                         \
+    STEP(DUAL_HEAD, 4, cf_dual_head_args, dual_head)                         \
+    STEP(LAYER_NORM, 5, cf_layer_norm_args, layer_norm)                      \
+    STEP(GATE, 6, cf_gate_args, gate)                                        \
+    STEP(POINTWISE, 7, cf_pointwise_args, pointwise)                         \
+    STEP(REPLACE_ZERO_ROWS, 8, cf_replace_zero_rows_args, replace_zero_rows) \
+    STEP(MODULATE, 9, cf_modulate_args, modulate)
 
 #define CF_STEP_KIND(name, number, type, function) CF_##name = number,
 enum cf_step_kind { CF_STEPS(CF_STEP_KIND) };
@@ -276,6 +305,22 @@ CF_API int cf_cpu_vector_width(void);
 CF_API int cf_cpu_products(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
 
+/* Weights in the order of cf_convolution_args, rounded to the dtype. For uint8 they are int8,
+ * v = round(weight * step / scale) cut to -128 ... 127, and sums = sum over channels and taps of v * zero. */
+typedef struct {
+    cf_tensor4 weight; /* (outputs, channels, height, width), any strides */
+    void* packed;      /* result, all of it written */
+    int64_t dtype;     /* of the convolution's input: float32, bfloat16 or uint8 */
+    int64_t outputs, channels, height, width;
+    const float* step;  /* (channels), for uint8; else null, like the next three */
+    const float* scale; /* (outputs) */
+    const float* zero;  /* (channels), whole numbers from 0 to 255 */
+    int64_t* sums;      /* result, (outputs) */
+    int64_t threads;
+} cf_pack_args;
+
+CF_API int cf_cpu_pack(const cf_pack_args* args);
+
 typedef struct {
     const void* data;
     int64_t bytes; /* a multiple of the dtype's size, whatever that is */
@@ -290,6 +335,16 @@ typedef struct {
 } cf_fingerprint_args;
 
 CF_API int cf_cpu_fingerprint(const cf_fingerprint_args* args);
+
+/* A hash of all bytes and of the seed, the same for any number of threads. It is not a cryptographic one. */
+typedef struct {
+    const void* data;
+    int64_t bytes, seed;
+    uint64_t* hash;
+    int64_t threads;
+} cf_content_hash_args;
+
+CF_API int cf_cpu_content_hash(const cf_content_hash_args* args);
 
 /* The CUDA kernels, a library of their own. A function launches on the stream (a cudaStream_t) and returns: it
  * neither waits nor allocates, and leaves no error behind. At multiples of 16 bytes: x, skip, residual, y, h,

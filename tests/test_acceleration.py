@@ -14,7 +14,7 @@ from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.eager import EagerRuntime
-from coalescer_fast.runtime.native import runtime
+from coalescer_fast.runtime.native import module
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -36,7 +36,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def dtypes() -> list[str]:
-    return ["float32", "bfloat16"] if runtime.native_bfloat16() else ["float32"]
+    return ["float32", "bfloat16"] if module.native_bfloat16() else ["float32"]
 
 
 @pytest.mark.parametrize("dtype", [*dtypes(), *(["int8"] if torch.uint8 in native_library.products() else [])])

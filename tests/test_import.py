@@ -48,7 +48,7 @@ ROOT = Path(coalescer_fast.__file__).parent
 RULES = {
     "ops/**/*.py": "ops",
     "models/**/*.py": "!runtime pipeline training acceleration",
-    "runtime/native/[!r]*.py": "ops runtime.native",  # all but record.py and runtime.py
+    "runtime/native/[!r]*.py": "ops runtime.native files dtypes",  # all but record.py and runtime.py
     "runtime/native/record.py": "ops runtime.native",
     "runtime/**/*.py": "!training export",
     "training/**/*.py": "!export",

@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 # CF_ABI_VERSION: a library of another version is refused.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 
@@ -95,6 +95,10 @@ class cf_function(IntEnum):
     CF_IDENTITY = 0
     CF_SILU = 1
     CF_TANH = 2
+    CF_RELU = 3
+    CF_GELU = 4
+    CF_GELU_TANH = 5
+    CF_SIGMOID = 6
 
 
 class cf_vector(Struct):
@@ -156,6 +160,23 @@ class cf_program_args(Struct):
     ]
 
 
+class cf_pack_args(Struct):
+    _fields_: ClassVar = [
+        ("weight", cf_tensor4),
+        ("packed", c_void_p),
+        ("dtype", c_int64),
+        ("outputs", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("step", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("sums", c_void_p),
+        ("threads", c_int64),
+    ]
+
+
 class cf_span(Struct):
     _fields_: ClassVar = [
         ("data", c_void_p),
@@ -170,6 +191,16 @@ class cf_fingerprint_args(Struct):
         ("whole", c_int64),
         ("samples", c_int64),
         ("hash", c_void_p),
+    ]
+
+
+class cf_content_hash_args(Struct):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("bytes", c_int64),
+        ("seed", c_int64),
+        ("hash", c_void_p),
+        ("threads", c_int64),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -157,23 +157,39 @@ def _plain_hash(spans: list[tuple[int, int]]) -> int:
     return hash(b"".join(words))
 
 
-def foreign(network: nn.Module) -> str:
+def fingerprints(network: nn.Module) -> dict[str, tuple[object, ...]]:
+    """What tells whether a parameter or buffer has changed, by name. It sees of writes what `Watch` sees."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, t in chain(network.named_parameters(), network.named_buffers()):
+        content = _Content([t])
+        found[name] = id(t), t.data_ptr(), None if t.is_inference() else t._version, content.seen
+    return found
+
+
+def foreign(network: nn.Module, own_forward: object = None, freed: Collection[str] = ()) -> str:
     """Find what only the network's own code can run: hooks, or a patched ``forward``, as of offloading.
+
+    Args:
+        network: the network.
+        own_forward: what stands in the place of the network's own forward, if that is no patch of the user's. Hooks of
+            the network itself then run around it.
+        freed: names of parameters without data that are no fault.
 
     Returns:
         The first of it, in words, or "".
     """
     for name, module in network.named_modules():
         where = name or type(module).__name__
-        if module._forward_hooks or module._forward_pre_hooks:
+        around = module is network and own_forward is not None
+        if not around and (module._forward_hooks or module._forward_pre_hooks):
             return f"{where} has a forward hook"
-        if "forward" in module.__dict__:
+        if module.__dict__.get("forward", own_forward if around else None) is not (own_forward if around else None):
             return f"the forward of {where} is patched"
-        if module.training and isinstance(module, STOCHASTIC):
+        if module.training and isinstance(module, STOCHASTIC) and getattr(module, "p", 1) > 0:
             return f"{where} is in training mode"
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided):
                 return f"{where}.{key} is a {type(tensor).__name__} of {tensor.layout}"
-            if tensor is not None and tensor.is_meta:
+            if tensor is not None and tensor.is_meta and (f"{name}.{key}" if name else key) not in freed:
                 return f"{where}.{key} has no data, on device meta"
     return ""

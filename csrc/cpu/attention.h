@@ -1,4 +1,4 @@
-// The step `attention`: y = softmax(q k^T * scale) v for every sample and head, with a mask or without, in float32 or
+// The step `attention`: y = softmax(q k^T * scale + bias) v for every sample and head, with a mask or without, in float32 or
 // bfloat16.
 //
 // Both products run in the inner loop of convolution.h. For that, keys and values of each head are packed as weights
@@ -17,6 +17,7 @@
 
 #include "check.h"
 #include "convolution.h"
+#include "rows.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -132,6 +133,7 @@ struct Attention {
         // the weights take the place of the queries as the left side of the second product
         float inverse[MAX_POSITIONS];
         for (int64_t m = 0; m < count; ++m) {
+            if (a.bias.data) add_bias(n, h, i + m, scores + m * keys);
             inverse[m] = exponentials(n, scores + m * keys, weights + m * weights_row);
             x[m] = reinterpret_cast<const char*>(weights + m * weights_row);
         }
@@ -145,6 +147,14 @@ struct Attention {
                     store_some(to, sums[m][j] * inverse[m], part);
                 }
         }
+    }
+
+    void add_bias(int64_t n, int64_t h, int64_t i, float* scores) const {
+        const float* bias =
+            static_cast<const float*>(a.bias.data) + n * a.bias.sample + h * a.bias.head_stride + i * a.bias.row;
+        each_vector(bias, a.k_length, [&](int64_t k, vf value, int64_t count) {
+            store_some(scores + k, load(scores + k) + value, count);
+        });
     }
 
     // weights = exp(scores - the largest of them), 0 for keys that are masked. Returns 1 / their sum, or 0 if all keys

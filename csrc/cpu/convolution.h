@@ -55,7 +55,7 @@ inline bool valid(const cf_convolution_args& a) {
            (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) && valid(a.x, a.n) &&
            valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
            a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
-           a.stride >= 1 && a.weight && integers == !!a.scale &&
+           a.stride >= 1 && (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
            (!a.residual.data || (valid(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
 }
@@ -191,9 +191,8 @@ struct Convolution {
     // A kernel's row is one piece of the image: its three taps lie behind one another, in the weights as well.
     const int64_t pieces = a.taps == 9 ? 3 : 1, units = a.taps / pieces * x_pixel / 4;
     const int64_t offsets[3] = {0, a.x.row, 2 * a.x.row};
-    // A 1x1 convolution begins behind the border, if there is one; a 3x3 one at the border, one position before the
-    // output's.
-    const int64_t origin = a.taps == 1 ? a.x.border * (a.x.row + x_pixel) : 0;
+    // A convolution without padding begins behind the border, if there is one, else at the border.
+    const int64_t origin = (a.x.border - a.padding) * (a.x.row + x_pixel);
     const int64_t positions = a.n * a.height * a.width, tiles = ceil_div(positions, MAX_POSITIONS);
     const int64_t vectors = ceil_div(a.outputs, W);
     const Blocks blocks{vectors};
@@ -258,7 +257,7 @@ struct Convolution {
         }
     }
 
-    // What follows a product, while the sums are at hand: scale, bias, residual, ReLU, and the rounding to T. c: the
+    // What follows a product, while the sums are at hand: scale, bias, row, residual, ReLU, and the rounding to T. c: the
     // first of the outputs.
     void finish(const Tile<E>& sums, int64_t v, int64_t c, const Position* at, int64_t count) const {
         const int64_t part = min(a.outputs - c, W);
@@ -267,6 +266,7 @@ struct Convolution {
         for (int64_t m = 0; m < count; ++m) {
             vf value = to_floats(sums[m][v]);
             value = a.scale ? fma(value, scale, bias) : value + bias;
+            if (a.row) value += load_some(a.row + at[m].n * a.outputs + c, part);
             if (a.residual.data)
                 value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], y_pixel)) + c, part);
             if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN

@@ -1,4 +1,4 @@
-// The functions of abi.h, in its order; cf_cpu_fingerprint is in fingerprint.cpp.
+// The functions of abi.h, in its order; the hashes are in fingerprint.cpp.
 #include "isa.h"
 #include "threads.h"
 
@@ -24,3 +24,5 @@ int cf_cpu_vector_width(void) { return kernels->width; }
 int cf_cpu_products(void) { return kernels->products; }
 
 int cf_cpu_run(const cf_program_args* args) { return kernels->run_program(*args); }
+
+int cf_cpu_pack(const cf_pack_args* args) { return kernels->pack(*args); }

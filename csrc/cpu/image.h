@@ -17,7 +17,7 @@ inline bool valid(const cf_gather_args& a) {
         if (!valid(a.parts[i]) || a.channels[i] < 0 || (a.channels[i] > 0 && !a.parts[i].data && a.n != 0))
             return false;
     return valid_activation(a.y.dtype) && valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 &&
-           a.factor >= 1 && a.height % a.factor == 0 && a.width % a.factor == 0 && a.y_channels >= 1 &&
+           a.from_height >= 1 && a.from_width >= 1 && a.y_scale >= 0 && a.x_scale >= 0 && a.y_channels >= 1 &&
            a.channels[0] + a.channels[1] <= a.y_channels;
 }
 
@@ -61,14 +61,20 @@ inline void write_border(const cf_image& image, int64_t n, int64_t height, int64
     }
 }
 
-// Writes one row of y's positions, at `to`, from channel `offset` on: the channels of row `y` / factor of sample n of a
-// part.
+// The position of an image of `size` that is nearest to position i of the resized one.
+inline int64_t nearest(int64_t i, double scale, int64_t size) {
+    return min(static_cast<int64_t>(static_cast<float>(i) * static_cast<float>(scale)), size - 1);
+}
+
+// Writes one row of y's positions, at `to`, from channel `offset` on: the channels of the row of sample n of a part that
+// is nearest to row y.
 template <class S, class T>
 inline void gather_row(const cf_gather_args& a, int part, int64_t n, int64_t y, T* to, int64_t offset) {
     const cf_tensor4& t = a.parts[part];
-    const S* from = static_cast<const S*>(t.data) + n * t.strides[0] + y / a.factor * t.strides[2];
+    const S* from =
+        static_cast<const S*>(t.data) + n * t.strides[0] + nearest(y, a.y_scale, a.from_height) * t.strides[2];
     for (int64_t x = 0; x < a.width; ++x) {
-        const S* position = from + x / a.factor * t.strides[3];
+        const S* position = from + nearest(x, a.x_scale, a.from_width) * t.strides[3];
         T* y_at = to + x * a.y_channels + offset;
         int64_t c = 0;
         if (t.strides[1] == 1)

@@ -18,6 +18,7 @@ struct Kernels {
     CF_OPS(CF_FUNCTION)
 #undef CF_FUNCTION
     int (*run_program)(const cf_program_args&);
+    int (*pack)(const cf_pack_args&);
     int width;     // floats in a vector
     int products;  // see cf_cpu_products
 };

@@ -4,6 +4,7 @@
 #include "group_norm.h"
 #include "head.h"
 #include "isa.h"
+#include "pack.h"
 #include "program.h"
 #include "residual.h"
 #include "step.h"
@@ -25,6 +26,6 @@ int op(const Args& args) {
     const cf::Kernels cf::isa##_kernels = { \
         #isa,                               \
         CF_OPS(CF_OP) cf::run_program,      \
-        cf::W,                              \
+        CF_OP(pack) cf::W,                  \
         cf::PRODUCTS,                       \
     };

@@ -1,4 +1,5 @@
-// Steps that go through rows one at a time: `layer_norm`, `gate` (of GEGLU), `pointwise` and `replace_zero_rows`. A new
+// Steps that go through rows one at a time: `layer_norm`, `gate` (of GEGLU), `pointwise`, `modulate` and
+// `replace_zero_rows`. A new
 // step of this kind is a line of CF_STEPS and its struct in abi.h, and a function here.
 //
 // All of them are bound by memory: a few operations an element, each element read once and written once (layer_norm
@@ -66,10 +67,13 @@ inline int layer_norm(const cf_layer_norm_args& a, int64_t threads) {
     return with_activation(a.dtype, [&](auto type) { return layer_norm_typed<decltype(type)>(a, threads); });
 }
 
-// ---- gate
+// ---- functions of single numbers, and gate
+
+inline bool valid_function(int64_t function) { return function >= CF_IDENTITY && function <= CF_SIGMOID; }
 
 inline bool valid(const cf_gate_args& a) {
-    return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && ((a.value && a.gate && a.y) || a.rows == 0);
+    return valid_activation(a.dtype) && valid_function(a.function) && a.rows >= 0 && a.channels >= 1 &&
+           ((a.value && a.gate && a.y) || a.rows == 0);
 }
 
 // x (1 + erf(x / sqrt(2))) / 2, with erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7.
@@ -82,28 +86,6 @@ inline vf gelu(vf x) {
     p = fma(p, t, 0.254829592f);
     const vf rest = p * t * exponential(-size * size), erf = z < 0.0f ? rest - 1.0f : 1.0f - rest;
     return 0.5f * x * (1.0f + erf);
-}
-
-template <class T>
-int gate_typed(const cf_gate_args& a, int64_t threads) {
-    return each_row(a.rows, threads, [&](int64_t r) {
-        const T* value = static_cast<const T*>(a.value) + r * a.stride;
-        T* y = static_cast<T*>(a.y) + r * a.channels;
-        each_vector(static_cast<const T*>(a.gate) + r * a.stride, a.channels, [&](int64_t c, vf g, int64_t count) {
-            store_some(y + c, load_some(value + c, count) * gelu(g), count);
-        });
-    });
-}
-
-inline int gate(const cf_gate_args& a, int64_t threads) {
-    return with_activation(a.dtype, [&](auto type) { return gate_typed<decltype(type)>(a, threads); });
-}
-
-// ---- pointwise
-
-inline bool valid(const cf_pointwise_args& a) {
-    return valid_activation(a.dtype) && a.count >= 0 && a.function >= CF_IDENTITY && a.function <= CF_TANH &&
-           ((a.x && a.y) || a.count == 0);
 }
 
 // For |x| < 0.625 by Cephes' polynomial, else (1 - e) / (1 + e) with e = e^(-2 |x|), which would cancel near 0. NaN
@@ -119,6 +101,49 @@ inline vf hyperbolic_tangent(vf x) {
     return size < 0.625f ? fma(p * z, x, x) : (x < 0.0f ? -large : large);
 }
 
+// One of cf_function.
+inline vf apply(int64_t function, vf x) {
+    switch (function) {
+        case CF_SILU:
+            return silu(x);
+        case CF_TANH:
+            return hyperbolic_tangent(x);
+        case CF_RELU:
+            return x > 0.0f ? x : (x == x ? vf{} : x);  // NaN stays NaN
+        case CF_GELU:
+            return gelu(x);
+        case CF_GELU_TANH:
+            return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * fma(0.044715f * x * x, x, x)));
+        case CF_SIGMOID: {
+            const vf e = exponential(x < 0.0f ? x : -x), p = 1.0f / (1.0f + e);
+            return x < 0.0f ? e * p : p;
+        }
+        default:
+            return x;
+    }
+}
+
+template <class T>
+int gate_typed(const cf_gate_args& a, int64_t threads) {
+    return each_row(a.rows, threads, [&](int64_t r) {
+        const T* value = static_cast<const T*>(a.value) + r * a.value_stride;
+        T* y = static_cast<T*>(a.y) + r * a.channels;
+        each_vector(static_cast<const T*>(a.gate) + r * a.gate_stride, a.channels, [&](int64_t c, vf g, int64_t count) {
+            store_some(y + c, load_some(value + c, count) * apply(a.function, g), count);
+        });
+    });
+}
+
+inline int gate(const cf_gate_args& a, int64_t threads) {
+    return with_activation(a.dtype, [&](auto type) { return gate_typed<decltype(type)>(a, threads); });
+}
+
+// ---- pointwise
+
+inline bool valid(const cf_pointwise_args& a) {
+    return valid_activation(a.dtype) && a.count >= 0 && valid_function(a.function) && ((a.x && a.y) || a.count == 0);
+}
+
 template <class T>
 int pointwise_typed(const cf_pointwise_args& a, int64_t threads) {
     const vf x_scale = broadcast(static_cast<float>(a.x_scale)), x_shift = broadcast(static_cast<float>(a.x_shift));
@@ -130,10 +155,7 @@ int pointwise_typed(const cf_pointwise_args& a, int64_t threads) {
                 *residual = a.residual ? static_cast<const T*>(a.residual) + first : nullptr;
         T* y = static_cast<T*>(a.y) + first;
         each_vector(x, stop - first, [&](int64_t c, vf value, int64_t count) {
-            value = fma(value, x_scale, x_shift);
-            if (a.function == CF_SILU) value = silu(value);
-            if (a.function == CF_TANH) value = hyperbolic_tangent(value);
-            value = fma(value, y_scale, y_shift);
+            value = fma(apply(a.function, fma(value, x_scale, x_shift)), y_scale, y_shift);
             if (residual) value += load_some(residual + c, count);
             store_some(y + c, value, count);
         });
@@ -143,6 +165,38 @@ int pointwise_typed(const cf_pointwise_args& a, int64_t threads) {
 
 inline int pointwise(const cf_pointwise_args& a, int64_t threads) {
     return with_activation(a.dtype, [&](auto type) { return pointwise_typed<decltype(type)>(a, threads); });
+}
+
+// ---- modulate
+
+inline bool valid(const cf_modulate_args& a) {
+    return valid_activation(a.dtype) && a.n >= 0 && a.spatial >= 1 && a.channels >= 1 && valid(a.scale) &&
+           valid(a.shift) && ((a.x && a.y) || a.n == 0);
+}
+
+// `count` numbers of a vector of any dtype, which may be missing.
+inline vf numbers(const cf_vector& v, int64_t first, int64_t count, float missing) {
+    if (!v.data) return broadcast(missing);
+    if (v.dtype == CF_FLOAT32) return load_some(static_cast<const float*>(v.data) + first, count);
+    if (v.dtype == CF_BFLOAT16) return load_some(static_cast<const bfloat*>(v.data) + first, count);
+    return load_some(static_cast<const half*>(v.data) + first, count);
+}
+
+template <class T>
+int modulate_typed(const cf_modulate_args& a, int64_t threads) {
+    const float plus = a.scale.data ? static_cast<float>(a.plus) : 0.0f;
+    return each_row(a.n * a.spatial, threads, [&](int64_t r) {
+        const int64_t n = r / a.spatial;
+        T* y = static_cast<T*>(a.y) + r * a.channels;
+        each_vector(static_cast<const T*>(a.x) + r * a.channels, a.channels, [&](int64_t c, vf value, int64_t count) {
+            const vf scale = numbers(a.scale, n * a.scale_stride + c, count, 1.0f) + plus;
+            store_some(y + c, fma(value, scale, numbers(a.shift, n * a.shift_stride + c, count, 0.0f)), count);
+        });
+    });
+}
+
+inline int modulate(const cf_modulate_args& a, int64_t threads) {
+    return with_activation(a.dtype, [&](auto type) { return modulate_typed<decltype(type)>(a, threads); });
 }
 
 // ---- replace_zero_rows

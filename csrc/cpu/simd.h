@@ -80,10 +80,7 @@ inline vf load(const bfloat* p) { return (vf)(__builtin_convertvector(load_bits(
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
 // To bfloat16: to the nearest, ties to even; NaN stays NaN.
-inline vh narrow(vf v) {
-#if defined(__AVX512BF16__)
-    return (vh)_mm512_cvtneps_pbh((__m512)v);
-#else
+inline vh round_to_bfloat(vf v) {
     const vu bits = (vu)v;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu nan = (bits >> 16) | 0x40;  // the bits that say NaN may all be in the half that is cut off
@@ -93,6 +90,14 @@ inline vh narrow(vf v) {
 #else
     return __builtin_convertvector(chosen, vh);
 #endif
+}
+
+// The same by the processor's instruction, where there is one; it takes subnormal numbers for 0.
+inline vh narrow(vf v) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return round_to_bfloat(v);
 #endif
 }
 

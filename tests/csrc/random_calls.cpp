@@ -164,6 +164,8 @@ void one_round(bool large) {
     for (int64_t kind = 0; kind < 8; kind += 2) run(apart(kind, large), apart(kind + 1, large));
     run(chain(1, large), chain(draw(2, 9), false));
     fingerprints();
+    packs(large);
+    content_hashes(large);
 }
 
 }  // namespace

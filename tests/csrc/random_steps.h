@@ -182,12 +182,14 @@ bool multiplies(int64_t dtype) {
 }
 
 Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
-    const int64_t stride = draw(1, 2), outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150),
-                  width = cf_cpu_vector_width();
+    const int64_t stride = draw(1, 2), padding = taps == 9 && (draw(0, 3) || x.height < 2 || x.width < 2),
+                  outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150), width = cf_cpu_vector_width();
     const int64_t dtype = x.image.dtype, size = bytes_of(dtype), lanes = 4 / size, quads = x.channels / lanes, n = x.n;
     const int64_t y_dtype = dtype == CF_FLOAT32 ? CF_FLOAT32 : (draw(0, 2) ? CF_BFLOAT16 : CF_FLOAT32);
-    const Image y =
-        p.image(n, (x.height - 1) / stride + 1, (x.width - 1) / stride + 1, outputs, y_dtype, border, draw(0, 1), true);
+    // without padding, a 3x3 convolution reads the border at the bottom and on the right alone
+    const int64_t cut = taps == 9 && !padding;
+    const Image y = p.image(n, (x.height - 1 - cut) / stride + 1, (x.width - 1 - cut) / stride + 1, outputs, y_dtype,
+                            border, draw(0, 1), true);
     const bool integers = dtype == CF_UINT8;
     const double scale = 1 / sqrt(static_cast<double>(taps * x.channels));
     const int64_t vectors = (outputs + width - 1) / width, most = width == 16 ? 4 : 3,
@@ -215,7 +217,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     if (draw(0, 1)) residual = p.image(n, y.height, y.width, outputs, y_dtype, draw(0, 1), draw(0, 1), false);
     a.residual = residual.image;
     a.n = n, a.height = y.height, a.width = y.width, a.channels = x.channels, a.outputs = outputs, a.taps = taps,
-    a.stride = stride;
+    a.stride = stride, a.padding = padding;
+    a.row = draw(0, 1) ? p.floats(n * outputs) : nullptr;
     a.relu = draw(0, 1);
     p.add(CF_CONVOLUTION, a);
     p.checks.push_back([=] {
@@ -224,21 +227,21 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
             double sum = 0, absolute = 0;
             for (int64_t tap = 0; tap < taps; ++tap)
                 for (int64_t c = 0; c < x.channels; ++c) {
-                    const int64_t dy = taps == 9 ? tap / 3 - 1 : 0, dx = taps == 9 ? tap % 3 - 1 : 0;
+                    const int64_t dy = taps == 9 ? tap / 3 - padding : 0, dx = taps == 9 ? tap % 3 - padding : 0;
                     const char* weight = plain + ((o * taps + tap) * x.channels + c) * size;
                     const double w = integers ? static_cast<signed char>(*weight) : number_at(weight, dtype);
                     const double product = x.number(i, r * stride + dy, q * stride + dx, c) * w;
                     sum += product, absolute += fabs(product);
                 }
             const double factor = integers ? a.scale[o] : 1, bias = a.bias ? a.bias[o] : 0;
-            const double more = residual.n ? residual.number(i, r, q, o) : 0;
-            double exact = sum * factor + bias + more;
+            const double row = a.row ? a.row[i * outputs + o] : 0, more = residual.n ? residual.number(i, r, q, o) : 0;
+            double exact = sum * factor + bias + row + more;
             // roundings of products and sums; the integers' sums are exact
             const double error =
                 (integers ? 2 : static_cast<double>(2 * taps * x.channels)) * 0x1p-24 * absolute * fabs(factor);
             if (a.relu && !(exact > 0)) exact = 0;
-            require_near("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(bias) + fabs(more)),
-                         y_dtype);
+            require_near("convolution", y.number(i, r, q, o), exact,
+                         error + 0x1p-22 * (fabs(bias) + fabs(row) + fabs(more)), y_dtype);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_convolution_args&)) {
@@ -255,6 +258,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     refuse("outputs", [](cf_convolution_args& w) { w.outputs = 0; });
     refuse("taps", [](cf_convolution_args& w) { w.taps = 10; });
     refuse("stride", [](cf_convolution_args& w) { w.stride = 0; });
+    refuse("a padding of two", [](cf_convolution_args& w) { w.padding = 2; });
+    if (taps == 1) refuse("a padding of 1x1", [](cf_convolution_args& w) { w.padding = 1; });
     refuse("no border", [](cf_convolution_args& w) { w.taps = 9, w.x.border = 0; });
     refuse("a border of two", [](cf_convolution_args& w) { w.y.border = 2; });
     refuse("no weight", [](cf_convolution_args& w) { w.weight = nullptr; });
@@ -358,8 +363,9 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
 
 // Of x and, perhaps, another of any layout and dtype, or of an image alone in such a layout.
 Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t border) {
-    const int64_t factor = draw(0, 2) ? 1 : draw(2, 3), height = x ? x->height : draw(1, 6),
-                  width = x ? x->width : draw(1, 6);
+    const int64_t height = x ? x->height : draw(1, 6), width = x ? x->width : draw(1, 6);
+    const bool resized = draw(0, 2) == 0;
+    const int64_t to_height = resized ? draw(1, 14) : height, to_width = resized ? draw(1, 14) : width;
     cf_gather_args a{};
     for (int i = 0; i < 2; ++i) {
         if (i == 0 && x) {
@@ -378,8 +384,14 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
     }
     const int64_t lanes = 4 / bytes_of(dtype), channels = a.channels[0] + a.channels[1];
     a.y_channels = draw(0, 1) ? (channels + lanes - 1) / lanes * lanes : channels + draw(0, 3);
-    const Image y = p.image(n, height * factor, width * factor, a.y_channels, dtype, border, draw(0, 1), true);
-    a.y = y.image, a.n = n, a.height = y.height, a.width = y.width, a.factor = factor;
+    const Image y = p.image(n, to_height, to_width, a.y_channels, dtype, border, draw(0, 1), true);
+    a.y = y.image, a.n = n, a.height = y.height, a.width = y.width, a.from_height = height, a.from_width = width;
+    a.y_scale = static_cast<double>(height) / static_cast<double>(to_height);
+    a.x_scale = static_cast<double>(width) / static_cast<double>(to_width);
+    const auto nearest = [](int64_t i, double scale, int64_t size) {
+        const int64_t found = static_cast<int64_t>(floorf(static_cast<float>(i) * static_cast<float>(scale)));
+        return found < size ? found : size - 1;
+    };
     p.add(CF_GATHER, a);
     p.checks.push_back([=] {
         y.check_rest("gather", nullptr);
@@ -388,7 +400,8 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
             if (c < channels) {
                 const int second = c >= a.channels[0];
                 const cf_tensor4& t = a.parts[second];
-                const int64_t at[] = {i, c - second * a.channels[0], r / factor, q / factor};
+                const int64_t at[] = {i, c - second * a.channels[0], nearest(r, a.y_scale, height),
+                                      nearest(q, a.x_scale, width)};
                 int64_t offset = 0;
                 for (int d = 0; d < 4; ++d) offset += at[d] * t.strides[d];
                 exact = number_at(static_cast<const char*>(t.data) + offset * sizes[t.dtype], t.dtype);
@@ -403,8 +416,9 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
     refuse("y's dtype", [](cf_gather_args& w) { w.y.dtype = CF_UINT8; });
     refuse("n", [](cf_gather_args& w) { w.n = -1; });
     refuse("height", [](cf_gather_args& w) { w.height = 0; });
-    refuse("factor", [](cf_gather_args& w) { w.factor = 0; });
-    refuse("a part of a position", [](cf_gather_args& w) { w.factor = w.width + 1; });
+    refuse("from_height", [](cf_gather_args& w) { w.from_height = 0; });
+    refuse("from_width", [](cf_gather_args& w) { w.from_width = -1; });
+    refuse("a scale", [](cf_gather_args& w) { w.x_scale = -1; });
     refuse("channels", [](cf_gather_args& w) { w.channels[1] = -1; });
     refuse("too few channels", [](cf_gather_args& w) { w.y_channels = w.channels[0] + w.channels[1] - 1; });
     refuse("no part", [](cf_gather_args& w) { w.n = 1, w.parts[0].data = nullptr; });
@@ -439,6 +453,15 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
         a.mask = reinterpret_cast<const uint8_t*>(mask);
     }
     a.scale = 1 / sqrt(static_cast<double>(a.width));
+    if (draw(0, 2) == 0) {
+        a.bias.row = draw(0, 1) ? a.k_length : 0, a.bias.head_stride = draw(0, 1) ? a.length * a.k_length : 0;
+        a.bias.sample = a.heads * a.length * a.k_length;
+        a.bias.data = p.random(n * a.bias.sample, CF_FLOAT32);
+    }
+    const auto bias_at = [=](int64_t i, int64_t head, int64_t row, int64_t key) {
+        const int64_t at = i * a.bias.sample + head * a.bias.head_stride + row * a.bias.row + key;
+        return a.bias.data ? static_cast<double>(static_cast<const float*>(a.bias.data)[at]) : 0.0;
+    };
     const Image y = p.image(n, 1, a.length, a.heads * a.width, dtype, 0, false, true);
     a.y = y.image.data;
     p.add(CF_ATTENTION, a);
@@ -459,6 +482,7 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
                                 element(a.q, i, head, row, d) * element(a.k, i, head, key, d) * a.scale;
                             score += product, size += fabs(product);
                         }
+                        score += bias_at(i, head, row, key), size += fabs(bias_at(i, head, row, key));
                         weights[static_cast<size_t>(key)] = a.mask && !a.mask[i * a.k_length + key] ? -HUGE_VAL : score;
                         most = fmax(most, weights[static_cast<size_t>(key)]), absolute = fmax(absolute, size);
                     }
@@ -526,6 +550,26 @@ Image layer_norm(Program& p, const Image& x) {
     return y;
 }
 
+// A function of cf_function.
+double function_of(int64_t function, double v) {
+    switch (function) {
+        case CF_SILU:
+            return v / (1 + exp(-v));
+        case CF_TANH:
+            return tanh(v);
+        case CF_RELU:
+            return v > 0 ? v : 0;
+        case CF_GELU:
+            return v * (1 + erf(v / sqrt(2))) / 2;
+        case CF_GELU_TANH:
+            return v * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))) / 2;
+        case CF_SIGMOID:
+            return 1 / (1 + exp(-v));
+        default:
+            return v;
+    }
+}
+
 // Of the halves of x's channels, dense and even.
 Image gate(Program& p, const Image& x) {
     const int64_t half = x.channels / 2;
@@ -533,26 +577,28 @@ Image gate(Program& p, const Image& x) {
     cf_gate_args a{};
     a.value = x.image.data, a.gate = x.n ? x.at(0, 0, 0, half) : x.image.data, a.y = y.image.data,
     a.dtype = x.image.dtype;
-    a.rows = x.n * x.height * x.width, a.channels = half, a.stride = x.channels;
+    a.rows = x.n * x.height * x.width, a.channels = half, a.value_stride = a.gate_stride = x.channels;
+    a.function = draw(CF_IDENTITY, CF_SIGMOID);
     p.add(CF_GATE, a);
     p.checks.push_back([=] {
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             const double value = x.number(i, r, q, c), g = x.number(i, r, q, half + c);
-            require_near("gate", y.number(i, r, q, c), value * g * (1 + erf(g / sqrt(2))) / 2, 1e-6 * fabs(value * g),
-                         a.dtype);
+            require_near("gate", y.number(i, r, q, c), value * function_of(a.function, g),
+                         1e-6 * fabs(value) * (0.1 + fabs(g)), a.dtype);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_gate_args&)) { p.refuse(what, CF_GATE, a, change); };
     refuse("dtype", [](cf_gate_args& w) { w.dtype = 17; });
     refuse("rows", [](cf_gate_args& w) { w.rows = -1; });
     refuse("channels", [](cf_gate_args& w) { w.channels = 0; });
+    refuse("function", [](cf_gate_args& w) { w.function = CF_SIGMOID + 1; });
     refuse("no gate", [](cf_gate_args& w) { w.rows = 1, w.gate = nullptr; });
     return y;
 }
 
 // Of all elements of x, dense, with another image of its shape added or not.
 Image pointwise(Program& p, const Image& x) {
-    const int64_t dtype = x.image.dtype, function = draw(CF_IDENTITY, CF_TANH);
+    const int64_t dtype = x.image.dtype, function = draw(CF_IDENTITY, CF_SIGMOID);
     const Image y = p.image(x.n, x.height, x.width, x.channels, dtype, 0, false, true);
     const Image added = p.image(x.n, x.height, x.width, x.channels, dtype, 0, false, false);
     cf_pointwise_args a{};
@@ -564,10 +610,10 @@ Image pointwise(Program& p, const Image& x) {
     p.checks.push_back([=] {
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             const double product = x.number(i, r, q, c) * a.x_scale, v = product + a.x_shift;
-            const double f = function == CF_SILU ? v / (1 + exp(-v)) : (function == CF_TANH ? tanh(v) : v);
+            const double f = function_of(function, v);
             const double other = a.residual ? added.number(i, r, q, c) : 0, exact = f * a.y_scale + a.y_shift + other;
-            // no function is steeper than 1.1
-            const double error = 0x1p-22 * (1.1 * (fabs(product) + fabs(a.x_shift)) + fabs(f) + 0.1) * fabs(a.y_scale);
+            // no function is steeper than 1.13
+            const double error = 0x1p-22 * (1.13 * (fabs(product) + fabs(a.x_shift)) + fabs(f) + 0.1) * fabs(a.y_scale);
             require_near("pointwise", y.number(i, r, q, c), exact,
                          error + 0x1p-23 * (fabs(f * a.y_scale) + fabs(a.y_shift)), dtype);
         });
@@ -577,9 +623,45 @@ Image pointwise(Program& p, const Image& x) {
     };
     refuse("dtype", [](cf_pointwise_args& w) { w.dtype = CF_FLOAT16; });
     refuse("count", [](cf_pointwise_args& w) { w.count = -1; });
-    refuse("function", [](cf_pointwise_args& w) { w.function = CF_TANH + 1; });
+    refuse("function", [](cf_pointwise_args& w) { w.function = CF_SIGMOID + 1; });
     refuse("a function below 0", [](cf_pointwise_args& w) { w.function = -1; });
     refuse("no x", [](cf_pointwise_args& w) { w.count = 1, w.x = nullptr; });
+    return y;
+}
+
+// Of all channels of x, dense, with vectors of any dtype, for each sample or for all.
+Image modulate(Program& p, const Image& x) {
+    const Image y = p.image(x.n, x.height, x.width, x.channels, x.image.dtype, 0, false, true);
+    cf_modulate_args a{};
+    a.x = x.image.data, a.y = y.image.data, a.dtype = x.image.dtype, a.plus = draw(0, 1);
+    a.n = x.n, a.spatial = x.height * x.width, a.channels = x.channels;
+    for (auto [vector, stride] : {std::pair{&a.scale, &a.scale_stride}, std::pair{&a.shift, &a.shift_stride}}) {
+        if (draw(0, 3) == 0) continue;
+        *stride = draw(0, 1) ? x.channels : 0, vector->dtype = draw(0, 2);
+        vector->data = p.random(*stride ? x.n * x.channels : x.channels, vector->dtype);
+    }
+    p.add(CF_MODULATE, a);
+    p.checks.push_back([=] {
+        y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
+            const auto number = [&](const cf_vector& v, int64_t stride) {
+                const int64_t at = i * stride + c;
+                return number_at(static_cast<const char*>(v.data) + at * sizes[v.dtype], v.dtype);
+            };
+            const double scale = a.scale.data ? number(a.scale, a.scale_stride) + a.plus : 1;
+            const double shift = a.shift.data ? number(a.shift, a.shift_stride) : 0, value = x.number(i, r, q, c);
+            require_near("modulate", y.number(i, r, q, c), value * scale + shift,
+                         0x1p-22 * (fabs(value) * (fabs(scale) + 1) + fabs(shift)), a.dtype);
+        });
+    });
+    const auto refuse = [&](const char* what, void (*change)(cf_modulate_args&)) {
+        p.refuse(what, CF_MODULATE, a, change);
+    };
+    refuse("dtype", [](cf_modulate_args& w) { w.dtype = CF_FLOAT16; });
+    refuse("n", [](cf_modulate_args& w) { w.n = -1; });
+    refuse("spatial", [](cf_modulate_args& w) { w.spatial = 0; });
+    refuse("channels", [](cf_modulate_args& w) { w.channels = 0; });
+    refuse("scale's dtype", [](cf_modulate_args& w) { w.scale = {&w, CF_UINT8}; });
+    refuse("no x", [](cf_modulate_args& w) { w.n = 1, w.x = nullptr; });
     return y;
 }
 
@@ -609,6 +691,77 @@ Image replace_zero_rows(Program& p, const Image& x) {
     refuse("no row", [](cf_replace_zero_rows_args& w) { w.row = nullptr; });
     refuse("no y", [](cf_replace_zero_rows_args& w) { w.rows = 1, w.y = nullptr; });
     return y;
+}
+
+// Weights are packed in the order that the interface says, whatever their strides, by one thread and by three.
+void packs(bool large) {
+    const int64_t dtypes[] = {CF_FLOAT32, CF_BFLOAT16, CF_UINT8};
+    cf_pack_args a{};
+    a.dtype = dtypes[draw(0, 2)], a.outputs = draw(1, 150), a.channels = draw(1, large ? 90 : 20);
+    a.height = draw(1, 3), a.width = draw(1, 3);
+    const bool integers = a.dtype == CF_UINT8;
+    const int64_t taps = a.height * a.width, count = a.outputs * a.channels * taps;
+    Buffer weight = numbers(count, draw(0, 2));
+    a.weight = any_layout(weight, a.channels, a.height, a.width);
+    Buffer step = numbers(a.channels, CF_FLOAT32), scale = numbers(a.outputs, CF_FLOAT32);
+    std::vector<float> zero;
+    for (int64_t c = 0; c < a.channels; ++c) zero.push_back(static_cast<float>(draw(0, 255)));
+    const auto at = [](Buffer& b) { return reinterpret_cast<float*>(b.data()); };
+    for (int64_t o = 0; o < a.outputs; ++o) at(scale)[o] = 0.1f + fabsf(at(scale)[o]);
+    std::vector<int64_t> sums(static_cast<size_t>(a.outputs), -1), expected_sums(sums.size());
+    if (integers) a.step = at(step), a.scale = at(scale), a.zero = zero.data(), a.sums = sums.data();
+
+    const int64_t width = cf_cpu_vector_width(), most = width == 16 ? 4 : 3, lanes = 4 / bytes_of(a.dtype);
+    const int64_t vectors = (a.outputs + width - 1) / width, units = (a.channels + lanes - 1) / lanes,
+                  blocks = (vectors + most - 1) / most;
+    std::vector<char> results[2];
+    for (std::vector<char>& packed : results) {
+        packed.assign(static_cast<size_t>(vectors * width * taps * units * 4), '\xff');
+        a.packed = packed.data(), a.threads = &packed == results ? 1 : 3;
+        if (cf_cpu_pack(&a) != CF_OK) printf("pack: refused\n"), exit(1);
+    }
+    if (results[0] != results[1]) printf("pack: three threads have another result than one\n"), exit(1);
+    const char* p = results[0].data();
+    for (int64_t block = 0, first = 0; block < blocks; ++block) {
+        const int64_t size = vectors / blocks + (block < vectors % blocks);
+        for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t u = 0; u < units; ++u)
+                for (int64_t o = first * width; o < (first + size) * width; ++o)
+                    for (int64_t lane = 0; lane < lanes; ++lane, p += bytes_of(a.dtype)) {
+                        const int64_t c = u * lanes + lane;
+                        double exact = 0;
+                        if (o < a.outputs && c < a.channels) {
+                            const int64_t* s = a.weight.strides;
+                            exact = number_at(
+                                weight.data() + sizes[weight.dtype] *
+                                                    (o * s[0] + c * s[1] + tap / a.width * s[2] + tap % a.width * s[3]),
+                                weight.dtype);
+                            if (integers) exact = exact * at(step)[c] / at(scale)[o];
+                        }
+                        const double value = integers ? static_cast<signed char>(*p) : number_at(p, a.dtype);
+                        require_near("pack", value, exact, integers ? 0.5001 : 0, a.dtype);
+                        if (integers && o < a.outputs && c < a.channels)
+                            expected_sums[static_cast<size_t>(o)] +=
+                                static_cast<int64_t>(value * static_cast<double>(zero[static_cast<size_t>(c)]));
+                    }
+        first += size;
+    }
+    if (integers && sums != expected_sums) printf("pack: wrong sums\n"), exit(1);
+
+    const auto refuse = [a](const char* what, void (*change)(cf_pack_args&)) {
+        cf_pack_args wrong = a;
+        change(wrong);
+        if (cf_cpu_pack(&wrong) != CF_INVALID_ARGUMENT) printf("pack: %s is taken\n", what), exit(1);
+    };
+    refuse("dtype", [](cf_pack_args& w) { w.dtype = CF_FLOAT16; });
+    refuse("the weight's dtype", [](cf_pack_args& w) { w.weight.dtype = CF_UINT8; });
+    refuse("no weight", [](cf_pack_args& w) { w.weight.data = nullptr; });
+    refuse("no result", [](cf_pack_args& w) { w.packed = nullptr; });
+    refuse("outputs", [](cf_pack_args& w) { w.outputs = 0; });
+    refuse("channels", [](cf_pack_args& w) { w.channels = 0; });
+    refuse("height", [](cf_pack_args& w) { w.height = 0; });
+    refuse("width", [](cf_pack_args& w) { w.width = 0; });
+    refuse("no sums", [](cf_pack_args& w) { w.dtype = CF_UINT8, w.sums = nullptr; });
 }
 
 // A fingerprint is that of the places that the interface says, and of no byte beside them.
@@ -648,6 +801,34 @@ void fingerprints() {
         if (cf_cpu_fingerprint(&wrong) != CF_INVALID_ARGUMENT) printf("fingerprint: taken\n"), exit(1);
 }
 
+// The hash of all bytes sees every change of one, and is the same from three threads.
+void content_hashes(bool large) {
+    std::vector<char> data(static_cast<size_t>(draw(0, large ? 3 << 20 : 200)));
+    for (char& byte : data) byte = static_cast<char>(draw(0, 255));
+    const auto hash = [&](int64_t threads) {
+        uint64_t result = 0;
+        const cf_content_hash_args a{data.data(), static_cast<int64_t>(data.size()), 5, &result, threads};
+        if (cf_cpu_content_hash(&a) != CF_OK) printf("content_hash: refused\n"), exit(1);
+        return result;
+    };
+    const uint64_t before = hash(1);
+    if (hash(3) != before) printf("content_hash: three threads have another result than one\n"), exit(1);
+    for (int i = 0; i < (large ? 3 : 40) && !data.empty(); ++i) {
+        char& byte = data[static_cast<size_t>(draw(0, static_cast<int64_t>(data.size()) - 1))];
+        const int bit = 1 << draw(0, 7);
+        byte = static_cast<char>(byte ^ bit);
+        if (hash(1) == before) printf("content_hash: a change is not seen\n"), exit(1);
+        byte = static_cast<char>(byte ^ bit);
+    }
+    data.push_back(0);
+    if (hash(1) == before) printf("content_hash: a zero more is not seen\n"), exit(1);
+    uint64_t result = 0;
+    for (const cf_content_hash_args& wrong :
+         {cf_content_hash_args{nullptr, 1, 0, &result, 1}, cf_content_hash_args{&result, -1, 0, &result, 1},
+          cf_content_hash_args{&result, 8, 0, nullptr, 1}})
+        if (cf_cpu_content_hash(&wrong) != CF_INVALID_ARGUMENT) printf("content_hash: taken\n"), exit(1);
+}
+
 // The op as a step has the op's results.
 void dual_head_step(Program& p, int64_t n, int64_t dtype) {
     auto call = std::make_shared<Call<cf_dual_head_args>>(
@@ -681,8 +862,9 @@ Image any_step(Program& p, const Image& x) {
     if (products && x.image.border && draw(0, 2)) return convolution(p, x, 9, border);
     if (products && draw(0, 3) == 0) return convolution(p, x, 1, border);
     if (dtype != CF_UINT8 && x.dense()) {
-        const int64_t kind = draw(0, 6);
+        const int64_t kind = draw(0, 7);
         if (kind == 0) return layer_norm(p, x);
+        if (kind == 7) return modulate(p, x);
         if (kind > 4) return pointwise(p, x);
         if (kind == 1 && x.channels % 2 == 0) return gate(p, x);
         const bool three = multiplies(dtype) && x.channels % (3 * lanes) == 0 && x.height * x.width < 50;

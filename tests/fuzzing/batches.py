@@ -15,7 +15,7 @@ import torch
 
 import coalescer_fast as cf
 from coalescer_fast import files
-from coalescer_fast.runtime.native.runtime import no_programs
+from coalescer_fast.runtime.native.module import no_programs
 
 from ..helpers import processes
 

@@ -22,7 +22,8 @@ from coalescer_fast import (
 )
 from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.ops import native_library
-from coalescer_fast.runtime.native.runtime import NativeRuntime, no_programs
+from coalescer_fast.runtime.native.module import no_programs
+from coalescer_fast.runtime.native.runtime import NativeRuntime
 
 # Largest |y - y64| / |y64| of directions and of distances: what rounding the inputs and weights of every layer can add
 # up to in networks as small as these.

@@ -3,33 +3,98 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...ops import native_library
-from ...ops.abi import cf_image, cf_tensor4, cf_vector
-from .value import BYTES, Range, Value
+from ...ops.abi import cf_image, cf_pack_args, cf_tensor4, cf_vector
+from .packed_file import PackedFile, content_hash
+from .value import BYTES, CODES, Range, Value
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of a module, or a view of it, which is read when it is packed.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the view.
+        stride: likewise.
+        offset: likewise, in elements, from the parameter's own first element.
+        own: the parameter by its name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    own: Callable[[str], Tensor] = field(compare=False)
+
+    def tensor(self) -> Tensor:
+        own = self.own(self.name)
+        # the same strides in another storage, where it may begin further on
+        return own.as_strided(self.shape, self.stride, own.storage_offset() + self.offset)
 
 
 class Weights:
-    """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once."""
+    """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once.
+
+    Attributes:
+        dtype: of the packed weights.
+        file: where those in this dtype are kept on disk, or None.
+        freed: the names of parameters that the module does not have any more.
+    """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        # With a weight's packed form we keep the weight itself: while it lives, no other has its address.
-        self._floats: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._integers: dict[Any, tuple[tuple[Tensor, Tensor, Tensor], Tensor, Range]] = {}
+        self.file: PackedFile | None = None
+        self.freed: set[str] = set()
+        self._floats: dict[Weight, Tensor] = {}
+        self._integers: dict[tuple[Weight, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
+        self._uses: Counter[str] = Counter()
+        self._free: Callable[[str], None] = lambda name: None
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Weight) -> Tensor:
         """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
-        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        if key not in self._floats:
-            self._floats[key] = kernel_order(weight, self.dtype), weight
-        return self._floats[key][0]
+        if weight not in self._floats:
+            self._floats[weight] = self._packed(weight)
+        self._uses[weight.name] -= 1
+        if self._uses[weight.name] == 0:
+            self._free(weight.name)
+            self.freed.add(weight.name)
+        return self._floats[weight]
 
-    def quantise(self, weight: Tensor, of: Range) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, weight: Weight) -> Tensor:
+        own = weight.tensor()
+        if self.file is None:
+            return kernel_order(own, self.dtype)
+        key, source = f"{weight.name} {weight.shape} {weight.stride} {weight.offset}", content_hash(own)
+        found = self.file.get(key, source)
+        if found is None:
+            self.file.put(key, source, found := kernel_order(own, self.dtype))
+        return found
+
+    def free_after(self, uses: Mapping[str, int], free: Callable[[str], None]) -> None:
+        """Have parameters freed as they are packed.
+
+        Args:
+            uses: how often each will be packed.
+            free: frees one, by its name.
+        """
+        self._uses, self._free = Counter({name: n for name, n in uses.items() if name not in self.freed}), free
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the packed weights of these parameters, which have changed."""
+        gone = set(names)
+        self.freed -= gone
+        self._floats = {weight: packed for weight, packed in self._floats.items() if weight.name not in gone}
+        self._integers = {key: packed for key, packed in self._integers.items() if key[0].name not in gone}
+
+    def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
         r"""A convolution's weights in int8, for an input in uint8.
 
         ``sum_c w_c x_c = scale (sum_c v_c q_c - sum_c v_c zero_c)`` with ``v = round(w step / scale)`` and, for every
@@ -43,16 +108,15 @@ class Weights:
             The packed v, int8; scale, (Cout,), float32; ``-scale sum_c v_c zero_c``, (Cout,), float32, to be added to
             the bias.
         """
-        key = (weight.data_ptr(), weight.shape, weight.stride(), id(of))
+        key = weight, id(of)
         if key not in self._integers:
             step, zero = of.quantisation()
-            stepped = weight.float() * step[:, None, None]
-            scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
-            whole = (stepped / scale[:, None, None, None]).round()
-            # whole numbers, exact in float64 whatever the order of the sum
-            zeros = (whole.double().sum((2, 3)) * zero.double()).sum(1)
-            packed = kernel_order(whole, torch.uint8), scale, (-scale * zeros).float()
-            self._integers[key] = packed, weight, of
+            own = weight.tensor()
+            largest = torch.maximum(own.amax((2, 3)), -own.amin((2, 3))).float()
+            scale = (largest * step).amax(1).clamp_min(1e-30) / 127
+            whole, sums = quantised_order(own, step, scale, zero)
+            packed = whole, scale, (-scale * sums.double()).float()
+            self._integers[key] = packed, of  # while the range lives, no other has its identity
         return self._integers[key][0]
 
 
@@ -63,17 +127,56 @@ def kernel_order(weight: Tensor, dtype: torch.dtype) -> Tensor:
         weight: any dtype and strides.
         dtype: of the convolution's input; for uint8 the weights become int8, and must be whole numbers.
     """
-    lanes, width = 4 // BYTES[dtype], native_library.vector_width()
-    outputs, channels, *kernel = weight.shape
-    taps, vectors, quads = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
-    rows = torch.zeros(vectors * width, taps, quads * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
-    rows[:outputs, :, :channels] = weight.permute(0, 2, 3, 1).reshape(outputs, taps, channels)
-    split = rows.view(vectors, width, taps, quads, lanes)
-    # AVX-512 has registers for the sums of 4 vectors of outputs, the others for 3
-    blocks = -(-vectors // (4 if width == 16 else 3))
-    least, larger = divmod(vectors, blocks)
-    sizes = [least + (block < larger) for block in range(blocks)]
-    return torch.cat([part.permute(2, 3, 0, 1, 4).reshape(-1) for part in torch.split(split, sizes)])
+    if dtype == torch.uint8:
+        one = torch.ones(max(weight.shape[:2]), dtype=torch.float32)
+        return quantised_order(weight, one, one, torch.zeros_like(one))[0]
+    return _order(weight, dtype)
+
+
+def quantised_order(weight: Tensor, step: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """``v = round(weight step / scale)`` in int8, in the kernel's order.
+
+    Args:
+        weight: (Cout, Cin, k, k), any dtype and strides.
+        step: (Cin,), float32.
+        scale: (Cout,), float32.
+        zero: (Cin,), float32, whole numbers from 0 to 255.
+
+    Returns:
+        The packed v; ``sum v zero`` over channels and taps, (Cout,), int64.
+    """
+    sums = torch.empty(weight.shape[0], dtype=torch.int64)
+    step, scale, zero = step.contiguous(), scale.contiguous(), zero.contiguous()
+    return _order(weight, torch.uint8, step, scale, zero, sums), sums
+
+
+def _order(weight: Tensor, dtype: torch.dtype, *quantisation: Tensor) -> Tensor:
+    """Pack weights for inputs of the dtype; for uint8 with step, scale, zero and sums of `cf_pack_args`."""
+    if weight.dtype not in native_library.DTYPE_CODES:
+        weight = weight.float()
+    outputs, channels, height, width = weight.shape
+    lanes, vector = 4 // BYTES[dtype], native_library.vector_width()
+    count = -(-outputs // vector) * vector * height * width * -(-channels // lanes) * lanes
+    packed = torch.empty(count, dtype=torch.int8 if dtype == torch.uint8 else dtype)
+    step, scale, zero, sums = (t.data_ptr() for t in quantisation) if quantisation else (None,) * 4
+    arguments = cf_pack_args.pack(
+        weight=cf_tensor4(
+            data=weight.data_ptr(), dtype=native_library.DTYPE_CODES[weight.dtype], strides=weight.stride()
+        ),
+        packed=packed.data_ptr(),
+        dtype=CODES[dtype],
+        outputs=outputs,
+        channels=channels,
+        height=height,
+        width=width,
+        step=step,
+        scale=scale,
+        zero=zero,
+        sums=sums,
+        threads=torch.get_num_threads(),
+    )
+    native_library.function("cf_cpu_pack")(arguments)
+    return packed
 
 
 class Packer:

@@ -57,7 +57,7 @@ def compile_module(
 
     Args:
         module: any module whose forward takes these tensors and does what there are steps for.
-        inputs: examples: images (N, C, H, W), rows (N, ..., C), or bool masks. What they hold does not matter.
+        inputs: examples of the tensors that it is given. What they hold does not matter.
         dtype: of weights and activations, one that `native_library.products` has. Inputs and outputs are float32.
         weights: those of the module's other programs of this dtype, to share packed weights with them.
 
@@ -67,8 +67,7 @@ def compile_module(
     """
 
     def run(copied: nn.Module, recorder: Recorder) -> list[Tensor]:
-        given = [recorder.input(x, image=x.ndim == 4) for x in inputs]
-        return tree_leaves(copied(*given))
+        return tree_leaves(copied(*map(recorder.given, inputs)))
 
     recording = record_module(MetaCopy(module), run)
     return Program(recording, weights or Weights(dtype), torch.get_num_threads())
@@ -82,6 +81,7 @@ class Program:
         outputs: likewise, to be read after `run`; the next run writes to them.
         memory: of all values.
         normalised: the results of normalisations that can be uint8, by their number among all such results.
+        prologue: makes the inputs of what the module is given.
         bound: whatever a caller notes of what he last wrote to the inputs.
     """
 
@@ -100,14 +100,15 @@ class Program:
             weights: the module's packed weights, of the program's dtype.
             threads: how many may be used.
             ranges: of the values of ``normalised`` that are to be uint8, by their number.
-            keep: let every value stay in memory until the next run, for `observe`.
+            keep: let the values of ``normalised`` stay in memory until the next run, for `observe`.
         """
         self.normalised = _normalised(recording.steps)
-        for number, each in (ranges or {}).items():
-            self.normalised[number].range = each
+        for number, value in self.normalised.items():
+            value.range = (ranges or {}).get(number)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
-            size = place(layout.steps, recording.inputs, layout.outputs, keep)
+            kept = [*layout.outputs, *(self.normalised.values() if keep else ())]
+            size = place(layout.steps, recording.inputs, kept)
             self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         values = {value for step in layout.steps for value in step.values} | {*recording.inputs}
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -121,14 +122,15 @@ class Program:
         self._arguments = cf_program_args.pack(steps=packer.keep(table), count=len(layout.steps), threads=threads)
         self._kept = packer.kept
         self._call = native_library.function("cf_cpu_run")
+        self.prologue = recording.prologue
         self.bound: object = None
         # steps hold weights, and know each other by values: without these cycles all is freed with the program
         for value in {value for step in (*recording.steps, *layout.steps) for value in step.values}:
             value.step, value.readers = None, []
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for these inputs, float32, in memory of their own."""
-        for mine, x in zip(self.inputs, inputs, strict=True):
+        """The outputs for what the module is given, float32, in memory of their own."""
+        for mine, x in zip(self.inputs, self.prologue(inputs), strict=True):
             mine.copy_(x)
         self.run()
         return tuple(y.clone() for y in self.outputs)
@@ -217,6 +219,8 @@ class Layout:
 
     def _choose_dtypes(self, recording: Recording) -> None:
         for value in self.outputs:
+            if value.readers:
+                continue
             # A chain of element-wise steps is float32 from the step on that can write it.
             writer = value.step
             while writer is not None and (writer.widens or writer.elementwise):
@@ -229,8 +233,9 @@ class Layout:
             for value in step.inputs:
                 value.dtype = value.dtype or self.dtype
             wide = step.elementwise and step.inputs[0].dtype == torch.float32
-            chosen = torch.float32 if wide else self.dtype
             for value in step.outputs:
+                asked = step.widens and value.readers and all(each.wants_float32(value) for each in value.readers)
+                chosen = torch.float32 if wide or asked else self.dtype
                 value.dtype = value.dtype or (chosen if value.range is None else torch.uint8)
         for value in recording.inputs:  # that no step reads
             value.dtype = value.dtype or self.dtype
@@ -256,24 +261,23 @@ class Layout:
         return self._copies[key]
 
 
-def place(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value], keep: bool) -> int:
+def place(steps: Sequence[Step], inputs: Sequence[Value], kept: Sequence[Value]) -> int:
     """Give every value an address, from 0 on, where no other value lies that is still to be read.
 
     Args:
         steps: in the order in which they run.
         inputs: whose memory no other value has.
-        outputs: which nothing overwrites.
-        keep: let nothing be overwritten.
+        kept: outputs and others that nothing overwrites.
 
     Returns:
         How many bytes they need.
     """
     first: dict[Value, int] = dict.fromkeys(inputs, -1)
-    last: dict[Value, int] = dict.fromkeys([*inputs, *outputs], len(steps))
+    last: dict[Value, int] = dict.fromkeys([*inputs, *kept], len(steps))
     for n, step in enumerate(steps):
         for value in step.values:
             first.setdefault(value, n)
-            last[value] = max(last.get(value, n), len(steps) if keep else n)
+            last[value] = max(last.get(value, n), n)
     total = 0
     live: list[tuple[int, int, int]] = []  # address, end, last step that reads it
     # First fit, in the order in which values are written. This is not optimal, but it is fast, and networks with

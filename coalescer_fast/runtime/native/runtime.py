@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops, sampling
-from ...dtypes import dtype_name
 from ...models.unet import CoalescerUNet, Conditioning
 from ...ops import native_library
 from ..base import Part, PipelineRuntime, channels_last_copy, counted, entered, quiet_torch
 from ..watch import foreign
+from .module import no_programs
 from .pack import Weights
 from .program import Program, ProgramCache
 from .record import MetaCopy, Recorder, record_module
@@ -45,21 +45,6 @@ VOCABULARY = (
 # Packages whose modules do nothing but compute with their parameters. Modules of others may have state that no watch
 # sees, so they run as they are.
 KNOWN = ("coalescer_fast.", "torch.nn.modules.", "diffusers.models.", "peft.tuners.lora.")
-
-
-def native_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; without, it is emulated, and slower than float32."""
-    return torch.bfloat16 in native_library.products()
-
-
-def no_programs(dtype: torch.dtype) -> str:
-    """Why no network can run as a program of this dtype here, or ""."""
-    if reason := native_library.unavailable():
-        return reason
-    if dtype not in native_library.products():
-        return f"the processor does not multiply {dtype_name(dtype)} itself"
-    # vectors of four floats are no match for torch's own convolutions
-    return "the processor has neither AVX2 nor AVX-512" if native_library.isa() == "portable" else ""
 
 
 class NativeRuntime(PipelineRuntime):
@@ -101,12 +86,13 @@ class NativeRuntime(PipelineRuntime):
         return {name: network.refused for name, network in self.networks.items() if network.refused}
 
     def take_over(self) -> None:
-        weights = {dtype: Weights(dtype) for dtype in (torch.float32, self.dtype)}
+        weights = Weights(self.dtype)
+        in_float32 = weights if self.dtype == torch.float32 else Weights(torch.float32)
         unet, decoder = self.pipe.unet, self.pipe.vae.decoder
         self.networks = {
-            "unet": Network(unet, weights[self.dtype], self.backend),
-            "decoder": Network(decoder, weights[self.dtype], self.backend),
-            "conditioning": Network(unet, weights[torch.float32], self.backend),
+            "unet": Network(unet, weights, self.backend),
+            "decoder": Network(decoder, Weights(self.dtype), self.backend),
+            "conditioning": Network(unet, in_float32, self.backend),
         }
         self.programs = ProgramCache()
         self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import ops  # noqa: F401 (registers the ops)
 from ...ops.abi import (
@@ -34,7 +35,7 @@ from ...ops.abi import (
 )
 from ...ops.kernels.dual_head.native import cf_dual_head_args
 from ...ops.kernels.group_norm_silu.native import cf_group_norm_silu_args
-from .pack import Packer, address, image, tensor4
+from .pack import Packer, Weight, address, image, tensor4
 from .value import BYTES, Unsupported, Value
 
 if TYPE_CHECKING:
@@ -47,9 +48,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # Handlers of torch ops: handler(recorder, result, **arguments) is called after the op, whose result has no data. The
 # arguments have the names of the op's schema, but ``self`` is called ``input``.
 HANDLERS: dict[Any, Callable[..., None]] = {}
+# Those that are steps even of vectors, which else a prologue of torch ops computes with.
+PRODUCTS = {
+    aten.convolution.default,
+    torch.ops.coalescer_fast.bias_residual.default,
+    torch.ops.coalescer_fast.dual_head.default,
+    torch.ops.coalescer_fast.group_norm_silu.default,
+}
 # Handlers of functions of torch.nn.functional that torch would take apart: handler(recorder, *args, **kwargs) is called
 # instead of the function, and returns a result without data.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
+
+
+def without_data(shape: Sequence[int], dtype: torch.dtype = torch.float32, **layout: Any) -> Tensor:
+    """A new tensor of a recorded module, which its recorder does not see being made."""
+    with _disable_current_modes():
+        return torch.empty(tuple(shape), dtype=dtype, device="meta", **layout)
 
 
 def records(*operations: Any) -> Callable[[Function], Function]:
@@ -119,8 +133,16 @@ class Step:
         """Whether this input may be uint8."""
         return False
 
+    def wants_float32(self, value: Value) -> bool:
+        """Whether it reads this input in float32, whatever the program's dtype."""
+        return False
+
     def add(self, residual: Value | None, bias: Tensor | None) -> bool:
         """Make the addition of these to its output a part of the step; returns False if it cannot."""
+        return False
+
+    def add_row(self, row: Value) -> bool:
+        """Likewise the addition of (n, channels) at every position."""
         return False
 
     def lay_out(self, layout: Layout) -> None:
@@ -139,6 +161,7 @@ class cf_convolution_args(Struct):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("scale", c_void_p),
+        ("row", c_void_p),
         ("n", c_int64),
         ("height", c_int64),
         ("width", c_int64),
@@ -146,15 +169,28 @@ class cf_convolution_args(Struct):
         ("outputs", c_int64),
         ("taps", c_int64),
         ("stride", c_int64),
+        ("padding", c_int64),
         ("relu", c_int64),
     ]
 
 
+@dataclass(frozen=True)
+class Padded:
+    """Note of zeros after the last row and column of an image, which a 3x3 convolution without padding can read.
+
+    Attributes:
+        input: the image.
+    """
+
+    input: Tensor
+
+
 @dataclass(eq=False)
 class Convolution(Step):
-    """``y = relu(convolution(x) + bias + residual)``, of 1x1 or 3x3, with as many zeros around x as keep its size.
+    """``y = relu(convolution(x) + bias + row + residual)``, of 1x1 or 3x3.
 
-    A linear layer is a 1x1 convolution. Weight (Cout, Cin, k, k) and bias (Cout,) are the module's own.
+    A linear layer is a 1x1 convolution. Weight (Cout, Cin, k, k) and bias (Cout,) are the module's own; row is (n,
+    Cout). ``padding`` is the number of zeros above and left of x; below and right of it there are as many as are read.
     """
 
     name = "CONVOLUTION"
@@ -164,14 +200,19 @@ class Convolution(Step):
 
     x: Value
     y: Value
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
     residual: Value | None = None
+    row: Value | None = None
     stride: int = 1
+    padding: int = 0
     relu: bool = False
 
     def reads(self) -> Sequence[Value | None]:
-        return self.x, self.residual
+        return self.x, self.residual, self.row
+
+    def wants_float32(self, value: Value) -> bool:
+        return value is self.row
 
     def add(self, residual: Value | None, bias: Tensor | None) -> bool:
         if self.relu or self.residual is not None:
@@ -181,13 +222,19 @@ class Convolution(Step):
             self.bias = bias if self.bias is None else self.bias.float() + bias.float()
         return True
 
+    def add_row(self, row: Value) -> bool:
+        if self.relu or self.row is not None:
+            return False
+        self.row = row
+        return True
+
     @property
     def wide(self) -> bool:
         """Whether it is 3x3: it then reads beyond the edges of x, which needs a border."""
         return self.weight.shape[2] == 3
 
     def reads_uint8(self, value: Value) -> bool:
-        return self.wide and value is not self.residual
+        return self.wide and value is not self.residual and value is not self.row
 
     def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]
@@ -203,6 +250,7 @@ class Convolution(Step):
         if not able:
             self.x = layout.copy(x, layout.dtype, int(self.wide), padded)
         self.residual = layout.in_dtype(self.residual, self.y.dtype)
+        self.row = layout.in_dtype(self.row, torch.float32)
 
     def arguments(self, packer: Packer) -> Struct:
         x, y, bias, scale = self.x, self.y, self.bias, None
@@ -218,6 +266,7 @@ class Convolution(Step):
             weight=packer.keep(weight),
             bias=packer.floats(bias),
             scale=packer.keep(scale),
+            row=address(self.row),
             n=y.n,
             height=y.height,
             width=y.width,
@@ -225,6 +274,7 @@ class Convolution(Step):
             outputs=y.channels,
             taps=self.weight.shape[2] ** 2,
             stride=self.stride,
+            padding=self.padding,
             relu=self.relu,
         )
 
@@ -240,32 +290,43 @@ class Convolution(Step):
         padding: Sequence[int],
         **rest: Any,
     ) -> None:
-        kernel, parameter, x = tuple(weight.shape[2:]), recorder.parameter(weight), recorder.image(input)
+        kernel, parameter = tuple(weight.shape[2:]), recorder.weight(weight)
         plain = {"dilation": [1, 1], "transposed": False, "output_padding": [0, 0], "groups": 1}
-        same = list(padding) == [kernel[0] // 2] * 2 and stride[0] == stride[1]
-        if rest != plain or kernel not in ((1, 1), (3, 3)) or not same:
+        # the zeros in memory around an image are enough for these
+        padded = recorder.noted(input, Padded) if kernel == (3, 3) and list(padding) == [0, 0] else None
+        inside = (kernel, list(padding)) in [((1, 1), [0, 0]), ((3, 3), [1, 1])] or padded is not None
+        if rest != plain or not inside or stride[0] != stride[1]:
             raise Unsupported(f"it has a convolution {kernel} with stride {stride}, padding {padding}, {rest}")
-        height, width = ((side + stride[0] - 1) // stride[0] for side in (x.height, x.width))
-        y = Value(x.n, height, width, parameter.shape[0])
-        recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias), stride=stride[0]), result)
+        x = recorder.image(input if padded is None else padded.input)
+        y = Value(x.n, result.shape[2], result.shape[3], parameter.shape[0])
+        bias = recorder.optional_parameter(bias)
+        recorder.add(Convolution(x, y, parameter, bias, stride=stride[0], padding=padding[0]), result)
+
+    @staticmethod
+    @records(aten.constant_pad_nd.default)
+    def record_padding(recorder: Recorder, result: Tensor, input: Tensor, pad: Sequence[int], value: float) -> None:
+        if list(pad) != [0, 1, 0, 1] or value != 0:
+            raise Unsupported(f"it pads by {list(pad)} with {value}")
+        recorder.note(result, "a padding that no 3x3 convolution reads", Padded(input))
 
     @staticmethod
     @records(F.linear)
     def record_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        parameter, x = recorder.parameter(weight), recorder.whole(input)
-        result = torch.empty((*input.shape[:-1], parameter.shape[0]), dtype=torch.float32, device="meta")
+        x, parameter = recorder.whole(input), recorder.weight(weight[:, :, None, None])
+        result = without_data((*input.shape[:-1], parameter.shape[0]))
         y = x.like(parameter.shape[0])
-        recorder.add(Convolution(x, y, parameter[:, :, None, None], recorder.optional_parameter(bias)), result)
+        recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias)), result)
         return result
 
     @staticmethod
     @records(aten.relu.default, aten.relu_.default)
     def record_relu(recorder: Recorder, result: Tensor, input: Tensor) -> None:
         y = recorder.whole(input)
-        if not isinstance(y.step, Convolution) or y.readers:
-            raise Unsupported("it has a ReLU of something other than a convolution's output")
-        y.step.relu = True
-        recorder.join(y, result)
+        if isinstance(y.step, Convolution) and recorder.joinable(y):
+            y.step.relu = True
+            recorder.join(y, result)
+        else:
+            Pointwise.record(recorder, result, input, cf_function.CF_RELU)
 
     @staticmethod
     @records(torch.ops.coalescer_fast.bias_residual.default)
@@ -308,6 +369,12 @@ class GroupNormSiLU(Step):
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.skip, self.scale, self.shift
+
+    def add_row(self, row: Value) -> bool:
+        if self.silu or self.shift is not None:
+            return False
+        self.shift = row
+        return True
 
     def lay_out(self, layout: Layout) -> None:
         self.x = layout.in_dtype(self.x, layout.dtype)
@@ -391,10 +458,12 @@ class GroupNormSiLU(Step):
         eps: float = 1e-5,
         cudnn_enabled: bool = True,
     ) -> Tensor:
-        """torch's own GroupNorm; a SiLU after it joins it, see `Pointwise.record_silu`."""
-        x = recorder.image(input)
+        """torch's own GroupNorm, of images or of (n, C, positions); a SiLU, scales and shifts after it join it."""
+        x = recorder.whole(input.transpose(1, 2)) if input.ndim == 3 else recorder.image(input)
         weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
-        result = torch.empty_like(input)
+        order = (0, 2, 1) if input.ndim == 3 else (0, 2, 3, 1)
+        result = without_data([input.shape[i] for i in order])
+        result = result.transpose(1, 2) if input.ndim == 3 else result.permute(0, 3, 1, 2)
         recorder.add(GroupNormSiLU(x, x.like(), num_groups, eps, weight, bias, silu=False), result)
         return result
 
@@ -408,15 +477,22 @@ class cf_gather_args(Struct):
         ("height", c_int64),
         ("width", c_int64),
         ("y_channels", c_int64),
-        ("factor", c_int64),
+        ("from_height", c_int64),
+        ("from_width", c_int64),
+        ("y_scale", c_double),
+        ("x_scale", c_double),
     ]
 
 
 @dataclass(eq=False)
 class Gather(Step):
-    """``y = cat([x, other], 1)``, each position repeated ``factor`` times along height and width.
+    """``y = cat([x, other], 1)``, resized to the nearest positions.
 
-    With x alone and a factor of 1 it is a copy, in another dtype, or with a border or padding.
+    With x alone and of the same size it is a copy: in another dtype, with a border or padding, or of the channels from
+    ``first`` on.
+
+    Attributes:
+        scales: of positions of y to those of x, along height and width; None for their sizes' quotient.
     """
 
     name = "GATHER"
@@ -427,40 +503,88 @@ class Gather(Step):
     x: Value
     y: Value
     other: Value | None = None
-    factor: int = 1
+    scales: tuple[float | None, float | None] = (None, None)
+    first: int = 0
+
+    @property
+    def is_part(self) -> bool:
+        """Whether y is some of the channels of x."""
+        size = (self.x.height, self.x.width) == (self.y.height, self.y.width)
+        return self.other is None and size and self.y.channels < self.x.channels
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.other
 
     def arguments(self, packer: Packer) -> Struct:
         x, other, y = self.x, self.other, self.y
+        part = tensor4(x)
+        if self.first:
+            part.data += self.first * x.element_bytes
         return cf_gather_args(
-            parts=(tensor4(x), tensor4(other)),
-            channels=(x.channels, 0 if other is None else other.channels),
+            parts=(part, tensor4(other)),
+            channels=(y.channels if other is None else x.channels, 0 if other is None else other.channels),
             y=image(y),
             n=y.n,
             height=y.height,
             width=y.width,
             y_channels=y.padded,
-            factor=self.factor,
+            from_height=x.height,
+            from_width=x.width,
+            y_scale=self.scales[0] or x.height / y.height,
+            x_scale=self.scales[1] or x.width / y.width,
         )
 
     @staticmethod
     @records(aten.cat.default)
     def record(recorder: Recorder, result: Tensor, tensors: Sequence[Tensor], dim: int) -> None:
-        if dim != 1 or len(tensors) != 2:
-            raise Unsupported("it concatenates other than two images along their channels")
-        x, other = (recorder.image(t) for t in tensors)
-        recorder.add(Gather(x, x.like(result.shape[1]), other), result)
+        along_channels = dim in ((1, -3) if result.ndim == 4 else (result.ndim - 1, -1))
+        if not along_channels:
+            raise Unsupported(f"it concatenates tensors of {result.ndim} dimensions along dimension {dim}")
+        x, *others = (recorder.whole(t) for t in tensors)
+        for number, other in enumerate(others, start=2):
+            y = x.like(x.channels + other.channels)
+            recorder.add(Gather(x, y, other), *([result] if number == len(tensors) else []))
+            x = y
+        if not others:
+            recorder.alias(result, x)
+
+    @staticmethod
+    def record_part(recorder: Recorder, tensor: Tensor, x: Value, first: int) -> Value:
+        """The channels of x that the tensor is, from ``first`` on, as a value of their own."""
+        y = x.like(tensor.shape[1] if tensor.ndim == 4 else tensor.shape[-1])
+        recorder.add(Gather(x, y, first=first))
+        return y
 
     @staticmethod
     @records(aten.upsample_nearest2d.default)
-    def record_upsampling(recorder: Recorder, result: Tensor, input: Tensor, **how: Any) -> None:
+    def record_upsampling(
+        recorder: Recorder,
+        result: Tensor,
+        input: Tensor,
+        output_size: Sequence[int],
+        scales_h: float | None,
+        scales_w: float | None,
+    ) -> None:
+        Gather._record_resizing(recorder, result, input, scales_h, scales_w)
+
+    @staticmethod
+    @records(aten.upsample_nearest2d.vec)
+    def record_scaled_upsampling(
+        recorder: Recorder,
+        result: Tensor,
+        input: Tensor,
+        output_size: Sequence[int] | None,
+        scale_factors: Sequence[float] | None,
+    ) -> None:
+        Gather._record_resizing(recorder, result, input, *(scale_factors or (None, None)))
+
+    @staticmethod
+    def _record_resizing(
+        recorder: Recorder, result: Tensor, input: Tensor, scales_h: float | None, scales_w: float | None
+    ) -> None:
         x, (height, width) = recorder.image(input), result.shape[2:]
-        factor = height // x.height
-        if (height, width) != (x.height * factor, x.width * factor):
-            raise Unsupported("it resizes by other than a whole number")
-        recorder.add(Gather(x, Value(x.n, height, width, x.channels), factor=factor), result)
+        scales = (1 / scales_h if scales_h else None, 1 / scales_w if scales_w else None)
+        recorder.add(Gather(x, Value(x.n, height, width, x.channels), scales=scales), result)
 
 
 class cf_attention_args(Struct):
@@ -468,6 +592,7 @@ class cf_attention_args(Struct):
         ("q", cf_heads),
         ("k", cf_heads),
         ("v", cf_heads),
+        ("bias", cf_heads),
         ("mask", c_void_p),
         ("y", c_void_p),
         ("dtype", c_int64),
@@ -500,10 +625,10 @@ class Heads:
 
 @dataclass(eq=False)
 class Attention(Step):
-    """``y = softmax(q k^T / sqrt(width)) v`` of every sample and head, over the keys that the mask allows.
+    """``y = softmax(q k^T * scale + bias) v`` of every sample and head, over the keys that the mask allows.
 
-    q, k and v may be parts of one value; ``views`` says how the heads lie in each. The mask is (n, k_length), bool,
-    and y (n, length, heads * width).
+    q, k and v may be parts of one value; ``views`` says how the heads lie in each. The mask is (n, k_length), bool, the
+    bias (n, heads, length, k_length), of which ``bias_view`` says how it lies, and y (n, length, heads * width).
     """
 
     name = "ATTENTION"
@@ -520,14 +645,20 @@ class Attention(Step):
     length: int
     k_length: int
     width: int
+    scale: float
+    bias: Value | None = None
+    bias_view: Heads | None = None
 
     def reads(self) -> Sequence[Value | None]:
-        return self.q, self.k, self.v, self.mask
+        return self.q, self.k, self.v, self.mask, self.bias
+
+    def wants_float32(self, value: Value) -> bool:
+        return value is self.bias
 
     def lay_out(self, layout: Layout) -> None:
-        for value in (self.q, self.k, self.v):
-            if value.dtype != layout.dtype:
-                raise Unsupported(f"it attends to what is given as {value.dtype}")
+        self.q, self.k, self.v = (layout.in_dtype(each, layout.dtype) for each in (self.q, self.k, self.v))
+        if self.bias is not None and self.bias.dtype != torch.float32:
+            raise Unsupported("its attention has a bias that is computed")
 
     def arguments(self, packer: Packer) -> Struct:
         if self.width * BYTES[packer.dtype] % 4:
@@ -537,6 +668,7 @@ class Attention(Step):
             q=q,
             k=k,
             v=v,
+            bias=None if self.bias is None or self.bias_view is None else self.bias_view.pack(self.bias),
             mask=address(self.mask),
             y=self.y.address,
             dtype=self.y.code,
@@ -545,7 +677,7 @@ class Attention(Step):
             length=self.length,
             k_length=self.k_length,
             width=self.width,
-            scale=self.width**-0.5,
+            scale=self.scale,
         )
 
     @staticmethod
@@ -558,14 +690,14 @@ class Attention(Step):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        **rest: Any,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        n, heads, length, width = query.shape
-        mask = None if attn_mask is None else recorder.value(attn_mask)
-        if dropout_p or is_causal or rest:
-            raise Unsupported("it has attention of another kind")
-        if attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape != (n, 1, 1, key.shape[2])):
-            raise Unsupported("it has attention of another kind")
+        if query.ndim != 4 or key.shape != value.shape or key.shape[:2] != query.shape[:2]:
+            raise Unsupported(f"it attends from {tuple(query.shape)} to {tuple(key.shape)}")
+        (n, heads, length, width), k_length = query.shape, key.shape[2]
+        if dropout_p or is_causal or enable_gqa:
+            raise Unsupported("it has attention that is causal, grouped or drops out")
         if any(t.stride(-1) != 1 for t in (query, key, value)):
             raise Unsupported("its attention has heads whose elements do not lie beside each other")
         q, k, v = (recorder.value(t) for t in (query, key, value))
@@ -573,8 +705,19 @@ class Attention(Step):
             raise Unsupported("it attends to images that are reshaped")
         views = Heads.of(query), Heads.of(key), Heads.of(value)
         y = q.like(heads * width)
-        result = torch.empty((n, length, heads, width), dtype=torch.float32, device="meta")
-        recorder.add(Attention(q, k, v, mask, y, views, heads, length, key.shape[2], width), result)
+        result = without_data((n, length, heads, width))
+        scale, mask, bias, bias_view = width**-0.5 if scale is None else scale, None, None, None
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            if attn_mask.shape != (n, 1, 1, k_length):
+                raise Unsupported(f"its attention has a mask of shape {tuple(attn_mask.shape)}")
+            mask = recorder.value(attn_mask)
+        elif attn_mask is not None:
+            view = attn_mask.expand(n, heads, length, k_length)
+            if view.stride(-1) != 1:
+                raise Unsupported(f"its attention has a bias of shape {tuple(attn_mask.shape)}")
+            bias, bias_view = recorder.value(attn_mask), Heads.of(view)
+        step = Attention(q, k, v, mask, y, views, heads, length, k_length, width, scale, bias, bias_view)
+        recorder.add(step, result)
         return result.transpose(1, 2)
 
 
@@ -680,8 +823,8 @@ class LayerNorm(Step):
 
     x: Value
     y: Value
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
 
     def reads(self) -> Sequence[Value | None]:
@@ -691,32 +834,37 @@ class LayerNorm(Step):
         self.x = layout.in_dtype(self.x, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
+        channels = self.x.channels
+        ones, zeros = torch.ones(channels, dtype=torch.float32), torch.zeros(channels, dtype=torch.float32)
         return cf_layer_norm_args(
             x=self.x.address,
             y=self.y.address,
             dtype=self.x.code,
             rows=self.x.rows,
-            channels=self.x.channels,
-            weight=packer.floats(self.weight),
-            bias=packer.floats(self.bias),
+            channels=channels,
+            weight=packer.floats(ones if self.weight is None else self.weight),
+            bias=packer.floats(zeros if self.bias is None else self.bias),
             eps=self.eps,
         )
 
     @staticmethod
-    @records(aten.native_layer_norm.default)
+    @records(F.layer_norm, torch.layer_norm)
     def record(
         recorder: Recorder,
-        result: tuple[Tensor, ...],
         input: Tensor,
         normalized_shape: Sequence[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> None:
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Tensor:
         x = recorder.whole(input)
-        if list(normalized_shape) != [x.channels] or weight is None or bias is None:
-            raise Unsupported("it has a LayerNorm of another kind")
-        recorder.add(LayerNorm(x, x.like(), recorder.parameter(weight), recorder.parameter(bias), eps), result[0])
+        if list(normalized_shape) != [x.channels] or input.ndim == 4:
+            raise Unsupported(f"it has a LayerNorm over {list(normalized_shape)}")
+        weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
+        result = without_data(input.shape)
+        recorder.add(LayerNorm(x, x.like(), weight, bias, eps), result)
+        return result
 
 
 class cf_gate_args(Struct):
@@ -727,72 +875,70 @@ class cf_gate_args(Struct):
         ("dtype", c_int64),
         ("rows", c_int64),
         ("channels", c_int64),
-        ("stride", c_int64),
+        ("value_stride", c_int64),
+        ("gate_stride", c_int64),
+        ("function", c_int64),
     ]
-
-
-@dataclass(frozen=True)
-class Gelu:
-    """Note of a GELU, which has a step only if a product follows.
-
-    Attributes:
-        input: what it is of.
-    """
-
-    input: Tensor
 
 
 @dataclass(eq=False)
 class Gate(Step):
-    """``y = value * gelu(gate)``, two halves of the channels of x, which begin at these offsets."""
+    """``y = x * function(gate)``, of the channels from ``x_first`` and ``gate_first`` on."""
 
     name = "GATE"
     number = 6
     struct = cf_gate_args
 
     x: Value
+    gate: Value
     y: Value
-    value_offset: int
-    gate_offset: int
+    x_first: int = 0
+    gate_first: int = 0
+    function: cf_function = cf_function.CF_IDENTITY
 
     def reads(self) -> Sequence[Value | None]:
-        return (self.x,)
+        return self.x, self.gate
 
     def lay_out(self, layout: Layout) -> None:
-        self.x = layout.in_dtype(self.x, layout.dtype)
+        self.x, self.gate = layout.in_dtype(self.x, layout.dtype), layout.in_dtype(self.gate, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
-        size = self.x.element_bytes
+        x, gate = self.x, self.gate
         return cf_gate_args(
-            value=self.x.address + self.value_offset * size,
-            gate=self.x.address + self.gate_offset * size,
+            value=x.address + self.x_first * x.element_bytes,
+            gate=gate.address + self.gate_first * gate.element_bytes,
             y=self.y.address,
-            dtype=self.x.code,
-            rows=self.x.rows,
+            dtype=x.code,
+            rows=x.rows,
             channels=self.y.channels,
-            stride=self.x.channels,
+            value_stride=x.channels,
+            gate_stride=gate.channels,
+            function=self.function,
         )
 
     @staticmethod
-    @records(aten.gelu.default)
-    def record_gelu(recorder: Recorder, result: Tensor, input: Tensor, approximate: str) -> None:
-        if approximate != "none":
-            raise Unsupported(f"it has a GELU approximated by {approximate}")
-        recorder.note(result, "a GELU that multiplies nothing", Gelu(input))
-
-    @staticmethod
-    def record(recorder: Recorder, result: Tensor, value: Tensor, gelu: Tensor) -> None:
-        """A product of two tensors, of which the second has to be a GELU."""
-        found = recorder.noted(gelu, Gelu)
-        gate = None if found is None else found.input
-        same = gate is not None and gate.shape == value.shape and gate.stride() == value.stride()
-        if gate is None or not same or recorder.value(gate) is not recorder.value(value):
-            raise Unsupported("it has a product of other than a half of an image with a GELU of the other half")
-        x, strides = recorder.value(gate), value.stride()
-        if strides[-1] != 1 or strides[-2] != x.channels or value[..., 0].numel() != x.rows:
-            raise Unsupported("it has a product of parts of images")
-        y = x.like(value.shape[-1])
-        recorder.add(Gate(x, y, int(value.storage_offset()), int(gate.storage_offset())), result)
+    @records(aten.mul.Tensor, aten.mul_.Tensor)
+    def record(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
+        """A product with a number, with a number for every channel, or of two tensors of one shape."""
+        number = recorder.number(other)
+        if number is not None:
+            Pointwise.record_line(recorder, result, input, scale=number)
+        elif input.shape != other.shape:
+            _record_rows(recorder, result, input, other, Modulate.scale_by)
+        else:
+            one, two = (recorder.channels_of(t) for t in (input, other))
+            if _function_of(one[0]) is not None and _function_of(two[0]) is None:
+                one, two = two, one
+            (x, x_first), (gate, gate_first) = one, two
+            function = _function_of(gate)
+            if function is not None and isinstance(gate.step, Pointwise):
+                gate, gate_first = gate.step.x, 0
+                if isinstance(gate.step, Gather) and gate.step.is_part:
+                    gate, gate_first = gate.step.x, gate.step.first
+            channels = input.shape[1] if input.ndim == 4 else input.shape[-1]
+            y = x.like(channels)
+            gated = Gate(x, gate, y, x_first, gate_first, function or cf_function.CF_IDENTITY)
+            recorder.add(gated, result)
 
 
 class cf_pointwise_args(Struct):
@@ -827,6 +973,18 @@ class Pointwise(Step):
     y_scale: float = 1.0
     y_shift: float = 0.0
     residual: Value | None = None
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether it is a function and nothing else."""
+        line = self.x_scale, self.x_shift, self.y_scale, self.y_shift
+        return self.function != cf_function.CF_IDENTITY and line == (1, 0, 1, 0) and self.residual is None
+
+    @property
+    def adds_one(self) -> bool:
+        """Whether it is ``x + 1``."""
+        line = self.x_scale * self.y_scale, self.x_shift * self.y_scale + self.y_shift
+        return self.function == cf_function.CF_IDENTITY and line == (1, 1) and self.residual is None
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual
@@ -865,17 +1023,19 @@ class Pointwise(Step):
         """``scale * input + shift``, which joins a function just before it."""
         x = recorder.whole(input)
         step = x.step
-        if isinstance(step, Pointwise) and step.residual is None and not x.readers:
+        if scale == 1 and shift == 0:
+            recorder.alias(result, x)
+        elif isinstance(step, Pointwise) and step.residual is None and recorder.joinable(x):
             step.y_scale, step.y_shift = scale * step.y_scale, scale * step.y_shift + shift
             recorder.join(x, result)
         else:
             recorder.add(Pointwise(x, x.like(), cf_function.CF_IDENTITY, scale, shift), result)
 
     @staticmethod
-    @records(aten.silu.default)
+    @records(aten.silu.default, aten.silu_.default)
     def record_silu(recorder: Recorder, result: Tensor, input: Tensor) -> None:
         x = recorder.whole(input)
-        if isinstance(x.step, GroupNormSiLU) and not (x.step.silu or x.readers):
+        if isinstance(x.step, GroupNormSiLU) and not x.step.silu and recorder.joinable(x):
             x.step.silu = True
             recorder.join(x, result)
         else:
@@ -887,11 +1047,135 @@ class Pointwise(Step):
         Pointwise.record(recorder, result, input, cf_function.CF_TANH)
 
     @staticmethod
-    @records(aten.div.Tensor)
+    @records(aten.sigmoid.default)
+    def record_sigmoid(recorder: Recorder, result: Tensor, input: Tensor) -> None:
+        Pointwise.record(recorder, result, input, cf_function.CF_SIGMOID)
+
+    @staticmethod
+    @records(aten.gelu.default)
+    def record_gelu(recorder: Recorder, result: Tensor, input: Tensor, approximate: str) -> None:
+        function = {"none": cf_function.CF_GELU, "tanh": cf_function.CF_GELU_TANH}[approximate]
+        Pointwise.record(recorder, result, input, function)
+
+    @staticmethod
+    @records(aten.div.Tensor, aten.div_.Tensor)
     def record_quotient(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
-        if isinstance(other, Tensor):
+        number = recorder.number(other)
+        if number is None:
             raise Unsupported("it divides by a tensor")
-        Pointwise.record_line(recorder, result, input, scale=1 / other)
+        Pointwise.record_line(recorder, result, input, scale=1 / number)
+
+    @staticmethod
+    @records(aten.clone.default, aten._to_copy.default)
+    def record_copy(recorder: Recorder, result: Tensor, input: Tensor, **how: Any) -> Tensor:
+        """A copy, which is the same value: nothing overwrites a value."""
+        if result.dtype != torch.float32:
+            raise Unsupported(f"it computes in {result.dtype}")
+        value = recorder.value(input)
+        if input.numel() == value.count:
+            result = torch.empty_strided(input.shape, input.stride(), dtype=torch.float32, device="meta")
+        else:
+            value = recorder.whole(input)
+        recorder.alias(result, value)
+        return result
+
+
+class cf_modulate_args(Struct):
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int64),
+        ("n", c_int64),
+        ("spatial", c_int64),
+        ("channels", c_int64),
+        ("scale", cf_vector),
+        ("scale_stride", c_int64),
+        ("shift", cf_vector),
+        ("shift_stride", c_int64),
+        ("plus", c_double),
+    ]
+
+
+@dataclass(eq=False)
+class Modulate(Step):
+    """``y = x * (scale + plus) + shift``, with a scale and a shift for every channel of a sample.
+
+    Scale and shift are values (n, C) or the module's own parameters (C,), or None for 1 and 0.
+    """
+
+    name = "MODULATE"
+    number = 9
+    struct = cf_modulate_args
+    elementwise = True
+
+    x: Value
+    y: Value
+    scale: Value | Tensor | None = None
+    shift: Value | Tensor | None = None
+    plus: float = 0.0
+
+    def reads(self) -> Sequence[Value | None]:
+        return self.x, *(each if isinstance(each, Value) else None for each in (self.scale, self.shift))
+
+    def lay_out(self, layout: Layout) -> None:
+        self.x = layout.in_dtype(self.x, self.y.dtype)
+
+    def arguments(self, packer: Packer) -> Struct:
+        def vector(each: Value | Tensor | None) -> cf_vector | None:
+            if isinstance(each, Value):
+                return cf_vector(data=each.address, dtype=each.code)
+            return packer.vector(each)
+
+        def stride(each: Value | Tensor | None) -> int:
+            return each.channels if isinstance(each, Value) else 0
+
+        return cf_modulate_args(
+            x=self.x.address,
+            y=self.y.address,
+            dtype=self.y.code,
+            n=self.x.n,
+            spatial=self.x.height * self.x.width,
+            channels=self.x.channels,
+            scale=vector(self.scale),
+            scale_stride=stride(self.scale),
+            shift=vector(self.shift),
+            shift_stride=stride(self.shift),
+            plus=self.plus,
+        )
+
+    @staticmethod
+    def scale_by(recorder: Recorder, result: Tensor, x: Value, row: Value | Tensor) -> None:
+        """``x * row``."""
+        plus, scale = 0.0, row
+        if isinstance(row, Value) and isinstance(row.step, Pointwise) and row.step.adds_one:
+            plus, scale = 1.0, row.step.x
+        norm = x.step
+        plain = isinstance(norm, GroupNormSiLU) and norm.scale is norm.shift is None and not norm.silu
+        if plus and plain and isinstance(norm, GroupNormSiLU) and isinstance(scale, Value) and recorder.joinable(x):
+            norm.scale = scale
+            recorder.join(x, result, scale)
+        else:
+            recorder.add(Modulate(x, x.like(), scale, None, plus), result)
+
+    @staticmethod
+    def shift_by(recorder: Recorder, result: Tensor, x: Value, row: Value | Tensor) -> None:
+        """``x + row``."""
+        step = x.step
+        if step is not None and recorder.joinable(x):
+            if isinstance(row, Tensor):
+                joined = isinstance(step, Convolution) and step.add(None, row)
+            else:
+                joined = step.add_row(row)
+            if joined:
+                recorder.join(x, result, row if isinstance(row, Value) else None)
+                return
+        recorder.add(Modulate(x, x.like(), None, row), result)
+
+    def add_row(self, row: Value) -> bool:
+        if self.shift is not None:
+            return False
+        self.shift = row
+        return True
 
 
 class cf_replace_zero_rows_args(Struct):
@@ -972,40 +1256,57 @@ class ReplaceZeroRows(Step):
 # Torch ops that are done by one step or another, depending on what they are given.
 
 
-@records(aten.mul.Tensor)
-def _record_product(recorder: Recorder, result: Tensor, input: Tensor, other: Any) -> None:
-    if isinstance(other, Tensor):
-        Gate.record(recorder, result, input, other)
-    else:
-        Pointwise.record_line(recorder, result, input, scale=other)
-
-
-@records(aten.add.Tensor)
+@records(aten.add.Tensor, aten.add_.Tensor)
 def _record_sum(recorder: Recorder, result: Tensor, input: Tensor, other: Any, alpha: float) -> None:
-    if not isinstance(other, Tensor):
-        Pointwise.record_line(recorder, result, input, shift=alpha * other)
+    if not isinstance(input, Tensor):  # a number plus a tensor
+        input, other = other, input
+    number = recorder.number(other)
+    if number is not None:
+        Pointwise.record_line(recorder, result, input, shift=alpha * number)
         return
-    if alpha != 1 or input.shape != other.shape:
-        raise Unsupported("it has an addition of other than two images")
+    if alpha != 1:
+        raise Unsupported("it subtracts tensors")
+    if input.shape != other.shape:
+        _record_rows(recorder, result, input, other, Modulate.shift_by)
+        return
     one, two = recorder.whole(input), recorder.whole(other)
     if one is two:
         Pointwise.record_line(recorder, result, input, scale=2)
         return
-    # The step that has written the later of the two can add the other, which is there by then.
+    # the step that has written the later of the two adds the other, if it can
     if recorder.written(one) < recorder.written(two):
         one, two = two, one
     _add_to(recorder, result, one, two, None)
 
 
-@records(aten.sub.Tensor)
+@records(aten.sub.Tensor, aten.sub_.Tensor)
 def _record_difference(recorder: Recorder, result: Tensor, input: Tensor, other: Any, alpha: float) -> None:
     _record_sum(recorder, result, input, other, -alpha)
 
 
 def _add_to(recorder: Recorder, result: Tensor, y: Value, residual: Value | None, bias: Tensor | None) -> None:
-    """``y + residual + bias``, by the step that has just written y."""
-    if y.step is None or y.readers or not y.step.add(residual, bias):
-        raise Unsupported("it adds to something other than a convolution's output")
-    if residual is not None:
-        residual.readers.append(y.step)
-    recorder.join(y, result)
+    """``y + residual + bias``, by the step that has just written y, if it can."""
+    if y.step is not None and recorder.joinable(y) and y.step.add(residual, bias):
+        recorder.join(y, result, residual)
+    elif bias is None:
+        recorder.add(Pointwise(y, y.like(), cf_function.CF_IDENTITY, residual=residual), result)
+    else:
+        shifted = Modulate(y, y.like(), None, bias)
+        recorder.add(shifted, *([] if residual is not None else [result]))
+        if residual is not None:
+            _add_to(recorder, result, shifted.y, residual, None)
+
+
+def _record_rows(recorder: Recorder, result: Tensor, input: Tensor, other: Tensor, record: Callable[..., None]) -> None:
+    """Record a sum or product of a tensor with one that has a number for every channel."""
+    if input.shape != result.shape:
+        input, other = other, input
+    if input.shape != result.shape:
+        raise Unsupported(f"it broadcasts {tuple(input.shape)} and {tuple(other.shape)}")
+    record(recorder, result, recorder.whole(input), recorder.row_of(other, input))
+
+
+def _function_of(value: Value) -> cf_function | None:
+    """The function whose result the value is, if it is one."""
+    step = value.step
+    return step.function if isinstance(step, Pointwise) and step.is_pure else None

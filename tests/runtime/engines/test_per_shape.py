@@ -19,7 +19,7 @@ from coalescer_fast.models.unet import Conditioning
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.engines import per_shape
 from coalescer_fast.runtime.engines.per_shape import Evaluation, PerShapeRuntime, traceable
-from coalescer_fast.runtime.native.runtime import native_bfloat16
+from coalescer_fast.runtime.native.module import native_bfloat16
 
 PROMPTS = ["octopus", "pizza"]
 

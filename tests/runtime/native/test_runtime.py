@@ -115,15 +115,6 @@ def test_tied_weights(pipe):
     assert_as_the_reference(cf.accelerate(pipe, dtype="float32"))
 
 
-def test_a_packed_weight_keeps_its_address():
-    from coalescer_fast.runtime.native.pack import Weights
-
-    weights = Weights(torch.float32)
-    for value in range(20):  # temporaries, which may lie where the one before lay
-        packed = weights.pack(torch.full((16, 4, 1, 1), float(value)))
-        assert float(packed[0]) == value
-
-
 # Inputs that no step reads
 
 

@@ -1,0 +1,209 @@
+"""`accelerate` and its companions for networks of others: modules, and the components of diffusers' pipelines.
+
+The functions here are called by those of the same name in acceleration.py and parity.py, which say what they do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .runtime.base import Part
+from .runtime.native.module import Arguments, ModuleRuntime, as_arguments, no_programs, runtime_of
+from .runtime.native.runtime import VOCABULARY
+
+# Components of diffusers' pipelines that run natively.
+COMPONENTS = ("unet", "controlnet", "vae")
+CALIBRATION = 4  # prompts and steps that ranges of int8 are found with, where nothing else is said
+# Networks that are accelerated: modules, and pipelines of them.
+Networks = Any
+
+
+def is_networks(x: object) -> bool:
+    """Whether x is a module, or a pipeline that has components to accelerate."""
+    return isinstance(x, (nn.Module, DiffusionPipeline))
+
+
+def parts(x: Networks) -> dict[str, nn.Module]:
+    """The modules of x that run natively, by name.
+
+    Of an autoencoder these are its encoder and its decoder, which its methods call; of another module itself; of a
+    pipeline those of its `COMPONENTS`. Raises ValueError if a pipeline has none of these.
+    """
+    if isinstance(x, nn.Module):
+        name, halves = type(x).__name__, {each: getattr(x, each, None) for each in ("encoder", "decoder")}
+        if callable(getattr(x, "decode", None)) and any(isinstance(half, nn.Module) for half in halves.values()):
+            return {f"{name}.{each}": half for each, half in halves.items() if isinstance(half, nn.Module)}
+        return {name: x}
+    found = {}
+    for component in COMPONENTS:
+        network = x.components.get(component)
+        if isinstance(network, nn.Module):
+            for name, each in parts(network).items():
+                found[component + name.removeprefix(type(network).__name__)] = each
+    if not found:
+        raise ValueError(f"{type(x).__name__} has neither {' nor '.join(COMPONENTS)}: there is nothing to accelerate")
+    return found
+
+
+def runtimes(x: Networks) -> dict[str, ModuleRuntime]:
+    """What runs the accelerated modules of x, by name. Raises ValueError if there are none."""
+    found = {name: runtime for name, part in parts(x).items() if (runtime := runtime_of(part)) is not None}
+    if not found:
+        raise ValueError(f"the {_kind(x)} is not accelerated: call coalescer_fast.accelerate first")
+    return found
+
+
+def _kind(x: Networks) -> str:
+    return "module" if isinstance(x, nn.Module) else "pipeline"
+
+
+def accelerate(
+    x: Networks,
+    dtype: torch.dtype,
+    prompts: Sequence[str] | None,
+    inputs: Sequence[Any] | None,
+    keep_weights: bool,
+    cache: str | Path | None,
+    call: Mapping[str, Any],
+) -> None:
+    networks = parts(x)
+    for name, network in networks.items():
+        where = next((p.device for p in network.parameters() if p.device.type != "cpu"), None)
+        if where is not None:
+            raise ValueError(f"{name} is on {where}, and networks of others run natively on a CPU: move it there first")
+    if isinstance(x, nn.Module):
+        if prompts is not None or call:
+            raise ValueError("prompts and arguments of calls are for pipelines: give a module inputs=[...]")
+        if (dtype == torch.int8) != (inputs is not None):
+            raise ValueError("inputs=[...], the arguments of some calls, are what dtype 'int8' needs, and it alone")
+    elif inputs is not None:
+        raise ValueError("inputs are for modules: give a pipeline prompts=[...]")
+    elif dtype != torch.int8 and (prompts is not None or call):
+        raise ValueError("prompts and arguments of calls are what dtype 'int8' finds its ranges with: leave them out")
+    if dtype == torch.int8 and (reason := no_programs(torch.uint8)):
+        raise ValueError(f"dtype 'int8' cannot run: {reason}")
+    given = [as_arguments(each) for each in inputs or ()]
+    if inputs is not None and not given:
+        raise ValueError("inputs is empty: dtype 'int8' needs the arguments of some calls")
+    for network in networks.values():
+        if (before := runtime_of(network)) is not None:
+            before.remove()
+    made = [
+        ModuleRuntime(network, dtype, given, keep_weights, None if cache is None else str(cache))
+        for network in networks.values()
+    ]
+    if dtype == torch.int8 and not isinstance(x, nn.Module):
+        try:
+            with ExitStack() as stack:
+                for runtime in made:
+                    stack.enter_context(runtime.collecting())
+                _draw(x, prompts, call)
+        except BaseException:
+            for runtime in made:
+                runtime.remove()
+            raise
+
+
+def _draw(pipe: Any, prompts: Sequence[str] | None, call: Mapping[str, Any], **others: Any) -> list[Any]:
+    """What the pipeline's calls for these prompts return, one a prompt."""
+    if "prompt_embeds" in call:
+        subjects: list[dict[str, Any]] = [{}]
+    else:
+        subjects = [{"prompt": prompt} for prompt in prompts or VOCABULARY[:CALIBRATION]]
+    settings = {"num_inference_steps": CALIBRATION, **call, **others}
+    with torch.no_grad():
+        return [pipe(**each, **settings, generator=torch.Generator().manual_seed(i)) for i, each in enumerate(subjects)]
+
+
+def restore(x: Networks) -> None:
+    for runtime in runtimes(x).values():
+        runtime.remove()
+
+
+def refresh(x: Networks) -> None:
+    for runtime in runtimes(x).values():
+        runtime.forget()
+        runtime.refresh()
+
+
+@torch.no_grad()
+def warmup(x: Networks, batch_sizes: Sequence[int], inputs: Sequence[Any] | None, call: Mapping[str, Any]) -> None:
+    runtimes(x)
+    if isinstance(x, nn.Module):
+        if inputs is None:
+            raise ValueError("inputs is missing: the arguments of calls of every size to come")
+        for args, kwargs in map(as_arguments, inputs):
+            x(*args, **kwargs)
+        return
+    for n in batch_sizes:
+        _draw(x, [""], call, num_images_per_prompt=n)
+
+
+def explain(x: Networks) -> list[Part]:
+    rows = []
+    for name, network in parts(x).items():
+        runtime = runtime_of(network)
+        rows.append(Part(name, "torch", "it is not accelerated") if runtime is None else runtime.part(name))
+    others = x.components if isinstance(x, DiffusionPipeline) else dict(x.named_children())
+    whole = isinstance(x, nn.Module) and list(parts(x).values()) == [x]
+    shown = {row.name.partition(".")[0] for row in rows} | {row.name.rpartition(".")[2] for row in rows}
+    for name, other in ({} if whole else others).items():
+        if name not in shown and other is not None:
+            rows.append(Part(name, "as before", f"a {type(other).__name__}, which is left alone"))
+    return rows
+
+
+# Comparing with the networks as they were.
+
+
+@contextmanager
+def references(x: Networks) -> Iterator[None]:
+    """Inside, the accelerated modules run in torch, in float32."""
+    with ExitStack() as stack:
+        for runtime in runtimes(x).values():
+            stack.enter_context(runtime.replaced(_reference(runtime)))
+        yield
+
+
+def _reference(runtime: ModuleRuntime) -> Callable[..., Any]:
+    """The module's own forward, of a copy in float32 if it is not."""
+    if runtime.freed:
+        raise ValueError(f"{runtime.name} cannot be compared: its weights were freed, by keep_weights=False")
+    if all(p.dtype == torch.float32 for p in runtime.module.parameters()):
+        return runtime.own_forward
+    twin = copy.deepcopy(runtime.module).eval()
+    twin.__dict__.pop("forward", None)
+    twin.float()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        floats = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and _is_float(leaf)]
+        args, kwargs = tree_map_only(Tensor, lambda x: x.float() if _is_float(x) else x, (args, kwargs))
+        return tree_map_only(Tensor, lambda y: y.to(floats[0]) if floats else y, twin(*args, **kwargs))
+
+    return forward
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point()
+
+
+@torch.no_grad()
+def outputs(x: nn.Module, arguments: Arguments) -> list[Tensor]:
+    """All tensors that the module returns, in float64."""
+    args, kwargs = arguments
+    return [each.double() for each in tree_leaves(x(*args, **kwargs)) if isinstance(each, Tensor)]
+
+
+def pictures(pipe: Any, prompts: Sequence[str] | None, call: Mapping[str, Any], n: int) -> Tensor:
+    """The pictures that a pipeline's calls draw, (N, C, H, W) in [0, 1]."""
+    drawn = _draw(pipe, prompts, {"output_type": "pt", **call}, num_images_per_prompt=n)
+    return torch.cat([torch.as_tensor(each.images).double() for each in drawn])

@@ -1,0 +1,500 @@
+"""`ModuleRuntime`: any torch module as native programs, in the place of its forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import logging
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+from ...dtypes import dtype_name
+from ...ops import native_library
+from ...ops.layout import transforms_active
+from ..base import Part, counted, quiet_torch
+from ..watch import Watch, fingerprints, foreign
+from .pack import Weights
+from .packed_file import PackedFile
+from .program import Program, ProgramCache
+from .record import MetaCopy, Recorder, Recording, record_module
+from .steps import Convolution
+from .value import Range, Unsupported
+
+logger = logging.getLogger(__name__)
+
+# Arguments that may be numbers and that programs take as tensors, so that another number needs no other program.
+NUMBERS = ("timestep", "timesteps")
+MOST_CALLS = 32  # whose arguments are kept to find ranges with
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; without, it is emulated, and slower than float32."""
+    return torch.bfloat16 in native_library.products()
+
+
+def no_programs(dtype: torch.dtype) -> str:
+    """Why no network can run as a program of this dtype here, or ""."""
+    if reason := native_library.unavailable():
+        return reason
+    if dtype not in native_library.products():
+        return f"the processor does not multiply {dtype_name(dtype)} itself"
+    # vectors of four floats are no match for torch's own convolutions
+    return "the processor has neither AVX2 nor AVX-512" if native_library.isa() == "portable" else ""
+
+
+class ModuleRuntime:
+    """Runs a module on a CPU as native programs, one for every structure and shapes of its arguments.
+
+    It stands in the module's ``__dict__`` as its ``forward``, so that hooks of the module itself run as before. What
+    the module does is recorded from its class's forward: the module's own code is the only description of it. That code
+    itself runs where it does what no step does, where hooks or patches are inside, and where a gradient is wanted.
+
+    Attributes:
+        quantised: whether convolutions that read normalised values multiply in 8 bits; ``dtype`` is then bfloat16.
+        dtype: of the programs.
+        refused: why the last call did not run as a program, or "".
+        programs: those that were used last.
+        ranges: by the size of the first image (h, w), what `Program` needs for 8 bits.
+        inputs: the arguments of some calls, to find ranges with.
+        collected: while it is a list, calls add their arguments to it, and run in bfloat16.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        inputs: Sequence[Any] = (),
+        keep_weights: bool = True,
+        cache: str | None = None,
+    ):
+        """Stand in for the module's forward from now on.
+
+        Args:
+            module: on the CPU.
+            dtype: float32, bfloat16, or int8.
+            inputs: of int8, the arguments of some calls, each a tuple or a dict.
+            keep_weights: whether the module keeps weights that programs have packed.
+            cache: a folder for packed weights, or None.
+        """
+        self.quantised = dtype == torch.int8
+        self.dtype = torch.bfloat16 if self.quantised else dtype
+        self.inputs = [as_arguments(each) for each in inputs]
+        self.collected: list[Arguments] | None = None
+        self.keep_weights, self.cache = keep_weights, cache
+        self.lock = threading.RLock()
+        self._module = weakref.ref(module)
+        self._forward = type(module).forward
+        self._previous = module.__dict__.get("forward")
+        self._parameters = tuple(inspect.signature(self._forward).parameters)[1:]
+        self._watch: Watch | None = None
+        self._weights = Weights(self.dtype)
+        self._fingerprints: dict[str, Any] = {}
+        self._replacement: Callable[..., Any] | None = None
+        self.refused = ""
+        self._has_own_code = ""  # why no call can
+        self._refusals: dict[Hashable, str] = {}  # why calls of a key cannot
+        self.programs = ProgramCache()
+        self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
+        self._observers: ProgramCache | None = None
+        module.__dict__["forward"] = self
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the module had before."""
+        return self._previous or self._forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own_forward)
+
+    @property
+    def precision(self) -> str:
+        """What it multiplies in."""
+        return "int8" if self.quantised else dtype_name(self.dtype)
+
+    @property
+    def freed(self) -> bool:
+        """Whether weights of the module are gone, which are there as packed ones alone."""
+        return bool(self._weights.freed)
+
+    # Copies of the module are accelerated, too.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _again(memo[id(self.module)], *copy.deepcopy(self._settings, memo))
+
+    def __reduce__(self) -> Any:
+        return _again, (self.module, *self._settings)
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        if self.freed:
+            raise ValueError(f"{self.name} cannot be copied: its weights were freed, by keep_weights=False")
+        return torch.int8 if self.quantised else self.dtype, self.inputs, self.keep_weights, self.cache
+
+    @property
+    def name(self) -> str:
+        return type(self.module).__name__
+
+    # Calls.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward returns, up to rounding."""
+        if self._replacement is not None:
+            return self._replacement(*args, **kwargs)
+        if self._is_for_torch(args, kwargs):
+            return self._in_torch(args, kwargs)
+        with self.lock:
+            self.refresh()
+            if self.collected is not None and len(self.collected) < MOST_CALLS:
+                self.collected.append(tree_map_only(Tensor, torch.clone, (args, kwargs)))
+            self.refused = self._has_own_code
+            if not self.refused:
+                try:
+                    with quiet_torch():
+                        return self._run(args, kwargs)
+                except Unsupported as reason:
+                    self.refused = str(reason)
+            if os.environ.get("COALESCER_FAST_STRICT") == "1":
+                raise ValueError(f"COALESCER_FAST_STRICT=1 forbids {self.name} to run in torch; {self.refused}")
+            _warn_once(self.name, self.refused)
+        return self._in_torch(args, kwargs)
+
+    def _in_torch(self, args: Any, kwargs: Any) -> Any:
+        if self.freed:
+            raise ValueError(
+                f"{self.name} cannot run in torch, for its weights were freed, by keep_weights=False"
+                + (f"; it has no native program, because {self.refused}" if self.refused else "")
+            )
+        return self.own_forward(*args, **kwargs)
+
+    def _is_for_torch(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call is one that torch has to see: of its compilers and transforms, or for a gradient."""
+        if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
+            return True
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        training = self.module.training and any(p.requires_grad for p in self.module.parameters())
+        return training or any(x.requires_grad for x in tensors)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._numbers_as_tensors(args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        size = next((tuple(x.shape[2:]) for x in tensors if x.ndim == 4 and x.is_floating_point()), ())
+        observing = self._observers is not None
+        if self.quantised and self.inputs and self.collected is None and not observing and size not in self.ranges:
+            self._find_ranges(size)
+        program, out_spec, out_leaves = self._program(leaves, spec, size)
+        for mine, x in zip(program.inputs, program.prologue(tensors)):
+            mine.copy_(x)
+        program.run()
+        if observing:
+            program.observe(self.ranges.setdefault(size, {}))
+        floats = [x.dtype for x in tensors if x.is_floating_point()]
+        dtype = floats[0] if floats else next((p.dtype for p in self.module.parameters()), torch.float32)
+        results = [program.outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
+        results = [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in results]
+        return tree_unflatten(results, out_spec)
+
+    def _numbers_as_tensors(self, args: Any, kwargs: Any) -> Arguments:
+        def tensor(name: str, value: Any) -> Any:
+            if name not in NUMBERS or isinstance(value, bool) or not isinstance(value, (int, float)):
+                return value
+            return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+
+        named = zip(self._parameters, args)
+        args = (*(tensor(name, value) for name, value in named), *args[len(self._parameters) :])
+        return args, {name: tensor(name, value) for name, value in kwargs.items()}
+
+    def _program(self, leaves: list[Any], spec: TreeSpec, size: tuple[int, ...]) -> _Prepared:
+        threads = torch.get_num_threads()
+        key = threads, spec, *map(_description, leaves)
+        programs = self.programs if self._observers is None else self._observers
+        if reason := self._refusals.get(key):
+            raise Unsupported(reason)
+        if (program := programs.get(key)) is None:
+            output: list[Any] = []
+
+            def run(copied: Any, recorder: Recorder) -> list[Tensor]:
+                given = [recorder.given(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                args, kwargs = tree_unflatten(given, spec)
+                results, out_spec = tree_flatten(copied(*args, **kwargs))
+                numbers = {i: n for n, i in enumerate(i for i, x in enumerate(results) if isinstance(x, Tensor))}
+                out_leaves = [_Output(numbers[i]) if i in numbers else leaf for i, leaf in enumerate(results)]
+                output[:] = out_spec, out_leaves
+                return [results[i] for i in numbers]
+
+            observing = self._observers is not None
+            ranges = self.ranges.get(size) if not observing and self.collected is None else None
+            try:
+                recording = record_module(self._meta_copy, run)
+                with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
+                    program = Program(recording, self._weights, threads, ranges, keep=observing)
+            except Unsupported as reason:
+                self._refusals[key] = str(reason)
+                raise
+            program.bound = output
+            programs.add(key, counted(program))
+            if self._weights.file is not None:
+                self._weights.file.save()
+        return program, *program.bound
+
+    @functools.cached_property
+    def _meta_copy(self) -> MetaCopy:
+        return MetaCopy(self.module)
+
+    # Weights.
+
+    @contextmanager
+    def _freeing(self, recording: Recording, frees: bool) -> Iterator[None]:
+        """Inside, parameters are freed as they are packed, if that is wanted."""
+        if frees:
+            self._weights.free_after(self._packed_alone(recording), self._free)
+            self._watch = None  # which holds all parameters
+        try:
+            yield
+        finally:
+            self._weights.free_after({}, self._free)
+            if frees:
+                self._fingerprints, self._watch = fingerprints(self.module), Watch(self.module)
+
+    def _packed_alone(self, recording: Recording) -> Counter[str]:
+        """How often parameters are packed that nothing else is done with."""
+        convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
+        uses = Counter(step.weight.name for step in convolutions)
+        # those in 8 bits are packed anew for every size of images
+        in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
+        for name in (*recording.read, *in_integers):
+            uses.pop(name, None)
+        return uses
+
+    def _free(self, name: str) -> None:
+        """Leave the module a parameter without data."""
+        path, _, last = name.rpartition(".")
+        holder = self.module.get_submodule(path)
+        own = holder._parameters[last]
+        assert own is not None
+        empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+        holder._parameters[last] = nn.Parameter(empty, requires_grad=False)
+        self._meta_copy.replace(name, holder._parameters[last])
+
+    def _open_file(self, module: nn.Module) -> None:
+        """Look for packed weights of the module as it is now on disk."""
+        if self.cache is None or native_library.unavailable():
+            return
+        now = fingerprints(module)
+        content = repr([(name, *p.shape, now[name][-1]) for name, p in module.named_parameters()])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        name = f"{self.name}-{dtype_name(self.dtype)}-{native_library.isa()}-{digest}.safetensors"
+        self._weights.file = PackedFile(Path(self.cache) / name)
+
+    # Changes.
+
+    def refresh(self) -> None:
+        """Take over the module as it is now, if it is another than at the last call, or has changed since.
+
+        Raises:
+            ValueError: it has moved to another device.
+        """
+        if self._watch is None or self._watch.changed(self.module):
+            self._take_over()
+
+    def forget(self) -> None:
+        """Have the next `refresh` take the module as changed, even if it looks the same."""
+        self._watch, self._fingerprints = None, {}
+
+    def _take_over(self) -> None:
+        module = self.module
+        if other := next((p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")), None):
+            raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
+        self._watch = None  # until all of it is taken over
+        self.__dict__.pop("_meta_copy", None)
+        self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
+        now = fingerprints(module)
+        if self._fingerprints:
+            changed = {name for name, seen in self._fingerprints.items() if now.get(name) != seen}
+            if changed - self._weights.freed:
+                self._weights.file = None  # it is of other weights
+            self._weights.drop(name for name in changed if not _is_empty(module, name))
+        else:
+            self._weights.drop(name for name in now if not _is_empty(module, name))
+            self._open_file(module)
+        self._has_own_code = no_programs(torch.uint8 if self.quantised else self.dtype)
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            self._has_own_code = "there are hooks of all modules"
+        elif self._previous is not None:
+            self._has_own_code = f"the forward of {self.name} was patched before"
+        elif what := foreign(module, own_forward=self, freed=self._weights.freed):
+            self._has_own_code = what
+        self._fingerprints, self._watch = now, Watch(module)
+
+    # 8 bits.
+
+    def _find_ranges(self, size: tuple[int, ...]) -> None:
+        """Find the ranges for images of a size, of the calls of `inputs`, whose images are resized to it."""
+        self._observers = ProgramCache()
+        try:
+            for args, kwargs in self.inputs:
+                self._run(*resized(args, kwargs, size))
+            self.ranges.setdefault(size, {})
+        except BaseException:  # ranges of a part of the calls are none
+            self.ranges.pop(size, None)
+            raise
+        finally:
+            self._observers = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Inside, calls are noted; what they were given are the `inputs` from then on."""
+        self.collected = []
+        try:
+            yield
+            self.inputs = self.collected
+        finally:
+            self.collected = None
+            self.programs, self.ranges = ProgramCache(), {}
+
+    @contextmanager
+    def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Inside, all calls are those of ``forward``."""
+        self._replacement = forward
+        try:
+            yield
+        finally:
+            self._replacement = None
+
+    def part(self, name: str = "") -> Part:
+        """The row of `explain`.
+
+        Args:
+            name: of the module in a pipeline.
+        """
+        name = name or self.name
+        if self.refused:
+            return Part(name, "torch", self.refused)
+        way = f"native program, {self.dtype}"
+        if self.quantised:
+            count = max(map(len, self.ranges.values()), default=0)
+            way += f", {count} convolutions in int8" if self.inputs else ", no inputs to find the ranges of int8 with"
+        if not self.keep_weights:
+            way += ", weights freed" if self.freed else ", weights freed by the first call"
+        return Part(name, way, f"it can run on {native_library.isa()}")
+
+    def remove(self) -> None:
+        """Give the module its own forward back.
+
+        Raises:
+            ValueError: its weights were freed, or somebody else has patched the forward since.
+        """
+        module = self.module
+        if self.freed:
+            raise ValueError(
+                f"{self.name} cannot be restored: its weights were freed, by keep_weights=False; load it anew"
+            )
+        if module.__dict__.get("forward") is not self:
+            raise ValueError(f"{self.name} cannot be restored: its forward was patched since; remove that first")
+        if self._previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = self._previous
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    logger.warning("%s runs in torch, not as a native program: %s", name, reason)
+
+
+def _is_empty(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is there that has no data."""
+    path, _, last = name.rpartition(".")
+    try:
+        found = getattr(module.get_submodule(path), last)
+    except AttributeError:
+        return False
+    return isinstance(found, Tensor) and found.is_meta
+
+
+class _Output:
+    """The place of a program's output among the leaves of what a module returns."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+_Prepared = tuple[Program, TreeSpec, list[Any]]
+
+
+def runtime_of(module: nn.Module) -> ModuleRuntime | None:
+    """What `coalescer_fast.accelerate` has put in the place of the module's forward, or None."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, ModuleRuntime) else None
+
+
+def as_arguments(inputs: Any) -> Arguments:
+    """The arguments of a call, given as a tuple, a dict or (args, kwargs)."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    if not isinstance(inputs, tuple):
+        raise TypeError(f"inputs holds a {type(inputs).__name__}; expected the arguments of a call, a tuple or a dict")
+    if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs
+    return inputs, {}
+
+
+def resized(args: Any, kwargs: Any, size: tuple[int, ...]) -> Arguments:
+    """The arguments with all images resized, to the nearest positions, by what brings the first one to ``size``."""
+    images = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.ndim == 4]
+    if not images or tuple(images[0].shape[2:]) == size:
+        return args, kwargs
+    first = images[0].shape[2:]
+
+    def resize(x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            return x
+        sides = [max(1, -(-side * new // old)) for side, new, old in zip(x.shape[2:], size, first)]
+        return F.interpolate(x.float(), sides, mode="nearest").to(x.dtype)
+
+    result: Arguments = tree_map_only(Tensor, resize, (args, kwargs))
+    return result
+
+
+def _again(
+    module: nn.Module, dtype: torch.dtype, inputs: Sequence[Any], keep_weights: bool, cache: str | None
+) -> ModuleRuntime:
+    return ModuleRuntime(module, dtype, inputs, keep_weights, cache)
+
+
+def _description(leaf: Any) -> Hashable:
+    """What of an argument a program is made for. Raises Unsupported if it cannot be compared."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, torch.float32 if leaf.is_floating_point() else leaf.dtype
+    try:
+        hash(leaf)
+    except TypeError:
+        raise Unsupported(f"it is given a {type(leaf).__name__}") from None
+    return type(leaf), leaf
