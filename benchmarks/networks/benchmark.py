@@ -345,7 +345,6 @@ def alone(task: Task) -> Row:
     try:
         return process.answer()
     finally:
-        process.process.wait()
         process.end()
 
 
