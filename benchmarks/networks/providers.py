@@ -95,27 +95,36 @@ def evaluated(task: Task, module: Any) -> Call:
 
 
 def coalescer_fast(task: Task, module: Any) -> Call:
-    """`coalescer_fast.accelerate` of the module, in the dtype of the task."""
+    """`coalescer_fast.accelerate` of the module, in the dtype of the task.
+
+    Raises:
+        Missing: the instruction set does not multiply this dtype.
+        RuntimeError: the module did not run as a native program.
+    """
+    import torch
+
     import coalescer_fast
     from coalescer_fast.ops import native_library
+    from coalescer_fast.runtime.native.module import no_programs, runtime_of
 
     from . import models
 
     set_threads(task)
     if task.isa:
         native_library.set_isa(task.isa)
-    options: dict[str, Any] = {"dtype": {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[task.dtype]}
-    if task.dtype == "int8":
-        options["inputs"] = [arguments(task, timestep=timestep) for timestep in models.TIMESTEPS]
-    if not task.keep_weights:
-        options["keep_weights"] = False
-    if task.cache:
-        options["cache"] = task.cache
-    coalescer_fast.accelerate(module, **options)
+    name, kinds = {
+        "fp32": ("float32", [torch.float32]),
+        "bf16": ("bfloat16", [torch.bfloat16]),
+        "int8": ("int8", [torch.bfloat16, torch.uint8]),
+    }[task.dtype]
+    if reason := next(filter(None, map(no_programs, kinds)), ""):
+        raise Missing(reason)
+    ranges = [arguments(task, timestep=timestep) for timestep in models.TIMESTEPS] if task.dtype == "int8" else None
+    coalescer_fast.accelerate(
+        module, dtype=name, inputs=ranges, keep_weights=task.keep_weights, cache=task.cache or None
+    )
     run = evaluated(task, module)
     run()
-    from coalescer_fast.runtime.native.module import runtime_of
-
     runtime = runtime_of(module)
     if runtime is None or runtime.refused:
         raise RuntimeError(f"the module runs in torch: {runtime.refused if runtime else 'it has no runtime'}")
@@ -211,14 +220,13 @@ def to_openvino(task: Task) -> None:
 
 
 def to_int8(task: Task) -> None:
-    """An IR in int8: NNCF's post-training quantization, symmetric weights and asymmetric activations (preset mixed)."""
-    import nncf
+    """An IR in int8, of that in float32."""
     import openvino as ov
 
-    data = nncf.Dataset([list(call.values()) for call in calls(task)])
+    from ..harness.int8 import quantized
+
     model = ov.Core().read_model(task.path("fp32.xml"))
-    quantized = nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=data.get_length() or 1)
-    ov.save_model(quantized, task.path("int8.xml"))
+    ov.save_model(quantized(model, [list(call.values()) for call in calls(task)]), task.path("int8.xml"))
 
 
 def to_onnx(task: Task) -> None:
