@@ -1,7 +1,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test lint format types docs bench ci
+.PHONY: help install test versions lint format types docs bench ci
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -11,6 +11,9 @@ install:  ## install the package in this environment, editable, with all that de
 
 test:  ## run the tests, without the slow ones
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+versions:  ## run the tests of diffusers' networks with the oldest diffusers that they support, and the newest
+	PYTHON=$(PYTHON) tests/diffusers_versions.sh
 
 lint:  ## check the code's style
 	ruff check

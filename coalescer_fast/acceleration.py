@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .runtime.base import Runtime
 
 FLOATS = ("float32", "bfloat16")
-# What can be accelerated: a CoalescerPipeline, another diffusers pipeline, or a module.
-Accelerated = TypeVar("Accelerated")
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def native_dtype(device: str, dtypes: Sequence[str]) -> str:
 
 
 def accelerate(
-    pipe: Accelerated,
+    pipe: Any,
     backend: str = "auto",
     dtype: str | torch.dtype = "auto",
     artefact: str | Path | None = None,
@@ -129,7 +127,7 @@ def accelerate(
     keep_weights: bool = True,
     cache: str | Path | None = None,
     **call: Any,
-) -> Accelerated:
+) -> Any:
     """Have the calls of a pipeline or a module run fast from now on.
 
     The same call with the same seed gives the same pictures, up to rounding.
@@ -168,7 +166,7 @@ def accelerate(
     module's own forward is recorded at the first call of every structure and shapes of its arguments, and runs as a
     native program from then on. What has no step, and what has hooks inside, runs in torch; `explain` says why. So does
     a call that needs a gradient: of an input, or of parameters in training mode. Outputs have the dtype of the
-    first floating-point input. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
+    first image. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
     next call.
 
     Args:
@@ -195,15 +193,12 @@ def accelerate(
         ValueError: for a backend or dtype that does not exist or cannot run here, for an artefact that is damaged or of
             another model, and for arguments that do not go together.
     """
-    if not isinstance(pipe, CoalescerPipeline) and not networks.is_networks(pipe):
-        raise TypeError(
-            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, a diffusers pipeline or a module"
-        )
+    of_others = is_of_others(pipe)
     if artefact is not None and not isinstance(artefact, (str, Path)):
         raise TypeError(f"artefact is {artefact!r:.80}; expected the name of a folder")
     if backend not in ("auto", *RUNTIMES):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
-    if not isinstance(pipe, CoalescerPipeline):
+    if of_others:
         if backend not in ("auto", "cpu") or artefact is not None:
             given = "artefact" if artefact is not None else f"backend {backend!r}"
             raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu'")
@@ -224,7 +219,8 @@ def accelerate(
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
     chosen = _dtype(dtype, name, device)
     if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
-        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {native_dtype(device, FLOATS)}")
+        able = native_dtype(device, RUNTIMES[name].dtypes[device])
+        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {able}")
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
     if prompts is not None and chosen != "int8":
@@ -274,22 +270,21 @@ def _check_device(pipe: CoalescerPipeline, backend: str) -> None:
         raise ValueError(f"backend {backend!r} {where}: move it with pipe.to({devices[0]!r}) first")
 
 
-def restore(pipe: Accelerated) -> Accelerated:
+def restore(pipe: Any) -> Any:
     """Undo `accelerate`: the next call is the reference's, to the bit. Returns ``pipe``.
 
     Raises:
         ValueError: if weights were freed by ``keep_weights=False``, and for modules and diffusers pipelines that are
             not accelerated.
     """
-    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+    if is_of_others(pipe):
         networks.restore(pipe)
-        return pipe
-    check_pipeline(pipe)
-    pipe.runtime, pipe.recipe = EagerRuntime(pipe), None
+    else:
+        pipe.runtime, pipe.recipe = EagerRuntime(pipe), None
     return pipe
 
 
-def refresh(pipe: Accelerated) -> Accelerated:
+def refresh(pipe: Any) -> Any:
     """Have an accelerated pipeline or module take over its networks as they are now, whether or not it sees a change.
 
     Every call looks for changes by itself: other weights, modules, attributes or hooks, and all writes that torch
@@ -302,7 +297,7 @@ def refresh(pipe: Accelerated) -> Accelerated:
     Raises:
         ValueError: if the pipeline is not accelerated, or if an artefact is not of its weights.
     """
-    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+    if is_of_others(pipe):
         networks.refresh(pipe)
         return pipe
     runtime = _accelerated(pipe)
@@ -324,7 +319,7 @@ def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any
     Raises:
         ValueError: if the pipeline is not accelerated.
     """
-    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+    if is_of_others(pipe):
         networks.warmup(pipe, batch_sizes, inputs, call)
         return
     _accelerated(pipe)
@@ -336,17 +331,24 @@ def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any
 
 def explain(pipe: Any) -> str:
     """A table of what runs each part of a pipeline or module, and why."""
-    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
-        found = networks.explain(pipe)
-    else:
-        check_pipeline(pipe)
-        found = pipe.runtime.explain()
+    found = networks.explain(pipe) if is_of_others(pipe) else pipe.runtime.explain()
     rows = [(part.name, part.runs_on, part.because) for part in found]
     return table([("part", "runs on", "because"), *rows])
 
 
+def is_of_others(pipe: object) -> bool:
+    """Whether it is a module or a diffusers pipeline, and no CoalescerPipeline. Raises TypeError for anything else."""
+    if isinstance(pipe, CoalescerPipeline):
+        return False
+    if not isinstance(pipe, networks.NETWORKS):
+        raise TypeError(
+            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, another diffusers pipeline or a module"
+        )
+    return True
+
+
 def check_pipeline(pipe: object) -> None:
-    """Raise TypeError for anything but a pipeline."""
+    """Raise TypeError for anything but a pipeline of ours."""
     if not isinstance(pipe, CoalescerPipeline):
         raise TypeError(
             f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"

@@ -135,6 +135,12 @@ def parser() -> Parser:
         metavar="DIR",
         help="folder of checkpoints and model; a training in it goes on (default: runs/CONFIG)",
     )
+    sub.add_argument(
+        "--init", metavar="PIPELINE", help="a diffusers pipeline whose UNet a coalescer is made of (a folder or Hub id)"
+    )
+    sub.add_argument(
+        "--teacher", metavar="PIPELINE", help="a diffusers pipeline that draws the close pictures of a coalescer"
+    )
     text = "go on with a training whose configuration or data are others than before"
     sub.add_argument("--allow-changes", action="store_true", help=text)
 
@@ -292,7 +298,8 @@ def train(args: argparse.Namespace) -> None:
 
     with logging_to_stderr(args.quiet):
         out = args.out or Path("runs") / Path(args.config).stem
-        run(args.kind, args.config, args.data, out, allow_changes=args.allow_changes, progress=not args.quiet)
+        options: Any = {"allow_changes": args.allow_changes, "progress": not args.quiet}
+        run(args.kind, args.config, args.data, out, **options, init=args.init, teacher=args.teacher)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ INDEX, CHECKSUMS, CODE = "model_index.json", "checksums.json", "pipeline.py"
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
 # settings that count layers; every layer has tensors
-COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks")
+COUNTS = ("layers_per_block", "encoder_blocks", "decoder_blocks", "transformer_layers_per_block")
 
 
 def embedded_models() -> list[str]:

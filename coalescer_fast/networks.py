@@ -23,13 +23,9 @@ from .runtime.native.runtime import VOCABULARY
 # Components of diffusers' pipelines that run natively.
 COMPONENTS = ("unet", "controlnet", "vae")
 CALIBRATION = 4  # prompts and steps that ranges of int8 are found with, where nothing else is said
-# Networks that are accelerated: modules, and pipelines of them.
+# Networks that are accelerated: modules, and pipelines of them, of which we know only that they are.
+NETWORKS = (nn.Module, DiffusionPipeline)
 Networks = Any
-
-
-def is_networks(x: object) -> bool:
-    """Whether x is a module, or a pipeline that has components to accelerate."""
-    return isinstance(x, (nn.Module, DiffusionPipeline))
 
 
 def parts(x: Networks) -> dict[str, nn.Module]:
@@ -97,16 +93,19 @@ def accelerate(
     for network in networks.values():
         if (before := runtime_of(network)) is not None:
             before.remove()
+    folder, itself = None if cache is None else str(cache), list(networks.values()) == [x]
     made = [
-        ModuleRuntime(network, dtype, given, keep_weights, None if cache is None else str(cache))
-        for network in networks.values()
+        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder) for network in networks.values()
     ]
-    if dtype == torch.int8 and not isinstance(x, nn.Module):
+    if dtype == torch.int8 and not itself:
         try:
-            with ExitStack() as stack:
+            with ExitStack() as stack, torch.no_grad():
                 for runtime in made:
                     stack.enter_context(runtime.collecting())
-                _draw(x, prompts, call)
+                for args, kwargs in given:
+                    x(*args, **kwargs)
+                if not given:
+                    _draw(x, prompts, call)
         except BaseException:
             for runtime in made:
                 runtime.remove()
@@ -206,4 +205,4 @@ def outputs(x: nn.Module, arguments: Arguments) -> list[Tensor]:
 def pictures(pipe: Any, prompts: Sequence[str] | None, call: Mapping[str, Any], n: int) -> Tensor:
     """The pictures that a pipeline's calls draw, (N, C, H, W) in [0, 1]."""
     drawn = _draw(pipe, prompts, {"output_type": "pt", **call}, num_images_per_prompt=n)
-    return torch.cat([torch.as_tensor(each.images).double() for each in drawn])
+    return torch.cat([torch.as_tensor(each.images, dtype=torch.float64) for each in drawn])

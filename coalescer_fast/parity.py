@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import networks, ops
-from .acceleration import check_pipeline
+from .acceleration import check_pipeline, is_of_others
 from .console import table
 from .dtypes import dtype_name
 from .ops import native_library
-from .pipeline import CoalescerPipeline
 from .prompts import check_count, check_texts
 from .runtime.eager import EagerRuntime
 from .runtime.engines.hashes import network_sha256
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .models.unet import CoalescerUNet
+    from .pipeline import CoalescerPipeline
     from .runtime.base import Runtime
 
 NUM_PROMPTS = 16
@@ -196,9 +196,8 @@ def verify(
     Raises:
         ValueError: for a pipeline that is not accelerated, and for arguments other than these.
     """
-    if not isinstance(pipe, CoalescerPipeline) and networks.is_networks(pipe):
+    if is_of_others(pipe):
         return _verify_networks(pipe, prompts, num_images, budget, call)
-    check_pipeline(pipe)
     if call:
         raise ValueError(f"{', '.join(call)} are for diffusers pipelines; expected none of a CoalescerPipeline")
     runtime = pipe.runtime

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -20,6 +21,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, is_accelerate_available
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 from . import folders, prompts, sampling
 from .finite import check_finite, check_readable, first_not_finite, is_finite
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # what diffusers calls the dtype of weights: "dtype" since it has a message about the old name
 DTYPE = "dtype" if find_spec("diffusers.utils.deprecation_utils") is not None else "torch_dtype"
+SAFE_DIFFUSERS = "0.38"  # which runs no code of a folder unless it is told to (GHSA-4prv-5hj7-c2xr)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # An attribute that each component has and others of its kind have not. Wrappers of torch.compile and peft pass it on,
 # so that a wrapped component is recognised as well.
@@ -155,9 +158,15 @@ class CoalescerPipeline(DiffusionPipeline):
             The pipeline, in float32 unless ``dtype`` says otherwise.
 
         Raises:
-            ValueError: for a folder that is damaged or holds something else.
+            ValueError: for a folder that is damaged or holds something else, and with a diffusers before 0.38, which
+                may run code of a folder.
         """
         name = str(pretrained_model_name_or_path)
+        if TorchVersion(diffusers.__version__) < SAFE_DIFFUSERS:
+            raise ValueError(
+                f"diffusers {diffusers.__version__} may run code of a folder: loading a pipeline needs {SAFE_DIFFUSERS} "
+                "or newer; run pip install -U diffusers"
+            )
         given = [part for part in folders.COMPONENTS if part in kwargs]
         if absent := [part for part in given if kwargs[part] is None]:
             kind = folders.COMPONENTS[absent[0]].__name__

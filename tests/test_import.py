@@ -48,7 +48,8 @@ ROOT = Path(coalescer_fast.__file__).parent
 RULES = {
     "ops/**/*.py": "ops",
     "models/**/*.py": "!runtime pipeline training acceleration",
-    "runtime/native/[!r]*.py": "ops runtime.native files dtypes",  # all but record.py and runtime.py
+    "runtime/native/[!rm]*.py": "ops runtime.native files dtypes",  # all but those named here and runtime.py
+    "runtime/native/module.py": "ops runtime dtypes",
     "runtime/native/record.py": "ops runtime.native",
     "runtime/**/*.py": "!training export",
     "training/**/*.py": "!export",

@@ -263,8 +263,9 @@ def test_an_untrained_network_passes():
 
 
 def test_budgets():
-    assert Budget.of(torch.bfloat16) == Budget(35, 25, 0.999, 0.01)
-    assert Budget.of(torch.float32) == Budget(60, 25, 0.999, 0.01)
+    assert Budget.of(torch.bfloat16) == Budget(35, 25, 0.999, 0.01, 0.03)
+    assert Budget.of(torch.float32) == Budget(60, 25, 0.999, 0.01, 1e-4)
+    assert Budget.of(torch.int8) == Budget(35, 25, 0.999, 0.01, 0.1)
     pipe = accelerated(dtype=torch.bfloat16)
     assert failed(verify(pipe, budget={"psnr_minimum": 200})) == {"pictures: PSNR, minimum"}
 

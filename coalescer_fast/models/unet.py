@@ -65,6 +65,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# options that were added later, with the defaults that leave a network as it was
+LATER = {"norm_eps": 1e-5, "transformer_layers_per_block": 1, "sample_residual": 0.0}
+
+
 @dataclass
 class CoalescerUNetOutput(BaseOutput):
     """What the network answers.
@@ -130,6 +134,15 @@ def zero_initialise(*modules: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
+def _of_each_level(name: str, value: int | Sequence[int], levels: int) -> Sequence[int]:
+    """A setting of all levels, or of each, as one of each."""
+    if isinstance(value, int):
+        return [value] * levels
+    if len(value) != levels:
+        raise ValueError(f"{name} is {tuple(value)}; expected a number, or one for each of the {levels} levels")
+    return value
+
+
 class AnchorMLP(nn.Module):
     """The mean latent p of a description: (N, D) -> (N, Cz, S, S) by two residual LayerNorm-Linear-SiLU blocks."""
 
@@ -157,12 +170,12 @@ class ResidualBlock(nn.Module):
     The input is x or cat([x, skip]); a 1x1 convolution brings the residual connection to other channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = GroupNormSiLU(num_groups, in_channels)
+        self.norm1 = GroupNormSiLU(num_groups, in_channels, eps)
         self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = GroupNormSiLU(num_groups, out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels, eps)
         self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
         self.shortcut = Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
         zero_initialise(self.film, self.conv2)
@@ -191,10 +204,10 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """x + proj(attention(GroupNorm(x))) over the H*W positions."""
 
-    def __init__(self, channels: int, num_heads: int, num_groups: int):
+    def __init__(self, channels: int, num_heads: int, num_groups: int, eps: float = 1e-5):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = GroupNormSiLU(num_groups, channels, activation=None)
+        self.norm = GroupNormSiLU(num_groups, channels, eps, activation=None)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
         zero_initialise(self.to_out)
@@ -207,18 +220,15 @@ class SelfAttention(nn.Module):
         return y
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to token rows and a GEGLU feed-forward, between two 1x1 projections.
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention to token rows and a GEGLU feed-forward, each pre-norm and residual."""
 
-    The layout of Stable Diffusion's spatial transformer (arXiv 2112.10752): pre-norm, residual around each part and
-    around the whole.
-    """
-
-    def __init__(self, channels: int, num_heads: int, cross_attention_dim: int, num_groups: int):
+    def __init__(self, channels: int, num_heads: int, cross_attention_dim: int):
         super().__init__()
+        self._add_layer(channels, num_heads, cross_attention_dim)
+
+    def _add_layer(self, channels: int, num_heads: int, cross_attention_dim: int) -> None:
         self.num_heads = num_heads
-        self.norm = GroupNormSiLU(num_groups, channels, 1e-6, activation=None)
-        self.proj_in = nn.Linear(channels, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out1 = nn.Linear(channels, channels)
@@ -227,24 +237,65 @@ class TransformerBlock(nn.Module):
         self.to_out2 = nn.Linear(channels, channels)
         self.ff_in = nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
-        self.proj_out = nn.Linear(channels, channels)
 
     def keys_values(self, token_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Project token rows (N, L, D') to keys and values, each (N, heads, L, head_dim)."""
         k, v = (split_heads(part, self.num_heads) for part in self.to_kv(token_rows).chunk(2, -1))
         return k, v
 
-    def forward(
-        self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    def transform(
+        self, h: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
     ) -> torch.Tensor:
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [N, H*W, C]
+        """Attend and feed forward, rows (N, H*W, C)."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.to_qkv(self.norm1(h)).chunk(3, -1))
         h = h + self.to_out1(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         q = split_heads(self.to_q(self.norm2(h)), self.num_heads)
         attention_mask = None if mask is None else mask[:, None, None, :]
         h = h + self.to_out2(merge_heads(F.scaled_dot_product_attention(q, *keys_values, attn_mask=attention_mask)))
         value, gate = self.ff_in(self.norm3(h)).chunk(2, -1)
-        h = h + self.ff_out(value * F.gelu(gate))
+        y: torch.Tensor = h + self.ff_out(value * F.gelu(gate))
+        return y
+
+    def forward(
+        self, h: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.transform(h, keys_values, mask)
+
+
+class TransformerBlock(TransformerLayer):
+    """One or several transformer layers between two 1x1 projections, with a residual connection around the whole.
+
+    The layout of Stable Diffusion's spatial transformer (arXiv 2112.10752). The first layer is the block's own; those
+    after it are in ``further``, which a block of one layer does not have.
+    """
+
+    def __init__(self, channels: int, num_heads: int, cross_attention_dim: int, num_groups: int, num_layers: int = 1):
+        nn.Module.__init__(self)
+        self.norm = GroupNormSiLU(num_groups, channels, 1e-6, activation=None)
+        self.proj_in = nn.Linear(channels, channels)
+        self._add_layer(channels, num_heads, cross_attention_dim)
+        self.proj_out = nn.Linear(channels, channels)
+        if num_layers > 1:
+            self.further = nn.ModuleList(
+                TransformerLayer(channels, num_heads, cross_attention_dim) for _ in range(num_layers - 1)
+            )
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """All layers in the order in which they run, the block as the first."""
+        return [self, *getattr(self, "further", ())]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        further: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> torch.Tensor:
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [N, H*W, C]
+        h = self.transform(h, keys_values, mask)
+        for layer, pair in zip(self.layers[1:], further):
+            h = layer(h, pair, mask)
         y: torch.Tensor = x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
         return y
 
@@ -276,12 +327,17 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         norm_num_groups: groups of every GroupNorm.
         attention_levels: levels whose residual blocks are each followed by attention.
         mid_attention: whether there is attention between the two residual blocks at the bottom.
-        num_attention_heads: heads of every attention.
+        num_attention_heads: heads of every attention, or of those of each level (the last one's at the bottom).
         cross_attention_dim: width of the token rows, or None for no cross-attention.
         description_dim: D, width of a description vector; the all-zero vector is the empty description.
         embedding_dim: width of the embedding that scales and shifts are projected from.
         anchor: "mlp" or None.
         anchor_hidden_dim: width of the anchor's MLP.
+        norm_eps: of every GroupNorm but those of transformer blocks.
+        transformer_layers_per_block: layers of every transformer block, or of those of each level.
+        sample_residual: multiple of R that is added to the direction, see `from_diffusers`.
+
+    The last three are in ``config`` only where they differ from their defaults.
     """
 
     @register_to_config
@@ -294,26 +350,31 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         attention_levels: tuple[int, ...] = (1,),
         mid_attention: bool = True,
-        num_attention_heads: int = 4,
+        num_attention_heads: int | tuple[int, ...] = 4,
         cross_attention_dim: int | None = None,
         description_dim: int = 128,
         embedding_dim: int = 256,
         anchor: str | None = None,
         anchor_hidden_dim: int = 1024,
+        norm_eps: float = 1e-5,
+        transformer_layers_per_block: int | tuple[int, ...] = 1,
+        sample_residual: float = 0.0,
     ):
         super().__init__()
         if anchor not in ("mlp", None):
             raise ValueError(f"anchor is {anchor!r}; use 'mlp' or None")
         channels = list(block_out_channels)
         groups = norm_num_groups
+        heads = _of_each_level("num_attention_heads", num_attention_heads, len(channels))
+        depths = _of_each_level("transformer_layers_per_block", transformer_layers_per_block, len(channels))
 
-        def attention(width: int) -> nn.Module:
+        def attention(width: int, level: int) -> nn.Module:
             if cross_attention_dim is None:
-                return SelfAttention(width, num_attention_heads, groups)
-            return TransformerBlock(width, num_attention_heads, cross_attention_dim, groups)
+                return SelfAttention(width, heads[level], groups, norm_eps)
+            return TransformerBlock(width, heads[level], cross_attention_dim, groups, depths[level])
 
         def residual(width_in: int, width_out: int) -> ResidualBlock:
-            return ResidualBlock(width_in, width_out, embedding_dim, groups)
+            return ResidualBlock(width_in, width_out, embedding_dim, groups, norm_eps)
 
         self.anchor_mlp = (
             AnchorMLP(description_dim, anchor_hidden_dim, latent_channels, sample_size) if anchor else None
@@ -331,29 +392,35 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         for level, out in enumerate(channels):
             for _ in range(layers_per_block):
                 block = residual(width, out)
-                self.down.append(nn.ModuleList([block, *([attention(out)] if level in attention_levels else [])]))
+                self.down.append(
+                    nn.ModuleList([block, *([attention(out, level)] if level in attention_levels else [])])
+                )
                 width = out
                 skips.append(width)
             if level < len(channels) - 1:
                 self.down.append(nn.ModuleList([Convolution(width, width, 3, stride=2, padding=1)]))
                 skips.append(width)
         self.mid = nn.ModuleList(
-            [residual(width, width), *([attention(width)] if mid_attention else []), residual(width, width)]
+            [residual(width, width), *([attention(width, -1)] if mid_attention else []), residual(width, width)]
         )
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
             for _ in range(layers_per_block + 1):
                 block = residual(width + skips.pop(), out)
-                self.up.append(nn.ModuleList([block, *([attention(out)] if level in attention_levels else [])]))
+                self.up.append(nn.ModuleList([block, *([attention(out, level)] if level in attention_levels else [])]))
                 width = out
             if level:
                 self.up.append(nn.ModuleList([Convolution(width, width, 3, padding=1)]))
 
-        self.norm_out = GroupNormSiLU(groups, width)
+        self.norm_out = GroupNormSiLU(groups, width, norm_eps)
         self.direction_head = nn.Conv2d(width, latent_channels, 3, padding=1)
         self.distance_head = nn.Linear(width, 1)
         zero_initialise(self.direction_head, self.distance_head)
         nn.init.constant_(self.distance_head.bias, SOFTPLUS_INVERSE_OF_1)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Register as diffusers does, without later options at their defaults: hashes and files stay as they were."""
+        super().register_to_config(**{name: value for name, value in kwargs.items() if LATER.get(name, ...) != value})
 
     @classmethod
     def named(cls, name: str) -> CoalescerUNet:
@@ -363,15 +430,74 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         network: CoalescerUNet = cls(**CONFIGURATIONS[name])
         return network
 
+    @classmethod
+    def from_diffusers(
+        cls,
+        unet: nn.Module,
+        scheduler: Any = None,
+        timestep: int | None = None,
+        *,
+        description_dim: int | None = None,
+        embedding_dim: int | None = None,
+        **conditions: Any,
+    ) -> CoalescerUNet:
+        r"""Make a coalescer of a diffusion model's UNet, with its weights.
+
+        The time embedding is folded: the UNet is taken as it is at one noise level, t. Everything that a coalescer has
+        beside it starts without effect: scales and shifts by the description are 0, so that the new network computes
+        what the UNet computes at t. Of the heads, the direction starts from ``conv_out``, F below.
+
+        A diffusion model has learnt x_t = alpha x + sigma z, with alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 -
+        alphas_cumprod[t]) and z ~ N(0, I). Late in the noise process alpha is near 0, x_t is nearly z, and R = z may
+        stand for it. The picture that the UNet then expects, x_0, is linear in F and R:
+
+            epsilon:       F = z                     x_0 = (R - sigma F) / alpha
+            v_prediction:  F = alpha z - sigma x     x_0 = alpha R - sigma F       (as alpha^2 + sigma^2 = 1)
+            sample:        F = x                     x_0 = F
+
+        The direction has to point from R to a picture, and to be short where pictures disagree. Over the pictures x
+        that fit, the mean of (x - R) / |x - R| is (x_0 - R) / sqrt(2): |x - R|^2 = |x|^2 + |R|^2 = 2, for x and R are
+        independent, of RMS 1 and in high dimension. So the heads start as
+
+            direction = (x_0 - R) / sqrt(2) = head + sample_residual R,      distance = sqrt(2)
+
+        with ``head = -sigma / (alpha sqrt(2)) conv_out`` and ``sample_residual = (1 / alpha - 1) / sqrt(2)`` for
+        epsilon, and by the same formulas for the others: the landing point R + distance direction is x_0.
+
+        For epsilon, an error of F counts sigma / alpha times in x_0: 14.6 at Stable Diffusion's last step, and 3.3 at
+        700, where R = z is a poorer x_t in return. In the trial of docs/training.md, 700 was much the better start.
+
+        Args:
+            unet: a UNet2DConditionModel or UNet2DModel of diffusers. It is not changed.
+            scheduler: the scheduler that it was trained with: what F predicts, alpha and sigma. With None, the
+                direction head is conv_out itself: the direction is what the UNet predicts at ``timestep``.
+            timestep: t; the last of the scheduler's (999) if None.
+            description_dim: width of a description vector; that of the token rows if None, or 128 without them.
+            embedding_dim: width of the embedding of descriptions; twice the UNet's first width if None.
+            **conditions: further arguments of the UNet's call, folded as the timestep is: class_labels, SDXL's
+                added_cond_kwargs, or timestep_cond of a latent consistency model, each for one sample.
+
+        Returns:
+            The network, of the UNet's dtype and device.
+
+        Raises:
+            TypeError: for another class.
+            ValueError: for a UNet with a part that a coalescer does not have; it names the part.
+        """
+        from .takeover import take_over
+
+        network: CoalescerUNet = take_over(cls, unet, scheduler, timestep, description_dim, embedding_dim, conditions)
+        return network
+
     @property
     def residual_blocks(self) -> list[ResidualBlock]:
         """All residual blocks in the order in which they run."""
         return [m for m in self._in_order() if isinstance(m, ResidualBlock)]
 
     @property
-    def transformer_blocks(self) -> list[TransformerBlock]:
-        """All blocks with cross-attention in the order in which they run."""
-        return [m for m in self._in_order() if isinstance(m, TransformerBlock)]
+    def transformer_layers(self) -> list[TransformerLayer]:
+        """All layers with cross-attention in the order in which they run."""
+        return [layer for m in self._in_order() if isinstance(m, TransformerBlock) for layer in m.layers]
 
     @property
     def downsampling(self) -> int:
@@ -424,7 +550,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                     "encoder_hidden_states is missing: this network attends to the description's token rows"
                 )
             rows = encoder_hidden_states.to(self.null.dtype)
-            keys_values = [t for block in self.transformer_blocks for t in block.keys_values(rows)]
+            keys_values = [t for layer in self.transformer_layers for t in layer.keys_values(rows)]
         if self.anchor_mlp is not None and anchor is None:
             anchor = self.anchor_mlp(description)
         anchors = [] if anchor is None else [anchor]
@@ -433,7 +559,7 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
     def as_conditioning(self, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> Conditioning:
         """Make a conditioning of what `Conditioning.tensors` lists, the mask apart."""
         films = 2 * len(self.residual_blocks)
-        others = 2 * len(self.transformer_blocks)
+        others = 2 * len(self.transformer_layers)
         pairs = list(zip(tensors[: films + others : 2], tensors[1 : films + others : 2]))
         anchor = tensors[-1] if len(tensors) > films + others else None
         return Conditioning(pairs[: films // 2], anchor, pairs[films // 2 :], mask)
@@ -447,7 +573,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
                 if isinstance(module, ResidualBlock):
                     h = module(h, next(film), skips.pop() if skips is not None else None)
                 elif isinstance(module, TransformerBlock):
-                    h = module(h, next(keys_values), conditioning.mask)
+                    own, *further = (next(keys_values) for _ in module.layers)
+                    h = module(h, own, conditioning.mask, *([further] if further else []))
                 elif isinstance(module, SelfAttention):
                     h = module(h)
                 else:  # a convolution, whatever it has been wrapped in
@@ -500,6 +627,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
             conditioning = self.condition(description, encoder_hidden_states, encoder_attention_mask)
         features, anchor = self.features(sample, conditioning), conditioning.anchor
         direction, distance = self._heads(features, None if anchor is None else sample, anchor)
+        if residual := self.config.get("sample_residual", 0.0):
+            direction = direction + residual * sample
         return CoalescerUNetOutput(direction, distance) if return_dict else (direction, distance)
 
     def _heads(

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +192,7 @@ class PipelineRuntime(Runtime):
         self.code: dict[str, str] = {}
         self._prepared = False  # once in its life
         self._forked = False
-        _runtimes.add(self)
+        lock_anew_after_fork(self)
 
     @abstractmethod
     def take_over(self) -> None:
@@ -272,13 +272,18 @@ def own_code(pipe: CoalescerPipeline) -> dict[str, str]:
     return found
 
 
-_runtimes: weakref.WeakSet[PipelineRuntime] = weakref.WeakSet()
+_locking: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def lock_anew_after_fork(owner: Any) -> None:
+    """Give the owner another ``lock`` in a child process, where the thread that held it is not, and note the fork."""
+    _locking.add(owner)
 
 
 def _after_fork() -> None:
-    for runtime in _runtimes:
-        runtime.lock = threading.RLock()  # the thread that held it is not in the child
-        runtime._forked = True
+    for owner in _locking:
+        owner.lock = threading.RLock()
+        owner._forked = True
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -2,20 +2,22 @@
 
 A step draws R at mixed radii, R = a z + (1 - a) x with a = 1 (the prior) for half of the batch and a ~ U(0, 1) for the
 rest, so that the second sampling step is on-distribution. The close picture comes from a pairing (`training.pairing`),
-renewed every ``queue_size / batch_size`` steps with the averaged network. This is a reconstruction: the lists of steps
-in the text that the method comes from are lost.
+renewed every ``queue_size / batch_size`` steps with the averaged network; or a teacher draws it (`training.teacher`).
+This is a reconstruction: the lists of steps in the text that the method comes from are lost.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from .. import files
@@ -35,7 +37,10 @@ from .loop import Schedule, Trainer, make_accelerator
 from .losses import DIRECTION_LOSSES, coalescer_loss, flow_matching_loss, mean_square
 from .pictures import sheet
 from .prompts import PromptConfig, PromptSampler
+from .teacher import Pairs, Teacher, TeacherConfig, TeacherItems, described, draw_pairs, load_pipeline
 
+# texts -> vectors (N, D) and, for cross-attention, token rows (N, L, D') and their mask (N, L), if they need one
+Describe = Callable[[Sequence[str]], list[torch.Tensor]]
 OBJECTIVES = ("coalescer", "flow_matching")
 DECISIVE = (  # fields of the configuration that decide what is learnt, besides schedule and seed
     *("model", "overrides", "objective", "pairing", "direction_loss", "nearest_of", "pairing_warmup", "prior_share"),
@@ -48,13 +53,17 @@ class CoalescerConfig:
 
     Attributes:
         schedule: of the UNet.
-        autoencoder: folder of a saved autoencoder, or how one is trained first.
+        autoencoder: folder of a saved autoencoder, or how one is trained first; None with a teacher that has its own.
         anchor: schedule of the anchor's MLP.
         anchor_from: folder of a training whose anchor is used.
         model: a named configuration.
         overrides: arguments of `CoalescerUNet` that differ from it.
+        init: folder or Hub id of a diffusers pipeline, of whose UNet the network is made instead of ``model``; see
+            `CoalescerUNet.from_diffusers`.
+        init_timestep: the timestep that is folded; the last if None.
         objective: one of `OBJECTIVES`.
-        pairing: one of `PAIRINGS`.
+        pairing: one of `PAIRINGS`; without effect where there is a teacher.
+        teacher: draws the close pictures.
         direction_loss: one of `DIRECTION_LOSSES`.
         nearest_of: pictures that the pairing nearest_of_k searches.
         pairing_warmup: steps for which output_transport pairs in noise space.
@@ -67,13 +76,16 @@ class CoalescerConfig:
     """
 
     schedule: Schedule
-    autoencoder: str | AutoencoderConfig
+    autoencoder: str | AutoencoderConfig | None = None
     anchor: Schedule | None = None
     anchor_from: str = ""
     model: str = "emoji-64"
     overrides: dict[str, Any] = field(default_factory=dict)
+    init: str = ""
+    init_timestep: int | None = None
     objective: str = "coalescer"
     pairing: str = "output_transport"
+    teacher: TeacherConfig | None = None
     direction_loss: str = "sqrt"
     nearest_of: int = 64
     pairing_warmup: int = 64
@@ -107,6 +119,10 @@ class CoalescerConfig:
         if self.anchor is not None and self.anchor.batch_size > self.prompts.queue_size:
             limit = self.prompts.queue_size
             raise ValueError(f"anchor.batch_size is {self.anchor.batch_size}; expected at most the queue_size, {limit}")
+        if self.init and (self.overrides or self.objective != "coalescer"):
+            raise ValueError("init is given: leave out overrides, for the network is of that UNet, and objective")
+        if self.teacher is not None and self.objective != "coalescer":
+            raise ValueError(f"objective is {self.objective!r}; a teacher is for the coalescer")
         period = self.prompts.queue_size // self.schedule.batch_size
         if period < 1 or self.schedule.checkpoint_every % period:
             raise ValueError(
@@ -177,6 +193,8 @@ def train_coalescer(
     *,
     allow_changes: bool = False,
     progress: bool = True,
+    teacher: DiffusionPipeline | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> CoalescerUNet:
     """Train a coalescer, or resume its training, and save its pipeline.
 
@@ -186,27 +204,33 @@ def train_coalescer(
         output_dir: folder of checkpoints, of sample sheets and of the saved pipeline.
         allow_changes: resume even if the configuration, the pictures or the autoencoder have changed.
         progress: show bars.
+        teacher: draws the close pictures, instead of loading ``config.teacher.pipeline``.
+        on_step: as of `Trainer.run`.
 
     Returns:
-        The averaged network.
+        The averaged network. Its pipeline is saved in ``output_dir/pipeline``; where a teacher has brought its own text
+        encoder and autoencoder, the network alone in ``output_dir/unet``.
 
     Raises:
         ValueError: if a part is missing, no picture is left, or a checkpoint cannot be resumed.
     """
     _check_folders(config)
     options: dict[str, Any] = {"allow_changes": allow_changes, "progress": progress}
+    if teacher is not None:
+        config = replace(config, teacher=config.teacher or TeacherConfig())
+    elif config.teacher is not None:
+        teacher = load_pipeline(config.teacher.pipeline, config.teacher.dtype)
     vae, origin = _autoencoder(config, data, output_dir, **options)
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
     if not len(training):
         raise ValueError("no picture is left to train on: leave fewer out (without), or give another data set")
-    latents = encode(vae.to(accelerator.device), training)
+    latents = torch.empty(0, dtype=torch.float32) if vae is None else encode(vae.to(accelerator.device), training)
     encoder = description_encoder(training)
     sampler = PromptSampler(training, encoder, config.prompts)
-    network_class = FlowMatchingUNet if config.objective == "flow_matching" else CoalescerUNet
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = network_class(**{**CONFIGURATIONS[config.model], **config.overrides})
+        model = _network(config)
 
     data_settings = {"data": training.fingerprint(), "autoencoder": origin, "prompts": asdict(config.prompts)}
     if model.anchor_mlp is not None:
@@ -220,27 +244,49 @@ def train_coalescer(
         model.anchor_mlp.requires_grad_(False)
 
     settings = {**{name: getattr(config, name) for name in DECISIVE}, **data_settings}
+    if config.init:
+        settings["init"] = {"unet": network_sha256(model, model.config)}
+    attends, pairs = model.config.cross_attention_dim is not None, None
+    read: Describe | None = None
+    drawing = None if config.teacher is None else Teacher(teacher, encoder, config.teacher, accelerator.device)
+    if drawing is not None and drawing.reads:
+        read = drawing.describe
+    _check_widths(model, encoder, read)
+    if drawing is not None and config.teacher is not None:
+        settings["teacher"] = drawing.settings()
+        size = model.config.sample_size
+        with accelerator.main_process_first():
+            shape = (model.config.latent_channels, size, size)
+            folder = Path(config.teacher.folder or output_dir / "teacher")
+            pairs = draw_pairs(drawing, sampler, shape, folder, config.seed, progress)
+    if read is None and (attends or pairs is not None):
+        read = partial(described, encoder, attends)
     trainer = Trainer(
         config.objective, model, config.schedule, output_dir, accelerator, config.seed, settings=settings, **options
     )
-    make_loss = _flow_matching_loss if config.objective == "flow_matching" else _coalescer_loss
+    coalescer = config.objective == "coalescer"
+    draws_alone = coalescer and vae is not None and not hasattr(teacher, "encode_prompt")
 
     def pipeline(network: CoalescerUNet) -> CoalescerPipeline:
+        assert vae is not None
         return CoalescerPipeline(network, CoalescerScheduler(**config.scheduler), encoder, vae)
 
     def on_sample(network: nn.Module, step: int) -> None:
-        if config.sheet and isinstance(network, CoalescerUNet) and config.objective == "coalescer":
+        if config.sheet and isinstance(network, CoalescerUNet) and draws_alone:
             pipe = pipeline(network)
             pipe.set_progress_bar_config(disable=True)
             out: Any = pipe(list(config.sheet), generator=torch.Generator().manual_seed(config.seed))
             files.write_picture(output_dir / f"coalescer-{step:06d}.png", sheet(out.images, config.sheet, columns=10))
 
-    averaged = trainer.run(make_loss(config, trainer, sampler, latents), on_sample)
+    if coalescer:
+        loss = _coalescer_loss(config, trainer, sampler, latents, read, pairs)
+    else:
+        loss = _flow_matching_loss(config, trainer, sampler, latents)
+    averaged = trainer.run(loss, on_sample, on_step)
     assert isinstance(averaged, CoalescerUNet)
     if accelerator.is_main_process:
-        coalescer = config.objective == "coalescer"
-        with files.writing_folder(output_dir / ("pipeline" if coalescer else "unet")) as folder:
-            (pipeline(averaged) if coalescer else averaged).save_pretrained(folder)
+        with files.writing_folder(output_dir / ("pipeline" if draws_alone else "unet")) as saved:
+            (pipeline(averaged) if draws_alone else averaged).save_pretrained(saved)
     accelerator.wait_for_everyone()
     return averaged
 
@@ -255,10 +301,35 @@ def _check_folders(config: CoalescerConfig) -> None:
             )
 
 
+def _check_widths(model: CoalescerUNet, encoder: DescriptionEncoder, read: Describe | None) -> None:
+    """Raise ValueError if descriptions are not of the width that the network takes."""
+    width = encoder.config.dim if read is None else read([""])[0].shape[1]
+    for name in ("description_dim", "cross_attention_dim"):
+        if model.config[name] not in (width, None):
+            sizes = f"the network has {name} {model.config[name]}, and descriptions have {width}"
+            raise ValueError(f"{sizes}: give a teacher with the text encoder that the network was trained with")
+
+
+def _network(config: CoalescerConfig) -> CoalescerUNet:
+    """The network that is trained."""
+    if config.init:
+        source = load_pipeline(config.init)
+        if getattr(source, "unet", None) is None:
+            raise ValueError(f"init is {config.init}, a {type(source).__name__}, which has no unet: give another")
+        return CoalescerUNet.from_diffusers(source.unet.float(), source.scheduler, config.init_timestep)
+    network_class = FlowMatchingUNet if config.objective == "flow_matching" else CoalescerUNet
+    network: CoalescerUNet = network_class(**{**CONFIGURATIONS[config.model], **config.overrides})
+    return network
+
+
 def _autoencoder(
     config: CoalescerConfig, data: PictureDataset, output_dir: Path, **options: Any
-) -> tuple[CoalescerAutoencoder, Any]:
+) -> tuple[CoalescerAutoencoder | None, Any]:
     """The autoencoder, loaded or trained, and what tells it from others in the settings of a training."""
+    if config.autoencoder is None:
+        if config.teacher is None or config.anchor is not None:
+            raise ValueError("autoencoder is missing: give a folder, or how one is trained")
+        return None, "the teacher's"
     if isinstance(config.autoencoder, str):
         vae = CoalescerAutoencoder.from_pretrained(config.autoencoder)
         return vae.eval(), network_sha256(vae, vae.config)
@@ -274,29 +345,47 @@ def _load_anchor(model: AnchorMLP, source: Path) -> None:
 
 
 def _coalescer_loss(
-    config: CoalescerConfig, trainer: Trainer, sampler: PromptSampler, latents: torch.Tensor
+    config: CoalescerConfig,
+    trainer: Trainer,
+    sampler: PromptSampler,
+    latents: torch.Tensor,
+    read: Describe | None,
+    pairs: Pairs | None,
 ) -> Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]]:
-    """The loss of a step, at R of mixed radii."""
+    """The loss of a step, at R of mixed radii.
+
+    The close picture is a teacher's if there are ``pairs``. ``read`` reads the texts of a batch; None takes their
+    vectors alone, as they were drawn.
+    """
     device, autocast = trainer.accelerator.device, trainer.accelerator.autocast
 
+    def conditions(description: torch.Tensor, texts: Sequence[str]) -> list[torch.Tensor]:
+        return [x.to(device) for x in ([description] if read is None else read(texts))]
+
     @torch.no_grad()
-    def endpoint(noise: torch.Tensor, description: torch.Tensor) -> torch.Tensor:
+    def endpoint(noise: torch.Tensor, description: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         parts = []
-        for z, d in zip(noise.split(256), description.split(256)):
+        for start, z in zip(range(0, len(noise), 256), noise.split(256)):
+            part = slice(start, start + 256)
             z = z.to(device)
             with autocast():
-                direction, distance = trainer.ema.model(z, d.to(device), return_dict=False)
+                given = conditions(description[part], texts[part])
+                direction, distance = trainer.ema.model(z, *given, return_dict=False)
             parts.append((z + distance.view(-1, 1, 1, 1) * direction).float().cpu())
         return torch.cat(parts)
 
-    how = Pairing(config.pairing, config.prior_share, config.nearest_of)
-    items = ItemStream(trainer, sampler, latents, how, key=2, endpoint=endpoint, warmup=config.pairing_warmup)
+    items: ItemStream | TeacherItems
+    if pairs is not None:
+        items, latents = TeacherItems(trainer, pairs, config.prior_share, key=5), pairs.latents
+    else:
+        how = Pairing(config.pairing, config.prior_share, config.nearest_of)
+        items = ItemStream(trainer, sampler, latents, how, key=2, endpoint=endpoint, warmup=config.pairing_warmup)
 
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         batch = items.at(step)
         close, noise = latents[batch.close].to(device), batch.noise.to(device)
         sample = pairing.mix(noise, latents[batch.source].to(device), batch.radius.to(device))
-        direction, distance = network(sample, batch.description.to(device), return_dict=False)
+        direction, distance = network(sample, *conditions(batch.description, batch.texts), return_dict=False)
         return coalescer_loss(direction.float(), distance.float(), sample, close, config.direction_loss)
 
     return loss

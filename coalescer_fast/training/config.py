@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,8 @@ def run(
     *,
     allow_changes: bool = False,
     progress: bool = True,
+    init: str | None = None,
+    teacher: str | None = None,
 ) -> None:
     """Train on a data set, or resume where a training was stopped.
 
@@ -69,17 +72,27 @@ def run(
         out: folder of checkpoints and results.
         allow_changes: resume even if the configuration or the data have changed.
         progress: show bars.
+        init: of a coalescer, instead of the configuration's.
+        teacher: pipeline of a coalescer's teacher, instead of the configuration's.
     """
     out = Path(out)
     options: Any = {"allow_changes": allow_changes, "progress": progress}
     if kind == "autoencoder":
+        if init or teacher:
+            raise ValueError("init and teacher are for a coalescer: leave them out")
         from .autoencoder import AutoencoderConfig, train_autoencoder
 
         train_autoencoder(read(config, AutoencoderConfig), _prepare(data, out), out, **options)
     elif kind == "coalescer":
         from .coalescer import CoalescerConfig, train_coalescer
+        from .teacher import TeacherConfig
 
-        train_coalescer(read(config, CoalescerConfig), _prepare(data, out), out, **options)
+        settings = read(config, CoalescerConfig)
+        if init:
+            settings = replace(settings, init=init, overrides={})
+        if teacher:
+            settings = replace(settings, teacher=replace(settings.teacher or TeacherConfig(), pipeline=teacher))
+        train_coalescer(settings, _prepare(data, out), out, **options)
     else:
         raise ValueError(f"there is no training of a {kind}; use autoencoder or coalescer")
 

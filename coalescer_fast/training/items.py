@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -14,8 +15,8 @@ from .prompts import PromptSampler
 
 PAIRINGS = ("output_transport", "transport", "nearest", "nearest_of_k", "paired")
 
-# Where the network lands (n, C, h, w) in one step from noise (n, C, h, w), for descriptions (n, D).
-Endpoint = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Where the network lands (n, C, h, w) in one step from noise (n, C, h, w), for descriptions (n, D) of n texts.
+Endpoint = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], torch.Tensor]
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Items:
         radius: (n,), of R between picture and noise.
         source: (n,), index of the picture that R is mixed from.
         close: (n,), index of the close picture.
+        texts: the n descriptions.
     """
 
     noise: torch.Tensor
@@ -35,6 +37,7 @@ class Items:
     radius: torch.Tensor
     source: torch.Tensor
     close: torch.Tensor
+    texts: list[str]
 
     def part(self, start: int, size: int) -> Items:
         return Items(*(x[start : start + size] for x in vars(self).values()))
@@ -93,6 +96,7 @@ def draw_items(
     groups = sampler.groups(rng)
     counts = torch.tensor([len(g.pictures) for g in groups], dtype=torch.int64)
     description = sampler.vectors([g.phrases for g in groups]).repeat_interleave(counts, 0)
+    texts = [text for g in groups for text in [", ".join(g.phrases)] * len(g.pictures)]
     picture = torch.tensor([i for g in groups for i in g.pictures], dtype=torch.int64)
     n = len(picture)
     noise = torch.randn(n, *latents.shape[1:], dtype=torch.float32, generator=generator)
@@ -105,7 +109,7 @@ def draw_items(
         if how.name == "output_transport" and endpoint is not None:
             several = counts.repeat_interleave(counts) > 1
             landing = noise.clone()
-            landing[several] = endpoint(noise[several], description[several])
+            landing[several] = endpoint(noise[several], description[several], list(compress(texts, several.tolist())))
         for start, count in zip((counts.cumsum(0) - counts).tolist(), counts.tolist()):
             if count > 1:
                 part = slice(start, start + count)
@@ -113,7 +117,10 @@ def draw_items(
                 source[part], close[part] = found[0] + start, found[1] + start
     order = torch.randperm(n, generator=generator)[:size]
     order = order.repeat(-(-size // len(order)))[:size]
-    return Items(noise[order], description[order], radius[order], picture[source[order]], picture[close[order]])
+    ordered = [texts[i] for i in order.tolist()]
+    return Items(
+        noise[order], description[order], radius[order], picture[source[order]], picture[close[order]], ordered
+    )
 
 
 class ItemStream:

@@ -191,12 +191,14 @@ class Trainer:
         self,
         loss: Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]],
         on_sample: Callable[[nn.Module, int], None] | None = None,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
     ) -> nn.Module:
         """Minimize a loss.
 
         Args:
             loss: (model, step) -> the loss, a scalar, and figures for the progress bar.
             on_sample: is called with the averaged network and the step every ``schedule.sample_every`` steps.
+            on_step: is called after every step, with its number and its figures, the loss among them.
 
         Returns:
             The averaged network.
@@ -222,7 +224,10 @@ class Trainer:
             self.optimizer.step()
             self.ema.update(self.accelerator.unwrap_model(self.model))
             self.step += 1
-            for key, figure in {"loss": float(value.detach()), **figures}.items():
+            figures = {"loss": float(value.detach()), **figures}
+            if on_step:
+                on_step(self.step, figures)
+            for key, figure in figures.items():
                 shown[key] = figure if key not in shown else 0.98 * shown[key] + 0.02 * figure
             bar.set_postfix({key: f"{figure:.4f}" for key, figure in shown.items()}, refresh=False)
             bar.update()

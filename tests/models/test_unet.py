@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coalescer_fast import CoalescerUNet
-from coalescer_fast.models.unet import CONFIGURATIONS, Conditioning
+from coalescer_fast.models.unet import CONFIGURATIONS, LATER, Conditioning
 
 SMALL = {"sample_size": 4, "latent_channels": 3, "norm_num_groups": 4, "description_dim": 6, "embedding_dim": 10}
 CONFIGS = {
@@ -288,6 +288,18 @@ def test_saved_and_loaded_bit_for_bit(name, tmp_path):
     batch = inputs(model)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).direction, model(**batch).direction)
+
+
+def test_later_options_at_their_defaults_leave_no_trace():
+    """The configuration, and with it hashes and saved files, is that of a network made before they existed."""
+    model = small("cross-attention", norm_eps=1e-5, transformer_layers_per_block=1, sample_residual=0.0)
+    assert not LATER.keys() & model.config.keys()
+    assert model.config["anchor"] is None
+    deep = small("cross-attention", transformer_layers_per_block=(1, 2), num_attention_heads=(2, 4))
+    assert deep.config.transformer_layers_per_block == (1, 2)
+    assert [layer.num_heads for layer in deep.transformer_layers] == [2, 4, 4, 4, 4, 4, 4, 4, 4, 2, 2]
+    with pytest.raises(ValueError, match="num_attention_heads is \\(1, 2, 4\\); expected a number, or one for each of"):
+        small("cross-attention", num_attention_heads=(1, 2, 4))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

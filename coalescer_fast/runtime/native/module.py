@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from ...dtypes import dtype_name
 from ...ops import native_library
 from ...ops.layout import transforms_active
-from ..base import Part, counted, quiet_torch
+from ..base import Part, counted, lock_anew_after_fork, quiet_torch
 from ..watch import Watch, fingerprints, foreign
 from .pack import Weights
 from .packed_file import PackedFile
@@ -105,6 +105,7 @@ class ModuleRuntime:
         self._watch: Watch | None = None
         self._weights = Weights(self.dtype)
         self._fingerprints: dict[str, Any] = {}
+        self._copied: MetaCopy | None = None  # while a program is made
         self._replacement: Callable[..., Any] | None = None
         self.refused = ""
         self._has_own_code = ""  # why no call can
@@ -112,6 +113,7 @@ class ModuleRuntime:
         self.programs = ProgramCache()
         self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
         self._observers: ProgramCache | None = None
+        lock_anew_after_fork(self)
         module.__dict__["forward"] = self
 
     @property
@@ -123,7 +125,8 @@ class ModuleRuntime:
     @property
     def own_forward(self) -> Callable[..., Any]:
         """The forward that the module had before."""
-        return self._previous or self._forward.__get__(self.module)
+        forward: Callable[..., Any] = self._previous or self._forward.__get__(self.module)
+        return forward
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -215,7 +218,7 @@ class ModuleRuntime:
         program.run()
         if observing:
             program.observe(self.ranges.setdefault(size, {}))
-        floats = [x.dtype for x in tensors if x.is_floating_point()]
+        floats = [x.dtype for x in sorted(tensors, key=lambda x: x.ndim != 4) if x.is_floating_point()]
         dtype = floats[0] if floats else next((p.dtype for p in self.module.parameters()), torch.float32)
         results = [program.outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
         results = [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in results]
@@ -223,9 +226,9 @@ class ModuleRuntime:
 
     def _numbers_as_tensors(self, args: Any, kwargs: Any) -> Arguments:
         def tensor(name: str, value: Any) -> Any:
-            if name not in NUMBERS or isinstance(value, bool) or not isinstance(value, (int, float)):
-                return value
-            return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+            # a fraction is rounded by some modules and not by others
+            whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
+            return torch.tensor(int(value), dtype=torch.int64) if name in NUMBERS and whole else value
 
         named = zip(self._parameters, args)
         args = (*(tensor(name, value) for name, value in named), *args[len(self._parameters) :])
@@ -233,17 +236,17 @@ class ModuleRuntime:
 
     def _program(self, leaves: list[Any], spec: TreeSpec, size: tuple[int, ...]) -> _Prepared:
         threads = torch.get_num_threads()
-        key = threads, spec, *map(_description, leaves)
+        key: tuple[Hashable, ...] = (threads, spec, *map(_description, leaves))
         programs = self.programs if self._observers is None else self._observers
         if reason := self._refusals.get(key):
             raise Unsupported(reason)
         if (program := programs.get(key)) is None:
-            output: list[Any] = []
+            output: list[Any] = []  # how the module returns its results
 
             def run(copied: Any, recorder: Recorder) -> list[Tensor]:
                 given = [recorder.given(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 args, kwargs = tree_unflatten(given, spec)
-                results, out_spec = tree_flatten(copied(*args, **kwargs))
+                results, out_spec = tree_flatten(copied.forward(*args, **kwargs))  # hooks run around the program
                 numbers = {i: n for n, i in enumerate(i for i, x in enumerate(results) if isinstance(x, Tensor))}
                 out_leaves = [_Output(numbers[i]) if i in numbers else leaf for i, leaf in enumerate(results)]
                 output[:] = out_spec, out_leaves
@@ -252,21 +255,21 @@ class ModuleRuntime:
             observing = self._observers is not None
             ranges = self.ranges.get(size) if not observing and self.collected is None else None
             try:
-                recording = record_module(self._meta_copy, run)
+                self._copied = MetaCopy(self.module)  # anew, since a forward may leave something in a module
+                recording = record_module(self._copied, run)
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
                     program = Program(recording, self._weights, threads, ranges, keep=observing)
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
-            program.bound = output
+            finally:
+                self._copied = None
+            program.bound = tuple(output)
             programs.add(key, counted(program))
             if self._weights.file is not None:
                 self._weights.file.save()
-        return program, *program.bound
-
-    @functools.cached_property
-    def _meta_copy(self) -> MetaCopy:
-        return MetaCopy(self.module)
+        out_spec, out_leaves = cast(tuple[TreeSpec, list[Any]], program.bound)
+        return program, out_spec, out_leaves
 
     # Weights.
 
@@ -287,6 +290,8 @@ class ModuleRuntime:
         """How often parameters are packed that nothing else is done with."""
         convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
         uses = Counter(step.weight.name for step in convolutions)
+        # diffusers takes a module's device and dtype from its first parameter
+        uses.pop(next(name for name, _ in self.module.named_parameters()), None)
         # those in 8 bits are packed anew for every size of images
         in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
         for name in (*recording.read, *in_integers):
@@ -300,8 +305,9 @@ class ModuleRuntime:
         own = holder._parameters[last]
         assert own is not None
         empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
-        holder._parameters[last] = nn.Parameter(empty, requires_grad=False)
-        self._meta_copy.replace(name, holder._parameters[last])
+        holder._parameters[last] = left = nn.Parameter(empty, requires_grad=False)
+        assert self._copied is not None
+        self._copied.replace(name, left)
 
     def _open_file(self, module: nn.Module) -> None:
         """Look for packed weights of the module as it is now on disk."""
@@ -333,7 +339,6 @@ class ModuleRuntime:
         if other := next((p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")), None):
             raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
         self._watch = None  # until all of it is taken over
-        self.__dict__.pop("_meta_copy", None)
         self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
         now = fingerprints(module)
         if self._fingerprints:
@@ -403,7 +408,8 @@ class ModuleRuntime:
             way += f", {count} convolutions in int8" if self.inputs else ", no inputs to find the ranges of int8 with"
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
-        return Part(name, way, f"it can run on {native_library.isa()}")
+        because = f"it can run on {native_library.isa()}"
+        return Part(name, way, because if self.programs.programs else f"{because}; it is recorded at its first call")
 
     def remove(self) -> None:
         """Give the module its own forward back.

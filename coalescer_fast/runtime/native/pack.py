@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ...ops import native_library
 from ...ops.abi import cf_image, cf_pack_args, cf_tensor4, cf_vector
 from .packed_file import PackedFile, content_hash
 from .value import BYTES, CODES, Range, Value
+
+Key = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,12 @@ class Weight:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    own: Callable[[str], Tensor] = field(compare=False)
+    own: Callable[[str], Tensor]
+
+    @property
+    def key(self) -> Key:
+        """Identifies it in its module."""
+        return self.name, self.shape, self.stride, self.offset
 
     def tensor(self) -> Tensor:
         own = self.own(self.name)
@@ -53,26 +60,28 @@ class Weights:
         self.dtype = dtype
         self.file: PackedFile | None = None
         self.freed: set[str] = set()
-        self._floats: dict[Weight, Tensor] = {}
-        self._integers: dict[tuple[Weight, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
+        # by keys, which hold no parameters
+        self._floats: dict[Key, Tensor] = {}
+        self._integers: dict[tuple[Key, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
         self._uses: Counter[str] = Counter()
         self._free: Callable[[str], None] = lambda name: None
 
     def pack(self, weight: Weight) -> Tensor:
         """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
-        if weight not in self._floats:
-            self._floats[weight] = self._packed(weight)
+        if weight.key not in self._floats:
+            self._floats[weight.key] = self._packed(weight)
         self._uses[weight.name] -= 1
         if self._uses[weight.name] == 0:
             self._free(weight.name)
             self.freed.add(weight.name)
-        return self._floats[weight]
+        return self._floats[weight.key]
 
     def _packed(self, weight: Weight) -> Tensor:
         own = weight.tensor()
         if self.file is None:
             return kernel_order(own, self.dtype)
-        key, source = f"{weight.name} {weight.shape} {weight.stride} {weight.offset}", content_hash(own)
+        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset}"
+        source = content_hash(own)
         found = self.file.get(key, source)
         if found is None:
             self.file.put(key, source, found := kernel_order(own, self.dtype))
@@ -91,8 +100,8 @@ class Weights:
         """Forget the packed weights of these parameters, which have changed."""
         gone = set(names)
         self.freed -= gone
-        self._floats = {weight: packed for weight, packed in self._floats.items() if weight.name not in gone}
-        self._integers = {key: packed for key, packed in self._integers.items() if key[0].name not in gone}
+        self._floats = {key: packed for key, packed in self._floats.items() if key[0] not in gone}
+        self._integers = {key: packed for key, packed in self._integers.items() if key[0][0] not in gone}
 
     def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
         r"""A convolution's weights in int8, for an input in uint8.
@@ -108,7 +117,7 @@ class Weights:
             The packed v, int8; scale, (Cout,), float32; ``-scale sum_c v_c zero_c``, (Cout,), float32, to be added to
             the bias.
         """
-        key = weight, id(of)
+        key = weight.key, id(of)
         if key not in self._integers:
             step, zero = of.quantisation()
             own = weight.tensor()

@@ -71,9 +71,7 @@ class Prologue:
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         """The program's inputs. Floating-point numbers are computed in float32."""
-        tensors: dict[int, Any] = {
-            number: x.float() if x.is_floating_point() else x for number, x in zip(self.given, given, strict=True)
-        }
+        tensors: dict[int, Any] = dict(zip(self.given, map(_as_recorded, given), strict=True))
         tensors |= self.constants
         for call in self.calls:
             leaves = [tensors[leaf.number] if isinstance(leaf, Place) else leaf for leaf in call.leaves]
@@ -81,6 +79,13 @@ class Prologue:
             for number, result in zip(call.results, tree_leaves(call.function(*args, **kwargs))):
                 tensors[number] = result
         return [tensors[number] for number in self.sources]
+
+
+def _as_recorded(x: Tensor) -> Tensor:
+    """With the dtype and, of all but images, the strides that a tensor had while it was recorded."""
+    if not x.is_floating_point():
+        return x.contiguous()
+    return x.float() if x.ndim == 4 else x.float().contiguous()
 
 
 class _Joined(Exception):
@@ -121,6 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         self._places: dict[int, tuple[Tensor, int]] = {}  # by id
         self._place_count = 0
         self._bases: dict[int, Tensor] = {}  # by storage: the tensor that it was made for
+        self._promoted: set[int] = set()  # storages of those that a step reads
         self._constants: dict[int, Tensor] = {}
         self._calls: list[TorchCall] = []
         self._read: set[str] = set()
@@ -182,6 +188,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             if base.dtype not in (torch.float32, torch.bool):
                 raise Unsupported(f"it computes with numbers of {base.dtype}")
             self._add_input(base, self._places[id(base)][1], base.dtype)
+            self._promoted.add(key)
         found = self._values.get(key)
         if found is None:
             if key in self._joined:
@@ -368,18 +375,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         leaves, spec = tree_flatten((args, kwargs))
         some = [isinstance(leaf, Tensor) and not leaf.is_meta and leaf.ndim > 0 for leaf in leaves]
         if any(some) and not all(each or not isinstance(leaf, Tensor) for each, leaf in zip(some, leaves)):
-            for i, leaf in enumerate(leaves):
-                if some[i]:
-                    leaves[i] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-                    self._constants[self._next_place(leaves[i])] = leaf
-                    self._bases[_key(leaves[i])] = leaves[i]
+            leaves = [self.constant(leaf) if each else leaf for each, leaf in zip(some, leaves)]
             args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs
 
+    def constant(self, tensor: Tensor) -> Tensor:
+        """What stands for a real tensor in the prologue."""
+        stand_in = without_data(tensor.shape, tensor.dtype)
+        self._constants[self._next_place(stand_in)] = tensor.contiguous()
+        self._bases[_key(stand_in)] = stand_in
+        return stand_in
+
     def _native(self, *arguments: Any) -> bool:
-        """Whether a value is among the arguments, or what was computed of one."""
+        """Whether a value is among the arguments that is not of the prologue, too, or what was computed of one."""
         keys = [_key(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        return any(key in self._values or key in self._joined or key in self._unknown for key in keys)
+        return any(
+            key not in self._promoted and (key in self._values or key in self._joined or key in self._unknown)
+            for key in keys
+        )
 
     def _fills(self, func: Any, args: Any) -> bool:
         """Whether an op that writes to a tensor writes to one that the prologue has just made, or to a real one."""
@@ -431,6 +444,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         for step in reversed(list(steps)):
             if not any(value.readers or value in read for value in step.outputs):
                 steps.remove(step)
+                for value in step.outputs:
+                    value.step = None
                 for value in step.inputs:
                     value.readers = [reader for reader in value.readers if reader is not step]
         # inputs that a step has come to do without
@@ -471,6 +486,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            return self.recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
         if handler := FUNCTIONS.get(func):
             try:
                 return handler(self.recorder, *args, **kwargs)
@@ -516,7 +533,6 @@ class MetaCopy:
             raise ValueError(f"{name} has no data")
         # a lazy negation has no memory of its own
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype).copy_(own) if own.is_neg() else own
-
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Take over another parameter of the module, of the same shape and strides."""
@@ -579,3 +595,6 @@ def record_module(copied: MetaCopy, run: Callable[[Any, Recorder], Iterable[Tens
             return recorder.recording(results)
         except _Joined as wrong:
             kept_apart |= {wrong.join}
+        finally:
+            # frames of torch's own keep the recorder until the cyclic collector runs; the parameters must not wait
+            vars(recorder).clear()

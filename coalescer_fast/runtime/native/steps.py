@@ -312,6 +312,8 @@ class Convolution(Step):
     @staticmethod
     @records(F.linear)
     def record_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+            raise Unsupported(f"it multiplies {tuple(input.shape)} with weights of {tuple(weight.shape)}")
         x, parameter = recorder.whole(input), recorder.weight(weight[:, :, None, None])
         result = without_data((*input.shape[:-1], parameter.shape[0]))
         y = x.like(parameter.shape[0])
@@ -459,6 +461,8 @@ class GroupNormSiLU(Step):
         cudnn_enabled: bool = True,
     ) -> Tensor:
         """torch's own GroupNorm, of images or of (n, C, positions); a SiLU, scales and shifts after it join it."""
+        if input.shape[1] % num_groups or any(p is not None and p.shape != input.shape[1:2] for p in (weight, bias)):
+            raise Unsupported(f"it has a GroupNorm of {num_groups} groups for {tuple(input.shape)}")
         x = recorder.whole(input.transpose(1, 2)) if input.ndim == 3 else recorder.image(input)
         weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
         order = (0, 2, 1) if input.ndim == 3 else (0, 2, 3, 1)
@@ -693,7 +697,8 @@ class Attention(Step):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if query.ndim != 4 or key.shape != value.shape or key.shape[:2] != query.shape[:2]:
+        alike = query.ndim == 4 and key.shape == value.shape == (*query.shape[:2], key.shape[2], query.shape[3])
+        if not alike:
             raise Unsupported(f"it attends from {tuple(query.shape)} to {tuple(key.shape)}")
         (n, heads, length, width), k_length = query.shape, key.shape[2]
         if dropout_p or is_causal or enable_gqa:
@@ -859,8 +864,9 @@ class LayerNorm(Step):
         cudnn_enable: bool = True,
     ) -> Tensor:
         x = recorder.whole(input)
-        if list(normalized_shape) != [x.channels] or input.ndim == 4:
-            raise Unsupported(f"it has a LayerNorm over {list(normalized_shape)}")
+        wrong = any(p is not None and list(p.shape) != [x.channels] for p in (weight, bias))
+        if list(normalized_shape) != [x.channels] or input.ndim == 4 or wrong:
+            raise Unsupported(f"it has a LayerNorm over {list(normalized_shape)} of {tuple(input.shape)}")
         weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
         result = without_data(input.shape)
         recorder.add(LayerNorm(x, x.like(), weight, bias, eps), result)
@@ -931,10 +937,11 @@ class Gate(Step):
                 one, two = two, one
             (x, x_first), (gate, gate_first) = one, two
             function = _function_of(gate)
-            if function is not None and isinstance(gate.step, Pointwise):
+            if isinstance(gate.step, Pointwise) and function is not None:
                 gate, gate_first = gate.step.x, 0
-                if isinstance(gate.step, Gather) and gate.step.is_part:
-                    gate, gate_first = gate.step.x, gate.step.first
+                part = gate.step
+                if isinstance(part, Gather) and part.is_part:
+                    gate, gate_first = part.x, part.first
             channels = input.shape[1] if input.ndim == 4 else input.shape[-1]
             y = x.like(channels)
             gated = Gate(x, gate, y, x_first, gate_first, function or cf_function.CF_IDENTITY)

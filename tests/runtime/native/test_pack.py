@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coalescer_fast.ops import native_library
-from coalescer_fast.runtime.native.pack import Weights, kernel_order
+from coalescer_fast.runtime.native.pack import Weight, Weights, kernel_order
 from coalescer_fast.runtime.native.value import Range
 
 from ...helpers.isa import available
@@ -134,6 +134,11 @@ def test_every_bfloat16_between_two_floats_is_rounded_as_torch_does(isa):
         assert_same_bytes(kernel_order(weight, torch.bfloat16), plain_order(weight, torch.bfloat16))
 
 
+def named(weight: torch.Tensor) -> Weight:
+    """As a parameter of a module."""
+    return Weight("weight", tuple(weight.shape), weight.stride(), 0, lambda name: weight)
+
+
 def plain_quantise(weight: torch.Tensor, of: Range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The formulas of `Weights.quantise`, in torch."""
     step, zero = of.quantisation()
@@ -152,7 +157,8 @@ def test_quantise(isa, threads, shape, source):
     weight[-1] = 0  # an output without weights
     of = Range(-3 * torch.rand(shape[1], generator=generator), 2 * torch.rand(shape[1], generator=generator))
     for view in (weight, weight.contiguous(memory_format=torch.channels_last)):
-        for got, expected in zip(Weights(torch.bfloat16).quantise(view, of), plain_quantise(weight, of), strict=True):
+        quantised = Weights(torch.bfloat16).quantise(named(view), of)
+        for got, expected in zip(quantised, plain_quantise(weight, of), strict=True):
             assert_same_bytes(got, expected)
 
 
@@ -161,7 +167,7 @@ def test_quantise_rounds_halves_to_even(isa):
     numbers = torch.arange(-254, 255, dtype=torch.float32) / 2
     weight = numbers.reshape(1, -1, 1, 1)
     of = Range(torch.zeros(weight.shape[1]), torch.full((weight.shape[1],), 255.0))
-    packed, scale, _ = Weights(torch.bfloat16).quantise(weight, of)
+    packed, scale, _ = Weights(torch.bfloat16).quantise(named(weight), of)
     assert scale.tolist() == [1.0]
     assert_same_bytes(packed, plain_order(numbers.round().view(weight.shape), torch.uint8))
     assert packed.count_nonzero() == numbers.round().count_nonzero() > 0

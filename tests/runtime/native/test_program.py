@@ -331,17 +331,17 @@ def test_memory_is_used_again_and_not_poisoned():
         nn.Sequential(*[layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())])
     )
     x = randn(2, 16, 8, 8)
-    made, kept = program(network, x, dtype=torch.float32), program(network, x, dtype=torch.float32, keep=True)
-    assert made.memory.numel() < 0.7 * kept.memory.numel()
-    for each in (made, kept):  # what was in memory before the first step does not matter
-        inputs = [t.clone() for t in each.inputs]
-        for byte in (0, 255):
-            each.memory.fill_(byte)
-            for mine, t in zip(each.inputs, inputs):
-                mine.copy_(t)
-            each.run()
-            assert_near(each.outputs[0], network.double()(x.double()), 1e-5)
-            network.float()
+    made = program(network, x, dtype=torch.float32)
+    everything = (2 + 6 * (10 * 10) / (8 * 8)) * x.numel() * x.element_size()  # input, output, and images with borders
+    assert made.memory.numel() < 0.6 * everything
+    inputs = [t.clone() for t in made.inputs]
+    for byte in (0, 255):  # what was in memory before the first step does not matter
+        made.memory.fill_(byte)
+        for mine, t in zip(made.inputs, inputs):
+            mine.copy_(t)
+        made.run()
+        assert_near(made.outputs[0], network.double()(x.double()), 1e-5)
+        network.float()
 
 
 needs_int8 = pytest.mark.skipif(
