@@ -6,5 +6,6 @@
 - `environment`: what a row says of the machine and of versions
 - `peers`: registration of what ours is compared with
 - `refcheck`: when a result is right
+- `int8`: peers in 8 bits
 - `tables`: aligned text tables
 """

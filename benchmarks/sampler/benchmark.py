@@ -10,11 +10,12 @@ their times mean something, their latents nothing. The providers of a part are m
 
 - ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched
   kernel by kernel;
-- ours_int8: the same with dtype="int8", on the CPU; its error is larger, so it is compared with no peer;
+- ours_int8: the same with dtype="int8", on the CPU; its error is larger, so it is compared with openvino_int8 alone;
 - eager: the reference in float32, as users have it; eager_channels_last: channels_last, float32 and bfloat16;
 - compile: torch.compile of the reference, channels_last, weights frozen, static shapes; on a GPU max-autotune;
 - onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for
-  latency. Both on the CPU;
+  latency; openvino_int8: the UNet by NNCF's post-training quantization, of ranges in calls with the measured texts and
+  other noise, the rest in bfloat16. All on the CPU;
 - convolutions: the part's convolutions alone, by torch, weights packed once, in either dtype, on a GPU as one CUDA
   graph: ``percent_of_floor`` is their time over a provider's. What beats torch's own convolutions is above 100.
 
@@ -249,7 +250,11 @@ def prepared(
     wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
     wanted += [("ours_int8", "int8")] if args.device == "cpu" else []
     wanted += [
-        (name, dtype) for name in args.peers if name in PEERS for dtype in PEERS[name].dtypes if dtype in args.dtypes
+        (name, dtype)
+        for name in args.peers
+        if name in PEERS
+        for dtype in PEERS[name].dtypes
+        if dtype in args.dtypes or (dtype == "int8" and args.device == "cpu")
     ]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:

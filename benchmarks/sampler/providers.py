@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coalescer_fast
+from coalescer_fast import sampling
 from coalescer_fast.acceleration import RUNTIMES, accelerate
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
-from coalescer_fast.runtime.engines import compiled
+from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.engines import compiled, openvino
 from coalescer_fast.runtime.engines.onnx import export
 from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, PerShapeRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
 from ..harness import timing
+from ..harness.int8 import quantized
 from ..harness.peers import Missing, Peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANDOM = "random weights, timing only"
+CALLS = 4  # whose R are used to find the ranges of 8 bits
 
 Prepare = Callable[[nn.Module, Tensors, torch.dtype, Path], Bind]
 
@@ -84,12 +89,58 @@ def run_accelerated(name: str, pipe: CoalescerPipeline, dtype: torch.dtype) -> N
         raise Missing(str(reason)) from reason
 
 
+def run_quantized(pipe: CoalescerPipeline, samples: Sequence[torch.Tensor]) -> None:
+    """Give the pipeline a runtime that has the UNet in int8, of ranges found at these R, and the rest in bfloat16.
+
+    Raises:
+        Missing: a package is not installed.
+    """
+    packages = (*RUNTIMES["openvino"].packages, "nncf")
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise Missing(f"it needs the package {package}: pip install {' '.join(packages)}")
+
+    def prepare(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
+        if not isinstance(module, Evaluation):
+            return openvino.prepare(module, args, dtype, folder)
+        import openvino as ov
+
+        calls = [[t.numpy() for t in (x, *args[1:])] for x in samples]
+        ov.save_model(quantized(ov.Core().read_model(export(module, args, folder)), calls), folder / "int8.xml")
+        return openvino.opened(folder / "int8.xml", dtype)
+
+    pipe.runtime = PerShapeRuntime(pipe, "openvino_int8", prepare, torch.bfloat16, torch.float32)
+
+
+class Samples(EagerRuntime):
+    """The reference, which keeps every R that it evaluates."""
+
+    def __init__(self, pipe: CoalescerPipeline):
+        super().__init__(pipe)
+        self.kept: list[torch.Tensor] = []
+
+    def evaluate(self, sample: torch.Tensor, conditioning: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.kept.append(sample.clone())
+        return super().evaluate(sample, conditioning)
+
+
+def samples_of(pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str]) -> list[torch.Tensor]:
+    """R in the evaluations of `CALLS` calls with these texts, without guidance, from noise that is not measured."""
+    runtime, generator = Samples(pipe), torch.Generator().manual_seed(1)
+    pipe.scheduler.set_timesteps(2)
+    for _ in range(CALLS):
+        noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32)
+        sampling.sample(runtime, pipe.scheduler, noise, pipe.condition(texts, sample.device), None, 1.0)
+    return runtime.kept
+
+
 PEERS = Peers()
 PEERS.register("eager", "fp32")(partial(run_eagerly, "eager", eager))
 PEERS.register("eager_channels_last", *DTYPES)(partial(run_eagerly, "eager_channels_last", eager_channels_last))
 COMPILERS = ("compile", "onnxruntime", "openvino")
 for _name in COMPILERS:
     PEERS.register(_name, *DTYPES)(partial(run_accelerated, _name))
+PEERS.register("openvino_int8", "int8")(run_quantized)
 
 
 @dataclass
@@ -129,12 +180,13 @@ def peer(
         Missing: if the peer cannot run here.
     """
     mine: Any = twin(pipe)
-    PEERS[name].prepare(mine, DTYPES[dtype])
-    compiles = name in COMPILERS
+    PEERS[name].prepare(mine, samples_of(pipe, sample, texts) if dtype == "int8" else DTYPES[dtype])
+    compiles = name in (*COMPILERS, "openvino_int8")
+    exports = compiles and "onnx" in RUNTIMES[name.removesuffix("_int8")].packages
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
-        if compiles and "onnx" in RUNTIMES[name].packages:
+        if exports:
             export(module, args, folder)  # once for all peers that read it, and before the clock starts
         start = time.perf_counter()
         bind = prepare(module, args, dtype, folder)

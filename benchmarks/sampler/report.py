@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ..harness.results import Text
 from ..harness.tables import Table
 
+INT8 = ("ours_int8", "openvino_int8")  # which are compared with each other alone
 MACHINE = ("cpu", "gpu", "threads", "torch", "allocator")
 CELL = ("model", "part", "guidance_scale", "batch")
 NEEDED = (*MACHINE, *CELL, "provider", "dtype", "y_value_50", "timestamp")
@@ -15,6 +16,7 @@ COLOURS = {  # of the providers in a plot, and their order
     "ours": "C3",
     "ours_int8": "C4",
     "openvino": "C0",
+    "openvino_int8": "C5",
     "compile": "C1",
     "onnxruntime": "C2",
     "eager_channels_last": "0.6",
@@ -65,15 +67,20 @@ def summary(rows: Sequence[Text]) -> Iterator[str]:
             yield f"{where}; milliseconds, ~ disturbed by other processes"
             yield table.head
         model, part, guidance, batch = key[4:]
-        own, peer = fastest(mine, "ours"), fastest(mine, *(name for name in COLOURS if not name.startswith("ours")))
-        ratio = time(peer) / time(own)
-        title = part + (f" w={float(guidance):g}" if guidance else "")
-        floor = own["percent_of_floor"] if own else ""
-        figures = [f"{ratio:.2f}" if own and peer else "-", f"{float(floor):.0f}" if floor else "-"]
-        times = [cell(fastest(mine, "eager")), cell(own, named=True), cell(peer, named=True)]
-        yield table.line(model, title, batch, *times, *figures)
-        if own and peer and ratio < 1:
-            losses.append((1 / ratio, f"{model} {title} batch {batch}, {loss(own, peer)}"))
+        peers = [name for name in COLOURS if name not in ("ours", *INT8)]
+        pairs = [(fastest(mine, "ours"), fastest(mine, *peers))]
+        own, peer = (fastest(mine, name) for name in INT8)
+        if own and peer:
+            pairs.append((own, peer))
+        for own, peer in pairs:
+            ratio = time(peer) / time(own)
+            title = part + (f" w={float(guidance):g}" if guidance else "")
+            floor = own["percent_of_floor"] if own else ""
+            figures = [f"{ratio:.2f}" if own and peer else "-", f"{float(floor):.0f}" if floor else "-"]
+            times = [cell(fastest(mine, "eager")), cell(own, named=True), cell(peer, named=True)]
+            yield table.line(model, title, batch, *times, *figures)
+            if own and peer and ratio < 1:
+                losses.append((1 / ratio, f"{model} {title} batch {batch}, {loss(own, peer)}"))
         for name, row in mine.items():
             if row["status"] != "ok":
                 others.setdefault(f"{name} {row['status']}", []).append(f"{model} {title} {batch}")

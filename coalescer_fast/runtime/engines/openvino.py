@@ -15,7 +15,12 @@ from .per_shape import Bind, Call, Tensors
 
 
 def prepare(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
-    """A `per_shape.Prepare`: OpenVINO on the CPU, tuned for latency. Inputs are shared with torch, not copied."""
+    """A `per_shape.Prepare`: OpenVINO on the CPU."""
+    return opened(export(module, args, folder), dtype)
+
+
+def opened(path: Path, dtype: torch.dtype) -> Bind:
+    """The network in a file, tuned for latency. Inputs are shared with torch, not copied."""
     import openvino as ov
 
     config = {
@@ -23,7 +28,7 @@ def prepare(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) 
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
     }
-    compiled = ov.Core().compile_model(export(module, args, folder), "CPU", config)
+    compiled = ov.Core().compile_model(path, "CPU", config)
 
     def shared(t: Tensor) -> Any:
         return ov.Tensor(t.numpy(), shared_memory=True)

@@ -233,6 +233,34 @@ def test_a_missing_package_is_said_and_no_error(tmp_path, accelerated, monkeypat
     assert missing["onnxruntime"] in (reason.format("onnxruntime"), BFLOAT16)
 
 
+def test_int8_needs_a_package_of_its_own(tmp_path, accelerated, monkeypatch):
+    monkeypatch.setattr(sampler_peers.importlib.util, "find_spec", lambda package: None if package == "nncf" else True)
+    status, rows = run(tmp_path, "--parts", "unet", "--batch", "1", "--peers", "openvino_int8")
+    assert status == 0
+    [row] = [row for row in rows if row["provider"] == "openvino_int8"]
+    assert row["status"] == "skipped: it needs the package nncf: pip install openvino onnx onnxscript nncf"
+
+
+def test_int8(tmp_path, accelerated):
+    for package in ("onnx", "onnxscript", "openvino", "nncf"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    status, rows = run(tmp_path, "--batch", "2", "--peers", "openvino_int8", "--parts", "unet,decoder")
+    assert status == 0
+    unet, decoder = (row for row in rows if row["provider"] == "openvino_int8")
+    assert 1e-3 < float(unet["direction_error"]) < 0.1  # of 8 bits
+    assert float(decoder["result_error"]) < 0.02  # in bfloat16
+    assert float(unet["compile_s"]) > 0.1
+
+
+def test_the_ranges_of_8_bits_are_those_of_both_evaluations_of_calls():
+    pipe = sampler_peers.load("emoji-64", torch.device("cpu"))
+    sample = torch.randn(2, 12, 4, 4)
+    found = sampler_peers.samples_of(pipe, sample, ["cat", "dog"])
+    assert len(found) == 2 * sampler_peers.CALLS
+    assert all(x.shape == sample.shape and not torch.equal(x, sample) for x in found)
+    assert not torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_peers_that_read_onnx(name, tmp_path, accelerated):
     for package in ("onnx", "onnxscript", name):
