@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.networks import report
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/results.md"))
@@ -180,3 +182,9 @@ def test_error_of_int8_exports():
         distances = [f"{float(row[column]):.1f}" for column in ("fd_name", "fd_name_style")]
         shares = [f"{float(row[column]):.3f}" for column in ("name_top1", "keyword_top1")]
         assert line(PAGE, name) == distances + shares
+
+
+def test_networks():
+    """The tables as `python -m benchmarks.networks --summary` prints them."""
+    tables = "\n".join(report.tables(rows("cpu/networks.csv")))
+    assert tables.strip() in PAGE

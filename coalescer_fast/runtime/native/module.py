@@ -309,11 +309,10 @@ class ModuleRuntime:
         assert self._copied is not None
         self._copied.replace(name, left)
 
-    def _open_file(self, module: nn.Module) -> None:
+    def _open_file(self, module: nn.Module, now: dict[str, Any]) -> None:
         """Look for packed weights of the module as it is now on disk."""
         if self.cache is None or native_library.unavailable():
             return
-        now = fingerprints(module)
         content = repr([(name, *p.shape, now[name][-1]) for name, p in module.named_parameters()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         name = f"{self.name}-{dtype_name(self.dtype)}-{native_library.isa()}-{digest}.safetensors"
@@ -348,7 +347,7 @@ class ModuleRuntime:
             self._weights.drop(name for name in changed if not _is_empty(module, name))
         else:
             self._weights.drop(name for name in now if not _is_empty(module, name))
-            self._open_file(module)
+            self._open_file(module, now)
         self._has_own_code = no_programs(torch.uint8 if self.quantised else self.dtype)
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             self._has_own_code = "there are hooks of all modules"
