@@ -123,12 +123,16 @@ def coalescer_fast(task: Task, module: Any) -> Call:
     coalescer_fast.accelerate(
         module, dtype=name, inputs=ranges, keep_weights=task.keep_weights, cache=task.cache or None
     )
-    run = evaluated(task, module)
-    run()
-    runtime = runtime_of(module)
-    if runtime is None or runtime.refused:
-        raise RuntimeError(f"the module runs in torch: {runtime.refused if runtime else 'it has no runtime'}")
-    return run
+    run, runtime = evaluated(task, module), runtime_of(module)
+    assert runtime is not None
+
+    def call() -> Any:
+        result = run()
+        if runtime.refused:
+            raise RuntimeError(f"the module runs in torch: {runtime.refused}")
+        return result
+
+    return call
 
 
 def eager(task: Task, module: Any) -> Call:
