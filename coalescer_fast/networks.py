@@ -75,19 +75,28 @@ def accelerate(
     for name, network in networks.items():
         where = next((p.device for p in network.parameters() if p.device.type != "cpu"), None)
         if where is not None:
-            raise ValueError(f"{name} is on {where}, and networks of others run natively on a CPU: move it there first")
+            raise ValueError(f"{name} is on {where}, and runs natively on a CPU alone: move it there first")
+    if not isinstance(keep_weights, bool):
+        raise TypeError(f"keep_weights is {keep_weights!r:.80}; expected True or False")
+    if cache is not None and (not isinstance(cache, (str, Path)) or Path(cache).is_file()):
+        raise ValueError(f"cache is {cache!r:.80}; expected the name of a folder")
+    if call and (dtype != torch.int8 or isinstance(x, nn.Module)):
+        only = "arguments of a pipeline's calls are for dtype 'int8', which finds its ranges with them"
+        raise TypeError(f"accelerate has no argument {next(iter(call))}; {only}")
     if isinstance(x, nn.Module):
-        if prompts is not None or call:
-            raise ValueError("prompts and arguments of calls are for pipelines: give a module inputs=[...]")
-        if (dtype == torch.int8) != (inputs is not None):
-            raise ValueError("inputs=[...], the arguments of some calls, are what dtype 'int8' needs, and it alone")
+        if prompts is not None:
+            raise ValueError("prompts are for pipelines: give a module inputs=[...]")
+        if dtype == torch.int8 and inputs is None:
+            raise ValueError("dtype 'int8' of a module needs inputs=[...], the arguments of some calls")
+        if dtype != torch.int8 and inputs is not None:
+            raise ValueError("inputs are what dtype 'int8' finds its ranges with: leave them out")
     elif inputs is not None:
         raise ValueError("inputs are for modules: give a pipeline prompts=[...]")
-    elif dtype != torch.int8 and (prompts is not None or call):
-        raise ValueError("prompts and arguments of calls are what dtype 'int8' finds its ranges with: leave them out")
+    elif dtype != torch.int8 and prompts is not None:
+        raise ValueError("prompts are what dtype 'int8' finds its ranges with: leave them out")
     if dtype == torch.int8 and (reason := no_programs(torch.uint8)):
         raise ValueError(f"dtype 'int8' cannot run: {reason}")
-    given = [as_arguments(each) for each in inputs or ()]
+    given = calls(inputs or ())
     if inputs is not None and not given:
         raise ValueError("inputs is empty: dtype 'int8' needs the arguments of some calls")
     for network in networks.values():
@@ -110,6 +119,15 @@ def accelerate(
             for runtime in made:
                 runtime.remove()
             raise
+
+
+def calls(inputs: Any) -> list[Arguments]:
+    """The arguments of calls. Raises TypeError for anything but a list of tuples or dicts."""
+    if not isinstance(inputs, (list, tuple)) or any(isinstance(each, Tensor) for each in inputs):
+        raise TypeError(
+            "inputs is no list of calls; expected inputs=[(sample, timestep, ...), ...], or dicts in the list"
+        )
+    return [as_arguments(each) for each in inputs]
 
 
 def _draw(pipe: Any, prompts: Sequence[str] | None, call: Mapping[str, Any], **others: Any) -> list[Any]:
@@ -140,9 +158,11 @@ def warmup(x: Networks, batch_sizes: Sequence[int], inputs: Sequence[Any] | None
     if isinstance(x, nn.Module):
         if inputs is None:
             raise ValueError("inputs is missing: the arguments of calls of every size to come")
-        for args, kwargs in map(as_arguments, inputs):
+        for args, kwargs in calls(inputs):
             x(*args, **kwargs)
         return
+    if isinstance(batch_sizes, int):
+        raise TypeError(f"batch_sizes is {batch_sizes}; expected several, as in batch_sizes=({batch_sizes},)")
     for n in batch_sizes:
         _draw(x, [""], call, num_images_per_prompt=n)
 

@@ -271,6 +271,8 @@ def _verify_networks(
         ]
         count = len(arguments)
     else:
+        if "prompt" in call:
+            raise TypeError("prompts are the second argument: expected verify(pipe, [...])")
         texts = None if given is None else check_texts("prompts", given)
         drawn = networks.pictures(x, texts, call, num_images)
         refused = next((each.refused for each in networks.runtimes(x).values() if each.refused), "")

@@ -9,6 +9,6 @@ import coalescer_fast as cf
 
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "stabilityai/sd-turbo")
 cf.accelerate(pipe)  # its UNet and autoencoder run as native programs on the CPU
-print(cf.explain(pipe))
 out = pipe("a cat", num_inference_steps=1, guidance_scale=0.0, generator=torch.Generator().manual_seed(0))
 out.images[0].save("cat.png")
+print(cf.explain(pipe))  # what ran where

@@ -114,7 +114,7 @@ def _configuration(unet: Any) -> dict[str, Any]:
     if any(hasattr(module, "base_layer") for module in unet.modules()):
         raise ValueError("unet has adapters (LoRA), which are not taken over: fuse them and unload them first")
     if config.in_channels != config.out_channels:
-        raise _refused("in_channels", f"{config.in_channels}, of out_channels {config.out_channels},")
+        raise _refused("in_channels", f"{config.in_channels} and out_channels {config.out_channels}")
     if config.norm_num_groups is None:
         raise _refused("norm_num_groups", None)
     layers = config.layers_per_block

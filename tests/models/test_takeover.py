@@ -182,7 +182,7 @@ def test_half_precision_and_the_unet_stays_as_it_is():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"in_channels": 9}, "in_channels 9, of out_channels 4"),
+        ({"in_channels": 9}, "in_channels 9 and out_channels 4"),
         ({"act_fn": "gelu"}, "act_fn gelu"),
         ({"downsample_padding": 0}, "downsample_padding 0"),
         ({"layers_per_block": (1, 2, 2, 2)}, "layers_per_block"),

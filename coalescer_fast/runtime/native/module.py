@@ -153,7 +153,9 @@ class ModuleRuntime:
     @property
     def _settings(self) -> tuple[Any, ...]:
         if self.freed:
-            raise ValueError(f"{self.name} cannot be copied: its weights were freed, by keep_weights=False")
+            raise ValueError(
+                f"{self.name} cannot be copied: its weights were freed, by keep_weights=False; load it anew"
+            )
         return torch.int8 if self.quantised else self.dtype, self.inputs, self.keep_weights, self.cache
 
     @property
@@ -166,7 +168,8 @@ class ModuleRuntime:
         """What the module's own forward returns, up to rounding."""
         if self._replacement is not None:
             return self._replacement(*args, **kwargs)
-        if self._is_for_torch(args, kwargs):
+        if reason := self._is_for_torch(args, kwargs):
+            self.refused = reason
             return self._in_torch(args, kwargs)
         with self.lock:
             self.refresh()
@@ -192,17 +195,18 @@ class ModuleRuntime:
             )
         return self.own_forward(*args, **kwargs)
 
-    def _is_for_torch(self, args: Any, kwargs: Any) -> bool:
-        """Whether a call is one that torch has to see: of its compilers and transforms, or for a gradient."""
+    def _is_for_torch(self, args: Any, kwargs: Any) -> str:
+        """Why torch has to see a call, or "": for its compilers and transforms, or for a gradient."""
         if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
-            return True
+            return "torch compiled or transformed the last call"
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
-            return True
+            return "the last call had tensors of another kind or device"
         if not torch.is_grad_enabled():
-            return False
+            return ""
         training = self.module.training and any(p.requires_grad for p in self.module.parameters())
-        return training or any(x.requires_grad for x in tensors)
+        wanted = training or any(x.requires_grad for x in tensors)
+        return "the last call needed a gradient: call it under torch.no_grad()" if wanted else ""
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._numbers_as_tensors(args, kwargs)
@@ -306,6 +310,8 @@ class ModuleRuntime:
         assert own is not None
         empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
         holder._parameters[last] = left = nn.Parameter(empty, requires_grad=False)
+        if not self.freed:  # the first
+            self.module.register_state_dict_pre_hook(_refuse_to_be_saved)
         assert self._copied is not None
         self._copied.replace(name, left)
 
@@ -363,8 +369,11 @@ class ModuleRuntime:
         """Find the ranges for images of a size, of the calls of `inputs`, whose images are resized to it."""
         self._observers = ProgramCache()
         try:
-            for args, kwargs in self.inputs:
-                self._run(*resized(args, kwargs, size))
+            for number, (args, kwargs) in enumerate(self.inputs):
+                try:
+                    self._run(*resized(args, kwargs, size))
+                except Unsupported as reason:
+                    raise Unsupported(f"int8 finds no ranges with inputs[{number}], because {reason}") from reason
             self.ranges.setdefault(size, {})
         except BaseException:  # ranges of a part of the calls are none
             self.ranges.pop(size, None)
@@ -432,6 +441,11 @@ class ModuleRuntime:
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
     logger.warning("%s runs in torch, not as a native program: %s", name, reason)
+
+
+def _refuse_to_be_saved(module: nn.Module, *others: Any) -> None:
+    name = type(module).__name__
+    raise ValueError(f"{name} cannot be saved: its weights were freed, by keep_weights=False; load it anew")
 
 
 def _is_empty(module: nn.Module, name: str) -> bool:

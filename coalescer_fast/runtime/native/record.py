@@ -232,6 +232,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             raise Unsupported(f"it computes with an image of shape {tuple(tensor.shape)}")
         return self.whole(tensor)
 
+    def rows(self, tensor: Tensor) -> Value:
+        """The value that (N, ..., C) is all of, also in four dimensions."""
+        return self.whole(tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor)
+
     def row(self, tensor: Tensor, n: int) -> Value:
         """The value that (n, C) is all of."""
         value = self.whole(tensor)
@@ -449,7 +453,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
                 for value in step.inputs:
                     value.readers = [reader for reader in value.readers if reader is not step]
         # inputs that a step has come to do without
-        used = [number in self._given or bool(value.readers) for value, number in zip(self.inputs, self._sources)]
+        used = [
+            number in self._given or bool(value.readers) or value in read
+            for value, number in zip(self.inputs, self._sources)
+        ]
         inputs = [value for value, each in zip(self.inputs, used) if each]
         sources = [number for number, each in zip(self._sources, used) if each]
         wanted, calls = set(sources), []
@@ -460,7 +467,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         constants = {number: tensor for number, tensor in self._constants.items() if number in wanted}
         prologue = Prologue(self._given, constants, calls[::-1], sources)
         for value, result in outputs:
-            if result.numel() == value.count and not value.readers:
+            if result.numel() == value.count and not value.readers and value.step is not None:
                 value.tensor = result
         return Recording(steps, inputs, outputs, prologue, self._read)
 

@@ -314,7 +314,7 @@ class Convolution(Step):
     def record_linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
             raise Unsupported(f"it multiplies {tuple(input.shape)} with weights of {tuple(weight.shape)}")
-        x, parameter = recorder.whole(input), recorder.weight(weight[:, :, None, None])
+        x, parameter = recorder.rows(input), recorder.weight(weight[:, :, None, None])
         result = without_data((*input.shape[:-1], parameter.shape[0]))
         y = x.like(parameter.shape[0])
         recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias)), result)
@@ -863,9 +863,9 @@ class LayerNorm(Step):
         eps: float = 1e-5,
         cudnn_enable: bool = True,
     ) -> Tensor:
-        x = recorder.whole(input)
+        x = recorder.rows(input)
         wrong = any(p is not None and list(p.shape) != [x.channels] for p in (weight, bias))
-        if list(normalized_shape) != [x.channels] or input.ndim == 4 or wrong:
+        if list(normalized_shape) != [x.channels] or wrong:
             raise Unsupported(f"it has a LayerNorm over {list(normalized_shape)} of {tuple(input.shape)}")
         weight, bias = recorder.optional_parameter(weight), recorder.optional_parameter(bias)
         result = without_data(input.shape)
