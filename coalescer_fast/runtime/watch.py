@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -166,14 +166,13 @@ def fingerprints(network: nn.Module) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def foreign(network: nn.Module, own_forward: object = None, freed: Collection[str] = ()) -> str:
+def foreign(network: nn.Module, own_forward: object = None) -> str:
     """Find what only the network's own code can run: hooks, or a patched ``forward``, as of offloading.
 
     Args:
         network: the network.
         own_forward: what stands in the place of the network's own forward, if that is no patch of the user's. Hooks of
             the network itself then run around it.
-        freed: names of parameters without data that are no fault.
 
     Returns:
         The first of it, in words, or "".
@@ -190,6 +189,6 @@ def foreign(network: nn.Module, own_forward: object = None, freed: Collection[st
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.layout != torch.strided):
                 return f"{where}.{key} is a {type(tensor).__name__} of {tensor.layout}"
-            if tensor is not None and tensor.is_meta and (f"{name}.{key}" if name else key) not in freed:
+            if tensor is not None and tensor.is_meta:
                 return f"{where}.{key} has no data, on device meta"
     return ""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from ...dtypes import dtype_name
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments that may be numbers and that programs take as tensors, so that another number needs no other program.
 NUMBERS = ("timestep", "timesteps")
+# What else a module may be given or return, beside tensors: a program is made for what they are.
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 MOST_CALLS = 32  # whose arguments are kept to find ranges with
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -101,10 +104,14 @@ class ModuleRuntime:
         self._module = weakref.ref(module)
         self._forward = type(module).forward
         self._previous = module.__dict__.get("forward")
-        self._parameters = tuple(inspect.signature(self._forward).parameters)[1:]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(self._forward).parameters.values()
+        self._positional = [each.name for each in parameters if each.kind in positional][1:]
         self._watch: Watch | None = None
         self._weights = Weights(self.dtype)
         self._fingerprints: dict[str, Any] = {}
+        self._left: dict[str, nn.Parameter] = {}  # in the place of parameters that were freed
+        self._strides: dict[str, tuple[int, ...]] = {}  # of these
         self._copied: MetaCopy | None = None  # while a program is made
         self._replacement: Callable[..., Any] | None = None
         self.refused = ""
@@ -129,6 +136,14 @@ class ModuleRuntime:
         return forward
 
     @property
+    def __code__(self) -> Any:
+        return self._forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        return self._forward.__globals__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.own_forward)
 
@@ -140,7 +155,7 @@ class ModuleRuntime:
     @property
     def freed(self) -> bool:
         """Whether weights of the module are gone, which are there as packed ones alone."""
-        return bool(self._weights.freed)
+        return bool(self._left)
 
     # Copies of the module are accelerated, too.
 
@@ -199,9 +214,15 @@ class ModuleRuntime:
         """Why torch has to see a call, or "": for its compilers and transforms, or for a gradient."""
         if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
             return "torch compiled or transformed the last call"
+        if _get_current_dispatch_mode() is not None:
+            return "the last call was traced"
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
             return "the last call had tensors of another kind or device"
+        if any(x.numel() == 0 for x in tensors):
+            return "the last call had an empty tensor"
+        if self.quantised and not all(bool(x.isfinite().all()) for x in tensors if x.is_floating_point()):
+            return "the last call had numbers that are not finite, which 8 bits cannot hold"
         if not torch.is_grad_enabled():
             return ""
         training = self.module.training and any(p.requires_grad for p in self.module.parameters())
@@ -234,8 +255,8 @@ class ModuleRuntime:
             whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
             return torch.tensor(int(value), dtype=torch.int64) if name in NUMBERS and whole else value
 
-        named = zip(self._parameters, args)
-        args = (*(tensor(name, value) for name, value in named), *args[len(self._parameters) :])
+        named = zip(self._positional, args)
+        args = (*(tensor(name, value) for name, value in named), *args[len(self._positional) :])
         return args, {name: tensor(name, value) for name, value in kwargs.items()}
 
     def _program(self, leaves: list[Any], spec: TreeSpec, size: tuple[int, ...]) -> _Prepared:
@@ -251,6 +272,8 @@ class ModuleRuntime:
                 given = [recorder.given(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 args, kwargs = tree_unflatten(given, spec)
                 results, out_spec = tree_flatten(copied.forward(*args, **kwargs))  # hooks run around the program
+                if strange := [x for x in results if not isinstance(x, (Tensor, *CONSTANTS))]:
+                    raise Unsupported(f"it returns a {type(strange[0]).__name__}")
                 numbers = {i: n for n, i in enumerate(i for i, x in enumerate(results) if isinstance(x, Tensor))}
                 out_leaves = [_Output(numbers[i]) if i in numbers else leaf for i, leaf in enumerate(results)]
                 output[:] = out_spec, out_leaves
@@ -259,8 +282,12 @@ class ModuleRuntime:
             observing = self._observers is not None
             ranges = self.ranges.get(size) if not observing and self.collected is None else None
             try:
-                self._copied = MetaCopy(self.module)  # anew, since a forward may leave something in a module
+                self._copied = MetaCopy(self.module, evaluation=False, strides=self._strides)
+                before = self._copied.attributes()
                 recording = record_module(self._copied, run)
+                for old, new in zip(before, self._copied.attributes()):
+                    if changed := [name for name in {*old, *new} if old.get(name) is not new.get(name)]:
+                        raise Unsupported(f"its forward sets the attribute {min(changed)}")
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
                     program = Program(recording, self._weights, threads, ranges, keep=observing)
             except Unsupported as reason:
@@ -303,17 +330,19 @@ class ModuleRuntime:
         return uses
 
     def _free(self, name: str) -> None:
-        """Leave the module a parameter without data."""
+        """Leave the module a parameter without memory."""
         path, _, last = name.rpartition(".")
         holder = self.module.get_submodule(path)
         own = holder._parameters[last]
         assert own is not None
-        empty = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
-        holder._parameters[last] = left = nn.Parameter(empty, requires_grad=False)
+        # one number, that shows in whatever is computed with it, and that nobody can write to
+        nothing = torch.full((1,), torch.nan, dtype=own.dtype).expand(own.shape)
         if not self.freed:  # the first
             self.module.register_state_dict_pre_hook(_refuse_to_be_saved)
+        holder._parameters[last] = self._left[name] = nn.Parameter(nothing, requires_grad=False)
+        self._strides[name] = own.stride()
         assert self._copied is not None
-        self._copied.replace(name, left)
+        self._copied.free(name)
 
     def _open_file(self, module: nn.Module, now: dict[str, Any]) -> None:
         """Look for packed weights of the module as it is now on disk."""
@@ -345,22 +374,30 @@ class ModuleRuntime:
             raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
         self._watch = None  # until all of it is taken over
         self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
+        there = dict(module.named_parameters())
+        for name in [name for name, left in self._left.items() if there.get(name) is not left]:
+            del self._left[name], self._strides[name]  # the user has given another
+            self._weights.drop([name])
         now = fingerprints(module)
         if self._fingerprints:
             changed = {name for name, seen in self._fingerprints.items() if now.get(name) != seen}
-            if changed - self._weights.freed:
+            if changed - self._left.keys():
                 self._weights.file = None  # it is of other weights
-            self._weights.drop(name for name in changed if not _is_empty(module, name))
+            self._weights.drop(changed - self._left.keys())
         else:
-            self._weights.drop(name for name in now if not _is_empty(module, name))
+            self._weights.drop(now.keys() - self._left.keys())
             self._open_file(module, now)
         self._has_own_code = no_programs(torch.uint8 if self.quantised else self.dtype)
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             self._has_own_code = "there are hooks of all modules"
         elif self._previous is not None:
             self._has_own_code = f"the forward of {self.name} was patched before"
-        elif what := foreign(module, own_forward=self, freed=self._weights.freed):
+        elif what := foreign(module, own_forward=self):
             self._has_own_code = what
+        elif moved := [
+            name for name, p in there.items() if bool(p.numel()) and _is_nothing(p) and name not in self._left
+        ]:
+            raise ValueError(f"{moved[0]} was freed where it was before, by keep_weights=False: load {self.name} anew")
         self._fingerprints, self._watch = now, Watch(module)
 
     # 8 bits.
@@ -448,14 +485,9 @@ def _refuse_to_be_saved(module: nn.Module, *others: Any) -> None:
     raise ValueError(f"{name} cannot be saved: its weights were freed, by keep_weights=False; load it anew")
 
 
-def _is_empty(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is there that has no data."""
-    path, _, last = name.rpartition(".")
-    try:
-        found = getattr(module.get_submodule(path), last)
-    except AttributeError:
-        return False
-    return isinstance(found, Tensor) and found.is_meta
+def _is_nothing(parameter: Tensor) -> bool:
+    """Whether it is what is left of one that was freed."""
+    return parameter.ndim > 0 and not any(parameter.stride()) and bool(parameter.flatten()[0].isnan())
 
 
 class _Output:
@@ -512,8 +544,6 @@ def _description(leaf: Any) -> Hashable:
     """What of an argument a program is made for. Raises Unsupported if it cannot be compared."""
     if isinstance(leaf, Tensor):
         return leaf.shape, torch.float32 if leaf.is_floating_point() else leaf.dtype
-    try:
-        hash(leaf)
-    except TypeError:
-        raise Unsupported(f"it is given a {type(leaf).__name__}") from None
-    return type(leaf), leaf
+    if not isinstance(leaf, CONSTANTS):
+        raise Unsupported(f"it is given a {type(leaf).__name__}")
+    return type(leaf), repr(leaf)

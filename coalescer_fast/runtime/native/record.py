@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -355,7 +356,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         args, kwargs = self._with_stand_ins(args, kwargs or {})
         native, mutable = self._native(args, kwargs), func._schema.is_mutable
         handler = HANDLERS.get(func) if native or func in PRODUCTS else None
+        if handler is not None and mutable:
+            self._check_write(func, args[0])
         result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not all(
+            each.is_meta for each in tree_leaves(result) if isinstance(each, Tensor)
+        ):
+            raise Unsupported(f"it draws random numbers, by {func}")
         if handler is None:
             if mutable and not self._fills(func, args):
                 raise Unsupported(f"there is no step for {func}")
@@ -397,6 +404,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             key not in self._promoted and (key in self._values or key in self._joined or key in self._unknown)
             for key in keys
         )
+
+    def _check_write(self, func: Any, tensor: Tensor) -> None:
+        """Raise Unsupported if a write to the tensor would be seen elsewhere than in the tensor itself."""
+        value = self._values.get(_key(tensor))
+        others = [key for key, known in self._values.items() if known is value and key != _key(tensor)]
+        if value is None or value.step is None or others or tensor.numel() != value.count:
+            raise Unsupported(f"it writes to what is also read elsewhere, by {func}")
 
     def _fills(self, func: Any, args: Any) -> bool:
         """Whether an op that writes to a tensor writes to one that the prologue has just made, or to a real one."""
@@ -513,37 +527,53 @@ class MetaCopy:
         names: of each of its parameters and buffers, in the module.
     """
 
-    def __init__(self, module: nn.Module):
-        """Raises Unsupported if the module cannot be copied."""
+    def __init__(
+        self, module: nn.Module, evaluation: bool = True, strides: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ):
+        """Raises Unsupported if the module cannot be copied.
+
+        Args:
+            module: the module.
+            evaluation: whether the copy is in evaluation mode, and not in the module's own.
+            strides: those of parameters that the module does not have any more.
+        """
         memo: dict[int, Any] = {}
         self.names: dict[Tensor, str] = {}
         self._own: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
         for name, p in self._own.items():
             dtype = torch.float32 if p.is_floating_point() else p.dtype
-            empty = torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta")
+            empty = torch.empty_strided(p.shape, strides.get(name, p.stride()), dtype=dtype, device="meta")
             memo[id(p)] = nn.Parameter(empty, requires_grad=False) if isinstance(p, nn.Parameter) else empty
             self.names[memo[id(p)]] = name
         own_forward = module.__dict__.get("forward")
         if own_forward is not None:  # of an accelerated module: what is recorded is the class's
             memo[id(own_forward)] = None
         try:
-            self.module: Any = copy.deepcopy(module, memo).eval()
+            self.module: Any = copy.deepcopy(module, memo)
         except Exception as error:  # of whatever has been put into it
             raise Unsupported(f"it cannot be copied ({_first_line(error)})") from error
         if own_forward is not None:
             del self.module.__dict__["forward"]
+        if evaluation:
+            self.module.eval()
+        self._freed = set(strides)
 
     def own(self, name: str) -> Tensor:
         """The module's own parameter or buffer."""
+        if name in self._freed:
+            raise ValueError(f"{name} was freed")
         own = self._own[name].detach()
-        if own.is_meta:
-            raise ValueError(f"{name} has no data")
         # a lazy negation has no memory of its own
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype).copy_(own) if own.is_neg() else own
 
-    def replace(self, name: str, tensor: Tensor) -> None:
-        """Take over another parameter of the module, of the same shape and strides."""
-        self._own[name] = tensor
+    def free(self, name: str) -> None:
+        """Forget a parameter, which is never read again."""
+        del self._own[name]
+        self._freed.add(name)
+
+    def attributes(self) -> list[dict[str, Any]]:
+        """What the modules have now."""
+        return [dict(vars(each)) for each in self.module.modules()]
 
 
 def _first_line(error: Exception) -> str:

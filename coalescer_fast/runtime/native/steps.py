@@ -938,10 +938,10 @@ class Gate(Step):
             (x, x_first), (gate, gate_first) = one, two
             function = _function_of(gate)
             if isinstance(gate.step, Pointwise) and function is not None:
-                gate, gate_first = gate.step.x, 0
+                gate = gate.step.x
                 part = gate.step
                 if isinstance(part, Gather) and part.is_part:
-                    gate, gate_first = part.x, part.first
+                    gate, gate_first = part.x, part.first + gate_first
             channels = input.shape[1] if input.ndim == 4 else input.shape[-1]
             y = x.like(channels)
             gated = Gate(x, gate, y, x_first, gate_first, function or cf_function.CF_IDENTITY)
