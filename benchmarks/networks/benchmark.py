@@ -180,6 +180,14 @@ class Running:
         return self.row["status"] == OK
 
 
+# Starts a worker with the package that is installed: the checkout, which has the benchmarks, comes last.
+WORKER = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_module("benchmarks.networks.worker", run_name="__main__", alter_sys=True)
+"""
+
+
 class Process:
     """A process of `worker`. Its answers are read one by one; what else it prints is kept for errors."""
 
@@ -187,13 +195,13 @@ class Process:
         self.log = task.path(f"log-{task.stage}-{task.name}-{task.dtype}.txt")
         threads = {name: str(task.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         root = str(Path(__file__).parents[2])
-        paths = {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
         compiled = {"TORCHINDUCTOR_CACHE_DIR": task.cache or str(task.path(f"inductor-{task.dtype}"))}
         caps = instruction_sets.CAPS[task.isa] if task.isa else {}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.networks.worker", task.to_json(), repr(time.monotonic())],
-                env={**os.environ, **threads, **paths, **compiled, **caps},
+                [sys.executable, "-c", WORKER, root, task.to_json(), repr(time.monotonic())],
+                env={**os.environ, **threads, **compiled, **caps},
+                cwd=os.sep,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -298,7 +298,7 @@ class ModuleRuntime:
             program.bound = tuple(output)
             programs.add(key, counted(program))
             if self._weights.file is not None:
-                self._weights.file.save()
+                self._weights.file.flush()
         out_spec, out_leaves = cast(tuple[TreeSpec, list[Any]], program.bound)
         return program, out_spec, out_leaves
 

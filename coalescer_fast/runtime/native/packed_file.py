@@ -4,7 +4,7 @@
     packed = file.get(key, source := content_hash(weight))
     if packed is None:
         file.put(key, source, packed := kernel_order(weight, dtype))
-    file.save()
+    file.flush()
 
 The file has safetensors' format, so that anyone can look into it. Each tensor is an entry of uint8, which begins at a
 multiple of `ALIGNMENT` bytes of the file and is filled up to one. What the entries are is in the header's metadata:
@@ -148,7 +148,7 @@ class PackedFile:
         return tensor
 
     def put(self, key: str, source: int, packed: Tensor) -> None:
-        """Note a tensor to be written by `save`. It is kept as it is, and must not change until then.
+        """Note a tensor to be written by `flush`. It is kept as it is, and must not change until then.
 
         Args:
             key: any name but ``__metadata__``.
@@ -163,7 +163,7 @@ class PackedFile:
         self._kept[key] = source, packed.detach().reshape(-1)
         self._new = True
 
-    def save(self) -> None:
+    def flush(self) -> None:
         """Write the file, if something was put since it was written last.
 
         It will hold what was got or put since it was opened; what nobody has asked for is dropped. Until it is whole,

@@ -36,7 +36,7 @@ def saved(path: Path, tensors: dict[str, torch.Tensor] = TENSORS) -> Path:
     file = PackedFile(path)
     for source, (key, tensor) in enumerate(tensors.items(), 1):
         file.put(key, source, tensor)
-    file.save()
+    file.flush()
     return path
 
 
@@ -91,7 +91,7 @@ def test_a_file_holds_what_was_asked_for(tmp_path):
     file.get(KEYS[0], 1)
     file.get(KEYS[1], 99)
     file.put("new", 9, torch.ones(4))
-    file.save()
+    file.flush()
     assert header(tmp_path / "a").keys() == {"__metadata__", KEYS[0], "new"}
     again = PackedFile(tmp_path / "a")
     assert_equal(again.get(KEYS[0], 1), TENSORS[KEYS[0]])
@@ -103,13 +103,13 @@ def test_nothing_is_written_for_nothing_new(tmp_path):
     before = path.stat()
     file = PackedFile(path)
     got(file)
-    file.save()
+    file.flush()
     assert path.stat().st_ino == before.st_ino
     file.put("new", 9, torch.ones(4))
-    file.save()
+    file.flush()
     between = path.stat()
     assert between.st_ino != before.st_ino
-    file.save()
+    file.flush()
     assert path.stat().st_ino == between.st_ino
 
 
@@ -118,7 +118,7 @@ def test_equal_contents_are_equal_files(tmp_path):
     file = PackedFile(tmp_path / "b")
     for source, (key, tensor) in reversed([*enumerate(TENSORS.items(), 1)]):
         file.put(key, source, tensor)
-    file.save()
+    file.flush()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -230,7 +230,7 @@ def test_what_was_damaged_is_made_anew(tmp_path):
     file = PackedFile(path)
     assert got(file).keys() == TENSORS.keys() - {KEYS[0]}
     file.put(KEYS[0], 1, TENSORS[KEYS[0]])
-    file.save()
+    file.flush()
     assert got(PackedFile(path)).keys() == TENSORS.keys()
 
 
@@ -350,7 +350,7 @@ def test_the_instruction_set_in_use_counts(tmp_path):
 def test_a_folder_is_no_file(tmp_path, caplog):
     file = PackedFile(tmp_path)
     file.put("a", 1, torch.ones(3))
-    file.save()
+    file.flush()
     assert len(caplog.records) == 2
     assert not any(tmp_path.iterdir())
 
@@ -360,14 +360,15 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     file = PackedFile(tmp_path / "file" / "a")
     caplog.clear()
     file.put("a", 1, torch.ones(3))
-    file.save()
+    file.flush()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert_equal(file.get("a", 1), torch.ones(3))
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # elsewhere than in the checkout, so that the package is the one that is installed
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.sep)
 
 
 def output(process: subprocess.Popen[str]) -> str:
@@ -383,7 +384,7 @@ logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 file = PackedFile(sys.argv[1])
 file.put("large", 1, torch.ones(1 << 20))
-file.save()
+file.flush()
 """
 
 
@@ -408,7 +409,7 @@ for _ in range(60):
         if (found := file.get(str(key), key)) is not None:
             assert found.dtype == torch.float32 and torch.equal(found, torch.full((9000 + key,), float(key))), key
     file.put(str(number), number, torch.full((9000 + number,), float(number)))
-    file.save()
+    file.flush()
 """
 
 
@@ -457,7 +458,7 @@ file = PackedFile(sys.argv[1])
 for key in range(8):
     file.put(str(key), key, torch.full((16 << 20,), key, dtype=torch.uint8))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-file.save()
+file.flush()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
@@ -475,7 +476,7 @@ def test_packed_weights_come_back(tmp_path):
     saved(tmp_path / "a", {"w": packed})
     file = PackedFile(tmp_path / "a")
     file.put("w", source, packed)
-    file.save()
+    file.flush()
     assert_equal(PackedFile(tmp_path / "a").get("w", source), packed)
     weight[3, 4, 1, 1] += 1
     assert PackedFile(tmp_path / "a").get("w", content_hash(weight)) is None
