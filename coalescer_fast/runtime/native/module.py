@@ -325,7 +325,7 @@ class ModuleRuntime:
         uses.pop(next(name for name, _ in self.module.named_parameters()), None)
         # those in 8 bits are packed anew for every size of images
         in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
-        for name in (*recording.read, *in_integers):
+        for name in (*recording.read, *in_integers, *self._left):
             uses.pop(name, None)
         return uses
 

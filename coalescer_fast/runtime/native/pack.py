@@ -53,13 +53,11 @@ class Weights:
     Attributes:
         dtype: of the packed weights.
         file: where those in this dtype are kept on disk, or None.
-        freed: the names of parameters that the module does not have any more.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.file: PackedFile | None = None
-        self.freed: set[str] = set()
         # by keys, which hold no parameters
         self._floats: dict[Key, Tensor] = {}
         self._integers: dict[tuple[Key, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
@@ -73,7 +71,6 @@ class Weights:
         self._uses[weight.name] -= 1
         if self._uses[weight.name] == 0:
             self._free(weight.name)
-            self.freed.add(weight.name)
         return self._floats[weight.key]
 
     def _packed(self, weight: Weight) -> Tensor:
@@ -94,12 +91,11 @@ class Weights:
             uses: how often each will be packed.
             free: frees one, by its name.
         """
-        self._uses, self._free = Counter({name: n for name, n in uses.items() if name not in self.freed}), free
+        self._uses, self._free = Counter(uses), free
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget the packed weights of these parameters, which have changed."""
         gone = set(names)
-        self.freed -= gone
         self._floats = {key: packed for key, packed in self._floats.items() if key[0] not in gone}
         self._integers = {key: packed for key, packed in self._integers.items() if key[0][0] not in gone}
 
