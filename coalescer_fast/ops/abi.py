@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 # CF_ABI_VERSION: a library of another version is refused.
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 
@@ -89,6 +89,12 @@ class cf_status(IntEnum):
     CF_INVALID_ARGUMENT = 1
     CF_OUT_OF_MEMORY = 2
     CF_CUDA_ERROR = 1000
+
+
+class cf_form(IntEnum):
+    CF_DIRECT = 0
+    CF_WINOGRAD_2 = 2
+    CF_WINOGRAD_4 = 4
 
 
 class cf_function(IntEnum):
@@ -173,6 +179,7 @@ class cf_pack_args(Struct):
         ("scale", c_void_p),
         ("zero", c_void_p),
         ("sums", c_void_p),
+        ("form", c_int64),
         ("threads", c_int64),
     ]
 

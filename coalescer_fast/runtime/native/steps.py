@@ -171,6 +171,8 @@ class cf_convolution_args(Struct):
         ("stride", c_int64),
         ("padding", c_int64),
         ("relu", c_int64),
+        ("form", c_int64),
+        ("doubling", c_int64),
     ]
 
 
