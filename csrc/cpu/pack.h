@@ -21,7 +21,8 @@ inline bool valid(const cf_pack_args& a) {
     const bool integers = a.dtype == CF_UINT8;
     return a.weight.data && valid(a.weight) && a.packed && (integers || valid_activation(a.dtype)) && a.outputs >= 1 &&
            a.channels >= 1 && a.height >= 1 && a.width >= 1 && (!integers || (a.step && a.scale && a.zero && a.sums)) &&
-           (a.form == CF_DIRECT || ((a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && a.height == 3 && a.width == 3));
+           (a.form == CF_DIRECT ||
+            ((a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && a.height == 3 && a.width == 3));
 }
 
 // to[i] = from[i], rounded to the elements of packed weights.

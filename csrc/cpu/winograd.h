@@ -131,43 +131,41 @@ constexpr int64_t MOST_IN_CHUNK = 320;
 inline int64_t channels_at_once(int64_t channels) {
     return round_up(ceil_div(channels, ceil_div(channels, MOST_IN_CHUNK)), W);
 }
-// Of integers in a chunk: their norm, so that the sum of products is below 2^31, with room for their rounding; and the
-// largest.
-constexpr float MOST_NORM = 46300, MOST_INTEGER = 32760;
+// The norms of a chunk's integers, so that the sum of products is below 2^31, with room for their rounding. Those of an
+// image are at most as large as their norm; for kernels, MOST_INTEGER is a limit of its own.
+constexpr float IMAGE_NORM = 32700, KERNEL_NORM = 65500, MOST_INTEGER = 32760;
 
-// The scale that `count` numbers are to be divided by, for integers of these limits: 0 for zeros, NaN or infinite if a
-// number is. `count` is a multiple of W.
-inline float integer_scale(const float* numbers, int64_t count, int64_t chunk) {
-    vu largest = {};  // of the bits without sign: as integers, NaN is larger than infinity, and infinity than numbers
-    float norm = 0;
+// The largest squared norm of a chunk of `count` numbers, a multiple of W. NaN or infinite if a number is, infinite also if one
+// is above 1e19, and 0 if all are below 1e-23.
+inline float largest_squares(const float* numbers, int64_t count, int64_t chunk) {
+    float most = 0;
     for (int64_t first = 0; first < count; first += chunk) {
         vf squares = {};
         for (int64_t c = first, end = min(first + chunk, count); c < end; c += W) {
             const vf value = load(numbers + c);
-            const vu bits = (vu)value & 0x7fffffff;
-            largest = largest > bits ? largest : bits;
             squares = fma(value, value, squares);
         }
         const float all = sum(squares);
-        norm = norm > all ? norm : all;
+        most = all > most || all != all ? all : most;  // NaN stays NaN
     }
-    uint32_t most = 0;
-    for (int i = 0; i < W; ++i) most = largest[i] > most ? largest[i] : most;
-    float peak;
-    memcpy(&peak, &most, sizeof peak);
-    const float by_norm = sqrtf(norm) / MOST_NORM, by_peak = peak / MOST_INTEGER;
-    return by_norm > by_peak ? by_norm : by_peak;  // by_peak also if it is NaN
+    return most;
 }
 
 // to[i] = round(from[i] * inverse), ties to even, for `count` numbers, a multiple of W.
 inline void to_integers(const float* from, float inverse, int16_t* to, int64_t count) {
     typedef int16_t vs __attribute__((vector_size(2 * W)));
     for (int64_t c = 0; c < count; c += W) {
-        // the addition rounds and leaves the integer in the low bits: see power_of_two
-        const vi whole = (vi)(load(from + c) * inverse + 12582912.0f) - 0x4b400000;
-        const vs narrow = __builtin_convertvector(whole, vs);
-        memcpy(to + c, &narrow, sizeof narrow);
+        // the addition rounds and leaves the integer in the low 16 bits: see power_of_two
+        const vf rounded = fma(load(from + c), broadcast(inverse), 12582912.0f);
+        const vs low = __builtin_convertvector((vi)rounded, vs);
+        memcpy(to + c, &low, sizeof low);
     }
+}
+
+inline float largest_size(const float* numbers, int64_t count) {
+    float most = 0;
+    for (int64_t c = 0; c < count; ++c) most = fabsf(numbers[c]) > most ? fabsf(numbers[c]) : most;
+    return most;
 }
 
 inline float inverse_of(float scale) { return scale > 0 ? 1 / scale : 0; }
@@ -178,9 +176,9 @@ struct Winograd {
     typedef typename Multiplied<X>::E E;
     static constexpr bool INTEGERS = sizeof(E) == 2;
     static constexpr int P = m + 2, POINTS = P * P;
-    static constexpr int64_t CACHE = 1 << 20;          // bytes, second-level, of tiles and their products
-    static constexpr int64_t SHARED_CACHE = 8 << 20;   // likewise, last-level, of tiles that all threads read
-    static constexpr int64_t MANY_TILES = 20;          // of a thread, from which on threads share tiles
+    static constexpr int64_t CACHE = 1 << 20;         // bytes, second-level, of tiles and their products
+    static constexpr int64_t SHARED_CACHE = 8 << 20;  // likewise, last-level, of tiles that all threads read
+    static constexpr int64_t MANY_TILES = 20;         // of a thread, from which on threads share tiles
 
     const cf_convolution_args& a;
     const int64_t x_pixel = a.channels * static_cast<int64_t>(sizeof(X));
@@ -195,8 +193,8 @@ struct Winograd {
     const int64_t tiles_x = ceil_div(a.width, m), tiles_y = ceil_div(a.height, m), tiles = a.n * tiles_y * tiles_x;
     const int64_t vectors = ceil_div(a.outputs, W);
     const Blocks blocks{vectors};
-    static constexpr int64_t M_ROW = MAX_VECTORS * W;                     // floats of a point of a tile's products
-    static constexpr int64_t M_TILE = POINTS * M_ROW * 4;                 // bytes
+    static constexpr int64_t M_ROW = MAX_VECTORS * W;      // floats of a point of a tile's products
+    static constexpr int64_t M_TILE = POINTS * M_ROW * 4;  // bytes
     const int64_t at_once = max_of(CACHE / (v_tile + M_TILE) / MAX_POSITIONS, 1) * MAX_POSITIONS;  // tiles
     // The scratch of a thread: zeros for positions outside, transformed numbers of a tile, products.
     const int64_t zeros_bytes = round_up(x_pixel, 64), numbers_bytes = INTEGERS ? POINTS * channels * 4 : 0;
@@ -212,19 +210,21 @@ struct Winograd {
     int share_tiles(int64_t threads) const {
         const int64_t most = min(at_once, ceil_div(tiles, threads));
         const int64_t bytes = zeros_bytes + numbers_bytes + most * (v_tile + M_TILE);
-        return parallel_for_with_scratch(
-            tiles, threads, static_cast<size_t>(bytes), [&](void* memory, int64_t begin, int64_t end) {
-                char* zeros = static_cast<char*>(memory);
-                float* numbers = reinterpret_cast<float*>(zeros + zeros_bytes);
-                char* v = zeros + zeros_bytes + numbers_bytes;
-                float* products = reinterpret_cast<float*>(v + most * v_tile);
-                memset(zeros, 0, static_cast<size_t>(zeros_bytes));
-                for (int64_t first = begin; first < end; first += most) {
-                    const int64_t count = min(most, end - first);
-                    for (int64_t i = 0; i < count; ++i) transform_input(first + i, v + i * v_tile, zeros, numbers);
-                    for (int64_t block = 0; block < blocks.count; ++block) run_block(block, v, first, count, products);
-                }
-            });
+        return parallel_for_with_scratch(tiles, threads, static_cast<size_t>(bytes),
+                                         [&](void* memory, int64_t begin, int64_t end) {
+                                             char* zeros = static_cast<char*>(memory);
+                                             float* numbers = reinterpret_cast<float*>(zeros + zeros_bytes);
+                                             char* v = zeros + zeros_bytes + numbers_bytes;
+                                             float* products = reinterpret_cast<float*>(v + most * v_tile);
+                                             memset(zeros, 0, static_cast<size_t>(zeros_bytes));
+                                             for (int64_t first = begin; first < end; first += most) {
+                                                 const int64_t count = min(most, end - first);
+                                                 for (int64_t i = 0; i < count; ++i)
+                                                     transform_input(first + i, v + i * v_tile, zeros, numbers);
+                                                 for (int64_t block = 0; block < blocks.count; ++block)
+                                                     run_block(block, v, first, count, products);
+                                             }
+                                         });
     }
 
     int share_outputs(int64_t threads) const {
@@ -234,15 +234,14 @@ struct Winograd {
         int status = CF_OK;
         for (int64_t first = 0; first < tiles && status == CF_OK; first += most) {
             const int64_t count = min(most, tiles - first), groups = ceil_div(count, MAX_POSITIONS);
-            status = parallel_for_with_scratch(
-                count, threads, static_cast<size_t>(zeros_bytes + numbers_bytes),
-                [&](void* memory, int64_t begin, int64_t end) {
-                    char* zeros = static_cast<char*>(memory);
-                    memset(zeros, 0, static_cast<size_t>(zeros_bytes));
-                    for (int64_t i = begin; i < end; ++i)
-                        transform_input(first + i, v + i * v_tile, zeros,
-                                        reinterpret_cast<float*>(zeros + zeros_bytes));
-                });
+            status = parallel_for_with_scratch(count, threads, static_cast<size_t>(zeros_bytes + numbers_bytes),
+                                               [&](void* memory, int64_t begin, int64_t end) {
+                                                   char* zeros = static_cast<char*>(memory);
+                                                   memset(zeros, 0, static_cast<size_t>(zeros_bytes));
+                                                   for (int64_t i = begin; i < end; ++i)
+                                                       transform_input(first + i, v + i * v_tile, zeros,
+                                                                       reinterpret_cast<float*>(zeros + zeros_bytes));
+                                               });
             if (status != CF_OK) return status;
             const int64_t part = min(at_once, count);
             status = parallel_for_with_scratch(
@@ -293,7 +292,8 @@ struct Winograd {
         const int64_t row = INTEGERS ? channels : v_row / 4;
         int64_t c = 0;
         for (; c + W <= a.channels; c += W)
-            transform_vector([&](int i, int j) { return load(reinterpret_cast<const X*>(at[i][j]) + c); }, floats + c, row);
+            transform_vector([&](int i, int j) { return load(reinterpret_cast<const X*>(at[i][j]) + c); }, floats + c,
+                             row);
         if (c < a.channels) {
             const int64_t part = a.channels - c;
             transform_vector([&](int i, int j) { return load_part(reinterpret_cast<const X*>(at[i][j]) + c, part); },
@@ -301,11 +301,14 @@ struct Winograd {
         }
         if constexpr (INTEGERS) {
             float* scale = reinterpret_cast<float*>(v + POINTS * v_row);
+            float inverse[POINTS];
+            for (int i = 0; i < POINTS; ++i) scale[i] = largest_squares(numbers + i * channels, channels, chunk);
             for (int i = 0; i < POINTS; ++i) {
-                scale[i] = integer_scale(numbers + i * channels, channels, chunk);
-                to_integers(numbers + i * channels, inverse_of(scale[i]), reinterpret_cast<int16_t*>(v + i * v_row),
-                            channels);
+                scale[i] = sqrtf(scale[i]) / IMAGE_NORM;
+                inverse[i] = inverse_of(scale[i]);
             }
+            for (int i = 0; i < POINTS; ++i)
+                to_integers(numbers + i * channels, inverse[i], reinterpret_cast<int16_t*>(v + i * v_row), channels);
         }
     }
 
@@ -335,9 +338,9 @@ struct Winograd {
     void run_block(int64_t block, const char* v, int64_t first, int64_t count, float* products) const {
         const int64_t V = blocks.size(block), vector = blocks.first(block), groups = ceil_div(count, MAX_POSITIONS);
         const char* w = static_cast<const char*>(a.weight) + vector * POINTS * units * 4 * W;
-        const float* w_scale = reinterpret_cast<const float*>(static_cast<const char*>(a.weight) +
-                                                              vectors * POINTS * units * 4 * W) +
-                               vector * POINTS * W;
+        const float* w_scale =
+            reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + vectors * POINTS * units * 4 * W) +
+            vector * POINTS * W;
         for (int point = 0; point < POINTS; ++point, w += V * units * 4 * W, w_scale += V * W)
             for (int64_t g = 0; g < groups; ++g) {
                 const int64_t begin = count * g / groups, end = count * (g + 1) / groups;
@@ -410,7 +413,8 @@ struct Winograd {
                 if (!WHOLE && j >= columns) break;
                 vf value = r[j] + added;
                 if (residual)
-                    value += load_some(reinterpret_cast<const T*>(residual + i * a.residual.row + j * y_pixel) + c, part);
+                    value +=
+                        load_some(reinterpret_cast<const T*>(residual + i * a.residual.row + j * y_pixel) + c, part);
                 if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
                 store_some(reinterpret_cast<T*>(y + i * a.y.row + j * y_pixel) + c, value, part);
             }
@@ -455,18 +459,18 @@ struct WinogradPacking {
         const int64_t taps = 9 * channels, numbers = POINTS * channels;
         const int64_t row = POINTS * channels * static_cast<int64_t>(sizeof(E)) + 64;  // of an output
         prepare_output(a.packed, vectors * W * POINTS * units * 4);
-        return parallel_for_with_scratch(
-            vectors, threads, static_cast<size_t>((taps + numbers) * 4 + W * row),
-            [&](void* memory, int64_t begin, int64_t end) {
-                float* kernel = static_cast<float*>(memory);
-                char* rows = reinterpret_cast<char*>(kernel + taps + numbers);
-                for (int64_t vector = begin; vector < end; ++vector) {
-                    float* scale = scales_of(vector);
-                    for (int64_t lane = 0; lane < W; ++lane)
-                        transform(vector * W + lane, kernel, kernel + taps, rows + lane * row, scale + lane);
-                    write(vector, rows, row);
-                }
-            });
+        return parallel_for_with_scratch(vectors, threads, static_cast<size_t>((taps + numbers) * 4 + W * row),
+                                         [&](void* memory, int64_t begin, int64_t end) {
+                                             float* kernel = static_cast<float*>(memory);
+                                             char* rows = reinterpret_cast<char*>(kernel + taps + numbers);
+                                             for (int64_t vector = begin; vector < end; ++vector) {
+                                                 float* scale = scales_of(vector);
+                                                 for (int64_t lane = 0; lane < W; ++lane)
+                                                     transform(vector * W + lane, kernel, kernel + taps,
+                                                               rows + lane * row, scale + lane);
+                                                 write(vector, rows, row);
+                                             }
+                                         });
     }
 
     int64_t of_block(int64_t block) const { return blocks.first(block) * POINTS; }
@@ -512,7 +516,10 @@ struct WinogradPacking {
             }
         }
         for (int i = 0; i < POINTS && INTEGERS; ++i) {
-            scale[i * next] = integer_scale(numbers + i * channels, channels, chunk);
+            const float* row = numbers + i * channels;
+            const float by_norm = sqrtf(largest_squares(row, channels, chunk)) / KERNEL_NORM;
+            const float by_size = largest_size(row, channels) / MOST_INTEGER;
+            scale[i * next] = by_size > by_norm ? by_size : by_norm;  // NaN stays NaN
             to_integers(numbers + i * channels, inverse_of(scale[i * next]),
                         reinterpret_cast<int16_t*>(to) + i * channels, channels);
         }
