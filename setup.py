@@ -53,7 +53,12 @@ AVX512 = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni")}
+X86_FLAGS = {
+    "avx2": AVX2,
+    "avx2_vnni": (*AVX2, "-mavxvnni"),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vnni"),
+}
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities times ten
@@ -87,6 +92,10 @@ def build_cpu(target: Path) -> str:
         def run(*arguments: str) -> str:
             result = subprocess.run([*cxx, *arguments], capture_output=True, text=True)
             return (result.stderr.strip() or f"{cxx[0]} failed") if result.returncode else ""
+
+        if "avx2_vnni" in extra and run("-mavxvnni", "-E", "-x", "c++", os.devnull):  # GCC has it from version 11 on
+            del extra["avx2_vnni"]
+            extra["isa"] = ("-DCF_WITHOUT_AVX2_VNNI",)
 
         def compile_one(name: str) -> str:
             return run(

@@ -33,7 +33,7 @@ PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "nvtx": ("nvtx",),
 }
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 OPENMP = ("libgomp", "libiomp5", "libomp")
 VARIABLES = ("COALESCER_FAST_", "OMP_", "GOMP_", "KMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 SECONDS = 120  # that a trial may take

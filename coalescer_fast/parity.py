@@ -210,7 +210,7 @@ def verify(
         raise ValueError(
             f"the pipeline's own networks are {pipe.unet.dtype}; load it in torch.float32 to have a reference"
         )
-    limits = _limits(budget, runtime.dtype)
+    limits = _limits(budget, torch.int8 if runtime.precision == "int8" else runtime.dtype)
     generator = torch.Generator().manual_seed(seed)
     check_count(num_images)
     texts = [text for text in descriptions(pipe, prompts, generator) for _ in range(num_images)]

@@ -114,8 +114,8 @@ CF_API int cf_abi_version(void);
 CF_API void cf_cpu_set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*thread_num)(void),
                               int (*num_threads)(void));
 
-/* The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable"; the best that the processor has, unless
- * another is chosen. */
+/* The instruction set in use: "avx512_bf16", "avx512", "avx2_vnni", "avx2" or "portable"; the best that the
+ * processor has, unless another is chosen. */
 CF_API const char* cf_cpu_isa(void);
 /* CF_INVALID_ARGUMENT if the processor or the library does not have it. Not to be called beside a kernel. */
 CF_API int cf_cpu_set_isa(const char* isa);
@@ -169,10 +169,10 @@ enum cf_form { CF_DIRECT = 0, CF_WINOGRAD_2 = 2, CF_WINOGRAD_4 = 4 };
  *
  * Weights are packed in the order in which the kernel reads them. The outputs form vectors of cf_cpu_vector_width(),
  * the last one filled up with zeros, and the vectors form ceil(vectors / M) blocks that are as equal as can be, the
- * larger ones first; M is 4 if the width is 16, else 3. A block lies in memory as (taps, units, vectors, width,
- * lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and units = channels / lanes. Other forms
- * than CF_DIRECT have (m + 2)^2 points in the place of taps; for x of bfloat16 they are int16, and behind all of them
- * stand the scales of the blocks, (points, vectors, width) of float32. */
+ * larger ones first; M is 4 if the width is 16, 2 if it is 8, and 3 if it is 4. A block lies in memory as (taps,
+ * units, vectors, width, lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and
+ * units = channels / lanes. Other forms than CF_DIRECT have (m + 2)^2 points in the place of taps; for x of bfloat16
+ * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
@@ -310,10 +310,13 @@ typedef struct {
 CF_API int cf_cpu_vector_width(void);
 /* Dtypes beside float32 that the instruction set in use multiplies: bit 0 bfloat16, bit 1 uint8. */
 CF_API int cf_cpu_products(void);
+/* The largest int8 weight that it multiplies with uint8, and the smallest with a minus: 127, or 64 where sums of two
+ * products have 16 bits. */
+CF_API int cf_cpu_largest_weight(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
 
 /* Weights in the order of cf_convolution_args, rounded to the dtype. For uint8 they are int8,
- * v = round(weight * step / scale) cut to -128 ... 127, and sums = sum over channels and taps of v * zero. */
+ * v = round(weight * step / scale) cut to -m ... m with m = cf_cpu_largest_weight(), and sums = sum over channels and taps of v * zero. */
 typedef struct {
     cf_tensor4 weight; /* (outputs, channels, height, width), any strides */
     void* packed;      /* result, all of it written */

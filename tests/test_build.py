@@ -90,6 +90,19 @@ def test_by_default_without_a_gpu_there_are_cpu_kernels(tmp_path, quick):
         assert built(tmp_path, "cuda") == (False, reason)
 
 
+def test_a_compiler_without_avx_vnni_builds_all_else(tmp_path):
+    cxx = tmp_path / "old-c++"
+    cxx.write_text(f'#!/bin/sh\ncase "$*" in *-mavxvnni*) exit 1 ;; esac\nexec {shutil.which("c++")} "$@" -O0\n')
+    cxx.chmod(0o755)
+    result = build(tmp_path, CXX=str(cxx), COALESCER_FAST_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    assert built(tmp_path) == (True, "")
+    library = tmp_path / "coalescer_fast" / "lib" / "libcoalescer_fast_cpu.so"
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cpu_set_isa; print(f(b'avx2_vnni'), f(b'portable'))"
+    said = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True).stdout
+    assert said == "1 0\n"
+
+
 @pytest.mark.parametrize(
     ("cxx", "reason"),
     [

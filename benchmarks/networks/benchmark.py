@@ -98,7 +98,7 @@ def parser() -> Parser:
         "--dtypes",
         type=listed(*DTYPES),
         metavar="D,D",
-        help=f"default: {','.join(DTYPES)}, with --isa avx2 fp32,int8",
+        help=f"default: {','.join(DTYPES)}, with --isa fp32,int8",
     )
     peers = [name for name in PROVIDERS if name != OURS]
     top.add_argument(
@@ -108,7 +108,7 @@ def parser() -> Parser:
         metavar="P,P",
         help=f"of {', '.join(peers)}, none (default: {','.join(DEFAULT)})",
     )
-    top.add_argument("--isa", choices=instruction_sets.ISAS, default="", help="cap all to this instruction set")
+    top.add_argument("--isa", choices=sorted(instruction_sets.CAPS), default="", help="cap all to this instruction set")
     top.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own choice)")
     top.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help="default: %(default)s")
     top.add_argument(

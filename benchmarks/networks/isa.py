@@ -23,20 +23,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ISAS = ("avx2",)
 # AVX-512 in the C library and in numpy would be taken for the peer's own
 GLIBC_FEATURES = ("AVX512F", "AVX512VL", "AVX512BW", "AVX512DQ", "AVX512CD", "EVEX")
 NUMPY_FEATURES = ("X86_V4", "AVX512F", "AVX512CD", "AVX512_SKX", "AVX512_ICL", "AVX512_SPR")
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels, and the vectors of torch.compile
+    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",  # the C++ compiler of torch.compile
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # torch's convolutions and products; OpenVINO's copy of oneDNN reads it, too
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=" + ",".join(f"-{name}" for name in GLIBC_FEATURES),
+    "NPY_DISABLE_CPU_FEATURES": " ".join(NUMPY_FEATURES),
+}
+# VNNI multiplies 8-bit integers, which oneDNN alone does.
 CAPS = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels, and the vectors of torch.compile
-        "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",  # the C++ compiler of torch.compile
-        "ONEDNN_MAX_CPU_ISA": "AVX2",  # torch's convolutions and products; OpenVINO's copy of oneDNN reads it, too
-        "DNNL_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "GLIBC_TUNABLES": "glibc.cpu.hwcaps=" + ",".join(f"-{name}" for name in GLIBC_FEATURES),
-        "NPY_DISABLE_CPU_FEATURES": " ".join(NUMPY_FEATURES),
-    }
+    "avx2": AVX2,
+    "avx2_vnni": AVX2 | {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "DNNL_MAX_CPU_ISA": "AVX2_VNNI"},
 }
 BUSY = "import time; end = time.time() + 120\nwhile time.time() < end: pass"  # no longer, if this process is killed
 SECONDS = 2.0  # of calls that are watched

@@ -115,7 +115,7 @@ def coalescer_fast(task: Task, module: Any) -> Call:
     name, kinds = {
         "fp32": ("float32", [torch.float32]),
         "bf16": ("bfloat16", [torch.bfloat16]),
-        "int8": ("int8", [torch.bfloat16, torch.uint8]),
+        "int8": ("int8", [torch.uint8]),
     }[task.dtype]
     if reason := next(filter(None, map(no_programs, kinds)), ""):
         raise Missing(reason)

@@ -30,6 +30,8 @@ DTYPE_CODES = {
 Call = Callable[[bytes], None]
 # CPU kernels run on CPU tensors alone: see `dispatch.Support`.
 INTERPRETED = False
+# Instruction sets of the CPU kernels, the best first.
+ISAS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -89,7 +91,7 @@ def _library() -> Any:
 
 
 def isa() -> str:
-    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable"."""
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2_vnni", "avx2" or "portable"."""
     name: bytes = _library().cf_cpu_isa()
     return name.decode()
 
@@ -106,6 +108,11 @@ def products() -> tuple[torch.dtype, ...]:
     return (torch.float32, *(dtype for bit, dtype in enumerate((torch.bfloat16, torch.uint8)) if found >> bit & 1))
 
 
+def largest_weight() -> int:
+    """The largest int8 weight that the instruction set in use multiplies, and the smallest with a minus: 127 or 64."""
+    return int(_library().cf_cpu_largest_weight())
+
+
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, to test or measure it.
 
@@ -113,9 +120,7 @@ def set_isa(name: str) -> None:
         ValueError: the processor or the library does not have it.
     """
     if _library().cf_cpu_set_isa(name.encode()):
-        raise ValueError(
-            f"isa is {name!r}; expected one that this processor has, of avx512_bf16, avx512, avx2, portable"
-        )
+        raise ValueError(f"isa is {name!r}; expected one that this processor has, of {', '.join(ISAS)}")
 
 
 def _openmp() -> list[Any]:

@@ -23,6 +23,8 @@ int cf_cpu_vector_width(void) { return kernels->width; }
 
 int cf_cpu_products(void) { return kernels->products; }
 
+int cf_cpu_largest_weight(void) { return kernels->largest_weight; }
+
 int cf_cpu_run(const cf_program_args* args) { return kernels->run_program(*args); }
 
 int cf_cpu_pack(const cf_pack_args* args) { return kernels->pack(*args); }

@@ -518,6 +518,13 @@ struct ImageRow<uint8_t> {
             _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c),
                          _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
+#elif CF_WIDTH == 8
+        // likewise; the sum, below 511, is cut to 0 ... 255 as it becomes 16 bits, and then 8
+        const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(255), (__m256)(value * load(inverse + c))));
+        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + c));
+        const __m256i shifted = _mm256_add_epi32(q, _mm256_cvtepu8_epi32(codes));
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(y + c), _mm_packus_epi16(words, words));
 #else
         part(c, value, W);
 #endif

@@ -22,10 +22,7 @@ int op(const Args& args) {
 }  // namespace cf
 
 #define CF_OP(name) cf::op<cf_##name##_args, cf::name>,
-#define CF_KERNELS(isa)                     \
-    const cf::Kernels cf::isa##_kernels = { \
-        #isa,                               \
-        CF_OPS(CF_OP) cf::run_program,      \
-        CF_OP(pack) cf::W,                  \
-        cf::PRODUCTS,                       \
+#define CF_KERNELS(isa)                                                                           \
+    const cf::Kernels cf::isa##_kernels = {                                                       \
+        #isa, CF_OPS(CF_OP) cf::run_program, CF_OP(pack) cf::W, cf::PRODUCTS, cf::LARGEST_WEIGHT, \
     };

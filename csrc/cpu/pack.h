@@ -48,11 +48,12 @@ template <class T>
 inline int64_t quantise(const T* from, const float* step, vf scale, const float* zero, int8_t* to, int64_t count) {
     typedef int8_t vb __attribute__((vector_size(W)));
     vi sums{};
+    const vf largest = broadcast(LARGEST_WEIGHT);
     for (int64_t i = 0; i < count; i += W) {
         const int64_t part = min(count - i, W);
         vf v = load_some(from + i, part) * load_some(step + i, part) / scale;
-        v = v < 127.0f ? v : broadcast(127.0f);
-        v = v > -128.0f ? v : broadcast(-128.0f);
+        v = v < largest ? v : largest;
+        v = v > -largest ? v : -largest;
         // the addition rounds, ties to even, and leaves the integer in the low bits: see power_of_two
         const vi whole = (vi)(v + 12582912.0f) - 0x4b400000;
         sums += whole * __builtin_convertvector(load_some(zero + i, part), vi);

@@ -43,7 +43,9 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
-inline vf broadcast(float value) { return vf{} + value; }
+// Minus zero, for a subtraction of it changes nothing, so that a compiler leaves it out and broadcasts from memory. An
+// addition of zero makes +0 of -0, and is computed.
+inline vf broadcast(float value) { return value - vf{}; }
 
 // a * b + c, rounded once where the processor can. The compiler is told not to fuse by itself (-ffp-contract=off): it
 // would fuse in one loop and not in the next, and results would depend on how many channels a thread has.

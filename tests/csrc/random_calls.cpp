@@ -173,7 +173,7 @@ void one_round(bool large) {
 int main(int count, char** words) {
     const int rounds = count > 1 ? atoi(words[1]) : 300;
     cf_cpu_set_openmp(parallel, [] { return rank_of_thread; }, [] { return size_of_team; });
-    for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+    for (const char* isa : {"portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16"}) {
         if (cf_cpu_set_isa(isa) != CF_OK) continue;
         refuse_programs();
         for (int i = 0; i < rounds; ++i) one_round(i % 10 == 0);

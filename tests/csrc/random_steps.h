@@ -176,6 +176,9 @@ struct Program {
     }
 };
 
+// Vectors of outputs in a block of packed weights.
+int64_t most_vectors(int64_t width) { return width == 16 ? 4 : (width == 8 ? 2 : 3); }
+
 bool multiplies(int64_t dtype) {
     return dtype == CF_FLOAT32 || (dtype == CF_BFLOAT16 && cf_cpu_products() & 1) ||
            (dtype == CF_UINT8 && cf_cpu_products() & 2);
@@ -192,10 +195,15 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
                             border, draw(0, 1), true);
     const bool integers = dtype == CF_UINT8;
     const double scale = 1 / sqrt(static_cast<double>(taps * x.channels));
-    const int64_t vectors = (outputs + width - 1) / width, most = width == 16 ? 4 : 3,
+    const int64_t vectors = (outputs + width - 1) / width, most = most_vectors(width),
                   blocks = (vectors + most - 1) / most;
     // (outputs, taps, channels), then packed
-    const char* plain = p.random(outputs * taps * x.channels, dtype, scale);
+    char* plain = p.random(outputs * taps * x.channels, dtype, scale);
+    if (integers)  // up to the largest weight, at its limits every other time
+        for (int64_t i = 0; i < outputs * taps * x.channels; ++i) {
+            const int64_t most_weight = cf_cpu_largest_weight();
+            plain[i] = static_cast<char>(draw(0, 1) ? draw(-most_weight, most_weight) : most_weight);
+        }
     char* packed = p.memory(vectors * width * taps * x.channels * size, false)->bytes.data();
     char* to = packed;
     for (int64_t block = 0, first = 0; block < blocks; ++block) {
@@ -711,7 +719,7 @@ void packs(bool large) {
     std::vector<int64_t> sums(static_cast<size_t>(a.outputs), -1), expected_sums(sums.size());
     if (integers) a.step = at(step), a.scale = at(scale), a.zero = zero.data(), a.sums = sums.data();
 
-    const int64_t width = cf_cpu_vector_width(), most = width == 16 ? 4 : 3, lanes = 4 / bytes_of(a.dtype);
+    const int64_t width = cf_cpu_vector_width(), most = most_vectors(width), lanes = 4 / bytes_of(a.dtype);
     const int64_t vectors = (a.outputs + width - 1) / width, units = (a.channels + lanes - 1) / lanes,
                   blocks = (vectors + most - 1) / most;
     std::vector<char> results[2];

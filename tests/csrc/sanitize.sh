@@ -10,6 +10,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 declare -A flags=([avx2]="-mavx2 -mfma -mf16c")
+flags[avx2_vnni]="${flags[avx2]} -mavxvnni"
 flags[avx512]="${flags[avx2]} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 flags[avx512_bf16]="${flags[avx512]} -mavx512bf16 -mavx512vnni"
 portable=() x86=()

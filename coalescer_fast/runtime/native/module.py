@@ -51,6 +51,13 @@ def native_bfloat16() -> bool:
     return torch.bfloat16 in native_library.products()
 
 
+def floats_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a program's floating-point values: of int8, bfloat16 where the CPU multiplies it, else float32."""
+    if dtype != torch.int8:
+        return dtype
+    return torch.bfloat16 if native_bfloat16() else torch.float32
+
+
 def no_programs(dtype: torch.dtype) -> str:
     """Why no network can run as a program of this dtype here, or ""."""
     if reason := native_library.unavailable():
@@ -69,13 +76,13 @@ class ModuleRuntime:
     itself runs where it does what no step does, where hooks or patches are inside, and where a gradient is wanted.
 
     Attributes:
-        quantised: whether convolutions that read normalised values multiply in 8 bits; ``dtype`` is then bfloat16.
-        dtype: of the programs.
+        quantised: whether convolutions that read normalised values multiply in 8 bits.
+        dtype: of the programs; with 8 bits that of all other values, see `floats_of`.
         refused: why the last call did not run as a program, or "".
         programs: those that were used last.
         ranges: by the size of the first image (h, w), what `Program` needs for 8 bits.
         inputs: the arguments of some calls, to find ranges with.
-        collected: while it is a list, calls add their arguments to it, and run in bfloat16.
+        collected: while it is a list, calls add their arguments to it, and run in ``dtype``.
     """
 
     def __init__(
@@ -96,7 +103,7 @@ class ModuleRuntime:
             cache: a folder for packed weights, or None.
         """
         self.quantised = dtype == torch.int8
-        self.dtype = torch.bfloat16 if self.quantised else dtype
+        self.dtype = floats_of(dtype)
         self.inputs = [as_arguments(each) for each in inputs]
         self.collected: list[Arguments] | None = None
         self.keep_weights, self.cache = keep_weights, cache

@@ -115,7 +115,7 @@ class Weights:
         r"""A convolution's weights in int8, for an input in uint8.
 
         ``sum_c w_c x_c = scale (sum_c v_c q_c - sum_c v_c zero_c)`` with ``v = round(w step / scale)`` and, for every
-        output, ``scale = max |w step| / 127``.
+        output, ``scale = max |w step| / m``, where m is `native_library.largest_weight`.
 
         Args:
             weight: (Cout, Cin, k, k).
@@ -130,7 +130,7 @@ class Weights:
             step, zero = of.quantisation()
             own = weight.tensor()
             largest = torch.maximum(own.amax((2, 3)), -own.amin((2, 3))).float()
-            scale = (largest * step).amax(1).clamp_min(1e-30) / 127
+            scale = (largest * step).amax(1).clamp_min(1e-30) / native_library.largest_weight()
             whole, sums = quantised_order(own, step, scale, zero)
             packed = whole, scale, (-scale * sums.double()).float()
             self._integers[key] = packed, of  # while the range lives, no other has its identity

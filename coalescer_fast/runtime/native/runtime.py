@@ -20,7 +20,7 @@ from ...models.unet import CoalescerUNet, Conditioning
 from ...ops import native_library
 from ..base import Part, PipelineRuntime, channels_last_copy, counted, entered, quiet_torch
 from ..watch import foreign
-from .module import no_programs
+from .module import floats_of, no_programs
 from .pack import Weights
 from .program import Program, ProgramCache
 from .record import MetaCopy, Recorder, record_module
@@ -55,7 +55,8 @@ class NativeRuntime(PipelineRuntime):
     float32 whatever the dtype. The bits of a picture depend neither on its batch nor on the number of threads.
 
     Attributes:
-        quantised: whether convolutions that read normalised values multiply in 8 bits; ``dtype`` is then bfloat16.
+        quantised: whether convolutions that read normalised values multiply in 8 bits; ``dtype`` is that of all other
+            values, see `floats_of`.
         networks: "unet", "decoder" and "conditioning", which is what the UNet derives from descriptions.
         ranges: by the size of R (h, w), what `Program` needs for 8 bits.
     """
@@ -69,7 +70,7 @@ class NativeRuntime(PipelineRuntime):
         super().__init__(pipe)
         self.prompts = prompts
         self.quantised = dtype == torch.int8
-        self.dtype = torch.bfloat16 if self.quantised else dtype
+        self.dtype = floats_of(dtype)
         self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
             raise ValueError(f"dtype 'int8' cannot run: {reason}")

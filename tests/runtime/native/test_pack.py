@@ -39,7 +39,7 @@ def plain_order(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     taps, vectors, units = kernel[0] * kernel[1], -(-outputs // width), -(-channels // lanes)
     rows = torch.zeros(vectors * width, taps, units * lanes, dtype=torch.int8 if dtype == torch.uint8 else dtype)
     rows[:outputs, :, :channels] = weight.permute(0, 2, 3, 1).reshape(outputs, taps, channels)
-    blocks = -(-vectors // (4 if width == 16 else 3))
+    blocks = -(-vectors // {16: 4, 8: 2, 4: 3}[width])
     least, larger = divmod(vectors, blocks)
     sizes = [least + (block < larger) for block in range(blocks)]
     parts = torch.split(rows.view(vectors, width, taps, units, lanes), sizes)
@@ -91,7 +91,8 @@ def test_floats(isa, threads, shape, dtype, source):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 def test_whole_numbers(isa, threads, shape, source):
-    weight = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)).to(source)
+    most = native_library.largest_weight()
+    weight = torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(1)).to(source)
     assert_same_bytes(kernel_order(weight, torch.uint8), plain_order(weight, torch.uint8))
 
 
@@ -143,7 +144,7 @@ def plain_quantise(weight: torch.Tensor, of: Range) -> tuple[torch.Tensor, torch
     """The formulas of `Weights.quantise`, in torch."""
     step, zero = of.quantisation()
     stepped = weight.float() * step[:, None, None]
-    scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / 127
+    scale = stepped.abs().amax((1, 2, 3)).clamp_min(1e-30) / native_library.largest_weight()
     whole = (stepped / scale[:, None, None, None]).round()
     zeros = (whole.double().sum((2, 3)) * zero.double()).sum(1)
     return plain_order(whole, torch.uint8), scale, (-scale * zeros).float()
@@ -163,8 +164,9 @@ def test_quantise(isa, threads, shape, source):
 
 
 def test_quantise_rounds_halves_to_even(isa):
-    """With a largest weight of 127 and one step, weights are their own whole numbers."""
-    numbers = torch.arange(-254, 255, dtype=torch.float32) / 2
+    """With the largest weight that there is, and one step, weights are their own whole numbers."""
+    most = native_library.largest_weight()
+    numbers = torch.arange(-2 * most, 2 * most + 1, dtype=torch.float32) / 2
     weight = numbers.reshape(1, -1, 1, 1)
     of = Range(torch.zeros(weight.shape[1]), torch.full((weight.shape[1],), 255.0))
     packed, scale, _ = Weights(torch.bfloat16).quantise(named(weight), of)

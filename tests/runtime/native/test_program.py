@@ -12,21 +12,22 @@ from coalescer_fast import ops
 from coalescer_fast.models import CoalescerUNet
 from coalescer_fast.models.unet import SelfAttention, TransformerBlock
 from coalescer_fast.ops import native_library
+from coalescer_fast.runtime.native.module import floats_of
 from coalescer_fast.runtime.native.pack import Weights
 from coalescer_fast.runtime.native.program import Program, ProgramCache, compile_module
 from coalescer_fast.runtime.native.record import MetaCopy, Recorder, record_module
 from coalescer_fast.runtime.native.steps import Convolution, GroupNormSiLU, Pointwise
 from coalescer_fast.runtime.native.value import Range, Unsupported
 
-from ...helpers.isa import available
+from ...helpers.isa import EIGHT_BITS, available, using
 from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
 )
 
-DTYPES = {"portable": ["float32"], "avx2": ["float32"], "avx512": ["float32"], "avx512_bf16": ["float32", "bfloat16"]}
-ABLE = [(isa, dtype) for isa in available() for dtype in DTYPES[isa]]
+DTYPES = {"avx512_bf16": ["float32", "bfloat16"]}
+ABLE = [(isa, dtype) for isa in available() for dtype in DTYPES.get(isa, ["float32"])]
 BEST = [dtype for isa, dtype in ABLE if isa == available()[-1]]
 # relative to the largest element, of sums in float32; weights and inputs are rounded to bfloat16 beforehand
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6}
@@ -344,9 +345,11 @@ def test_memory_is_used_again_and_not_poisoned():
         network.float()
 
 
-needs_int8 = pytest.mark.skipif(
-    torch.uint8 not in native_library.products(), reason="the processor has no AVX-512 VNNI with bfloat16"
-)
+@pytest.fixture(params=EIGHT_BITS)
+def floats(request):
+    """The dtype of what is not in 8 bits, for every instruction set that multiplies these."""
+    with using(request.param):
+        yield floats_of(torch.int8)
 
 
 class Normalised(nn.Module):
@@ -358,29 +361,54 @@ class Normalised(nn.Module):
         return self.conv(ops.group_norm_silu(x, 4, self.norm.weight, self.norm.bias))
 
 
-@needs_int8
+def test_the_instruction_sets_that_multiply_eight_bits():
+    for name in available():
+        with using(name):
+            assert (torch.uint8 in native_library.products()) == (name in EIGHT_BITS)
+            assert native_library.largest_weight() == (127 if name in ("avx2_vnni", "avx512_bf16") else 64)
+
+
 @pytest.mark.parametrize(("channels", "outputs", "height", "width"), [(16, 16, 8, 8), (20, 37, 5, 3), (64, 100, 1, 2)])
-def test_eight_bits(channels, outputs, height, width):
+def test_eight_bits(floats, channels, outputs, height, width):
     network, x = seeded(Normalised(channels, outputs)), randn(3, channels, height, width)
     ranges: dict[int, Range] = {}
-    observer = program(network, x, dtype=torch.bfloat16, keep=True)
+    observer = program(network, x, dtype=floats, keep=True)
     observer.run()
     observer.observe(ranges)
-    h = F.silu(F.group_norm(x.bfloat16().float(), 4, network.norm.weight, network.norm.bias))
+    h = F.silu(F.group_norm(x.to(floats).float(), 4, network.norm.weight, network.norm.bias))
     torch.testing.assert_close(ranges[0].high, h.amax((0, 2, 3)).clamp_min(0), rtol=0.01, atol=0.01)
     torch.testing.assert_close(ranges[0].low, h.amin((0, 2, 3)).clamp_max(0), rtol=0.01, atol=0.01)
-    (y,) = results(network, x, dtype=torch.bfloat16, ranges=ranges)
+    (y,) = results(network, x, dtype=floats, ranges=ranges)
     # the same with the roundings made in float64
     step, zero = (t.double()[:, None, None] for t in ranges[0].quantisation())
     q = ((h.double() / step).round() + zero).clamp(0, 255)
     weight = network.conv.weight.double() * step
-    scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    scale = weight.abs().amax((1, 2, 3), keepdim=True) / native_library.largest_weight()
     exact = F.conv2d((q - zero) * 1.0, (weight / scale).round() * scale, network.conv.bias.double(), padding=1)
     assert float((y - exact).abs().mean()) < 2e-4 * float(exact.abs().max())  # a tie may round either way
-    assert_near(y, network.double()(x.bfloat16().double()), 0.02)
+    assert_near(y, network.double()(x.to(floats).double()), 0.02)
 
 
-@needs_int8
+def test_every_sum_of_eight_bits_is_exact(floats):
+    """The largest inputs with the largest weights, of one sign and of both, as integers would add them."""
+    channels, outputs, largest = 64, 40, native_library.largest_weight()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (outputs, channels, 3, 3), generator=generator) * 2 - 1
+    signs[0], signs[1] = 1, -1
+    network = Normalised(channels, outputs)
+    network.conv.weight.data = (largest * signs).float()
+    nn.init.zeros_(network.conv.bias)
+    nn.init.zeros_(network.norm.weight)  # so that a channel is its bias everywhere
+    codes = torch.randint(250, 256, (channels,), generator=generator)
+    codes[0] = 255
+    network.norm.bias.data = codes.float()
+    ranges = {0: Range(torch.zeros(channels), torch.full((channels,), 255.0))}
+    x = randn(1, channels, 5, 4)
+    (y,) = results(network, x, dtype=floats, ranges=ranges)
+    exact = F.conv2d(codes.double().view(1, -1, 1, 1).expand(1, -1, 5, 4), (largest * signs).double(), padding=1)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_range_covers_what_it_has_seen():
     rows = torch.cat([3 * randn(50, 8), 0.01 * randn(50, 8, seed=1)], 1)
     seen = Range(torch.zeros(16), torch.zeros(16))
@@ -506,7 +534,6 @@ def test_a_cache_keeps_the_programs_that_were_used_last(monkeypatch):
     assert [cache.get(n) for n in range(4)] == [None, programs[1], None, None]
 
 
-@needs_int8
 def test_a_normalised_value_that_is_also_a_residual_stays_in_floating_point():
     class Residual(Normalised):
         def forward(self, x):
@@ -514,5 +541,5 @@ def test_a_normalised_value_that_is_also_a_residual_stays_in_floating_point():
             return self.conv(h) + h
 
     network, x = seeded(Residual(16, 16)), randn(2, 16, 5, 5)
-    observer = program(network, x, dtype=torch.bfloat16, keep=True)
+    observer = program(network, x, dtype=torch.float32, keep=True)
     assert not observer.normalised

@@ -23,6 +23,7 @@ from coalescer_fast.runtime import base
 from coalescer_fast.runtime.native import runtime
 
 from ...helpers import processes
+from ...helpers.isa import EIGHT_BITS, using
 from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +38,7 @@ DTYPES = [
     *(["bfloat16"] if torch.bfloat16 in PRODUCTS else []),
     *(["int8"] if torch.uint8 in PRODUCTS else []),
 ]
-int8 = pytest.mark.skipif("int8" not in DTYPES, reason="the processor has no AVX-512 VNNI with bfloat16")
+int8 = pytest.mark.skipif("int8" not in DTYPES, reason="the processor does not multiply 8-bit integers itself")
 
 
 @pytest.fixture
@@ -568,6 +569,18 @@ def test_another_size_than_calibrated_finds_its_own_ranges(pipe):
         assert float((direction - expected).norm() / expected.norm()) < 0.03, size
     assert sorted(pipe.runtime.ranges) == [(4, 4), (8, 8), (16, 16)]
     assert len({len(each) for each in pipe.runtime.ranges.values()}) == 1
+
+
+@pytest.mark.parametrize("isa", EIGHT_BITS)
+def test_int8_of_every_instruction_set(pipe, isa):
+    with using(isa):
+        cf.accelerate(pipe, dtype="int8")
+        assert pipe.runtime.precision == "int8"
+        assert pipe.runtime.dtype == (torch.bfloat16 if isa == "avx512_bf16" else torch.float32)
+        assert f"{pipe.runtime.dtype}, 22 convolutions in int8" in cf.explain(pipe)
+        result = cf.verify(pipe, 2)
+        assert result.passed, str(result)
+        assert draw(pipe, 3)[0].equal(draw(pipe, 1)[0])
 
 
 @int8

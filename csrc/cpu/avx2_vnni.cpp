@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+CF_KERNELS(avx2_vnni)
