@@ -117,7 +117,7 @@ struct Products<int16_t> {
     typedef vi Sum;
     static constexpr int64_t LANES = 2;
     static vi add(const char* x, const char* w, vi sum) {
-        return (vi)_mm512_dpwssd_epi32((__m512i)sum, broadcast_four_bytes(x), _mm512_loadu_si512(w));
+        return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)broadcast_four_bytes(x), _mm512_loadu_si512(w));
     }
 };
 template <>
@@ -193,8 +193,9 @@ struct Winograd {
     const int64_t tiles_x = ceil_div(a.width, m), tiles_y = ceil_div(a.height, m), tiles = a.n * tiles_y * tiles_x;
     const int64_t vectors = ceil_div(a.outputs, W);
     const Blocks blocks{vectors};
-    static constexpr int64_t M_ROW = MAX_VECTORS * W;      // floats of a point of a tile's products
-    static constexpr int64_t M_TILE = POINTS * M_ROW * 4;  // bytes
+    static constexpr int64_t BLOCKS_AT_ONCE = W == 8 ? 4 : 1;           // which read the same rows of tiles
+    static constexpr int64_t M_ROW = BLOCKS_AT_ONCE * MAX_VECTORS * W;  // floats of a point of a tile's products
+    static constexpr int64_t M_TILE = POINTS * M_ROW * 4;               // bytes
     const int64_t at_once = max_of(CACHE / (v_tile + M_TILE) / MAX_POSITIONS, 1) * MAX_POSITIONS;  // tiles
     // The scratch of a thread: zeros for positions outside, transformed numbers of a tile, products.
     const int64_t zeros_bytes = round_up(x_pixel, 64), numbers_bytes = INTEGERS ? POINTS * channels * 4 : 0;
@@ -221,8 +222,7 @@ struct Winograd {
                                                  const int64_t count = min(most, end - first);
                                                  for (int64_t i = 0; i < count; ++i)
                                                      transform_input(first + i, v + i * v_tile, zeros, numbers);
-                                                 for (int64_t block = 0; block < blocks.count; ++block)
-                                                     run_block(block, v, first, count, products);
+                                                 run_blocks(0, blocks.count, v, first, count, products);
                                              }
                                          });
     }
@@ -247,20 +247,21 @@ struct Winograd {
             status = parallel_for_with_scratch(
                 vectors * groups, threads, static_cast<size_t>(part * M_TILE),
                 [&](void* memory, int64_t begin, int64_t end) {
-                    each_block(begin, end, groups, [&](int64_t block, int64_t from, int64_t to) {
+                    each_range(begin, end, groups, [&](int64_t block, int64_t last_block, int64_t from, int64_t to) {
                         from *= MAX_POSITIONS, to = min(to * MAX_POSITIONS, count);
                         for (; from < to; from += part)
-                            run_block(block, v + from * v_tile, first + from, min(part, to - from),
-                                      static_cast<float*>(memory));
+                            run_blocks(block, last_block, v + from * v_tile, first + from, min(part, to - from),
+                                       static_cast<float*>(memory));
                     });
                 });
         }
         return status;
     }
 
-    // f(block, first group, last group) for the units [begin, end) of work, as in Convolution::share_weights.
+    // f(block, last block, first group, last group) for the units [begin, end) of work, as in
+    // Convolution::share_weights.
     template <class F>
-    void each_block(int64_t begin, int64_t end, int64_t groups, const F& f) const {
+    void each_range(int64_t begin, int64_t end, int64_t groups, const F& f) const {
         const auto split = [&](int64_t unit, int64_t& block, int64_t& group) {
             block = unit >= vectors * groups ? blocks.count : blocks.of(unit / groups);
             group = block < blocks.count ? (unit - blocks.first(block) * groups) / blocks.size(block) : 0;
@@ -268,8 +269,9 @@ struct Winograd {
         int64_t block, group, last_block, last_group;
         split(begin, block, group);
         split(end, last_block, last_group);
-        for (; block < last_block; ++block, group = 0) f(block, group, groups);
-        if (group < last_group) f(block, group, last_group);
+        if (group && block < last_block) f(block, block + 1, group, groups), ++block, group = 0;
+        if (block < last_block) f(block, last_block, 0, groups), block = last_block, group = 0;
+        if (group < last_group) f(block, block + 1, group, last_group);
     }
 
     // The first output of a tile.
@@ -334,32 +336,38 @@ struct Winograd {
         }
     }
 
-    // The outputs of a block for `count` tiles from `first` on, which are transformed at v.
-    void run_block(int64_t block, const char* v, int64_t first, int64_t count, float* products) const {
-        const int64_t V = blocks.size(block), vector = blocks.first(block), groups = ceil_div(count, MAX_POSITIONS);
-        const char* w = static_cast<const char*>(a.weight) + vector * POINTS * units * 4 * W;
-        const float* w_scale =
-            reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + vectors * POINTS * units * 4 * W) +
-            vector * POINTS * W;
-        for (int point = 0; point < POINTS; ++point, w += V * units * 4 * W, w_scale += V * W)
-            for (int64_t g = 0; g < groups; ++g) {
-                const int64_t begin = count * g / groups, end = count * (g + 1) / groups;
-                multiply_group(V, v + begin * v_tile, end - begin, point, w, w_scale,
-                               products + (begin * POINTS + point) * M_ROW);
+    // The outputs of blocks for `count` tiles from `first` on, which are transformed at v.
+    void run_blocks(int64_t block, int64_t last_block, const char* v, int64_t first, int64_t count,
+                    float* products) const {
+        for (; block < last_block; block += BLOCKS_AT_ONCE) {
+            const int64_t last = min(block + BLOCKS_AT_ONCE, last_block);
+            const int64_t vector = blocks.first(block), V = blocks.first(last) - vector;
+            const int64_t groups = ceil_div(count, MAX_POSITIONS);
+            for (int point = 0; point < POINTS; ++point)
+                for (int64_t g = 0; g < groups; ++g) {
+                    const int64_t begin = count * g / groups, end = count * (g + 1) / groups;
+                    float* to = products + (begin * POINTS + point) * M_ROW;
+                    for (int64_t b = block; b < last; ++b)
+                        multiply_group(b, v + begin * v_tile, end - begin, point, to + (blocks.first(b) - vector) * W);
+                }
+            for (int64_t i = 0; i < count; ++i) {
+                const Position p = position(first + i);
+                const bool whole = p.y + m <= a.height && p.x + m <= a.width && (vector + V) * W <= a.outputs;
+                const float* from = products + i * POINTS * M_ROW;
+                for (int64_t j = 0; j < V; ++j)
+                    whole ? transform_output<true>(p, from + j * W, (vector + j) * W)
+                          : transform_output<false>(p, from + j * W, (vector + j) * W);
             }
-        for (int64_t i = 0; i < count; ++i) {
-            const Position p = position(first + i);
-            const bool whole = p.y + m <= a.height && p.x + m <= a.width && (vector + V) * W <= a.outputs;
-            const float* from = products + i * POINTS * M_ROW;
-            for (int64_t j = 0; j < V; ++j)
-                whole ? transform_output<true>(p, from + j * W, (vector + j) * W)
-                      : transform_output<false>(p, from + j * W, (vector + j) * W);
         }
     }
 
-    // One point of up to MAX_POSITIONS tiles.
-    void multiply_group(int64_t V, const char* v, int64_t count, int point, const char* w, const float* w_scale,
-                        float* products) const {
+    // A block at one point of up to MAX_POSITIONS tiles.
+    void multiply_group(int64_t block, const char* v, int64_t count, int point, float* products) const {
+        const int64_t V = blocks.size(block), before = blocks.first(block) * POINTS + point * V;  // vectors of weights
+        const char* w = static_cast<const char*>(a.weight) + before * units * 4 * W;
+        const float* w_scale =
+            reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + vectors * POINTS * units * 4 * W) +
+            before * W;
         const int64_t none[1] = {0};
         const char* x[MAX_POSITIONS];
         float scale[MAX_POSITIONS];
