@@ -160,14 +160,19 @@ typedef struct {
     cf_quantisation quantisation;
 } cf_group_norm_image_args;
 
+/* How a convolution is computed: CF_WINOGRAD_m makes m x m outputs at a time of (m + 2)^2 products. */
+enum cf_form { CF_DIRECT = 0, CF_WINOGRAD_2 = 2, CF_WINOGRAD_4 = 4 };
+
 /* y = act(convolution(x) + bias + row + residual), 1x1 or 3x3, act being ReLU or nothing. A 1x1 convolution reads
  * positions (stride * i, stride * j) of x; a 3x3 one reads the 3x3 positions from (stride * i - padding,
  * stride * j - padding) on.
  *
  * Weights are packed in the order in which the kernel reads them. The outputs form vectors of cf_cpu_vector_width(),
  * the last one filled up with zeros, and the vectors form ceil(vectors / M) blocks that are as equal as can be, the
- * larger ones first; M is 4 if the width is 16, 2 if it is 8, and 3 if it is 4. A block lies in memory as (taps, units, vectors, width,
- * lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and units = channels / lanes. */
+ * larger ones first; M is 4 if the width is 16, 2 if it is 8, and 3 if it is 4. A block lies in memory as (taps,
+ * units, vectors, width, lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and
+ * units = channels / lanes. Other forms than CF_DIRECT have (m + 2)^2 points in the place of taps; for x of bfloat16
+ * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
@@ -179,6 +184,8 @@ typedef struct {
     int64_t n, height, width; /* of y */
     int64_t channels;         /* of x, a multiple of 4 bytes */
     int64_t outputs, taps, stride, padding, relu;
+    int64_t form;     /* of cf_form; others than CF_DIRECT for 3x3 with stride 1 and padding 1, and x not of uint8 */
+    int64_t doubling; /* 1: position (i, j) of x stands for (2 i, 2 j) to (2 i + 1, 2 j + 1); not in CF_DIRECT */
 } cf_convolution_args;
 
 /* y = cat(parts, 1), resized to the nearest position: position i of y is position floor(i * scale) of the parts, and
@@ -273,7 +280,7 @@ typedef struct {
 /* Every step: STEP(name, number, type of its arguments, function of csrc/cpu that runs it). This is the only list of
  * them: the enum below and the dispatch in csrc/cpu/program.h are made from it. */
 #define CF_STEPS(STEP)                                                       \
-    STEP(CONVOLUTION, 0, cf_convolution_args, convolution)                   \
+    STEP(CONVOLUTION, 0, cf_convolution_args, convolution_step)              \
     STEP(GROUP_NORM_SILU, 1, cf_group_norm_image_args, group_norm_image)     \
     STEP(GATHER, 2, cf_gather_args, gather)                                  \
     STEP(ATTENTION, 3, cf_attention_args, attention)                         \
@@ -319,6 +326,7 @@ typedef struct {
     const float* scale; /* (outputs) */
     const float* zero;  /* (channels), whole numbers from 0 to 255 */
     int64_t* sums;      /* result, (outputs) */
+    int64_t form;       /* of cf_form */
     int64_t threads;
 } cf_pack_args;
 

@@ -91,6 +91,12 @@ class cf_status(IntEnum):
     CF_CUDA_ERROR = 1000
 
 
+class cf_form(IntEnum):
+    CF_DIRECT = 0
+    CF_WINOGRAD_2 = 2
+    CF_WINOGRAD_4 = 4
+
+
 class cf_function(IntEnum):
     CF_IDENTITY = 0
     CF_SILU = 1
@@ -173,6 +179,7 @@ class cf_pack_args(Struct):
         ("scale", c_void_p),
         ("zero", c_void_p),
         ("sums", c_void_p),
+        ("form", c_int64),
         ("threads", c_int64),
     ]
 

@@ -63,6 +63,9 @@ inline bool valid(const cf_convolution_args& a) {
            (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) && valid(a.x, a.n) &&
            valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
            a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
+           (a.form == CF_DIRECT ? !a.doubling
+                                : (a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && a.taps == 9 &&
+                                      a.stride == 1 && a.padding == 1) &&
            a.stride >= 1 && (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
            (!a.residual.data || (valid(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit

@@ -12,6 +12,7 @@
 #include "memory.h"
 #include "simd.h"
 #include "threads.h"
+#include "winograd.h"
 
 namespace cf {
 namespace {
@@ -19,7 +20,9 @@ namespace {
 inline bool valid(const cf_pack_args& a) {
     const bool integers = a.dtype == CF_UINT8;
     return a.weight.data && valid(a.weight) && a.packed && (integers || valid_activation(a.dtype)) && a.outputs >= 1 &&
-           a.channels >= 1 && a.height >= 1 && a.width >= 1 && (!integers || (a.step && a.scale && a.zero && a.sums));
+           a.channels >= 1 && a.height >= 1 && a.width >= 1 && (!integers || (a.step && a.scale && a.zero && a.sums)) &&
+           (a.form == CF_DIRECT ||
+            ((a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && a.height == 3 && a.width == 3));
 }
 
 // to[i] = from[i], rounded to the elements of packed weights.
@@ -138,6 +141,7 @@ struct Packing {
 };
 
 inline int pack(const cf_pack_args& a, int64_t threads) {
+    if (a.form != CF_DIRECT) return winograd_pack(a, threads);
     return with_type(a.weight.dtype, [&](auto type) {
         typedef decltype(type) T;
         if (a.dtype == CF_FLOAT32) return Packing<T, float>{a}.run(threads);

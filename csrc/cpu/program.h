@@ -15,6 +15,7 @@
 #include "head.h"
 #include "image.h"
 #include "rows.h"
+#include "winograd.h"
 
 namespace cf {
 namespace {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops import native_library
-from ...ops.abi import cf_image, cf_pack_args, cf_tensor4, cf_vector
+from ...ops.abi import cf_form, cf_image, cf_pack_args, cf_tensor4, cf_vector
 from .packed_file import PackedFile, content_hash
 from .value import BYTES, CODES, Range, Value
 
@@ -51,37 +51,48 @@ class Weights:
     """Packed weights of one module in one dtype. All of its programs share them: each weight is packed once.
 
     Attributes:
-        dtype: of the packed weights.
+        dtype: of what they are multiplied with.
+        winograd_memory: bytes that weights of Winograd's forms may take beyond direct ones, in one program; or None.
         file: where those in this dtype are kept on disk, or None.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, winograd_memory: int | None = None):
+        self.dtype, self.winograd_memory = dtype, winograd_memory
         self.file: PackedFile | None = None
         # by keys, which hold no parameters
-        self._floats: dict[Key, Tensor] = {}
+        self._floats: dict[tuple[Key, cf_form], Tensor] = {}
         self._integers: dict[tuple[Key, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
         self._uses: Counter[str] = Counter()
         self._free: Callable[[str], None] = lambda name: None
+        self._freed: set[str] = set()
 
-    def pack(self, weight: Weight) -> Tensor:
+    def pack(self, weight: Weight, form: cf_form = cf_form.CF_DIRECT) -> Tensor:
         """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
-        if weight.key not in self._floats:
-            self._floats[weight.key] = self._packed(weight)
+        key = weight.key, form
+        if key not in self._floats:
+            self._floats[key] = self._packed(weight, form)
         self._uses[weight.name] -= 1
         if self._uses[weight.name] == 0:
             self._free(weight.name)
-        return self._floats[weight.key]
+            self._freed.add(weight.name)
+            self._freed.add(weight.name)
+        return self._floats[key]
 
-    def _packed(self, weight: Weight) -> Tensor:
+    def form(self, weight: Weight, form: cf_form) -> cf_form:
+        """The form that a weight is packed in already if it was freed since, else ``form``."""
+        if weight.name not in self._freed or (weight.key, form) in self._floats:
+            return form
+        return next((packed for key, packed in self._floats if key == weight.key), form)
+
+    def _packed(self, weight: Weight, form: cf_form) -> Tensor:
         own = weight.tensor()
         if self.file is None:
-            return kernel_order(own, self.dtype)
-        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset}"
+            return kernel_order(own, self.dtype, form)
+        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset} {form.name}"
         source = content_hash(own)
         found = self.file.get(key, source)
         if found is None:
-            self.file.put(key, source, found := kernel_order(own, self.dtype))
+            self.file.put(key, source, found := kernel_order(own, self.dtype, form))
         return found
 
     def free_after(self, uses: Mapping[str, int], free: Callable[[str], None]) -> None:
@@ -96,7 +107,8 @@ class Weights:
     def drop(self, names: Iterable[str]) -> None:
         """Forget the packed weights of these parameters, which have changed."""
         gone = set(names)
-        self._floats = {key: packed for key, packed in self._floats.items() if key[0] not in gone}
+        self._freed -= gone
+        self._floats = {key: packed for key, packed in self._floats.items() if key[0][0] not in gone}
         self._integers = {key: packed for key, packed in self._integers.items() if key[0][0] not in gone}
 
     def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,17 +137,18 @@ class Weights:
         return self._integers[key][0]
 
 
-def kernel_order(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def kernel_order(weight: Tensor, dtype: torch.dtype, form: cf_form = cf_form.CF_DIRECT) -> Tensor:
     """A convolution's weights (Cout, Cin, k, k) in the order that cf_convolution_args in csrc/abi.h describes.
 
     Args:
         weight: any dtype and strides.
         dtype: of the convolution's input; for uint8 the weights become int8, and must be whole numbers.
+        form: of the convolution; others than the direct one of 3x3, and of float32 and bfloat16.
     """
     if dtype == torch.uint8:
         one = torch.ones(max(weight.shape[:2]), dtype=torch.float32)
         return quantised_order(weight, one, one, torch.zeros_like(one))[0]
-    return _order(weight, dtype)
+    return _order(weight, dtype, form)
 
 
 def quantised_order(weight: Tensor, step: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,17 +165,22 @@ def quantised_order(weight: Tensor, step: Tensor, scale: Tensor, zero: Tensor) -
     """
     sums = torch.empty(weight.shape[0], dtype=torch.int64)
     step, scale, zero = step.contiguous(), scale.contiguous(), zero.contiguous()
-    return _order(weight, torch.uint8, step, scale, zero, sums), sums
+    return _order(weight, torch.uint8, cf_form.CF_DIRECT, step, scale, zero, sums), sums
 
 
-def _order(weight: Tensor, dtype: torch.dtype, *quantisation: Tensor) -> Tensor:
+def _order(weight: Tensor, dtype: torch.dtype, form: cf_form, *quantisation: Tensor) -> Tensor:
     """Pack weights for inputs of the dtype; for uint8 with step, scale, zero and sums of `cf_pack_args`."""
     if weight.dtype not in native_library.DTYPE_CODES:
         weight = weight.float()
     outputs, channels, height, width = weight.shape
     lanes, vector = 4 // BYTES[dtype], native_library.vector_width()
-    count = -(-outputs // vector) * vector * height * width * -(-channels // lanes) * lanes
-    packed = torch.empty(count, dtype=torch.int8 if dtype == torch.uint8 else dtype)
+    taps = height * width if form == cf_form.CF_DIRECT else (form + 2) ** 2
+    count = -(-outputs // vector) * vector * taps * -(-channels // lanes) * lanes
+    packed_dtype = {torch.uint8: torch.int8}.get(dtype, dtype)
+    if form != cf_form.CF_DIRECT and dtype == torch.bfloat16:
+        packed_dtype = torch.int16
+        count += -(-outputs // vector) * vector * taps * 2  # the scales, float32
+    packed = torch.empty(count, dtype=packed_dtype)
     step, scale, zero, sums = (t.data_ptr() for t in quantisation) if quantisation else (None,) * 4
     arguments = cf_pack_args.pack(
         weight=cf_tensor4(
@@ -178,6 +196,7 @@ def _order(weight: Tensor, dtype: torch.dtype, *quantisation: Tensor) -> Tensor:
         scale=scale,
         zero=zero,
         sums=sums,
+        form=form,
         threads=torch.get_num_threads(),
     )
     native_library.function("cf_cpu_pack")(arguments)

@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...ops import native_library
 from ...ops.abi import cf_program_args, cf_step
+from .forms import choose_forms
 from .pack import Packer, Weights
 from .record import MetaCopy, Recorder, Recording, record_module
 from .steps import Gather, Step
@@ -102,6 +103,7 @@ class Program:
             ranges: of the values of ``normalised`` that are to be uint8, by their number.
             keep: let the values of ``normalised`` stay in memory until the next run, for `observe`.
         """
+        choose_forms(recording, weights, _can_be_uint8 if ranges or keep else lambda value: False)
         self.normalised = _normalised(recording.steps)
         for number, value in self.normalised.items():
             value.range = (ranges or {}).get(number)
@@ -171,8 +173,15 @@ def _normalised(steps: list[Step]) -> dict[int, Value]:
     return {
         number: y
         for number, y in enumerate(results)
-        if y.channels % 4 == 0 and y.readers and all(reader.reads_uint8(y) for reader in y.readers)
+        if _can_be_uint8(y)
     }
+
+
+def _can_be_uint8(value: Value) -> bool:
+    """Whether a value can be uint8, as the step that writes it can write and all that read it can read."""
+    writes = value.step is not None and value.step.writes_uint8
+    readable = value.channels % 4 == 0 and all(reader.reads_uint8(value) for reader in value.readers)
+    return writes and readable and bool(value.readers)
 
 
 class ProgramCache:

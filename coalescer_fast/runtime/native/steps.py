@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ... import ops  # noqa: F401 (registers the ops)
 from ...ops.abi import (
     Struct,
+    cf_form,
     cf_function,
     cf_heads,
     cf_image,
@@ -171,6 +172,8 @@ class cf_convolution_args(Struct):
         ("stride", c_int64),
         ("padding", c_int64),
         ("relu", c_int64),
+        ("form", c_int64),
+        ("doubling", c_int64),
     ]
 
 
@@ -207,9 +210,15 @@ class Convolution(Step):
     stride: int = 1
     padding: int = 0
     relu: bool = False
+    form: cf_form = cf_form.CF_DIRECT
+    doubling: bool = False
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
+
+    @property
+    def can_be_winograd(self) -> bool:
+        return self.wide and self.stride == self.padding == 1
 
     def wants_float32(self, value: Value) -> bool:
         return value is self.row
@@ -234,7 +243,8 @@ class Convolution(Step):
         return self.weight.shape[2] == 3
 
     def reads_uint8(self, value: Value) -> bool:
-        return self.wide and value is not self.residual and value is not self.row
+        direct = self.form == cf_form.CF_DIRECT
+        return direct and self.wide and value is not self.residual and value is not self.row
 
     def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]
@@ -258,7 +268,7 @@ class Convolution(Step):
             weight, scale, added = packer.weights.quantise(self.weight, x.range)
             bias = added if bias is None else bias.float() + added
         else:
-            weight = packer.weights.pack(self.weight)
+            weight = packer.weights.pack(self.weight, self.form)
         return cf_convolution_args(
             x=image(x),
             residual=image(self.residual),
@@ -276,6 +286,8 @@ class Convolution(Step):
             stride=self.stride,
             padding=self.padding,
             relu=self.relu,
+            form=self.form,
+            doubling=self.doubling,
         )
 
     @staticmethod
@@ -515,6 +527,14 @@ class Gather(Step):
         """Whether y is some of the channels of x."""
         size = (self.x.height, self.x.width) == (self.y.height, self.y.width)
         return self.other is None and size and self.y.channels < self.x.channels
+
+    @property
+    def doubles(self) -> bool:
+        """Whether y is x upsampled to twice its size."""
+        x, y = self.x, self.y
+        scaled = all(scale in (None, 0.5) for scale in self.scales)
+        same = self.other is None and self.first == 0 and x.channels == y.channels
+        return same and scaled and (y.height, y.width) == (2 * x.height, 2 * x.width)
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.other
