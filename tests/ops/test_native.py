@@ -4,6 +4,9 @@ interface."""
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,22 @@ def test_the_processor_has_more_than_portable_code_and_the_best_is_chosen():
     flags = Path("/proc/cpuinfo")
     if flags.exists() and "avx2" in flags.read_text():
         assert native_library.isa() != "portable"
+
+
+def test_avx_vnni_is_used_where_the_processor_has_it_alone():
+    if "avx2_vnni" in available():
+        assert "avx_vnni" in Path("/proc/cpuinfo").read_text()
+
+
+def test_a_processor_without_avx_vnni_does_not_get_it():
+    """valgrind's processor has AVX2, and nothing later."""
+    if shutil.which("valgrind") is None or "avx2" not in available():
+        pytest.skip("needs valgrind, and a processor with AVX2")
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cpu_isa; f.restype = ctypes.c_char_p; print(f())"
+    library = native_library.FOLDER / "libcoalescer_fast_cpu.so"
+    command = ["valgrind", "-q", sys.executable, "-S", "-c", code, library]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == "b'avx2'\n"
 
 
 def test_an_unknown_instruction_set():
