@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 4
+#define CF_ABI_VERSION 5
 
 enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
@@ -160,6 +160,17 @@ typedef struct {
     cf_quantisation quantisation;
 } cf_group_norm_image_args;
 
+/* gelu(x) = x (1 + erf(x / sqrt(2))) / 2; CF_GELU_TANH is its approximation by tanh. */
+enum cf_function {
+    CF_IDENTITY = 0,
+    CF_SILU = 1,
+    CF_TANH = 2,
+    CF_RELU = 3,
+    CF_GELU = 4,
+    CF_GELU_TANH = 5,
+    CF_SIGMOID = 6
+};
+
 /* y = act(convolution(x) + bias + row + residual), 1x1 or 3x3, act being ReLU or nothing. A 1x1 convolution reads
  * positions (stride * i, stride * j) of x; a 3x3 one reads the 3x3 positions from (stride * i - padding,
  * stride * j - padding) on.
@@ -167,18 +178,24 @@ typedef struct {
  * Weights are packed in the order in which the kernel reads them. The outputs form vectors of cf_cpu_vector_width(),
  * the last one filled up with zeros, and the vectors form ceil(vectors / M) blocks that are as equal as can be, the
  * larger ones first; M is 4 if the width is 16, else 3. A block lies in memory as (taps, units, vectors, width,
- * lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and units = channels / lanes. */
+ * lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and units = channels / lanes.
+ *
+ * With gated = 1, y = value * function(gate), of a 1x1 convolution without act, row and residual that has two outputs
+ * for each of y's, a value and a gate. Its weights, bias and scale are those of a convolution with
+ * 2 * ceil(outputs / half) * half outputs, half being half the vector width: by turns the values of `half` channels of y
+ * and their gates, with zeros for the channels that y does not have. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
     cf_image y;        /* float32 or bfloat16 */
     const void* weight;
-    const float* bias;        /* (outputs) */
-    const float* scale;       /* (outputs), of the integer sums, for uint8; else null */
-    const float* row;         /* (n, outputs), added at every position of a sample, or null */
-    int64_t n, height, width; /* of y */
-    int64_t channels;         /* of x, a multiple of 4 bytes */
-    int64_t outputs, taps, stride, padding, relu;
+    const float* bias;                            /* (outputs) */
+    const float* scale;                           /* (outputs), of the integer sums, for uint8; else null */
+    const float* row;                             /* (n, outputs), added at every position of a sample, or null */
+    int64_t n, height, width;                     /* of y */
+    int64_t channels;                             /* of x, a multiple of 4 bytes */
+    int64_t outputs, taps, stride, padding, relu; /* outputs: channels of y */
+    int64_t gated, function;                      /* function: of cf_function, if gated is 1 */
 } cf_convolution_args;
 
 /* y = cat(parts, 1), resized to the nearest position: position i of y is position floor(i * scale) of the parts, and
@@ -219,17 +236,6 @@ typedef struct {
     const float *weight, *bias;
     double eps;
 } cf_layer_norm_args;
-
-/* gelu(x) = x (1 + erf(x / sqrt(2))) / 2; CF_GELU_TANH is its approximation by tanh. */
-enum cf_function {
-    CF_IDENTITY = 0,
-    CF_SILU = 1,
-    CF_TANH = 2,
-    CF_RELU = 3,
-    CF_GELU = 4,
-    CF_GELU_TANH = 5,
-    CF_SIGMOID = 6
-};
 
 /* y = value * function(gate). Rows of value begin value_stride elements after one another, those of gate
  * gate_stride. */
