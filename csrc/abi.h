@@ -163,6 +163,17 @@ typedef struct {
 /* How a convolution is computed: CF_WINOGRAD_m makes m x m outputs at a time of (m + 2)^2 products. */
 enum cf_form { CF_DIRECT = 0, CF_WINOGRAD_2 = 2, CF_WINOGRAD_4 = 4 };
 
+/* gelu(x) = x (1 + erf(x / sqrt(2))) / 2; CF_GELU_TANH is its approximation by tanh. */
+enum cf_function {
+    CF_IDENTITY = 0,
+    CF_SILU = 1,
+    CF_TANH = 2,
+    CF_RELU = 3,
+    CF_GELU = 4,
+    CF_GELU_TANH = 5,
+    CF_SIGMOID = 6
+};
+
 /* y = act(convolution(x) + bias + row + residual), 1x1 or 3x3, act being ReLU or nothing. A 1x1 convolution reads
  * positions (stride * i, stride * j) of x; a 3x3 one reads the 3x3 positions from (stride * i - padding,
  * stride * j - padding) on.
@@ -172,20 +183,26 @@ enum cf_form { CF_DIRECT = 0, CF_WINOGRAD_2 = 2, CF_WINOGRAD_4 = 4 };
  * larger ones first; M is 4 if the width is 16, 2 if it is 8, and 3 if it is 4. A block lies in memory as (taps,
  * units, vectors, width, lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and
  * units = channels / lanes. Other forms than CF_DIRECT have (m + 2)^2 points in the place of taps; for x of bfloat16
- * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32. */
+ * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32.
+ *
+ * With gated = 1, y = value * function(gate), of a 1x1 convolution without act, row and residual that has two outputs
+ * for each of y's, a value and a gate. Its weights, bias and scale are those of a convolution with
+ * 2 * ceil(outputs / half) * half outputs, half being half the vector width: by turns the values of `half` channels of y
+ * and their gates, with zeros for the channels that y does not have. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, or data null */
     cf_image y;        /* float32 or bfloat16 */
     const void* weight;
-    const float* bias;        /* (outputs) */
-    const float* scale;       /* (outputs), of the integer sums, for uint8; else null */
-    const float* row;         /* (n, outputs), added at every position of a sample, or null */
-    int64_t n, height, width; /* of y */
-    int64_t channels;         /* of x, a multiple of 4 bytes */
-    int64_t outputs, taps, stride, padding, relu;
+    const float* bias;                            /* (outputs) */
+    const float* scale;                           /* (outputs), of the integer sums, for uint8; else null */
+    const float* row;                             /* (n, outputs), added at every position of a sample, or null */
+    int64_t n, height, width;                     /* of y */
+    int64_t channels;                             /* of x, a multiple of 4 bytes */
+    int64_t outputs, taps, stride, padding, relu; /* outputs: channels of y */
     int64_t form;     /* of cf_form; others than CF_DIRECT for 3x3 with stride 1 and padding 1, and x not of uint8 */
     int64_t doubling; /* 1: position (i, j) of x stands for (2 i, 2 j) to (2 i + 1, 2 j + 1); not in CF_DIRECT */
+    int64_t gated, function; /* function: of cf_function, if gated is 1 */
 } cf_convolution_args;
 
 /* y = cat(parts, 1), resized to the nearest position: position i of y is position floor(i * scale) of the parts, and
@@ -226,17 +243,6 @@ typedef struct {
     const float *weight, *bias;
     double eps;
 } cf_layer_norm_args;
-
-/* gelu(x) = x (1 + erf(x / sqrt(2))) / 2; CF_GELU_TANH is its approximation by tanh. */
-enum cf_function {
-    CF_IDENTITY = 0,
-    CF_SILU = 1,
-    CF_TANH = 2,
-    CF_RELU = 3,
-    CF_GELU = 4,
-    CF_GELU_TANH = 5,
-    CF_SIGMOID = 6
-};
 
 /* y = value * function(gate). Rows of value begin value_stride elements after one another, those of gate
  * gate_stride. */

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from benchmarks.harness.arguments import command, positive
 from coalescer_fast.dtypes import dtype_name
 from coalescer_fast.ops import native_library
-from coalescer_fast.ops.abi import cf_form, cf_program_args, cf_step
+from coalescer_fast.ops.abi import cf_form, cf_function, cf_program_args, cf_step
 from coalescer_fast.runtime.native import forms
 from coalescer_fast.runtime.native.pack import Packer, Weights, image, kernel_order
 from coalescer_fast.runtime.native.steps import cf_convolution_args
@@ -68,6 +67,8 @@ def convolution(dtype: torch.dtype, side: int, channels: int, form: cf_form) -> 
         relu=False,
         form=form,
         doubling=False,
+        gated=False,
+        function=cf_function.CF_IDENTITY,
     )
     step = packer.keep(cf_step.pack(kind=0, args=packer.keep(bytes(arguments))))
     call = native_library.function("cf_cpu_run")
@@ -116,7 +117,7 @@ def rows(isa: str, rounds: int) -> list[dict[str, object]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.forms", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=positive, default=9, help="calls of each form, of which the first is not counted")
+    parser.add_argument("--rounds", type=positive, default=9, help="calls of a form, the first not counted")
     parser.add_argument("--isa", action="append", help="an instruction set; default: all that the processor has")
     args = parser.parse_args(argv)
     best = native_library.isa()

@@ -50,6 +50,7 @@
 
 #include "check.h"
 #include "image.h"
+#include "rows.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -68,6 +69,7 @@ inline bool valid(const cf_convolution_args& a) {
                                       a.stride == 1 && a.padding == 1) &&
            a.stride >= 1 && (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
            (!a.residual.data || (valid(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
+           (!a.gated || (a.taps == 1 && !a.relu && !a.row && !a.residual.data && valid_function(a.function))) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
 }
 
@@ -231,7 +233,7 @@ struct Convolution {
     // A convolution without padding begins behind the border, if there is one, else at the border.
     const int64_t origin = (a.x.border - a.padding) * (a.x.row + x_pixel);
     const int64_t positions = a.n * a.height * a.width, tiles = ceil_div(positions, MAX_POSITIONS);
-    const int64_t vectors = ceil_div(a.outputs, W);
+    const int64_t per_vector = a.gated ? W / 2 : W, vectors = ceil_div(a.outputs, per_vector);  // channels of y
     const Blocks blocks{vectors};
 
     int run(int64_t threads) const {
@@ -290,7 +292,9 @@ struct Convolution {
             }
             Tile<E> sums;
             multiply<E>(V, count, x, offsets, pieces, units, w, sums);
-            for (int64_t v = 0; v < V; ++v) finish(sums, v, (first + v) * W, at, count);
+            for (int64_t v = 0; v < V; v += a.gated ? 2 : 1)
+                a.gated ? finish_gated(sums, v, min(V - v, 2), (first + v) * per_vector, at, count)
+                        : finish(sums, v, (first + v) * per_vector, at, count);
         }
     }
 
@@ -307,8 +311,32 @@ struct Convolution {
             if (a.residual.data)
                 value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], y_pixel)) + c, part);
             if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
-            store_some(reinterpret_cast<T*>(address(a.y, at[m], y_pixel)) + c, value, part);
+            write(at[m], c, value, part);
         }
+    }
+
+    // The same with gates: one or two vectors, of which the first half are values and the second their gates, make one
+    // vector of y, which is stored in the place of what would be twice as wide.
+    void finish_gated(const Tile<E>& sums, int64_t v, int64_t some, int64_t c, const Position* at,
+                      int64_t count) const {
+        vf bias[2] = {}, scale[2] = {};
+        for (int64_t i = 0; i < some; ++i) {
+            if (a.bias) bias[i] = load(a.bias + 2 * c + i * W);
+            if (a.scale) scale[i] = load(a.scale + 2 * c + i * W);
+        }
+        for (int64_t m = 0; m < count; ++m) {
+            vf both[2] = {};
+            for (int64_t i = 0; i < some; ++i) {
+                const vf value = to_floats(sums[m][v + i]);
+                both[i] = a.scale ? fma(value, scale[i], bias[i]) : value + bias[i];
+            }
+            const vf value = first_halves(both[0], both[1]) * apply(a.function, second_halves(both[0], both[1]));
+            write(at[m], c, value, min(a.outputs - c, some * (W / 2)));
+        }
+    }
+
+    void write(const Position& at, int64_t c, vf value, int64_t count) const {
+        store_some(reinterpret_cast<T*>(address(a.y, at, y_pixel)) + c, value, count);
     }
 };
 

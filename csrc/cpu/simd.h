@@ -246,6 +246,48 @@ inline float sum(vf v) {
 #endif
 }
 
+// The first halves of two vectors side by side, and the second ones.
+inline vf first_halves(vf a, vf b) {
+#if CF_WIDTH == 16
+    return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44);
+#elif CF_WIDTH == 8
+    return (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20);
+#else
+    return vf{a[0], a[1], b[0], b[1]};
+#endif
+}
+inline vf second_halves(vf a, vf b) {
+#if CF_WIDTH == 16
+    return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+#elif CF_WIDTH == 8
+    return (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31);
+#else
+    return vf{a[2], a[3], b[2], b[3]};
+#endif
+}
+
+// a > b ? a : b in every lane: b where one of them is NaN.
+inline vf larger(vf a, vf b) {
+#if CF_WIDTH == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif CF_WIDTH == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// The largest lane of a vector without NaN.
+inline float largest(vf v) {
+#if CF_WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
 // 2^t for -126 <= t <= 126, as 2^n 2^r with n an integer and |r| <= 1/2; 2^r by the polynomial of the least relative
 // error, 2e-9.
 inline vf power_of_two(vf t) {

@@ -184,23 +184,45 @@ bool multiplies(int64_t dtype) {
            (dtype == CF_UINT8 && cf_cpu_products() & 2);
 }
 
+// A function of cf_function.
+double function_of(int64_t function, double v) {
+    switch (function) {
+        case CF_SILU:
+            return v / (1 + exp(-v));
+        case CF_TANH:
+            return tanh(v);
+        case CF_RELU:
+            return v > 0 ? v : 0;
+        case CF_GELU:
+            return v * (1 + erf(v / sqrt(2))) / 2;
+        case CF_GELU_TANH:
+            return v * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))) / 2;
+        case CF_SIGMOID:
+            return 1 / (1 + exp(-v));
+        default:
+            return v;
+    }
+}
+
 Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     const int64_t stride = draw(1, 2), padding = taps == 9 && (draw(0, 3) || x.height < 2 || x.width < 2),
-                  outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150), width = cf_cpu_vector_width();
+                  outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150), width = cf_cpu_vector_width(), half = width / 2;
     const int64_t dtype = x.image.dtype, size = bytes_of(dtype), lanes = 4 / size, quads = x.channels / lanes, n = x.n;
     const int64_t y_dtype = dtype == CF_FLOAT32 ? CF_FLOAT32 : (draw(0, 2) ? CF_BFLOAT16 : CF_FLOAT32);
     // without padding, a 3x3 convolution reads the border at the bottom and on the right alone
     const int64_t cut = taps == 9 && !padding;
     const Image y = p.image(n, (x.height - 1 - cut) / stride + 1, (x.width - 1 - cut) / stride + 1, outputs, y_dtype,
                             border, draw(0, 1), true);
-    const bool integers = dtype == CF_UINT8;
+    const bool integers = dtype == CF_UINT8, gated = taps == 1 && draw(0, 3) == 0;
+    // values and gates by turns
+    const int64_t products = gated ? (outputs + half - 1) / half * width : outputs;
     const double scale = 1 / sqrt(static_cast<double>(taps * x.channels));
-    const int64_t vectors = (outputs + width - 1) / width, most = most_vectors(width),
+    const int64_t vectors = (products + width - 1) / width, most = most_vectors(width),
                   blocks = (vectors + most - 1) / most;
-    // (outputs, taps, channels), then packed
-    char* plain = p.random(outputs * taps * x.channels, dtype, scale);
+    // (products, taps, channels), then packed
+    char* plain = p.random(products * taps * x.channels, dtype, scale);
     if (integers)  // up to the largest weight, at its limits every other time
-        for (int64_t i = 0; i < outputs * taps * x.channels; ++i) {
+        for (int64_t i = 0; i < products * taps * x.channels; ++i) {
             const int64_t most_weight = cf_cpu_largest_weight();
             plain[i] = static_cast<char>(draw(0, 1) ? draw(-most_weight, most_weight) : most_weight);
         }
@@ -212,44 +234,61 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
             for (int64_t quad = 0; quad < quads; ++quad)
                 for (int64_t output = first * width; output < (first + count) * width; ++output, to += 4) {
                     memset(to, 0, 4);
-                    if (output < outputs)
+                    if (output < products)
                         memcpy(to, plain + ((output * taps + tap) * x.channels + quad * lanes) * size, 4);
                 }
         first += count;
     }
     cf_convolution_args a{};
     a.x = x.image, a.y = y.image, a.weight = packed;
-    a.bias = draw(0, 1) ? p.floats(outputs) : nullptr;
-    a.scale = integers ? p.floats(outputs, 1e-4) : nullptr;
+    a.bias = draw(0, 1) ? p.floats(products) : nullptr;
+    a.scale = integers ? p.floats(products, 1e-4) : nullptr;
     Image residual;
-    if (draw(0, 1)) residual = p.image(n, y.height, y.width, outputs, y_dtype, draw(0, 1), draw(0, 1), false);
+    if (!gated && draw(0, 1)) residual = p.image(n, y.height, y.width, outputs, y_dtype, draw(0, 1), draw(0, 1), false);
     a.residual = residual.image;
     a.n = n, a.height = y.height, a.width = y.width, a.channels = x.channels, a.outputs = outputs, a.taps = taps,
     a.stride = stride, a.padding = padding;
-    a.row = draw(0, 1) ? p.floats(n * outputs) : nullptr;
-    a.relu = draw(0, 1);
+    a.row = !gated && draw(0, 1) ? p.floats(n * outputs) : nullptr;
+    a.relu = !gated && draw(0, 1);
+    a.gated = gated, a.function = gated ? draw(CF_IDENTITY, CF_SIGMOID) : 0;
     p.add(CF_CONVOLUTION, a);
     p.checks.push_back([=] {
         y.check_rest("convolution", nullptr);
-        y.each([&](int64_t i, int64_t r, int64_t q, int64_t o) {
+        // the sum of output o with its bias, and what it may be off by
+        const auto product = [&](int64_t i, int64_t r, int64_t q, int64_t o, double& error) {
             double sum = 0, absolute = 0;
             for (int64_t tap = 0; tap < taps; ++tap)
                 for (int64_t c = 0; c < x.channels; ++c) {
                     const int64_t dy = taps == 9 ? tap / 3 - padding : 0, dx = taps == 9 ? tap % 3 - padding : 0;
                     const char* weight = plain + ((o * taps + tap) * x.channels + c) * size;
                     const double w = integers ? static_cast<signed char>(*weight) : number_at(weight, dtype);
-                    const double product = x.number(i, r * stride + dy, q * stride + dx, c) * w;
-                    sum += product, absolute += fabs(product);
+                    const double term = x.number(i, r * stride + dy, q * stride + dx, c) * w;
+                    sum += term, absolute += fabs(term);
                 }
             const double factor = integers ? a.scale[o] : 1, bias = a.bias ? a.bias[o] : 0;
-            const double row = a.row ? a.row[i * outputs + o] : 0, more = residual.n ? residual.number(i, r, q, o) : 0;
-            double exact = sum * factor + bias + row + more;
             // roundings of products and sums; the integers' sums are exact
-            const double error =
-                (integers ? 2 : static_cast<double>(2 * taps * x.channels)) * 0x1p-24 * absolute * fabs(factor);
+            error = (integers ? 2 : static_cast<double>(2 * taps * x.channels)) * 0x1p-24 * absolute * fabs(factor) +
+                    0x1p-22 * fabs(bias);
+            return sum * factor + bias;
+        };
+        y.each([&](int64_t i, int64_t r, int64_t q, int64_t o) {
+            double error;
+            if (a.gated) {
+                double gate_error;
+                const int64_t at = o / half * width + o % half;
+                const double value = product(i, r, q, at, error), gate = product(i, r, q, at + half, gate_error);
+                const double f = function_of(a.function, gate);
+                // no function is steeper than 1.13
+                const double f_error = 1.13 * gate_error + 1e-6 * (0.1 + fabs(gate));
+                require_near("gated convolution", y.number(i, r, q, o), value * f,
+                             fabs(value) * f_error + fabs(f) * error + error * f_error, y_dtype);
+                return;
+            }
+            const double row = a.row ? a.row[i * outputs + o] : 0, more = residual.n ? residual.number(i, r, q, o) : 0;
+            double exact = product(i, r, q, o, error) + row + more;
             if (a.relu && !(exact > 0)) exact = 0;
-            require_near("convolution", y.number(i, r, q, o), exact,
-                         error + 0x1p-22 * (fabs(bias) + fabs(row) + fabs(more)), y_dtype);
+            require_near("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(row) + fabs(more)),
+                         y_dtype);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_convolution_args&)) {
@@ -273,6 +312,9 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     refuse("no weight", [](cf_convolution_args& w) { w.weight = nullptr; });
     refuse("no y", [](cf_convolution_args& w) { w.n = w.n ? w.n : 1, w.y.data = nullptr; });
     if (integers) refuse("no scale", [](cf_convolution_args& w) { w.scale = nullptr; });
+    refuse("a gate of 3x3", [](cf_convolution_args& w) { w.gated = 1, w.taps = 9; });
+    refuse("a gate after a function", [](cf_convolution_args& w) { w.gated = w.relu = 1; });
+    if (gated) refuse("function", [](cf_convolution_args& w) { w.function = CF_SIGMOID + 1; });
     if (size < 4) refuse("odd channels", [](cf_convolution_args& w) { w.channels += 1; });
     return y;
 }
@@ -556,26 +598,6 @@ Image layer_norm(Program& p, const Image& x) {
     refuse("no weight", [](cf_layer_norm_args& w) { w.weight = nullptr; });
     refuse("eps", [](cf_layer_norm_args& w) { w.eps = -1; });
     return y;
-}
-
-// A function of cf_function.
-double function_of(int64_t function, double v) {
-    switch (function) {
-        case CF_SILU:
-            return v / (1 + exp(-v));
-        case CF_TANH:
-            return tanh(v);
-        case CF_RELU:
-            return v > 0 ? v : 0;
-        case CF_GELU:
-            return v * (1 + erf(v / sqrt(2))) / 2;
-        case CF_GELU_TANH:
-            return v * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))) / 2;
-        case CF_SIGMOID:
-            return 1 / (1 + exp(-v));
-        default:
-            return v;
-    }
 }
 
 // Of the halves of x's channels, dense and even.

@@ -1,9 +1,9 @@
 """How each convolution of a program is computed: direct, or by Winograd's F(2x2, 3x3) or F(4x4, 3x3).
 
-Winograd's forms need 2.25 and 4 times fewer multiplications, and weights that are larger: of float32 16/9 and 4 times,
-of bfloat16 likewise, since transformed weights are then 16-bit integers (csrc/cpu/winograd.h). Which form is the fastest
-depends on the size of the image, the channels, the dtype and the instruction set. forms.csv has the measured speeds, made
-by ``python -m benchmarks.kernels.forms``. It never depends on the batch, so that neither do the bits of an output.
+Winograd's forms need 2.25 and 4 times fewer multiplications, and weights that are 16/9 and 4 times as large: of float32
+also float32, of bfloat16 16-bit integers (csrc/cpu/winograd.h). Which form is the fastest depends on the size of the
+image, the channels, the dtype and the instruction set. forms.csv has the measured speeds, made by ``python -m
+benchmarks.kernels.forms``. It never depends on the batch, so that neither do the bits of an output.
 
 Where the fastest forms of all convolutions would take more memory than allowed, those get them that save the most time
 for a byte.
@@ -62,7 +62,7 @@ def speeds(isa: str, dtype: str) -> dict[cf_form, list[Speed]]:
 
 
 def seconds(form: cf_form, dtype: str, positions: int, channels: int, outputs: int) -> float:
-    """How long a convolution of one image takes, by the measured one that is most like it; infinite if there is none."""
+    """How long a convolution of one image takes, by the measured one most like it; infinite if there is none."""
     width = math.sqrt(channels * outputs)
 
     def distance(speed: Speed) -> float:
@@ -93,7 +93,7 @@ def choose_forms(recording: Recording, weights: Weights, in_uint8: Callable[[Val
     direct_bytes = 0
     convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
     for number, step in enumerate(convolutions):
-        channels, outputs = step.x.channels, step.y.channels
+        channels, outputs = step.x.channels, step.weight.shape[0]
         direct = "uint8" if in_uint8(step.x) else dtype
         size = weight_bytes(cf_form.CF_DIRECT, direct, channels, outputs) // (1 if step.wide else 9)
         direct_bytes += size

@@ -15,7 +15,7 @@ from ...ops.abi import cf_form, cf_image, cf_pack_args, cf_tensor4, cf_vector
 from .packed_file import PackedFile, content_hash
 from .value import BYTES, CODES, Range, Value
 
-Key = tuple[str, tuple[int, ...], tuple[int, ...], int]
+Key = tuple[str, tuple[int, ...], tuple[int, ...], int, tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Weight:
         stride: likewise.
         offset: likewise, in elements, from the parameter's own first element.
         own: the parameter by its name.
+        gated: the first of the outputs that are values and of those that are gates, of a gated convolution's weights.
     """
 
     name: str
@@ -35,16 +36,31 @@ class Weight:
     stride: tuple[int, ...]
     offset: int
     own: Callable[[str], Tensor]
+    gated: tuple[int, int] | None = None
 
     @property
     def key(self) -> Key:
         """Identifies it in its module."""
-        return self.name, self.shape, self.stride, self.offset
+        return self.name, self.shape, self.stride, self.offset, self.gated
 
     def tensor(self) -> Tensor:
         own = self.own(self.name)
         # the same strides in another storage, where it may begin further on
-        return own.as_strided(self.shape, self.stride, own.storage_offset() + self.offset)
+        return self.in_turns(own.as_strided(self.shape, self.stride, own.storage_offset() + self.offset))
+
+    def in_turns(self, outputs: Tensor) -> Tensor:
+        """What there is of each output, (Cout, ...), in the order that gated convolutions read (csrc/abi.h); a copy."""
+        if self.gated is None:
+            return outputs
+        half, channels = native_library.vector_width() // 2, self.shape[0] // 2
+        parts = [outputs[first : first + channels] for first in self.gated]
+        result = outputs.new_zeros(-(-channels // half), 2, half, *outputs.shape[1:])
+        for turn, part in enumerate(parts):
+            whole = channels // half
+            result[:whole, turn] = part[: whole * half].unflatten(0, (whole, half))
+            if whole * half < channels:
+                result[whole, turn, : channels - whole * half] = part[whole * half :]
+        return result.flatten(0, 2)
 
 
 class Weights:
@@ -75,7 +91,6 @@ class Weights:
         if self._uses[weight.name] == 0:
             self._free(weight.name)
             self._freed.add(weight.name)
-            self._freed.add(weight.name)
         return self._floats[key]
 
     def form(self, weight: Weight, form: cf_form) -> cf_form:
@@ -88,7 +103,7 @@ class Weights:
         own = weight.tensor()
         if self.file is None:
             return kernel_order(own, self.dtype, form)
-        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset} {form.name}"
+        key = f"{weight.name} {own.dtype} {weight.shape} {weight.stride} {weight.offset} {weight.gated} {form.name}"
         source = content_hash(own)
         found = self.file.get(key, source)
         if found is None:

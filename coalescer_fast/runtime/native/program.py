@@ -170,11 +170,7 @@ class Program:
 def _normalised(steps: list[Step]) -> dict[int, Value]:
     """The results of normalisations that can be uint8, as all their readers can read it, by their number among all."""
     results = [step.y for step in steps if step.writes_uint8]
-    return {
-        number: y
-        for number, y in enumerate(results)
-        if _can_be_uint8(y)
-    }
+    return {number: y for number, y in enumerate(results) if _can_be_uint8(y)}
 
 
 def _can_be_uint8(value: Value) -> bool:

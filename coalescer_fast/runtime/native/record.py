@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from .pack import Weight
-from .steps import FUNCTIONS, HANDLERS, PRODUCTS, Gather, Step, without_data
+from .steps import FUNCTIONS, HANDLERS, PRODUCTS, Gather, Step, join_gates, without_data
 from .value import Unsupported, Value
 
 Note = TypeVar("Note")
@@ -466,6 +466,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
                     value.step = None
                 for value in step.inputs:
                     value.readers = [reader for reader in value.readers if reader is not step]
+        join_gates(steps, read)
         # inputs that a step has come to do without
         used = [
             number in self._given or bool(value.readers) or value in read

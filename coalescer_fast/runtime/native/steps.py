@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -174,6 +174,8 @@ class cf_convolution_args(Struct):
         ("relu", c_int64),
         ("form", c_int64),
         ("doubling", c_int64),
+        ("gated", c_int64),
+        ("function", c_int64),
     ]
 
 
@@ -194,6 +196,11 @@ class Convolution(Step):
 
     A linear layer is a 1x1 convolution. Weight (Cout, Cin, k, k) and bias (Cout,) are the module's own; row is (n,
     Cout). ``padding`` is the number of zeros above and left of x; below and right of it there are as many as are read.
+
+    With a gate, ``y = value * function(gate)``, where value and gate are the two halves of its outputs.
+
+    Attributes:
+        gate: the function of the gate, None without one; ``weight.gated`` says which half it is.
     """
 
     name = "CONVOLUTION"
@@ -212,6 +219,7 @@ class Convolution(Step):
     relu: bool = False
     form: cf_form = cf_form.CF_DIRECT
     doubling: bool = False
+    gate: cf_function | None = None
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
@@ -235,6 +243,16 @@ class Convolution(Step):
         if self.relu or self.row is not None:
             return False
         self.row = row
+        return True
+
+    def gate_by(self, gate: Gate) -> bool:
+        """Make a gate of the two halves of its output a part of the step; returns False if it cannot."""
+        half, firsts = self.y.channels // 2, (gate.x_first, gate.gate_first)
+        plain = not self.wide and not self.relu and self.residual is self.row is self.gate is None
+        if not plain or self.y.channels % 2 or sorted(firsts) != [0, half] or gate.y.channels != half:
+            return False
+        self.weight, self.gate, self.y = replace(self.weight, gated=firsts), gate.function, gate.y
+        self.y.step = self
         return True
 
     @property
@@ -263,7 +281,8 @@ class Convolution(Step):
         self.row = layout.in_dtype(self.row, torch.float32)
 
     def arguments(self, packer: Packer) -> Struct:
-        x, y, bias, scale = self.x, self.y, self.bias, None
+        x, y, scale = self.x, self.y, None
+        bias = None if self.bias is None else self.weight.in_turns(self.bias)
         if x.range is not None:
             weight, scale, added = packer.weights.quantise(self.weight, x.range)
             bias = added if bias is None else bias.float() + added
@@ -288,6 +307,8 @@ class Convolution(Step):
             relu=self.relu,
             form=self.form,
             doubling=self.doubling,
+            gated=self.gate is not None,
+            function=self.gate or cf_function.CF_IDENTITY,
         )
 
     @staticmethod
@@ -1278,6 +1299,21 @@ class ReplaceZeroRows(Step):
             raise Unsupported("it chooses by something other than rows of zeros")
         x = recorder.whole(other)
         recorder.add(ReplaceZeroRows(x, x.like(), recorder.parameter(input)), result)
+
+
+def join_gates(steps: list[Step], read: set[Value]) -> None:
+    """Make gates of the two halves of a product's output a part of the product, where nobody else reads that.
+
+    Args:
+        steps: those of a program, of which gates are removed.
+        read: values that are read otherwise than by steps.
+    """
+    for gate in [step for step in steps if isinstance(step, Gate) and step.x is step.gate]:
+        both = gate.x
+        alone = both not in read and all(reader is gate for reader in both.readers)
+        if alone and isinstance(both.step, Convolution) and both.step.gate_by(gate):
+            both.step = None
+            steps.remove(gate)
 
 
 # Torch ops that are done by one step or another, depending on what they are given.

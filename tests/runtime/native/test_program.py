@@ -125,6 +125,92 @@ def test_decoder(able):
     assert_near(y, network.double()(x.double()), 2e-6 if able == torch.float32 else 0.02)
 
 
+class Gated(nn.Module):
+    """A linear layer or a 1x1 convolution, whose one half gates the other."""
+
+    def __init__(self, product: nn.Module, function, gate_first: bool = False):
+        super().__init__()
+        self.product, self.function, self.gate_first = product, function, gate_first
+
+    def forward(self, x):
+        value, gate = self.product(x).chunk(2, 1 if x.ndim == 4 else -1)
+        if self.gate_first:
+            value, gate = gate, value
+        return value * self.function(gate)
+
+
+GATES = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("function", GATES)
+@pytest.mark.parametrize(("channels", "outputs"), [(12, 1), (20, 7), (33, 16), (64, 24), (40, 100), (8, 161)])
+def test_gated_product(able, channels, outputs, function):
+    """All of it is one step, whose result is rounded once."""
+    for image, bias, gate_first in [(False, True, False), (False, False, True), (True, True, True)]:
+        product = nn.Conv2d(channels, 2 * outputs, 1, bias=bias) if image else nn.Linear(channels, 2 * outputs, bias)
+        network = Gated(rounded(seeded(product), able), GATES[function], gate_first)
+        x = randn(2, channels, 3, 5) if image else randn(2, 9, channels)
+        x = (4 * x).to(able).float()
+        x.view(-1)[0] = 0
+        assert [type(step) for step in recorded_steps(network, x)] == [Convolution]
+        (y,) = results(network, x, dtype=able)
+        assert_near(y, copy.deepcopy(network).double()(x.double()), 5e-6)
+        if not image:
+            alone, one = results(network, x[1:], dtype=able, threads=1), results(network, x, dtype=able, threads=1)
+            assert torch.equal(alone[0], y[1:])
+            assert torch.equal(one[0], y)
+
+
+def recorded_steps(network, x):
+    return record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.input(x, image=x.ndim == 4))]).steps
+
+
+def test_gate_of_what_is_not_finite(able):
+    network = Gated(seeded(nn.Linear(8, 48)), F.gelu)
+    x = randn(1, 5, 8)
+    x[0, 1, 3], x[0, 2, 3], x[0, 3, 3] = float("nan"), float("inf"), -float("inf")
+    (y,) = results(network, x, dtype=able)
+    assert y[0, [0, 4]].isfinite().all()
+    assert y[0, 1].isnan().all()
+    exact = network(x)
+    assert not y[0, 2:4][~exact[0, 2:4].isfinite()].isfinite().any()
+
+
+class ReadTwice(nn.Module):
+    """Gates that are no part of the product: somebody else reads it, or they are not its halves."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.product = kind, nn.Linear(16, 48)
+
+    def forward(self, x):
+        h = self.product(x)
+        value, gate = h.chunk(2, -1)
+        if self.kind == "read":
+            return value * F.gelu(gate), h
+        if self.kind == "added to":
+            return (value * F.gelu(gate) + gate,)
+        if self.kind == "a third":
+            return (h[..., :16] * F.gelu(h[..., 16:32]),)
+        return (value * F.gelu(value),)
+
+
+@pytest.mark.parametrize("kind", ["read", "added to", "a third", "itself"])
+def test_gates_that_stay(able, kind):
+    network, x = rounded(seeded(ReadTwice(kind)), able), randn(2, 5, 16).to(able).float()
+    found = results(network, x, dtype=able)
+    for y, exact in zip(found, network.double()(x.double()), strict=True):
+        assert_near(y, exact, 5e-6 if able == torch.float32 else 0.02)
+
+
 class Attention(nn.Module):
     """With a mask, keys of another length, and heads that share rows."""
 
