@@ -110,12 +110,12 @@ struct Sharing {
         int64_t block, tile;
     };
 
-    // The block and the tile that a unit of a band's work is in. A tile whose units two threads have goes to the later
-    // thread.
+    // The block at a tile that begins nearest to a unit of a band's work.
     Point split(int64_t unit, int64_t height) const {
         if (unit >= blocks.items() * height) return {blocks.count, 0};
-        const int64_t block = blocks.of(unit / height);
-        return {block, (unit - blocks.first(block) * height) / blocks.size(block)};
+        const int64_t block = blocks.of(unit / height), size = blocks.size(block);
+        const int64_t tile = (unit - blocks.first(block) * height + size / 2) / size;
+        return tile < height ? Point{block, tile} : Point{block + 1, 0};
     }
 
     // The units of the thread that has most: those of the band with most tiles, in whole blocks.

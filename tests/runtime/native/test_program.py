@@ -305,7 +305,7 @@ def test_the_first_shortcut_without_a_change_of_channels_copies_the_concatenatio
 def test_same_bits_whatever_the_threads_and_the_neighbours(dtype):
     network = seeded(CoalescerUNet(sample_size=8, latent_channels=6, anchor=None, **SMALL))
     reference = [y.clone() for y in evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=1)[0].outputs]
-    for threads in (2, 3, 7):
+    for threads in (2, 3, 7, 16, 100):
         made = evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=threads)[0]
         for _ in range(3):
             made.run()
