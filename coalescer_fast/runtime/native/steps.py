@@ -13,9 +13,10 @@ tests/runtime/native/test_steps.py compares both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import ops  # noqa: F401 (registers the ops)
+from ...ops import native_library
 from ...ops.abi import (
     Struct,
     cf_function,
@@ -77,6 +79,27 @@ def records(*operations: Any) -> Callable[[Function], Function]:
     return register
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a step does, for profiles.
+
+    Attributes:
+        kind: the operation, as "convolution 3x3".
+        form: which of `forms` computes it, of a convolution; else "".
+        shape: in words.
+        dtype: of what it reads first.
+        flop: floating point operations of its products; what else it computes is not counted.
+        bytes: of all values that it reads and writes, and of a convolution's weights, each once.
+    """
+
+    kind: str
+    form: str
+    shape: str
+    dtype: torch.dtype
+    flop: int
+    bytes: int
+
+
 class Step:
     """One native operation with its inputs, outputs and attributes: a subclass for each line of ``CF_STEPS``.
 
@@ -91,6 +114,7 @@ class Step:
         writes_padding: its output may have channels of zeros after the last.
         writes_uint8: its output may be uint8.
         y: the value that it writes, the first if there are more.
+        form: see `Description`.
     """
 
     name: ClassVar[str]
@@ -102,6 +126,7 @@ class Step:
     reads_border: ClassVar[bool] = False
     writes_padding: ClassVar[bool] = False
     writes_uint8: ClassVar[bool] = False
+    form: str = ""
 
     y: Value
 
@@ -152,6 +177,27 @@ class Step:
         """Its arguments. All values have been placed in memory."""
         raise NotImplementedError
 
+    # What it does, for profiles.
+
+    @property
+    def kind(self) -> str:
+        return self.name.lower()
+
+    @property
+    def shape(self) -> str:
+        y = self.y
+        return f"{y.n}x{y.height}x{y.width}, {y.channels}"
+
+    @property
+    def flop(self) -> int:
+        return 0
+
+    def describe(self) -> Description:
+        moved = sum(value.bytes for value in set(self.values))
+        first = self.inputs[0].dtype
+        assert first is not None
+        return Description(self.kind, self.form, self.shape, first, self.flop, moved)
+
 
 class cf_convolution_args(Struct):
     _fields_: ClassVar = [
@@ -185,6 +231,11 @@ class Padded:
     input: Tensor
 
 
+def forms(dtype: torch.dtype) -> tuple[str, ...]:
+    """The ways to compute a convolution that reads this dtype, on the instruction set in use."""
+    return ("direct",) if dtype in native_library.products() else ()
+
+
 @dataclass(eq=False)
 class Convolution(Step):
     """``y = relu(convolution(x) + bias + row + residual)``, of 1x1 or 3x3.
@@ -207,6 +258,7 @@ class Convolution(Step):
     stride: int = 1
     padding: int = 0
     relu: bool = False
+    form: str = "direct"  # one of `forms`
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
@@ -232,6 +284,27 @@ class Convolution(Step):
     def wide(self) -> bool:
         """Whether it is 3x3: it then reads beyond the edges of x, which needs a border."""
         return self.weight.shape[2] == 3
+
+    @property
+    def kind(self) -> str:
+        size = self.weight.shape[2]
+        kind = "linear" if self.weight.own(self.weight.name).ndim == 2 else f"convolution {size}x{size}"
+        return kind if self.stride == 1 else f"{kind}, stride {self.stride}"
+
+    @property
+    def shape(self) -> str:
+        x, y = self.x, self.y
+        return f"{y.n}x{y.height}x{y.width}, {x.channels} -> {y.channels}"
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.y.count * self.weight.shape[1] * self.weight.shape[2] ** 2
+
+    def describe(self) -> Description:
+        found = super().describe()
+        outputs, *rest = self.weight.shape
+        weights = outputs * math.prod(rest) * self.x.element_bytes
+        return replace(found, bytes=found.bytes + weights)
 
     def reads_uint8(self, value: Value) -> bool:
         return self.wide and value is not self.residual and value is not self.row
@@ -659,6 +732,14 @@ class Attention(Step):
     def wants_float32(self, value: Value) -> bool:
         return value is self.bias
 
+    @property
+    def shape(self) -> str:
+        return f"{self.y.n} x {self.heads} heads of {self.width}, {self.length} to {self.k_length}"
+
+    @property
+    def flop(self) -> int:
+        return 4 * self.y.n * self.heads * self.length * self.k_length * self.width
+
     def lay_out(self, layout: Layout) -> None:
         self.q, self.k, self.v = (layout.in_dtype(each, layout.dtype) for each in (self.q, self.k, self.v))
         if self.bias is not None and self.bias.dtype != torch.float32:
@@ -751,6 +832,10 @@ class DualHead(Step):
     @property
     def outputs(self) -> list[Value]:
         return [self.y, self.distance]
+
+    @property
+    def flop(self) -> int:
+        return 2 * 9 * self.y.count * self.h.channels
 
     def arguments(self, packer: Packer) -> Struct:
         h = self.h
