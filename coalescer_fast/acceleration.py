@@ -169,6 +169,10 @@ def accelerate(
     first image. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
     next call.
 
+    **On processors with AMX**, which torch's convolutions use and native ones do not, "auto" leaves to torch what is
+    faster there: UNet and decoder of a CoalescerPipeline in bfloat16 or int8, as a copy in bfloat16, channels
+    innermost; and a module whose weights are bfloat16, as it is. `explain` says so. "cpu" takes native programs.
+
     Args:
         pipe: a pipeline or module on a CPU, or for "cuda" and "compile" a CoalescerPipeline on a CUDA device.
         backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
@@ -205,7 +209,7 @@ def accelerate(
         if backend == "cpu" and (reason := unavailable("cpu")):
             raise ValueError(f"backend 'cpu' {reason}")
         chosen = _dtype(dtype, "cpu", "cpu")
-        networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, call)
+        networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, call, backend == "auto")
         return pipe
     if inputs is not None or not keep_weights or cache is not None or call:
         given = "inputs, keep_weights, cache" + "".join(f", {name}" for name in call)
@@ -225,11 +229,18 @@ def accelerate(
         raise ValueError(f"backend {name!r} {reason}")
     if prompts is not None and chosen != "int8":
         raise ValueError("prompts are what dtype 'int8' finds its ranges with: leave them out")
-    if prompts is None:
-        pipe.runtime, pipe.recipe = make(pipe, DTYPES[chosen]), {"backend": name, "dtype": chosen}
+    recipe: dict[str, Any] = {"backend": name, "dtype": chosen}
+    if prompts is not None:
+        prompts = check_texts("prompts", prompts)
+        recipe["prompts"] = list(prompts)
+    if backend == "auto" and name == "cpu" and (reason := native_library.slower_than_torch(DTYPES[chosen])):
+        pipe.runtime = NativeRuntime(pipe, DTYPES[chosen], in_torch=reason)
+        recipe["backend"] = "auto"
+    elif prompts is not None:
+        pipe.runtime = NativeRuntime(pipe, torch.int8, prompts)
     else:
-        pipe.runtime = NativeRuntime(pipe, torch.int8, check_texts("prompts", prompts))
-        pipe.recipe = {"backend": name, "dtype": chosen, "prompts": list(prompts)}
+        pipe.runtime = make(pipe, DTYPES[chosen])
+    pipe.recipe = recipe
     return pipe
 
 

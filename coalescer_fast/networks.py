@@ -70,6 +70,7 @@ def accelerate(
     keep_weights: bool,
     cache: str | Path | None,
     call: Mapping[str, Any],
+    auto: bool,
 ) -> None:
     networks = parts(x)
     for name, network in networks.items():
@@ -104,7 +105,8 @@ def accelerate(
             before.remove()
     folder, itself = None if cache is None else str(cache), list(networks.values()) == [x]
     made = [
-        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder) for network in networks.values()
+        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder, auto)
+        for network in networks.values()
     ]
     if dtype == torch.int8 and not itself:
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import resource
@@ -200,6 +201,47 @@ def test_without_the_native_library(pipe, monkeypatch):
     cf.accelerate(pipe)
     assert pipe.runtime.dtype == torch.float32
     assert psnr(draw(pipe), reference).median() > 70
+
+
+AMX = "the processor has AMX, which torch's convolutions use and native ones do not; backend='cpu' takes those"
+
+
+@pytest.mark.skipif(torch.uint8 not in native_library.products(), reason="needs bfloat16 and 8 bits")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "int8"])
+def test_where_torch_has_amx_auto_takes_its_convolutions(pipe, monkeypatch, dtype):
+    reference = draw(pipe)
+    monkeypatch.setattr(native_library, "amx", lambda: True)
+    cf.accelerate(pipe, dtype=dtype)
+    assert pipe.runtime.refused == {"unet": AMX, "decoder": AMX}
+    assert pipe.runtime.precision == "bfloat16"
+    assert psnr(draw(pipe), reference).median() >= 35
+    for name, line in zip(("unet", "decoder"), cf.explain(pipe).splitlines()[1:]):
+        assert re.match(rf"{name} +torch, channels innermost, torch.bfloat16 +{re.escape(AMX)}$", line.rstrip())
+    assert copy.deepcopy(pipe).runtime.refused == pipe.runtime.refused
+    # whoever asks for native programs gets them, and in float32 AMX multiplies nothing
+    assert not cf.accelerate(pipe, "cpu", dtype).runtime.refused
+    assert not cf.accelerate(pipe, dtype="float32").runtime.refused
+    monkeypatch.setattr(native_library, "amx", lambda: False)
+    assert not cf.accelerate(pipe, dtype=dtype).runtime.refused
+
+
+def test_amx_is_torchs_word_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(1) or True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    found = native_library.amx.__wrapped__
+    assert found() is torch.backends.mkldnn.is_available()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert not found()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX10_1_512_AMX")
+    assert found() is torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)  # the system does not let the process use it
+    assert not found()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not found()
+    assert asked
 
 
 class Odd(torch.nn.Module):

@@ -3,6 +3,7 @@
     python -m benchmarks.networks --model sd-turbo,tiny-vae --csv benchmarks/results/cpu/networks.csv
     python -m benchmarks.networks --model sd-turbo --isa avx2 --csv benchmarks/results/cpu/networks.csv
     python -m benchmarks.networks --summary benchmarks/results/cpu/networks.csv
+    python -m benchmarks.networks --model sd-turbo --dtypes bf16,int8 --profile
 
 Weights are random and the same for all; nothing is downloaded. Each provider runs in a process of its own:
 
@@ -29,6 +30,7 @@ which also says how far each library obeys --isa; without a cap the C library it
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -44,15 +46,18 @@ import numpy as np
 import torch
 
 import coalescer_fast
+from coalescer_fast.runtime.native.module import runtime_of
 
 from ..harness import environment as machine
+from ..harness import profile as profiles
 from ..harness import refcheck, timing
 from ..harness.arguments import Parser, command, listed, positive
 from ..harness.peers import OK, Missing, attempt
 from ..harness.results import Row, append, as_text, open_csv, read
 from . import isa as instruction_sets
 from . import models, report
-from .providers import OURS, PROVIDERS
+from .providers import OURS, PROVIDERS, network
+from .providers import coalescer_fast as coalescer_fast_call
 from .task import DTYPES, INPUTS, Task
 
 DEFAULT = ("eager", "compile", "openvino", "openvino_int8", "onnxruntime")
@@ -124,6 +129,11 @@ def parser() -> Parser:
         default=True,
         help="argument of coalescer_fast.accelerate (default: yes)",
     )
+    top.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure instead the steps of coalescer_fast's own programs, one by one, by kind, form and shape",
+    )
     top.add_argument("--csv", "--out", type=Path, dest="csv", metavar="F.csv", help="add the results to a file")
     top.add_argument("--summary", type=Path, metavar="F.csv", help="print the table of a file, measure nothing")
     return top
@@ -144,11 +154,13 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(report.tables(read(args.summary))))
         return 0
     args.dtypes = args.dtypes or [dtype for dtype in DTYPES if dtype != "bf16" or not args.isa]
+    peaks: dict[str, float] = {}
+    if args.profile:
+        return profile(args, peaks)
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
     rows: list[Row] = []
     labels = environment(args)
-    peaks: dict[str, float] = {}
     for model in args.model:
         for row in benchmark(args, model, peaks):
             rows.append({**dict.fromkeys(COLUMNS, ""), **labels, **row})
@@ -157,6 +169,42 @@ def run(args: argparse.Namespace) -> int:
     print()
     print("\n".join(report.tables(as_text(rows))))
     return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) else 0
+
+
+def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
+    """Print where the programs of each model and dtype spend their time, all in this process."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
+    for model, dtype in itertools.product(args.model, args.dtypes):
+        with tempfile.TemporaryDirectory(prefix="networks-") as folder:
+            task = task_of(args, model, folder, name=OURS, dtype=dtype)
+            module = network(task)
+            try:
+                call = coalescer_fast_call(task, module)
+            except Missing as reason:
+                print(f"{model} {dtype} skipped: {reason}")
+                continue
+            call()
+            runtime = runtime_of(module)
+            assert runtime is not None
+            program = list(runtime.programs.programs.values())[-1]
+            timer = timing.CpuTimer().warm(call)
+            whole = timing.quantiles([timer() for _ in range(args.rounds)])[0]
+            print(f"{model} {dtype}, batch {task.batch}, {task.threads} threads: {1e3 * whole:.2f} ms a call")
+
+            def peak(dtype: torch.dtype, task: Task = task) -> float:
+                return highest(replace(task, dtype=names[dtype]), peaks)
+
+            print("\n".join(profiles.report(program, peak, args.rounds)), flush=True)
+    return 0
+
+
+def task_of(args: argparse.Namespace, model: str, folder: str, name: str = "eager", dtype: str = "fp32") -> Task:
+    """What a provider is told, which finds inputs in the folder."""
+    size = args.size or models.NETWORKS[model].size
+    return Task(
+        *("run", name, dtype, model, args.scale, size, args.batch),
+        *(args.threads or torch.get_num_threads(), args.isa, folder, args.keep_weights),
+    )
 
 
 @dataclass
@@ -246,10 +294,7 @@ def benchmark(args: argparse.Namespace, model: str, peaks: dict[str, float]) -> 
     what: Row = {"model": model, "scale": args.scale, "size": size, "batch": args.batch, "isa": args.isa}
     print(f"{model}, scale {args.scale:g}, {count / 1e6:.1f} M parameters, {gflop:.4g} GFLOP", flush=True)
     with tempfile.TemporaryDirectory(prefix="networks-") as folder:
-        base = Task(
-            *("run", "eager", "fp32", model, args.scale, size, args.batch),
-            *(args.threads or torch.get_num_threads(), args.isa, folder, args.keep_weights),
-        )
+        base = task_of(args, model, folder)
         for timestep in models.TIMESTEPS:
             given = models.flat(models.inputs(model, args.batch, size, args.scale, timestep))
             arrays: dict[str, Any] = {name: x.numpy() for name, x in given.items()}

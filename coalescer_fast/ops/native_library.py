@@ -113,6 +113,26 @@ def largest_weight() -> int:
     return int(_library().cf_cpu_largest_weight())
 
 
+@functools.cache
+def amx() -> bool:
+    """Whether torch's convolutions (oneDNN's) multiply bfloat16 and 8-bit integers by AMX here.
+
+    The processor must have it, the system must let this process use it, which torch asks for, as oneDNN does, and
+    oneDNN must not be switched off or capped below it by the environment.
+    """
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    allowed = cap in ("", "DEFAULT", "ALL") or "AMX" in cap
+    able = allowed and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+    return bool(able and torch.cpu._init_amx())
+
+
+def slower_than_torch(dtype: torch.dtype) -> str:
+    """Why torch's convolutions are the faster ones for networks in this dtype, or ""."""
+    if dtype not in (torch.bfloat16, torch.int8) or not torch.backends.mkldnn.enabled or not amx():
+        return ""
+    return "the processor has AMX, which torch's convolutions use and native ones do not; backend='cpu' takes those"
+
+
 def set_isa(name: str) -> None:
     """Use another instruction set from now on, to test or measure it.
 

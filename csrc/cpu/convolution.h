@@ -20,10 +20,10 @@
 // outputs form blocks of up to MAX_VECTORS, as equal as can be: 5 vectors are 3 + 2, not 4 + 1, whose last tile would
 // load 7 times for 6 products.
 //
-// Outer loops. Weights and image both want to stay in a cache, and only one of the two can be walked once. If the image
-// is larger, threads share its positions, and each takes X_IN_CACHE bytes of them through all blocks of weights before
-// it goes on. Else threads share the weights, and each takes its blocks through all positions: then every weight is
-// read from memory once, by one thread.
+// Outer loops. Threads share tiles and blocks as share.h says. Weights and image both want to stay in a cache, and only
+// one of the two can be walked once. If the image is larger, a thread takes X_IN_CACHE bytes of its positions through all
+// of its blocks of weights before it goes on. Else it takes each block through all of its positions, and reads every
+// weight once.
 //
 // What was tried, as time against the code below (3x3 convolutions of m, 128 channels at 32x32 and 256 at 16x16 and
 // 8x8, batches 1 to 64, and of 80 channels at 32x32; caches warm, one thread of an AMD EPYC with AVX-512, where the
@@ -51,6 +51,7 @@
 #include "check.h"
 #include "image.h"
 #include "rows.h"
+#include "share.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -206,19 +207,9 @@ inline void multiply(int64_t vectors, int64_t positions, const char* const* x, c
 inline vf to_floats(vf v) { return v; }
 inline vf to_floats(vi v) { return __builtin_convertvector(v, vf); }
 
-// How vectors of outputs are divided into blocks: the first `larger` blocks have a vector more than the others, which
-// have `least`.
-struct Blocks {
-    int64_t count, least, larger;
-    explicit Blocks(int64_t vectors)
-        : count(ceil_div(vectors, MAX_VECTORS)), least(vectors / count), larger(vectors % count) {}
-    int64_t size(int64_t block) const { return least + (block < larger); }
-    int64_t first(int64_t block) const { return block * least + min(block, larger); }  // vector
-    // The block that the vector is in.
-    int64_t of(int64_t vector) const {
-        const int64_t in_larger = larger * (least + 1);
-        return vector < in_larger ? vector / (least + 1) : larger + (vector - in_larger) / least;
-    }
+// How vectors of outputs are divided into blocks: 5 vectors are 3 + 2.
+struct Blocks : EqualBlocks {
+    explicit Blocks(int64_t vectors) : EqualBlocks(vectors, MAX_VECTORS) {}
 };
 
 // E: the elements that are multiplied; T: those of y and residual.
@@ -238,40 +229,21 @@ struct Convolution {
 
     int run(int64_t threads) const {
         const int64_t x_bytes = a.n * a.x.sample, w_bytes = vectors * W * a.taps * x_pixel;
-        if (x_bytes > w_bytes)
-            share_positions(threads, x_bytes);
-        else
-            share_weights(threads);
+        const Sharing sharing(tiles, blocks, x_bytes, w_bytes, sharing_threads(threads));
+        const int64_t chunk = x_bytes > w_bytes ? X_IN_CACHE * tiles / x_bytes + 1 : tiles;
+        parallel_for(sharing.threads, sharing.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t thread = begin; thread < end; ++thread)
+                sharing.each(thread, [&](const Rectangle& r) { run_rectangle(r, chunk); });
+        });
         for (int64_t n = 0; n < a.n && a.y.border; ++n) write_border(a.y, n, a.height, a.width, y_pixel, nullptr);
         return CF_OK;
     }
 
-    // Each thread takes its positions through all weights, as many at a time as a second-level cache holds.
-    void share_positions(int64_t threads, int64_t x_bytes) const {
-        const int64_t chunk = X_IN_CACHE * tiles / x_bytes + 1;
-        parallel_for(tiles, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t tile = begin; tile < end; tile += chunk)
-                for (int64_t block = 0; block < blocks.count; ++block) run_block(block, tile, min(tile + chunk, end));
-        });
-    }
-
-    // Each thread takes its weights through all positions. A unit of work is a vector of outputs at one tile, so that
-    // threads have equally much to do also where there are fewer blocks than threads, or blocks of different sizes.
-    void share_weights(int64_t threads) const {
-        const int64_t work = vectors * tiles;
-        parallel_for(work, threads, [&](int64_t begin, int64_t end) {
-            // The block and the tile that a unit of work is in. A tile whose units two threads have goes to the later
-            // thread.
-            const auto split = [&](int64_t unit, int64_t& block, int64_t& tile) {
-                block = unit >= work ? blocks.count : blocks.of(unit / tiles);
-                tile = block < blocks.count ? (unit - blocks.first(block) * tiles) / blocks.size(block) : 0;
-            };
-            int64_t block, tile, last_block, last_tile;
-            split(begin, block, tile);
-            split(end, last_block, last_tile);
-            for (; block < last_block; ++block, tile = 0) run_block(block, tile, tiles);
-            if (tile < last_tile) run_block(block, tile, last_tile);
-        });
+    // `chunk` tiles at a time through all blocks.
+    void run_rectangle(const Rectangle& r, int64_t chunk) const {
+        for (int64_t tile = r.first_tile; tile < r.last_tile; tile += chunk)
+            for (int64_t block = r.first_block; block < r.last_block; ++block)
+                run_block(block, tile, min(tile + chunk, r.last_tile));
     }
 
     // The outputs of a block, at the positions of the tiles [first_tile, last_tile).

@@ -101,6 +101,11 @@ int with_team(int64_t threads, int (*body)(void*), void* context) {
     return mine.status;
 }
 
+int64_t sharing_threads(int64_t threads) {
+    if (team) return team->size;
+    return omp_parallel ? threads : 1;
+}
+
 void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {
     if (threads > items) threads = items;
     if (threads <= 1 || !omp_parallel) {

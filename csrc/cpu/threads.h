@@ -17,12 +17,17 @@ void set_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), in
                 int (*num_threads)(void));
 
 // Calls body(context) with a team of `threads` threads around it, which parallel_ranges uses inside body. Threads of a
-// team wait for work by polling instead of sleeping. Returns what body returns.
+// team wait for work by polling instead of sleeping. A team has 64 threads at most, and fewer if OpenMP gives fewer.
+// Returns what body returns.
 int with_team(int64_t threads, int (*body)(void*), void* context);
 
 // Calls task(context, begin, end) for a partition of [0, items) into one range a thread. Where the ranges end depends
 // on the number of threads, so the result of an item must not depend on its range.
 void parallel_ranges(int64_t items, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context);
+
+// How many threads parallel_ranges would use: those of the team, where there is one, which may be fewer than were asked
+// for.
+int64_t sharing_threads(int64_t threads);
 
 namespace {
 

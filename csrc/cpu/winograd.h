@@ -244,34 +244,21 @@ struct Winograd {
                                                });
             if (status != CF_OK) return status;
             const int64_t part = min(at_once, count);
+            const Sharing sharing(groups, blocks, count * v_tile, vectors * W * POINTS * units * 4,
+                                  sharing_threads(threads));
             status = parallel_for_with_scratch(
-                vectors * groups, threads, static_cast<size_t>(part * M_TILE),
+                sharing.threads, sharing.threads, static_cast<size_t>(part * M_TILE),
                 [&](void* memory, int64_t begin, int64_t end) {
-                    each_range(begin, end, groups, [&](int64_t block, int64_t last_block, int64_t from, int64_t to) {
-                        from *= MAX_POSITIONS, to = min(to * MAX_POSITIONS, count);
-                        for (; from < to; from += part)
-                            run_blocks(block, last_block, v + from * v_tile, first + from, min(part, to - from),
-                                       static_cast<float*>(memory));
-                    });
+                    for (int64_t thread = begin; thread < end; ++thread)
+                        sharing.each(thread, [&](const Rectangle& r) {
+                            const int64_t last = min(r.last_tile * MAX_POSITIONS, count);
+                            for (int64_t from = r.first_tile * MAX_POSITIONS; from < last; from += part)
+                                run_blocks(r.first_block, r.last_block, v + from * v_tile, first + from,
+                                           min(part, last - from), static_cast<float*>(memory));
+                        });
                 });
         }
         return status;
-    }
-
-    // f(block, last block, first group, last group) for the units [begin, end) of work, as in
-    // Convolution::share_weights.
-    template <class F>
-    void each_range(int64_t begin, int64_t end, int64_t groups, const F& f) const {
-        const auto split = [&](int64_t unit, int64_t& block, int64_t& group) {
-            block = unit >= vectors * groups ? blocks.count : blocks.of(unit / groups);
-            group = block < blocks.count ? (unit - blocks.first(block) * groups) / blocks.size(block) : 0;
-        };
-        int64_t block, group, last_block, last_group;
-        split(begin, block, group);
-        split(end, last_block, last_group);
-        if (group && block < last_block) f(block, block + 1, group, groups), ++block, group = 0;
-        if (block < last_block) f(block, last_block, 0, groups), block = last_block, group = 0;
-        if (group < last_group) f(block, block + 1, group, last_group);
     }
 
     // The first output of a tile.

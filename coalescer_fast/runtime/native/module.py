@@ -92,6 +92,7 @@ class ModuleRuntime:
         inputs: Sequence[Any] = (),
         keep_weights: bool = True,
         cache: str | None = None,
+        auto: bool = False,
     ):
         """Stand in for the module's forward from now on.
 
@@ -101,12 +102,13 @@ class ModuleRuntime:
             inputs: of int8, the arguments of some calls, each a tuple or a dict.
             keep_weights: whether the module keeps weights that programs have packed.
             cache: a folder for packed weights, or None.
+            auto: whether calls go to torch where its convolutions are faster.
         """
         self.quantised = dtype == torch.int8
         self.dtype = floats_of(dtype)
         self.inputs = [as_arguments(each) for each in inputs]
         self.collected: list[Arguments] | None = None
-        self.keep_weights, self.cache = keep_weights, cache
+        self.keep_weights, self.cache, self.auto = keep_weights, cache, auto
         self.lock = threading.RLock()
         self._module = weakref.ref(module)
         self._forward = type(module).forward
@@ -178,7 +180,8 @@ class ModuleRuntime:
             raise ValueError(
                 f"{self.name} cannot be copied: its weights were freed, by keep_weights=False; load it anew"
             )
-        return torch.int8 if self.quantised else self.dtype, self.inputs, self.keep_weights, self.cache
+        dtype = torch.int8 if self.quantised else self.dtype
+        return dtype, self.inputs, self.keep_weights, self.cache, self.auto
 
     @property
     def name(self) -> str:
@@ -217,10 +220,21 @@ class ModuleRuntime:
             )
         return self.own_forward(*args, **kwargs)
 
+    def _slower_than_torch(self) -> str:
+        """Why torch is faster, or ""; weights of float32 it would multiply in float32."""
+        if not self.auto or self.freed:
+            return ""
+        first = next(self.module.parameters(), None)
+        return (
+            native_library.slower_than_torch(self.dtype) if first is not None and first.dtype == torch.bfloat16 else ""
+        )
+
     def _is_for_torch(self, args: Any, kwargs: Any) -> str:
         """Why torch has to see a call, or "": for its compilers and transforms, or for a gradient."""
         if torch.compiler.is_compiling() or transforms_active() or forward_ad._current_level >= 0:
             return "torch compiled or transformed the last call"
+        if reason := self._slower_than_torch():
+            return reason
         if _get_current_dispatch_mode() is not None:
             return "the last call was traced"
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -452,8 +466,8 @@ class ModuleRuntime:
             name: of the module in a pipeline.
         """
         name = name or self.name
-        if self.refused:
-            return Part(name, "torch", self.refused)
+        if reason := self._slower_than_torch() or self.refused:
+            return Part(name, "torch", reason)
         way = f"native program, {self.dtype}"
         if self.quantised:
             count = max(map(len, self.ranges.values()), default=0)
@@ -542,9 +556,9 @@ def resized(args: Any, kwargs: Any, size: tuple[int, ...]) -> Arguments:
 
 
 def _again(
-    module: nn.Module, dtype: torch.dtype, inputs: Sequence[Any], keep_weights: bool, cache: str | None
+    module: nn.Module, dtype: torch.dtype, inputs: Sequence[Any], keep_weights: bool, cache: str | None, auto: bool
 ) -> ModuleRuntime:
-    return ModuleRuntime(module, dtype, inputs, keep_weights, cache)
+    return ModuleRuntime(module, dtype, inputs, keep_weights, cache, auto)
 
 
 def _description(leaf: Any) -> Hashable:

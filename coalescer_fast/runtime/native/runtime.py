@@ -65,11 +65,18 @@ class NativeRuntime(PipelineRuntime):
     survives_fork = True
     runs_own_code = True
 
-    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = ()):
-        """``prompts`` are those that the ranges of int8 are found with; there is a default."""
+    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = (), in_torch: str = ""):
+        """Take over the networks.
+
+        Args:
+            pipe: the pipeline.
+            dtype: float32, bfloat16, or int8.
+            prompts: those that the ranges of int8 are found with; there is a default.
+            in_torch: why UNet and decoder are to run in torch, int8 as bfloat16, or "".
+        """
         super().__init__(pipe)
-        self.prompts = prompts
-        self.quantised = dtype == torch.int8
+        self.prompts, self.in_torch = prompts, in_torch
+        self.quantised = dtype == torch.int8 and not in_torch
         self.dtype = floats_of(dtype)
         self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
@@ -107,7 +114,7 @@ class NativeRuntime(PipelineRuntime):
             elif name == "conditioning":
                 network.refused = native_library.unavailable()
             else:
-                network.refused = no_programs(self.dtype)
+                network.refused = self.in_torch or no_programs(self.dtype)
         if self.quantised:
             size = self.pipe.unet.config.sample_size
             self._calibrate((size, size))

@@ -13,6 +13,7 @@ tests/runtime/native/test_steps.py compares both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import ops  # noqa: F401 (registers the ops)
+from ...ops import native_library
 from ...ops.abi import (
     Struct,
     cf_form,
@@ -76,6 +78,27 @@ def records(*operations: Any) -> Callable[[Function], Function]:
         return handler
 
     return register
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a step does, for profiles.
+
+    Attributes:
+        kind: the operation, as "convolution 3x3".
+        form: how it is computed, of a convolution, a name of `FORMS`; else "".
+        shape: in words.
+        dtype: of what it reads first.
+        flop: floating point operations of its products; what else it computes is not counted.
+        bytes: of all values that it reads and writes, and of a convolution's weights, each once.
+    """
+
+    kind: str
+    form: str
+    shape: str
+    dtype: torch.dtype
+    flop: int
+    bytes: int
 
 
 class Step:
@@ -153,6 +176,31 @@ class Step:
         """Its arguments. All values have been placed in memory."""
         raise NotImplementedError
 
+    # What it does, for profiles.
+
+    @property
+    def kind(self) -> str:
+        return self.name.lower()
+
+    @property
+    def shape(self) -> str:
+        y = self.y
+        return f"{y.n}x{y.height}x{y.width}, {y.channels}"
+
+    @property
+    def flop(self) -> int:
+        return 0
+
+    @property
+    def form_name(self) -> str:
+        return ""
+
+    def describe(self) -> Description:
+        moved = sum(value.bytes for value in set(self.values))
+        first = self.inputs[0].dtype
+        assert first is not None
+        return Description(self.kind, self.form_name, self.shape, first, self.flop, moved)
+
 
 class cf_convolution_args(Struct):
     _fields_: ClassVar = [
@@ -188,6 +236,20 @@ class Padded:
     """
 
     input: Tensor
+
+
+FORMS = {
+    cf_form.CF_DIRECT: "direct",
+    cf_form.CF_WINOGRAD_2: "winograd 2x2",
+    cf_form.CF_WINOGRAD_4: "winograd 4x4",
+}
+
+
+def forms(dtype: torch.dtype) -> tuple[cf_form, ...]:
+    """The ways to compute a 3x3 convolution that reads this dtype, on the instruction set in use."""
+    if dtype not in native_library.products():
+        return ()
+    return (cf_form.CF_DIRECT,) if dtype == torch.uint8 else tuple(FORMS)
 
 
 @dataclass(eq=False)
@@ -259,6 +321,31 @@ class Convolution(Step):
     def wide(self) -> bool:
         """Whether it is 3x3: it then reads beyond the edges of x, which needs a border."""
         return self.weight.shape[2] == 3
+
+    @property
+    def kind(self) -> str:
+        size = self.weight.shape[2]
+        kind = "linear" if self.weight.own(self.weight.name).ndim == 2 else f"convolution {size}x{size}"
+        return kind if self.stride == 1 else f"{kind}, stride {self.stride}"
+
+    @property
+    def form_name(self) -> str:
+        return FORMS[self.form] if self.wide else "direct"
+
+    @property
+    def shape(self) -> str:
+        x, y = self.x, self.y
+        return f"{y.n}x{y.height}x{y.width}, {x.channels} -> {y.channels}"
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.y.count * self.weight.shape[1] * self.weight.shape[2] ** 2
+
+    def describe(self) -> Description:
+        found = super().describe()
+        outputs, *rest = self.weight.shape
+        weights = outputs * math.prod(rest) * self.x.element_bytes
+        return replace(found, bytes=found.bytes + weights)
 
     def reads_uint8(self, value: Value) -> bool:
         direct = self.form == cf_form.CF_DIRECT
@@ -700,6 +787,14 @@ class Attention(Step):
     def wants_float32(self, value: Value) -> bool:
         return value is self.bias
 
+    @property
+    def shape(self) -> str:
+        return f"{self.y.n} x {self.heads} heads of {self.width}, {self.length} to {self.k_length}"
+
+    @property
+    def flop(self) -> int:
+        return 4 * self.y.n * self.heads * self.length * self.k_length * self.width
+
     def lay_out(self, layout: Layout) -> None:
         self.q, self.k, self.v = (layout.in_dtype(each, layout.dtype) for each in (self.q, self.k, self.v))
         if self.bias is not None and self.bias.dtype != torch.float32:
@@ -792,6 +887,10 @@ class DualHead(Step):
     @property
     def outputs(self) -> list[Value]:
         return [self.y, self.distance]
+
+    @property
+    def flop(self) -> int:
+        return 2 * 9 * self.y.count * self.h.channels
 
     def arguments(self, packer: Packer) -> Struct:
         h = self.h

@@ -204,3 +204,19 @@ def test_avx512_is_seen_where_it_is_used_and_only_there(capped):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     percent = float(done.stdout)
     assert percent == 0 if capped in isa.CAPS else percent > 10
+
+
+@needs_programs
+def test_a_profile_by_kind_and_by_shape(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "highest", lambda task, peaks: 100.0)
+    assert benchmark.main([*BRIEF, "--dtypes", "fp32", "--profile"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("tiny-vae fp32, batch 1, 1 threads: ")
+    kinds, shapes = "\n".join(lines).split("by shape")
+    rows = [line.split() for line in kinds.splitlines()[2:] if line.strip()]
+    (products,) = [row for row in rows if row[:3] == ["convolution", "3x3", "direct"]]
+    gflop = float(products[-4])
+    assert gflop == pytest.approx(models.gflop("tiny-vae", 1, 8, 0.1), abs=2e-3)
+    assert sum(float(row[row.index("float32") + 3]) for row in rows) == pytest.approx(100, abs=1)
+    assert float(products[-2]) == pytest.approx(float(products[-3]), abs=1)  # of a peak of 100
+    assert "convolution 3x3 1x8x8, 4 -> 32" in shapes

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coalescer_fast as cf
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import no_programs, runtime_of
 
 from ...helpers.isa import EIGHT_BITS, using
@@ -229,3 +230,27 @@ def test_tracing_sees_the_module():
     with torch.no_grad():
         exported = torch.export.export(module, (X,), strict=False)
     torch.testing.assert_close(exported.module()(2 * X), returned(twin, 2 * X)[0])
+
+
+@pytest.mark.skipif(torch.bfloat16 not in native_library.products(), reason="needs bfloat16")
+def test_where_torch_has_amx_auto_leaves_it_a_module_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(native_library, "amx", lambda: True)
+    monkeypatch.setenv("COALESCER_FAST_STRICT", "1")  # a choice, no fallback
+    module = seeded(nn.Sequential(conv(), nn.SiLU())).bfloat16()
+    x = randn(1, 8, 6, 6).bfloat16()
+    (expected,) = returned(module, x)
+    cf.accelerate(module)
+    assert "the processor has AMX" in cf.explain(module)
+    assert torch.equal(returned(module, x)[0], expected)
+    assert "the processor has AMX" in runtime_of(module).refused
+    assert "the processor has AMX" in cf.explain(copy.deepcopy(module))
+    # native where it is asked for, in float32, and of weights that torch would multiply in float32
+    for given, arguments in (
+        (module, {"backend": "cpu"}),
+        (module, {"dtype": "float32"}),
+        (seeded(nn.Sequential(conv())), {"dtype": "bfloat16"}),
+    ):
+        cf.accelerate(given, **arguments)
+        returned(given, x)
+        assert runtime_of(given).refused == ""
+        assert "native program" in cf.explain(given)

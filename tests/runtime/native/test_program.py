@@ -392,7 +392,7 @@ def test_the_first_shortcut_without_a_change_of_channels_copies_the_concatenatio
 def test_same_bits_whatever_the_threads_and_the_neighbours(dtype):
     network = seeded(CoalescerUNet(sample_size=8, latent_channels=6, anchor=None, **SMALL))
     reference = [y.clone() for y in evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=1)[0].outputs]
-    for threads in (2, 3, 7):
+    for threads in (2, 3, 7, 16, 100):
         made = evaluation(network, 5, 8, dtype=getattr(torch, dtype), threads=threads)[0]
         for _ in range(3):
             made.run()
@@ -629,3 +629,26 @@ def test_a_normalised_value_that_is_also_a_residual_stays_in_floating_point():
     network, x = seeded(Residual(16, 16)), randn(2, 16, 5, 5)
     observer = program(network, x, dtype=torch.float32, keep=True)
     assert not observer.normalised
+
+
+def test_a_profile_has_a_row_for_every_step():
+    network = seeded(nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 8, 1)))
+    made = program(network, x := randn(2, 4, 6, 5), dtype=torch.float32)
+    made.run()
+    expected = [y.clone() for y in made.outputs]
+    steps = made.profile(rounds=3)
+    kinds = ["gather", "convolution 3x3", "group_norm_silu", "convolution 1x1"]
+    assert [step.kind for step, _ in steps] == kinds
+    assert all(seconds > 0 for _, seconds in steps)
+    by_kind = {step.kind: step for step, _ in steps}
+    first, last = by_kind["convolution 3x3"], by_kind["convolution 1x1"]
+    assert (first.shape, first.flop, first.form) == ("2x6x5, 4 -> 16", 2 * 60 * 9 * 4 * 16, "direct")
+    assert (last.shape, last.flop) == ("2x6x5, 16 -> 8", 2 * 60 * 16 * 8)
+    assert last.bytes == 4 * (60 * 16 + 60 * 8 + 16 * 8)
+    assert by_kind["group_norm_silu"].flop == 0
+    # its runs are those of the program
+    for y in made.outputs:
+        y.fill_(float("nan"))
+    made.profile(rounds=1)
+    assert all(torch.equal(y, e) for y, e in zip(made.outputs, expected))
+    assert torch.equal(made(x)[0], expected[0])
