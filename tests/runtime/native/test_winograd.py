@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coalescer_fast.ops import native_library
+from coalescer_fast.ops.abi import cf_form
+from coalescer_fast.runtime.native import forms
+from coalescer_fast.runtime.native.pack import Weights, kernel_order
+from coalescer_fast.runtime.native.program import Program, compile_module
+from coalescer_fast.runtime.native.record import MetaCopy, record_module
+from coalescer_fast.runtime.native.steps import Convolution
+
+from ...helpers.isa import available
+from ...helpers.networks import seeded
+
+pytestmark = pytest.mark.skipif(
+    bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
+)
+
+WINOGRAD = [cf_form.CF_WINOGRAD_2, cf_form.CF_WINOGRAD_4]
+# The root of the mean squared error against float64, relative to that of the outputs. Inputs and weights are rounded to
+# the dtype beforehand, and outputs are float32, so that of bfloat16 it is the error of the integers alone: that of
+# rounding an output to bfloat16 would be 1.7e-3.
+TOLERANCE = {
+    (torch.float32, cf_form.CF_WINOGRAD_2): 2e-6,
+    (torch.float32, cf_form.CF_WINOGRAD_4): 5e-6,
+    (torch.bfloat16, cf_form.CF_WINOGRAD_2): 4e-4,
+    (torch.bfloat16, cf_form.CF_WINOGRAD_4): 1.2e-3,
+}
+
+
+@pytest.fixture(params=available())
+def isa(request):
+    best = native_library.isa()
+    native_library.set_isa(request.param)
+    yield request.param
+    native_library.set_isa(best)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(isa, request):
+    found = getattr(torch, request.param)
+    if found not in native_library.products():
+        pytest.skip(f"{isa} does not multiply {request.param}")
+    return found
+
+
+@pytest.fixture(params=WINOGRAD, ids=lambda form: form.name)
+def form(request, monkeypatch):
+    """The form that is the fastest one whatever the sizes."""
+    monkeypatch.setattr(forms, "seconds", lambda form, *sizes: 0.0 if form == request.param else 1.0)
+    return request.param
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def convolution(channels: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> nn.Conv2d:
+    network = seeded(nn.Conv2d(channels, outputs, 3, padding=1, bias=bias))
+    network.weight.data = network.weight.data.to(dtype).float()
+    return network
+
+
+def rms(x: torch.Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def error(network: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> float:
+    x = x.to(dtype).float()
+    (y,) = compile_module(network, [x], dtype)(x)
+    exact = network.double()(x.double()).detach()
+    network.float()
+    assert y.shape == exact.shape
+    return rms(y - exact) / rms(exact)
+
+
+def forms_of(network: nn.Module, x: torch.Tensor, weights: Weights) -> list[cf_form]:
+    recording = record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.given(x))])
+    forms.choose_forms(recording, weights, lambda value: False)
+    return [step.form for step in recording.steps if isinstance(step, Convolution)]
+
+
+# edges that are no multiple of a tile, fewer channels than a vector, several chunks of channels, several blocks
+SIZES = [
+    (1, 4, 16, 8, 8),
+    (2, 3, 5, 7, 5),
+    (3, 17, 33, 1, 1),
+    (1, 70, 130, 2, 3),
+    (1, 96, 96, 13, 11),
+    (5, 8, 200, 12, 12),
+    (1, 330, 24, 6, 9),
+    (1, 650, 20, 4, 4),
+    (2, 40, 72, 33, 30),
+]
+
+
+@pytest.mark.parametrize(("n", "channels", "outputs", "height", "width"), SIZES)
+def test_sizes(dtype, form, n, channels, outputs, height, width):
+    network = convolution(channels, outputs, dtype)
+    assert error(network, randn(n, channels, height, width), dtype) <= TOLERANCE[dtype, form]
+
+
+@pytest.mark.parametrize("kind", ["off-centre", "an outlier", "outlying channels", "huge", "tiny", "constant", "sparse"])
+def test_numbers(dtype, form, kind):
+    x = randn(2, 64, 14, 13)
+    if kind == "off-centre":
+        x += 1000
+    elif kind == "an outlier":
+        x[0, 3, 5, 5] = 100
+    elif kind == "outlying channels":
+        x[:, ::16] *= 100
+    elif kind == "huge":
+        x *= 1e15
+    elif kind == "tiny":
+        x *= 1e-15
+    elif kind == "constant":
+        x = torch.full_like(x, 3)
+    else:
+        x *= randn(2, 64, 14, 13, seed=1) > 2
+    assert error(convolution(64, 48, dtype, bias=False), x, dtype) <= TOLERANCE[dtype, form]
+
+
+def test_zeros_are_exact(dtype, form):
+    network = convolution(20, 17, dtype)
+    x = torch.zeros(1, 20, 9, 9)
+    (y,) = compile_module(network, [x], dtype)(x)
+    assert torch.equal(y, network.bias.detach()[:, None, None].expand_as(y[0])[None])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["image", "weight"])
+def test_not_finite_numbers_show(dtype, form, bad, where):
+    network, x = convolution(40, 24, dtype), randn(2, 40, 9, 10)
+    if where == "image":
+        x[1, 33, 4, 5] = bad
+    else:
+        network.weight.data[7, 2, 1, 1] = bad
+    (y,) = compile_module(network, [x], dtype)(x)
+    exact = network(x)
+    assert not y[~exact.isfinite()].isfinite().any()
+    if where == "image":
+        assert y[0].isfinite().all()
+
+
+def test_bits_depend_on_an_image_alone(dtype, form):
+    network, x = convolution(48, 80, dtype), randn(7, 48, 19, 18)
+    (alone,) = compile_module(network, [x[3:4]], dtype)(x[3:4])
+    (together,) = compile_module(network, [x], dtype)(x)
+    assert torch.equal(alone[0], together[3])
+
+
+@pytest.mark.parametrize("sides", [(6, 6), (40, 37)])
+def test_bits_do_not_depend_on_threads(dtype, form, sides):
+    network, x = convolution(48, 80, dtype), randn(2, 48, *sides)
+
+    def run(threads: int) -> torch.Tensor:
+        recording = record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.given(x))])
+        made = Program(recording, Weights(dtype), threads)
+        made.inputs[0].copy_(x)
+        made.run()
+        return made.outputs[0].clone()
+
+    expected = run(1)
+    for threads in (2, 3, 8):
+        assert torch.equal(run(threads), expected)
+
+
+class Block(nn.Module):
+    """All that follows or precedes a convolution inside its step."""
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.one = nn.Conv2d(channels, outputs, 3, padding=1)
+        self.two = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.one(x) + row[:, :, None, None])
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+        return self.two(h) + h
+
+
+def test_what_is_joined(dtype, form):
+    network, x, row = seeded(Block(20, 33)), randn(2, 20, 7, 6), randn(2, 33)
+    (y,) = compile_module(network, [x, row], dtype)(x, row)
+    exact = network.double()(x.double(), row.double()).detach()
+    # of bfloat16, images between the two are rounded
+    assert rms(y - exact) / rms(exact) <= (8e-3 if dtype == torch.bfloat16 else 5e-6)
+
+
+class Doubled(nn.Module):
+    def __init__(self, channels: int, outputs: int):
+        super().__init__()
+        self.before = nn.Conv2d(channels, channels, 1)
+        self.after = nn.Conv2d(channels, outputs, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(F.interpolate(self.before(x), scale_factor=2.0, mode="nearest"))
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (5, 7), (8, 4)])
+def test_a_nearest_upsampling_is_read_in_place(dtype, form, sides):
+    network, x = seeded(Doubled(12, 20)), randn(2, 12, *sides)
+    recording = record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.given(x))])
+    forms.choose_forms(recording, Weights(dtype), lambda value: False)
+    assert [type(step) for step in recording.steps] == [Convolution, Convolution]
+    (y,) = compile_module(network, [x], dtype)(x)
+    exact = network.double()(x.double()).detach()
+    assert rms(y - exact) / rms(exact) <= (6e-3 if dtype == torch.bfloat16 else 5e-6)
+
+
+def test_an_upsampling_that_others_read_stays(form):
+    class Both(Doubled):
+        def forward(self, x):
+            h = F.interpolate(self.before(x), scale_factor=2.0, mode="nearest")
+            return self.after(h) + h
+
+    network, x = seeded(Both(12, 12)), randn(1, 12, 5, 4)
+    (y,) = compile_module(network, [x])(x)
+    torch.testing.assert_close(y, network(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "a part"])
+@pytest.mark.parametrize("of", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_weights_do_not_depend_on_their_layout(dtype, form, layout, of):
+    weight = randn(37, 22, 3, 3).to(torch.bfloat16).to(of)
+    expected = kernel_order(weight.float(), dtype, form)
+    if layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif layout == "a part":
+        weight = torch.cat([torch.zeros_like(weight), weight], 1)[:, 22:]
+    assert torch.equal(kernel_order(weight, dtype, form), expected)
+
+
+# The choice
+
+
+def network_of_two() -> nn.Module:
+    return seeded(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 128, 3, padding=1)))
+
+
+def test_the_fastest_form_within_the_memory(monkeypatch):
+    x = randn(1, 64, 16, 16)
+    speeds = {cf_form.CF_DIRECT: 4.0, cf_form.CF_WINOGRAD_2: 2.0, cf_form.CF_WINOGRAD_4: 1.0}
+    monkeypatch.setattr(forms, "seconds", lambda form, dtype, positions, channels, outputs: speeds[form] * outputs)
+
+    def chosen(memory: int | None) -> list[cf_form]:
+        return forms_of(network_of_two(), x, Weights(torch.float32, memory))
+
+    small, large = 64 * 64 * 4, 64 * 128 * 4  # bytes of weights for each tap
+    assert chosen(None) == [cf_form.CF_WINOGRAD_4] * 2
+    assert chosen(0) == [cf_form.CF_DIRECT] * 2
+    # a byte of F(2x2) saves more than one of F(4x4)
+    assert chosen(7 * (small + large)) == [cf_form.CF_WINOGRAD_2] * 2
+    assert chosen(7 * (small + large) + 20 * small) == [cf_form.CF_WINOGRAD_4, cf_form.CF_WINOGRAD_2]
+    assert chosen(27 * (small + large) - 1) != [cf_form.CF_WINOGRAD_4] * 2
+
+
+def test_the_choice_does_not_depend_on_the_batch():
+    weights = Weights(torch.float32)
+    for sides in (4, 16, 64):
+        one, many = (forms_of(network_of_two(), randn(n, 64, sides, sides), weights) for n in (1, 16))
+        assert one == many
+
+
+def test_small_images_are_direct():
+    assert forms_of(network_of_two(), randn(1, 64, 1, 1), Weights(torch.float32)) == [cf_form.CF_DIRECT] * 2
+
+
+@pytest.mark.parametrize("name", available()[1:])
+def test_every_instruction_set_was_measured(name):
+    for dtype in ("float32", *(["bfloat16"] if name == "avx512_bf16" else [])):
+        assert set(forms.speeds(name, dtype)) == set(cf_form)
+        assert all(speed.gflops > 0 for speeds in forms.speeds(name, dtype).values() for speed in speeds)
+
+
+def test_a_stride_or_another_kernel_is_direct(form):
+    network = seeded(nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1)))
+    assert forms_of(network, randn(1, 8, 8, 8), Weights(torch.float32)) == [cf_form.CF_DIRECT] * 2
