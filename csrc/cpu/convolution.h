@@ -260,6 +260,12 @@ struct Convolution {
                 at[m] = p;
                 x[m] = static_cast<const char*>(a.x.data) + origin + p.n * a.x.sample + p.y * a.stride * a.x.row +
                        p.x * a.stride * x_pixel;
+                if (a.residual.data) {  // on its way from memory while the products are made
+                    const char* residual =
+                        address(a.residual, p, y_pixel) + first * W * static_cast<int64_t>(sizeof(T));
+                    for (int64_t line = 0; line < V * W * static_cast<int64_t>(sizeof(T)); line += 64)
+                        __builtin_prefetch(residual + line);
+                }
                 p.next(a.height, a.width);  // counting is cheaper than three divisions a position
             }
             Tile<E> sums;

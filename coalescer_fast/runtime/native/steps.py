@@ -310,7 +310,7 @@ class Convolution(Step):
     def gate_by(self, gate: Gate) -> bool:
         """Make a gate of the two halves of its output a part of the step; returns False if it cannot."""
         half, firsts = self.y.channels // 2, (gate.x_first, gate.gate_first)
-        plain = not self.wide and not self.relu and self.residual is self.row is self.gate is None
+        plain = not (self.wide or self.relu) and self.residual is self.row is None and self.gate is None
         if not plain or self.y.channels % 2 or sorted(firsts) != [0, half] or gate.y.channels != half:
             return False
         self.weight, self.gate, self.y = replace(self.weight, gated=firsts), gate.function, gate.y

@@ -186,3 +186,19 @@ def test_weights_are_left_as_they_are(isa):
 def test_no_weights_are_refused():
     with pytest.raises(RuntimeError, match="cf_cpu_pack reports an argument that it does not take"):
         kernel_order(torch.empty(0, 4, 1, 1), torch.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 13, 32, 37])
+def test_values_and_gates_by_turns(isa, channels):
+    """Half a vector of values, then their gates, with zeros for channels that there are not."""
+    own, half = torch.randn(2 * channels, 6, 1, 1), native_library.vector_width() // 2
+    for firsts in ((0, channels), (channels, 0)):
+        weight = Weight("w", tuple(own.shape), own.stride(), 0, lambda name: own, firsts)
+        found = weight.tensor()
+        assert found.shape[0] == -(-channels // half) * half * 2
+        for row in range(found.shape[0]):
+            turn, lane = divmod(row, half)
+            channel = turn // 2 * half + lane
+            expected = own[firsts[turn % 2] + channel] if channel < channels else torch.zeros_like(own[0])
+            assert torch.equal(found[row], expected)
+        assert weight.key != Weight("w", tuple(own.shape), own.stride(), 0, lambda name: own).key
