@@ -26,7 +26,7 @@ namespace {
 
 inline bool valid(const cf_attention_args& a) {
     return valid_activation(a.dtype) && a.n >= 0 && a.heads >= 1 && a.length >= 1 && a.k_length >= 1 && a.width >= 1 &&
-           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
+           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && valid(a.quantisation) && ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
 }
 
 // The keys or the values of a head as the weights of a product: `columns` outputs in vectors, each the sum of `units`
@@ -143,8 +143,12 @@ struct Attention {
             for (int64_t m = 0; m < count; ++m)
                 for (int64_t j = 0; j < V; ++j) {
                     const int64_t d = (first + j) * W, part = min(a.width - d, W);
-                    T* to = static_cast<T*>(a.y) + ((n * a.length + i + m) * a.heads + h) * a.width + d;
-                    store_some(to, sums[m][j] * inverse[m], part);
+                    const int64_t row = (n * a.length + i + m) * a.heads * a.width, c = h * a.width + d;
+                    const vf value = sums[m][j] * inverse[m];
+                    if (a.quantisation.inverse)
+                        Row<uint8_t>{static_cast<uint8_t*>(a.y) + row, a.quantisation}.some(c, value, part);
+                    else
+                        store_some(static_cast<T*>(a.y) + row + c, value, part);
                 }
         }
     }

@@ -36,11 +36,14 @@ from ...ops.abi import (
 from ...ops.kernels.dual_head.native import cf_dual_head_args
 from ...ops.kernels.group_norm_silu.native import cf_group_norm_silu_args
 from .pack import Packer, Weight, address, image, tensor4
-from .value import BYTES, Unsupported, Value
+from .value import BYTES, Range, Unsupported, Value
 
 if TYPE_CHECKING:
     from .program import Layout
     from .record import Recorder
+
+# Of a product in 8 bits: the least channels and outputs, and the least outputs times taps for which the input is copied.
+CHANNELS, COPY = 16, 256
 
 aten = torch.ops.aten
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -129,10 +132,6 @@ class Step:
     def values(self) -> list[Value]:
         return [*self.outputs, *self.inputs]
 
-    def reads_uint8(self, value: Value) -> bool:
-        """Whether this input may be uint8."""
-        return False
-
     def wants_float32(self, value: Value) -> bool:
         """Whether it reads this input in float32, whatever the program's dtype."""
         return False
@@ -171,6 +170,7 @@ class cf_convolution_args(Struct):
         ("stride", c_int64),
         ("padding", c_int64),
         ("relu", c_int64),
+        ("quantisation", cf_quantisation),
     ]
 
 
@@ -191,12 +191,15 @@ class Convolution(Step):
 
     A linear layer is a 1x1 convolution. Weight (Cout, Cin, k, k) and bias (Cout,) are the module's own; row is (n,
     Cout). ``padding`` is the number of zeros above and left of x; below and right of it there are as many as are read.
+
+    Attributes:
+        range: what x may be, if the program multiplies in 8 bits here.
     """
 
     name = "CONVOLUTION"
     number = 0
     struct = cf_convolution_args
-    widens = writes_border = reads_border = True
+    widens = writes_border = reads_border = writes_uint8 = True
 
     x: Value
     y: Value
@@ -207,6 +210,7 @@ class Convolution(Step):
     stride: int = 1
     padding: int = 0
     relu: bool = False
+    range: Range | None = None
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
@@ -233,11 +237,34 @@ class Convolution(Step):
         """Whether it is 3x3: it then reads beyond the edges of x, which needs a border."""
         return self.weight.shape[2] == 3
 
-    def reads_uint8(self, value: Value) -> bool:
-        return self.wide and value is not self.residual and value is not self.row
+    @property
+    def reads_uint8(self) -> bool:
+        """Whether it is to multiply in 8 bits, where the program may. benchmarks/quality/int8.py measures what that costs.
+
+        Products of a program's inputs stay in floating point: the first convolution of a UNet costs more error than all
+        others together, and the range of an input is up to whoever calls. So is that of what attention makes of an
+        input, such as a description. What is little work stays, too: products of vectors or of a few channels, as that
+        of the last convolution.
+        """
+        if self.wide and self.stride == 1 and not isinstance(self.x.step, GroupNormSiLU):
+            return False
+        outputs, channels = self.weight.shape[:2]
+        vectors = self.x.height * self.x.width == 1
+        return min(outputs, channels) >= CHANNELS and channels % 4 == 0 and not vectors and not _is_given(self.x)
+
+    @property
+    def pays_for_a_copy(self) -> bool:
+        """Whether 8 bits save more time than a copy of x in 8 bits takes."""
+        outputs, _, height, width = self.weight.shape
+        return outputs * height * width >= COPY
 
     def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]
+        self.residual = layout.in_dtype(self.residual, layout.dtype if self.y.dtype == torch.uint8 else self.y.dtype)
+        self.row = layout.in_dtype(self.row, torch.float32)
+        if self.range is not None and x.range is not self.range:
+            self.x = layout.copy(x, torch.uint8, int(self.wide), range=self.range)
+            return
         padded = -(-x.channels // lanes) * lanes
         # A copy costs a pass through memory: whatever writes x should write the border and the padding, if it can and
         # nobody is disturbed by them.
@@ -249,13 +276,11 @@ class Convolution(Step):
         able = x.dtype in (layout.dtype, torch.uint8) and x.padded % lanes == 0 and (x.border or not self.wide)
         if not able:
             self.x = layout.copy(x, layout.dtype, int(self.wide), padded)
-        self.residual = layout.in_dtype(self.residual, self.y.dtype)
-        self.row = layout.in_dtype(self.row, torch.float32)
 
     def arguments(self, packer: Packer) -> Struct:
         x, y, bias, scale = self.x, self.y, self.bias, None
-        if x.range is not None:
-            weight, scale, added = packer.weights.quantise(self.weight, x.range)
+        if self.range is not None:
+            weight, scale, added = packer.weights.quantise(self.weight, self.range)
             bias = added if bias is None else bias.float() + added
         else:
             weight = packer.weights.pack(self.weight)
@@ -276,6 +301,7 @@ class Convolution(Step):
             stride=self.stride,
             padding=self.padding,
             relu=self.relu,
+            quantisation=packer.quantisation(y),
         )
 
     @staticmethod
@@ -383,11 +409,7 @@ class GroupNormSiLU(Step):
         self.skip = layout.in_dtype(self.skip, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
-        x, y, quantisation = self.x, self.y, None
-        if y.range is not None:
-            step_size, zero = y.range.quantisation()
-            inverse = packer.keep(1 / step_size)
-            quantisation = cf_quantisation(inverse=inverse, zero=packer.keep(zero.to(torch.uint8)))
+        x, y = self.x, self.y
         norm = cf_group_norm_silu_args(
             x=x.address,
             skip=address(self.skip),
@@ -410,7 +432,7 @@ class GroupNormSiLU(Step):
             threads=packer.threads,
             eps=self.eps,
         )
-        return cf_group_norm_image_args(norm=norm, y=image(y), width=y.width, quantisation=quantisation)
+        return cf_group_norm_image_args(norm=norm, y=image(y), width=y.width, quantisation=packer.quantisation(y))
 
     @staticmethod
     def _film(value: Value | None) -> cf_vector | None:
@@ -483,6 +505,7 @@ class cf_gather_args(Struct):
         ("y_channels", c_int64),
         ("from_height", c_int64),
         ("from_width", c_int64),
+        ("quantisation", cf_quantisation),
         ("y_scale", c_double),
         ("x_scale", c_double),
     ]
@@ -502,7 +525,7 @@ class Gather(Step):
     name = "GATHER"
     number = 2
     struct = cf_gather_args
-    writes_border = reads_border = writes_padding = True
+    writes_border = reads_border = writes_padding = writes_uint8 = True
 
     x: Value
     y: Value
@@ -534,6 +557,7 @@ class Gather(Step):
             y_channels=y.padded,
             from_height=x.height,
             from_width=x.width,
+            quantisation=packer.quantisation(y),
             y_scale=self.scales[0] or x.height / y.height,
             x_scale=self.scales[1] or x.width / y.width,
         )
@@ -605,6 +629,7 @@ class cf_attention_args(Struct):
         ("length", c_int64),
         ("k_length", c_int64),
         ("width", c_int64),
+        ("quantisation", cf_quantisation),
         ("scale", c_double),
     ]
 
@@ -638,6 +663,7 @@ class Attention(Step):
     name = "ATTENTION"
     number = 3
     struct = cf_attention_args
+    writes_uint8 = True
 
     q: Value
     k: Value
@@ -675,12 +701,13 @@ class Attention(Step):
             bias=None if self.bias is None or self.bias_view is None else self.bias_view.pack(self.bias),
             mask=address(self.mask),
             y=self.y.address,
-            dtype=self.y.code,
+            dtype=self.q.code,
             n=self.y.n,
             heads=self.heads,
             length=self.length,
             k_length=self.k_length,
             width=self.width,
+            quantisation=packer.quantisation(self.y),
             scale=self.scale,
         )
 
@@ -811,6 +838,7 @@ class cf_layer_norm_args(Struct):
         ("channels", c_int64),
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("quantisation", cf_quantisation),
         ("eps", c_double),
     ]
 
@@ -825,6 +853,7 @@ class LayerNorm(Step):
     name = "LAYER_NORM"
     number = 5
     struct = cf_layer_norm_args
+    writes_uint8 = True
 
     x: Value
     y: Value
@@ -849,6 +878,7 @@ class LayerNorm(Step):
             channels=channels,
             weight=packer.floats(ones if self.weight is None else self.weight),
             bias=packer.floats(zeros if self.bias is None else self.bias),
+            quantisation=packer.quantisation(self.y),
             eps=self.eps,
         )
 
@@ -884,6 +914,7 @@ class cf_gate_args(Struct):
         ("value_stride", c_int64),
         ("gate_stride", c_int64),
         ("function", c_int64),
+        ("quantisation", cf_quantisation),
     ]
 
 
@@ -894,6 +925,7 @@ class Gate(Step):
     name = "GATE"
     number = 6
     struct = cf_gate_args
+    writes_uint8 = True
 
     x: Value
     gate: Value
@@ -920,6 +952,7 @@ class Gate(Step):
             value_stride=x.channels,
             gate_stride=gate.channels,
             function=self.function,
+            quantisation=packer.quantisation(self.y),
         )
 
     @staticmethod
@@ -1311,6 +1344,14 @@ def _record_rows(recorder: Recorder, result: Tensor, input: Tensor, other: Tenso
     if input.shape != result.shape:
         raise Unsupported(f"it broadcasts {tuple(input.shape)} and {tuple(other.shape)}")
     record(recorder, result, recorder.whole(input), recorder.row_of(other, input))
+
+
+def _is_given(value: Value) -> bool:
+    """Whether it is an input, a copy or concatenation of inputs, or what attention gives of the values of an input."""
+    if isinstance(value.step, Attention):
+        v = value.step.v.step
+        return isinstance(v, Convolution) and _is_given(v.x)
+    return value.step is None or (isinstance(value.step, Gather) and all(map(_is_given, value.step.inputs)))
 
 
 def _function_of(value: Value) -> cf_function | None:
