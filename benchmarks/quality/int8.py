@@ -1,6 +1,6 @@
 """What 8 bits cost, kind of product by kind, on a small UNet of Stable Diffusion's structure that was trained a little.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.quality.int8 --data emoji_32.npz --out runs/int8
+OMP_NUM_THREADS=1 python -m benchmarks.quality.int8 --data emoji_32.npz --out runs/int8
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ namespace {
 
 inline bool valid(const cf_attention_args& a) {
     return valid_activation(a.dtype) && a.n >= 0 && a.heads >= 1 && a.length >= 1 && a.k_length >= 1 && a.width >= 1 &&
-           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && valid(a.quantisation) && ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
+           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && valid(a.quantisation) &&
+           ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
 }
 
 // The keys or the values of a head as the weights of a product: `columns` outputs in vectors, each the sum of `units`

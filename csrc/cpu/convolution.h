@@ -53,11 +53,12 @@ inline bool valid(const cf_convolution_args& a) {
     const int64_t size = integers ? 1 : (a.x.dtype == CF_BFLOAT16 ? 2 : 4);
     return (integers || valid_activation(a.x.dtype)) &&
            (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : (quantised || valid_activation(a.y.dtype))) &&
-           valid(a.quantisation, quantised) && valid(a.x, a.n) &&
-           valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
-           a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
-           a.stride >= 1 && (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
-           (!a.residual.data || (valid(a.residual, a.n) && a.residual.dtype == (quantised ? CF_BFLOAT16 : a.y.dtype))) &&
+           valid(a.quantisation, quantised) && valid(a.x, a.n) && valid(a.y, a.n) && a.n >= 0 && a.height >= 1 &&
+           a.width >= 1 && a.channels >= 1 && a.channels * size % 4 == 0 && a.outputs >= 1 &&
+           (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) && a.stride >= 1 &&
+           (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
+           (!a.residual.data ||
+            (valid(a.residual, a.n) && a.residual.dtype == (quantised ? CF_BFLOAT16 : a.y.dtype))) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
 }
 
@@ -205,7 +206,8 @@ struct Convolution {
             share_positions(threads, x_bytes);
         else
             share_weights(threads);
-        for (int64_t n = 0; n < a.n && a.y.border; ++n) write_border(a.y, n, a.height, a.width, y_pixel, a.quantisation.zero);
+        for (int64_t n = 0; n < a.n && a.y.border; ++n)
+            write_border(a.y, n, a.height, a.width, y_pixel, a.quantisation.zero);
         return CF_OK;
     }
 

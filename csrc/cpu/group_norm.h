@@ -42,8 +42,8 @@ inline bool valid(const cf_group_norm_silu_args& a) {
 inline bool valid(const cf_group_norm_image_args& a) {
     const bool quantised = a.y.dtype == CF_UINT8;
     return valid(a.norm) && valid_activation(a.norm.dtype) && valid(a.y, a.norm.n) &&
-           (quantised || a.y.dtype == a.norm.dtype) && valid(a.quantisation, quantised) && (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 &&
-           a.norm.spatial % a.width == 0;
+           (quantised || a.y.dtype == a.norm.dtype) && valid(a.quantisation, quantised) &&
+           (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 && a.norm.spatial % a.width == 0;
 }
 
 // Elements below which a second thread costs more than it saves, where it starts once (`blocks`) or twice

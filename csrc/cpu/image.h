@@ -19,9 +19,9 @@ inline bool valid(const cf_gather_args& a) {
         if (!valid(a.parts[i]) || a.channels[i] < 0 || (a.channels[i] > 0 && !a.parts[i].data && a.n != 0))
             return false;
     const bool quantised = a.y.dtype == CF_UINT8;
-    return (quantised || valid_activation(a.y.dtype)) && valid(a.quantisation, quantised) && valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 &&
-           a.from_height >= 1 && a.from_width >= 1 && a.y_scale >= 0 && a.x_scale >= 0 && a.y_channels >= 1 &&
-           a.channels[0] + a.channels[1] <= a.y_channels;
+    return (quantised || valid_activation(a.y.dtype)) && valid(a.quantisation, quantised) && valid(a.y, a.n) &&
+           a.n >= 0 && a.height >= 1 && a.width >= 1 && a.from_height >= 1 && a.from_width >= 1 && a.y_scale >= 0 &&
+           a.x_scale >= 0 && a.y_channels >= 1 && a.channels[0] + a.channels[1] <= a.y_channels;
 }
 
 struct Position {

@@ -66,8 +66,8 @@ int layer_norm_typed(const cf_layer_norm_args& a, int64_t threads) {
 
 inline int layer_norm(const cf_layer_norm_args& a, int64_t threads) {
     return with_activation(a.dtype, [&](auto x) {
-        return with_stored<decltype(x)>(
-            a.quantisation, [&](auto y) { return layer_norm_typed<decltype(x), decltype(y)>(a, threads); });
+        return with_stored<decltype(x)>(a.quantisation,
+                                        [&](auto y) { return layer_norm_typed<decltype(x), decltype(y)>(a, threads); });
     });
 }
 
@@ -140,8 +140,8 @@ int gate_typed(const cf_gate_args& a, int64_t threads) {
 
 inline int gate(const cf_gate_args& a, int64_t threads) {
     return with_activation(a.dtype, [&](auto x) {
-        return with_stored<decltype(x)>(
-            a.quantisation, [&](auto y) { return gate_typed<decltype(x), decltype(y)>(a, threads); });
+        return with_stored<decltype(x)>(a.quantisation,
+                                        [&](auto y) { return gate_typed<decltype(x), decltype(y)>(a, threads); });
     });
 }
 

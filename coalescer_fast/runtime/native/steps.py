@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .program import Layout
     from .record import Recorder
 
-# Of a product in 8 bits: the least channels and outputs, and the least outputs times taps for which the input is copied.
+# Of a product in 8 bits: the least channels and outputs, and the least outputs times taps with which x may be copied.
+# With about 100 of them, a copy takes as long as 8 bits save.
 CHANNELS, COPY = 16, 256
 
 aten = torch.ops.aten
@@ -239,7 +240,7 @@ class Convolution(Step):
 
     @property
     def reads_uint8(self) -> bool:
-        """Whether it is to multiply in 8 bits, where the program may. benchmarks/quality/int8.py measures what that costs.
+        """Whether it is to multiply in 8 bits, where a program may; benchmarks/quality/int8.py has what it costs.
 
         Products of a program's inputs stay in floating point: the first convolution of a UNet costs more error than all
         others together, and the range of an input is up to whoever calls. So is that of what attention makes of an
@@ -1349,8 +1350,8 @@ def _record_rows(recorder: Recorder, result: Tensor, input: Tensor, other: Tenso
 def _is_given(value: Value) -> bool:
     """Whether it is an input, a copy or concatenation of inputs, or what attention gives of the values of an input."""
     if isinstance(value.step, Attention):
-        v = value.step.v.step
-        return isinstance(v, Convolution) and _is_given(v.x)
+        v = value.step.v
+        return _is_given(v.step.x if isinstance(v.step, Convolution) else v)
     return value.step is None or (isinstance(value.step, Gather) and all(map(_is_given, value.step.inputs)))
 
 
