@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from .program import Layout
     from .record import Recorder
 
-# Of a product in 8 bits: the least channels and outputs, and the least outputs times taps with which x may be copied.
-# With about 100 of them, a copy takes as long as 8 bits save.
-CHANNELS, COPY = 16, 256
+CHANNELS = 16  # the least channels and outputs of a product in 8 bits
 
 aten = torch.ops.aten
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -242,22 +240,24 @@ class Convolution(Step):
     def reads_uint8(self) -> bool:
         """Whether it is to multiply in 8 bits, where a program may; benchmarks/quality/int8.py has what it costs.
 
-        Products of a program's inputs stay in floating point: the first convolution of a UNet costs more error than all
-        others together, and the range of an input is up to whoever calls. So is that of what attention makes of an
-        input, such as a description. What is little work stays, too: products of vectors or of a few channels, as that
-        of the last convolution.
+        What costs most error stays in floating point. That is the product of a program's inputs, as the first
+        convolution of a UNet: half of all error, and an input's range is up to whoever calls. So is the range of what
+        attention makes of an input, such as a description. Then the shortcuts of residual blocks, which read what was
+        concatenated, or what others read, too: see `pays_for_a_copy`. Products of vectors or of a few channels, as that
+        of the last convolution, are little work. A 3x3 convolution of stride 1 multiplies normalised images in 8 bits.
         """
-        if self.wide and self.stride == 1 and not isinstance(self.x.step, GroupNormSiLU):
-            return False
         outputs, channels = self.weight.shape[:2]
-        vectors = self.x.height * self.x.width == 1
-        return min(outputs, channels) >= CHANNELS and channels % 4 == 0 and not vectors and not _is_given(self.x)
+        little = self.x.height * self.x.width == 1 or min(outputs, channels) < CHANNELS
+        if little or channels % 4 or _is_given(self.x):
+            return False
+        if self.wide and self.stride == 1:  # here, for any form of convolution that is faster and more exact
+            return isinstance(self.x.step, GroupNormSiLU)
+        return self.wide or not isinstance(self.x.step, Gather)
 
     @property
     def pays_for_a_copy(self) -> bool:
-        """Whether 8 bits save more time than a copy of x in 8 bits takes."""
-        outputs, _, height, width = self.weight.shape
-        return outputs * height * width >= COPY
+        """Whether x is copied in 8 bits, if others read it, too: that of a 1x1 shortcut is not worth its error."""
+        return self.wide
 
     def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]

@@ -599,8 +599,8 @@ class Read(nn.Module):
 
 
 @needs_int8
-@pytest.mark.parametrize(("outputs", "stride", "copied"), [(256, 1, True), (32, 1, False), (32, 2, True)])
-def test_what_others_read_too_is_copied_in_8_bits_for_a_large_product(outputs, stride, copied):
+@pytest.mark.parametrize(("outputs", "stride", "copied"), [(256, 1, False), (32, 2, True)])
+def test_what_others_read_too_is_copied_in_8_bits_for_a_strided_convolution(outputs, stride, copied):
     network, x = rounded(seeded(Read(outputs, stride)), torch.bfloat16), randn(2, 16, 8, 6).bfloat16().float()
     ranges = observed(network, x)
     assert len(ranges) == copied
