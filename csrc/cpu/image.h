@@ -3,6 +3,9 @@
 // A 3x3 convolution reads a position's neighbours, and at an edge there are none. Instead of testing for edges in its
 // inner loop, whoever writes an image that such a convolution will read writes a border of zeros around it: one
 // position on every side. In 8 bits the border holds the code of zero.
+//
+// A step whose result products will read in 8 bits writes the codes itself (`Row`): numbers are quantised once, while they
+// are in a register, and a quarter or half of the bytes is written.
 #pragma once
 
 #include <math.h>
