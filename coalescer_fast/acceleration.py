@@ -135,9 +135,9 @@ def accelerate(
     **A CoalescerPipeline** runs on one of these:
 
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size
-      and resolution. Nothing is compiled, no package is needed. With int8 the 3x3 convolutions of normalised images
-      multiply 8-bit integers, their ranges found here on ``prompts`` (a few dozen known names); it needs AVX2
-      or AVX-512.
+      and resolution. Nothing is compiled, no package is needed. With int8 most products of the UNet
+      multiply 8-bit integers, their ranges found here on ``prompts`` (a few dozen known names); it needs AVX2 or
+      AVX-512.
     - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size,
       resolution, step count and use of guidance, captured at the first call of its kind; calls with a callback or a
       trace go step by step.
@@ -182,7 +182,7 @@ def accelerate(
         artefact: a folder that `coalescer-export` wrote, to run it instead of the pipeline's own networks.
         prompts: of a pipeline with int8, what its ranges are found with; there is a default.
         inputs: of a module with int8, what its ranges are found with: the arguments of some calls, each a tuple or a
-            dict. Images of another size get ranges of their own, of the same inputs resized.
+            dict. The ranges serve images of all sizes.
         keep_weights: False frees the weights of modules as they are packed, so that each is in memory once. The modules
             can then neither be restored nor copied or saved.
         cache: a folder where packed weights are kept for the next process, which maps them into its memory.

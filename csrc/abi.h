@@ -191,8 +191,8 @@ enum cf_function {
  * and their gates, with zeros for the channels that y does not have. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
-    cf_image residual; /* of y's shape and dtype, or data null */
-    cf_image y;        /* float32 or bfloat16 */
+    cf_image residual; /* of y's shape and dtype, for a quantised y bfloat16, or data null */
+    cf_image y;        /* float32 or bfloat16, or uint8 if x is not float32 */
     const void* weight;
     const float* bias;                            /* (outputs) */
     const float* scale;                           /* (outputs), of the integer sums, for uint8; else null */
@@ -202,17 +202,19 @@ typedef struct {
     int64_t outputs, taps, stride, padding, relu; /* outputs: channels of y */
     int64_t form;     /* of cf_form; others than CF_DIRECT for 3x3 with stride 1 and padding 1, and x not of uint8 */
     int64_t doubling; /* 1: position (i, j) of x stands for (2 i, 2 j) to (2 i + 1, 2 j + 1); not in CF_DIRECT */
-    int64_t gated, function; /* function: of cf_function, if gated is 1 */
+    int64_t gated, function;      /* function: of cf_function, if gated is 1 */
+    cf_quantisation quantisation; /* of y */
 } cf_convolution_args;
 
 /* y = cat(parts, 1), resized to the nearest position: position i of y is position floor(i * scale) of the parts, and
  * their last at most, along both axes, in float32 as torch has it. Converted to y's dtype. y may have more channels than
- * the parts; these are zero. */
+ * the parts; these are zero, in 8 bits the code of zero. */
 typedef struct {
     cf_tensor4 parts[2]; /* (n, channels, from_height, from_width), any strides; the second may be null */
     int64_t channels[2];
     cf_image y;
     int64_t n, height, width, y_channels, from_height, from_width;
+    cf_quantisation quantisation; /* of y, for all of its channels */
     double y_scale, x_scale;
 } cf_gather_args;
 
@@ -227,20 +229,22 @@ typedef struct {
     cf_heads q, k, v;
     cf_heads bias;       /* float32, (n, heads, length, k_length) with any strides but the last, or data null */
     const uint8_t* mask; /* (n, k_length), or null; without keys, y is 0 */
-    void* y;             /* (n, length, heads * width) */
+    void* y;             /* (n, length, heads * width), uint8 if it is quantised */
     int64_t dtype;       /* float32 or bfloat16 */
     int64_t n, heads, length, k_length;
-    int64_t width; /* a multiple of 4 bytes */
+    int64_t width;                /* a multiple of 4 bytes */
+    cf_quantisation quantisation; /* of y */
     double scale;
 } cf_attention_args;
 
 /* y = (x - mean) / sqrt(var + eps) * weight + bias over the channels of every row. */
 typedef struct {
     const void* x; /* (rows, channels) */
-    void* y;
+    void* y;       /* of x's dtype, or uint8 if it is quantised */
     int64_t dtype; /* float32 or bfloat16 */
     int64_t rows, channels;
     const float *weight, *bias;
+    cf_quantisation quantisation; /* of y */
     double eps;
 } cf_layer_norm_args;
 
@@ -248,9 +252,10 @@ typedef struct {
  * gate_stride. */
 typedef struct {
     const void *value, *gate;
-    void* y;       /* (rows, channels) */
+    void* y;       /* (rows, channels), uint8 if it is quantised */
     int64_t dtype; /* float32 or bfloat16 */
     int64_t rows, channels, value_stride, gate_stride, function;
+    cf_quantisation quantisation; /* of y */
 } cf_gate_args;
 
 /* y = function(x * x_scale + x_shift) * y_scale + y_shift + residual, element by element. */

@@ -35,7 +35,8 @@ namespace {
 
 inline bool valid(const cf_attention_args& a) {
     return valid_activation(a.dtype) && a.n >= 0 && a.heads >= 1 && a.length >= 1 && a.k_length >= 1 && a.width >= 1 &&
-           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
+           (a.dtype == CF_FLOAT32 || a.width % 2 == 0) && valid(a.quantisation) &&
+           ((a.q.data && a.k.data && a.v.data && a.y) || a.n == 0);
 }
 
 // How the keys of a head are cut into `count` blocks of `size`, a whole number of vectors; the last may be smaller. A
@@ -88,14 +89,14 @@ struct Attention {
     const float scale = static_cast<float>(a.scale * 1.4426950408889634);
 
     // What is known of a row of queries after some blocks of keys.
-    struct Row {
+    struct Running {
         vf total;    // sums of its weights
         float most;  // its largest score
     };
 
     // A thread's memory.
     struct Scratch {
-        Row* rows;
+        Running* rows;
         float *sums, *scores;  // sums: of the weights times the values
         T* weights;
     };
@@ -110,12 +111,12 @@ struct Attention {
         });
         const int64_t sums_row = v_vectors * W;
         const size_t rows = TILES * MAX_POSITIONS,
-                     row_bytes = sizeof(Row) + static_cast<size_t>(sums_row) * sizeof(float),
+                     row_bytes = sizeof(Running) + static_cast<size_t>(sums_row) * sizeof(float),
                      score_bytes = static_cast<size_t>(row) * (sizeof(float) + sizeof(T));
         return parallel_for_with_scratch(heads * tiles, threads, rows * row_bytes + MAX_POSITIONS * score_bytes,
                                          [&](void* memory, int64_t begin, int64_t end) {
                                              Scratch s;
-                                             s.rows = static_cast<Row*>(memory);
+                                             s.rows = static_cast<Running*>(memory);
                                              s.sums = reinterpret_cast<float*>(s.rows + rows);
                                              s.scores = s.sums + rows * sums_row;
                                              s.weights = reinterpret_cast<T*>(s.scores + MAX_POSITIONS * row);
@@ -219,12 +220,16 @@ struct Attention {
                 for (int64_t j = 0; j < V; ++j) {
                     float* sums = s.sums + (m * v_vectors + first + j) * W;
                     const vf value = block ? fma(load(sums), broadcast(factor[m]), products[m][j]) : products[m][j];
-                    const int64_t d = (first + j) * W;
-                    T* to = static_cast<T*>(a.y) + ((n * a.length + i + m) * a.heads + h) * a.width + d;
-                    if (last)
-                        store_some(to, value * inverse[m], min(a.width - d, W));
-                    else
+                    if (!last) {
                         store(sums, value);
+                        continue;
+                    }
+                    const int64_t d = (first + j) * W, part = min(a.width - d, W);
+                    const int64_t to = (n * a.length + i + m) * a.heads * a.width, c = h * a.width + d;
+                    if (a.quantisation.inverse)
+                        Row<uint8_t>{static_cast<uint8_t*>(a.y) + to, a.quantisation}.some(c, value * inverse[m], part);
+                    else
+                        store_some(static_cast<T*>(a.y) + to + c, value * inverse[m], part);
                 }
         }
     }
@@ -246,7 +251,7 @@ struct Attention {
 
     // weights = 2^(scores - the row's largest score until now), 0 for keys that are masked. Returns what the row's sums
     // have to be multiplied by.
-    static float weigh(const float* scores, int64_t vectors, T* weights, Row& known) {
+    static float weigh(const float* scores, int64_t vectors, T* weights, Running& known) {
         vf most = broadcast(known.most);
         for (int64_t i = 0; i < vectors; ++i) most = larger(load(scores + i * W), most);
         float factor = 1;

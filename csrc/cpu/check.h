@@ -21,5 +21,9 @@ inline bool valid(const cf_image& image, int64_t n) {
     return (image.data || n == 0) && (image.border == 0 || image.border == 1);
 }
 
+// Both arrays of it are given, or neither is; both for what is `quantised`.
+inline bool valid(const cf_quantisation& q) { return !q.inverse == !q.zero; }
+inline bool valid(const cf_quantisation& q, bool quantised) { return valid(q) && quantised == !!q.inverse; }
+
 }  // namespace
 }  // namespace cf

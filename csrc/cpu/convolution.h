@@ -59,17 +59,20 @@ namespace cf {
 namespace {
 
 inline bool valid(const cf_convolution_args& a) {
-    const bool integers = a.x.dtype == CF_UINT8;
+    const bool integers = a.x.dtype == CF_UINT8, quantised = a.y.dtype == CF_UINT8;
     const int64_t size = integers ? 1 : (a.x.dtype == CF_BFLOAT16 ? 2 : 4);
     return (integers || valid_activation(a.x.dtype)) &&
-           (a.x.dtype == CF_FLOAT32 ? a.y.dtype == CF_FLOAT32 : valid_activation(a.y.dtype)) && valid(a.x, a.n) &&
-           valid(a.y, a.n) && a.n >= 0 && a.height >= 1 && a.width >= 1 && a.channels >= 1 &&
-           a.channels * size % 4 == 0 && a.outputs >= 1 && (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
+           (a.x.dtype == CF_FLOAT32 ? quantised || a.y.dtype == CF_FLOAT32
+                                    : quantised || valid_activation(a.y.dtype)) &&
+           valid(a.quantisation, quantised) && valid(a.x, a.n) && valid(a.y, a.n) && a.n >= 0 && a.height >= 1 &&
+           a.width >= 1 && a.channels >= 1 && a.channels * size % 4 == 0 && a.outputs >= 1 &&
+           (a.taps == 1 || (a.taps == 9 && a.x.border == 1)) &&
            (a.form == CF_DIRECT ? !a.doubling
-                                : (a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && a.taps == 9 &&
-                                      a.stride == 1 && a.padding == 1) &&
+                                : (a.form == CF_WINOGRAD_2 || a.form == CF_WINOGRAD_4) && !integers && !quantised &&
+                                      a.taps == 9 && a.stride == 1 && a.padding == 1) &&
            a.stride >= 1 && (a.padding == 0 || (a.padding == 1 && a.taps == 9)) && a.weight && integers == !!a.scale &&
-           (!a.residual.data || (valid(a.residual, a.n) && a.residual.dtype == a.y.dtype)) &&
+           (!a.residual.data || (valid(a.residual, a.n) &&
+                                 (quantised ? valid_activation(a.residual.dtype) : a.residual.dtype == a.y.dtype))) &&
            (!a.gated || (a.taps == 1 && !a.relu && !a.row && !a.residual.data && valid_function(a.function))) &&
            (!integers || a.channels * a.taps <= INT32_MAX / (255 * 128));  // a sum of more might not fit
 }
@@ -212,12 +215,13 @@ struct Blocks : EqualBlocks {
     explicit Blocks(int64_t vectors) : EqualBlocks(vectors, MAX_VECTORS) {}
 };
 
-// E: the elements that are multiplied; T: those of y and residual.
-template <class E, class T>
+// E: the elements that are multiplied; T: those of the residual; Y: those of y, the same or, quantised, uint8.
+template <class E, class T, class Y = T>
 struct Convolution {
     const cf_convolution_args& a;
     const int64_t x_pixel = a.channels * static_cast<int64_t>(sizeof(E));  // bytes of a position
-    const int64_t y_pixel = a.outputs * static_cast<int64_t>(sizeof(T));
+    const int64_t y_pixel = a.outputs * static_cast<int64_t>(sizeof(Y));
+    const int64_t residual_pixel = a.outputs * static_cast<int64_t>(sizeof(T));
     // A kernel's row is one piece of the image: its three taps lie behind one another, in the weights as well.
     const int64_t pieces = a.taps == 9 ? 3 : 1, units = a.taps / pieces * x_pixel / 4;
     const int64_t offsets[3] = {0, a.x.row, 2 * a.x.row};
@@ -235,7 +239,8 @@ struct Convolution {
             for (int64_t thread = begin; thread < end; ++thread)
                 sharing.each(thread, [&](const Rectangle& r) { run_rectangle(r, chunk); });
         });
-        for (int64_t n = 0; n < a.n && a.y.border; ++n) write_border(a.y, n, a.height, a.width, y_pixel, nullptr);
+        for (int64_t n = 0; n < a.n && a.y.border; ++n)
+            write_border(a.y, n, a.height, a.width, y_pixel, a.quantisation.zero);
         return CF_OK;
     }
 
@@ -287,7 +292,7 @@ struct Convolution {
             value = a.scale ? fma(value, scale, bias) : value + bias;
             if (a.row) value += load_some(a.row + at[m].n * a.outputs + c, part);
             if (a.residual.data)
-                value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], y_pixel)) + c, part);
+                value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], residual_pixel)) + c, part);
             if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
             write(at[m], c, value, part);
         }
@@ -314,20 +319,27 @@ struct Convolution {
     }
 
     void write(const Position& at, int64_t c, vf value, int64_t count) const {
-        store_some(reinterpret_cast<T*>(address(a.y, at, y_pixel)) + c, value, count);
+        Row<Y>{reinterpret_cast<Y*>(address(a.y, at, y_pixel)), a.quantisation}.some(c, value, count);
     }
 };
 
 inline int convolution(const cf_convolution_args& a, int64_t threads) {
-    if (a.x.dtype == CF_FLOAT32) return Convolution<float, float>{a}.run(threads);
-    [[maybe_unused]] const bool wide = a.y.dtype == CF_FLOAT32;
+    if (a.x.dtype == CF_FLOAT32)
+        return a.y.dtype == CF_UINT8 ? Convolution<float, float, uint8_t>{a}.run(threads)
+                                     : Convolution<float, float>{a}.run(threads);
+    [[maybe_unused]] const auto run = [&](auto type) {
+        typedef decltype(type) E;
+        if (a.y.dtype == CF_UINT8)
+            return a.residual.dtype == CF_BFLOAT16 ? Convolution<E, bfloat, uint8_t>{a}.run(threads)
+                                                   : Convolution<E, float, uint8_t>{a}.run(threads);
+        if (a.y.dtype == CF_FLOAT32) return Convolution<E, float>{a}.run(threads);
+        return Convolution<E, bfloat>{a}.run(threads);
+    };
 #if defined(__AVX512BF16__)
-    if (a.x.dtype == CF_BFLOAT16)
-        return wide ? Convolution<bfloat, float>{a}.run(threads) : Convolution<bfloat, bfloat>{a}.run(threads);
+    if (a.x.dtype == CF_BFLOAT16) return run(bfloat{});
 #endif
 #if CF_WIDTH >= 8
-    if (a.x.dtype == CF_UINT8)
-        return wide ? Convolution<uint8_t, float>{a}.run(threads) : Convolution<uint8_t, bfloat>{a}.run(threads);
+    if (a.x.dtype == CF_UINT8) return run(uint8_t{});
 #endif
     return CF_INVALID_ARGUMENT;  // the instruction set does not multiply them: see cf_cpu_products
 }

@@ -42,9 +42,8 @@ inline bool valid(const cf_group_norm_silu_args& a) {
 inline bool valid(const cf_group_norm_image_args& a) {
     const bool quantised = a.y.dtype == CF_UINT8;
     return valid(a.norm) && valid_activation(a.norm.dtype) && valid(a.y, a.norm.n) &&
-           (quantised || a.y.dtype == a.norm.dtype) && quantised == !!a.quantisation.inverse &&
-           quantised == !!a.quantisation.zero && (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 &&
-           a.norm.spatial % a.width == 0;
+           (quantised || a.y.dtype == a.norm.dtype) && valid(a.quantisation, quantised) &&
+           (a.norm.x || a.norm.n == 0) && a.norm.spatial >= 1 && a.width >= 1 && a.norm.spatial % a.width == 0;
 }
 
 // Elements below which a second thread costs more than it saves, where it starts once (`blocks`) or twice
@@ -488,59 +487,16 @@ inline int group_norm_silu(const cf_group_norm_silu_args& a, int64_t threads) {
 
 // ---- the step, which writes an image
 
-// Stores the channels of one position as T or, quantised, as uint8.
-template <class T>
-struct ImageRow {
-    T* y;
-    const float* inverse;
-    const uint8_t* zero;
-    void whole(int64_t c, vf value) const { store(y + c, value); }
-    void part(int64_t c, vf value, int64_t count) const { store_part(y + c, value, count); }
-};
-template <>
-struct ImageRow<uint8_t> {
-    uint8_t* y;
-    const float* inverse;
-    const uint8_t* zero;
-    void part(int64_t c, vf value, int64_t count) const {
-        value *= load_some(inverse + c, count);
-        for (int64_t i = 0; i < count; ++i) {
-            const float q = nearbyintf(value[i]) + static_cast<float>(zero[c + i]);
-            y[c + i] = static_cast<uint8_t>(q > 255 ? 255 : (q > 0 ? q : 0));  // NaN is not > 0
-        }
-    }
-    void whole(int64_t c, vf value) const {
-#if CF_WIDTH == 16
-        // The conversion makes INT32_MIN of what an int32 cannot hold. That is right for small values and NaN, which
-        // become 0 in the end; large ones are cut before it. (Of a number and NaN, min gives the second.)
-        const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(value * load(inverse + c))));
-        const __m512i shifted =
-            _mm512_add_epi32(q, _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zero + c))));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + c),
-                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512())));
-#elif CF_WIDTH == 8
-        // likewise; the sum, below 511, is cut to 0 ... 255 as it becomes 16 bits, and then 8
-        const __m256i q = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(255), (__m256)(value * load(inverse + c))));
-        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zero + c));
-        const __m256i shifted = _mm256_add_epi32(q, _mm256_cvtepu8_epi32(codes));
-        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(y + c), _mm_packus_epi16(words, words));
-#else
-        part(c, value, W);
-#endif
-    }
-};
-
 template <class T>
 struct ImageTarget {
     cf_image image;
     int64_t width, channels, spatial;
     cf_quantisation quantisation;
 
-    ImageRow<T> row(int64_t n, int64_t r) const {
+    Row<T> row(int64_t n, int64_t r) const {
         const int64_t y = r / width, x = r - y * width;
         return {reinterpret_cast<T*>(address(image, {n, y, x}, channels * static_cast<int64_t>(sizeof(T)))),
-                quantisation.inverse, quantisation.zero};
+                quantisation};
     }
     void finish(int64_t n, int64_t begin, int64_t) const {
         // by the thread that has the first position

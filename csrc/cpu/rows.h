@@ -5,12 +5,14 @@
 // All of them are bound by memory: a few operations an element, each element read once and written once (layer_norm
 // reads a row three times, of which the second and third find it in the first-level cache). So there is nothing to
 // block. A row, or for `pointwise` a vector, is an item of work, and what counts is to have few such steps: the
-// recorder folds scales, shifts and residuals into the step before them where it can.
+// recorder folds scales, shifts and residuals into the step before them where it can. What products will read in 8 bits,
+// layer_norm and gate write as such.
 #pragma once
 
 #include <math.h>
 
 #include "check.h"
+#include "image.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -38,10 +40,10 @@ inline int each_row(int64_t rows, int64_t threads, const F& body) {
 
 inline bool valid(const cf_layer_norm_args& a) {
     return valid_activation(a.dtype) && a.rows >= 0 && a.channels >= 1 && a.weight && a.bias && a.eps >= 0 &&
-           ((a.x && a.y) || a.rows == 0);
+           valid(a.quantisation) && ((a.x && a.y) || a.rows == 0);
 }
 
-template <class T>
+template <class T, class Y>
 int layer_norm_typed(const cf_layer_norm_args& a, int64_t threads) {
     return each_row(a.rows, threads, [&](int64_t r) {
         const T* x = static_cast<const T*>(a.x) + r * a.channels;
@@ -55,16 +57,19 @@ int layer_norm_typed(const cf_layer_norm_args& a, int64_t threads) {
             squares = fma(d, d, squares);
         });
         const float inverse = 1 / sqrtf(sum(squares) / static_cast<float>(a.channels) + static_cast<float>(a.eps));
-        T* y = static_cast<T*>(a.y) + r * a.channels;
+        const Row<Y> y{static_cast<Y*>(a.y) + r * a.channels, a.quantisation};
         each_vector(x, a.channels, [&](int64_t c, vf value, int64_t count) {
             const vf weight = load_some(a.weight + c, count), bias = load_some(a.bias + c, count);
-            store_some(y + c, fma((value - mean) * inverse, weight, bias), count);
+            y.some(c, fma((value - mean) * inverse, weight, bias), count);
         });
     });
 }
 
 inline int layer_norm(const cf_layer_norm_args& a, int64_t threads) {
-    return with_activation(a.dtype, [&](auto type) { return layer_norm_typed<decltype(type)>(a, threads); });
+    return with_activation(a.dtype, [&](auto x) {
+        return with_stored<decltype(x)>(a.quantisation,
+                                        [&](auto y) { return layer_norm_typed<decltype(x), decltype(y)>(a, threads); });
+    });
 }
 
 // ---- functions of single numbers, and gate
@@ -73,7 +78,7 @@ inline bool valid_function(int64_t function) { return function >= CF_IDENTITY &&
 
 inline bool valid(const cf_gate_args& a) {
     return valid_activation(a.dtype) && valid_function(a.function) && a.rows >= 0 && a.channels >= 1 &&
-           ((a.value && a.gate && a.y) || a.rows == 0);
+           valid(a.quantisation) && ((a.value && a.gate && a.y) || a.rows == 0);
 }
 
 // x (1 + erf(x / sqrt(2))) / 2, with erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7.
@@ -123,19 +128,22 @@ inline vf apply(int64_t function, vf x) {
     }
 }
 
-template <class T>
+template <class T, class Y>
 int gate_typed(const cf_gate_args& a, int64_t threads) {
     return each_row(a.rows, threads, [&](int64_t r) {
         const T* value = static_cast<const T*>(a.value) + r * a.value_stride;
-        T* y = static_cast<T*>(a.y) + r * a.channels;
+        const Row<Y> y{static_cast<Y*>(a.y) + r * a.channels, a.quantisation};
         each_vector(static_cast<const T*>(a.gate) + r * a.gate_stride, a.channels, [&](int64_t c, vf g, int64_t count) {
-            store_some(y + c, load_some(value + c, count) * apply(a.function, g), count);
+            y.some(c, load_some(value + c, count) * apply(a.function, g), count);
         });
     });
 }
 
 inline int gate(const cf_gate_args& a, int64_t threads) {
-    return with_activation(a.dtype, [&](auto type) { return gate_typed<decltype(type)>(a, threads); });
+    return with_activation(a.dtype, [&](auto x) {
+        return with_stored<decltype(x)>(a.quantisation,
+                                        [&](auto y) { return gate_typed<decltype(x), decltype(y)>(a, threads); });
+    });
 }
 
 // ---- pointwise

@@ -178,6 +178,19 @@ struct Program {
 
 // Vectors of outputs in a block of packed weights.
 int64_t most_vectors(int64_t width) { return width == 16 ? 4 : (width == 8 ? 2 : 3); }
+cf_quantisation quantisation(Program& p, int64_t channels) {
+    float* inverse = reinterpret_cast<float*>(p.random(channels, CF_FLOAT32, 100));
+    for (int64_t c = 0; c < channels; ++c) inverse[c] = fabsf(inverse[c]) * (draw(0, 9) ? 1.0f : 1e9f);
+    return {inverse, reinterpret_cast<const uint8_t*>(p.random(channels, CF_UINT8))};
+}
+
+// `value` is `exact`, rounded to the dtype or, if it is quantised, to a code of channel c.
+void require_stored(const char* name, double value, double exact, double error, int64_t dtype, const cf_quantisation& q,
+                    int64_t c) {
+    if (!q.inverse) return require_near(name, value, exact, error, dtype);
+    const double code = fmin(fmax(exact * q.inverse[c] + q.zero[c], 0), 255);
+    require_near(name, value, code, 0.501 + error * q.inverse[c], CF_FLOAT32);
+}
 
 bool multiplies(int64_t dtype) {
     return dtype == CF_FLOAT32 || (dtype == CF_BFLOAT16 && cf_cpu_products() & 1) ||
@@ -208,7 +221,9 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     const int64_t stride = draw(1, 2), padding = taps == 9 && (draw(0, 3) || x.height < 2 || x.width < 2),
                   outputs = draw(0, 3) ? draw(1, 40) : draw(41, 150), width = cf_cpu_vector_width(), half = width / 2;
     const int64_t dtype = x.image.dtype, size = bytes_of(dtype), lanes = 4 / size, quads = x.channels / lanes, n = x.n;
-    const int64_t y_dtype = dtype == CF_FLOAT32 ? CF_FLOAT32 : (draw(0, 2) ? CF_BFLOAT16 : CF_FLOAT32);
+    const int64_t y_dtypes[] = {CF_BFLOAT16, CF_BFLOAT16, CF_FLOAT32, CF_UINT8},
+                  y_dtype = dtype == CF_FLOAT32 ? CF_FLOAT32 : y_dtypes[draw(0, 3)],
+                  residual_dtype = y_dtype == CF_UINT8 ? CF_BFLOAT16 : y_dtype;
     // without padding, a 3x3 convolution reads the border at the bottom and on the right alone
     const int64_t cut = taps == 9 && !padding;
     const Image y = p.image(n, (x.height - 1 - cut) / stride + 1, (x.width - 1 - cut) / stride + 1, outputs, y_dtype,
@@ -244,16 +259,18 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     a.bias = draw(0, 1) ? p.floats(products) : nullptr;
     a.scale = integers ? p.floats(products, 1e-4) : nullptr;
     Image residual;
-    if (!gated && draw(0, 1)) residual = p.image(n, y.height, y.width, outputs, y_dtype, draw(0, 1), draw(0, 1), false);
+    if (!gated && draw(0, 1))
+        residual = p.image(n, y.height, y.width, outputs, residual_dtype, draw(0, 1), draw(0, 1), false);
     a.residual = residual.image;
     a.n = n, a.height = y.height, a.width = y.width, a.channels = x.channels, a.outputs = outputs, a.taps = taps,
     a.stride = stride, a.padding = padding;
     a.row = !gated && draw(0, 1) ? p.floats(n * outputs) : nullptr;
     a.relu = !gated && draw(0, 1);
     a.gated = gated, a.function = gated ? draw(CF_IDENTITY, CF_SIGMOID) : 0;
+    if (y_dtype == CF_UINT8) a.quantisation = quantisation(p, outputs);
     p.add(CF_CONVOLUTION, a);
     p.checks.push_back([=] {
-        y.check_rest("convolution", nullptr);
+        y.check_rest("convolution", a.quantisation.zero);
         // the sum of output o with its bias, and what it may be off by
         const auto product = [&](int64_t i, int64_t r, int64_t q, int64_t o, double& error) {
             double sum = 0, absolute = 0;
@@ -287,8 +304,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
             const double row = a.row ? a.row[i * outputs + o] : 0, more = residual.n ? residual.number(i, r, q, o) : 0;
             double exact = product(i, r, q, o, error) + row + more;
             if (a.relu && !(exact > 0)) exact = 0;
-            require_near("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(row) + fabs(more)),
-                         y_dtype);
+            require_stored("convolution", y.number(i, r, q, o), exact, error + 0x1p-22 * (fabs(row) + fabs(more)),
+                           y_dtype, a.quantisation, o);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_convolution_args&)) {
@@ -296,7 +313,7 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
     };
     refuse("x's dtype", [](cf_convolution_args& w) { w.x.dtype = 4; });
     refuse("float16", [](cf_convolution_args& w) { w.x.dtype = w.y.dtype = CF_FLOAT16; });
-    refuse("y's dtype", [](cf_convolution_args& w) { w.y.dtype = CF_UINT8; });
+    refuse("y's dtype", [](cf_convolution_args& w) { w.y.dtype = w.y.dtype == CF_UINT8 ? CF_FLOAT32 : CF_UINT8; });
     refuse("residual's dtype", [](cf_convolution_args& w) { w.residual = {&w, CF_UINT8, 0, 0, 0}; });
     refuse("n", [](cf_convolution_args& w) { w.n = -1; });
     refuse("height", [](cf_convolution_args& w) { w.height = -1; });
@@ -341,11 +358,7 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
         (v == &norm.scale ? norm.scale_stride : norm.shift_stride) = stride;
     }
     a.y = y.image, a.width = x.width;
-    if (quantised) {
-        float* inverse = reinterpret_cast<float*>(p.random(channels, CF_FLOAT32, 100));
-        for (int64_t c = 0; c < channels; ++c) inverse[c] = fabsf(inverse[c]) * (draw(0, 9) ? 1.0f : 1e9f);
-        a.quantisation = {inverse, reinterpret_cast<const uint8_t*>(p.random(channels, CF_UINT8))};
-    }
+    if (quantised) a.quantisation = quantisation(p, channels);
     p.add(CF_GROUP_NORM_SILU, a);
     p.checks.push_back([=] {
         const cf_group_norm_silu_args& k = a.norm;
@@ -377,13 +390,7 @@ Image group_norm_image(Program& p, const Image& x, int64_t border, bool quantise
                     if (k.silu) exact /= 1 + exp(-exact);
                     const double error = 1e-5 * (most * fabs(factor) + fabs(offset)) + 1e-6;
                     const double got = y.number(i, r / x.width, r % x.width, c);
-                    if (!quantised) {
-                        require_near("group_norm_silu", got, exact, error, dtype);
-                        continue;
-                    }
-                    const double scaled = exact * a.quantisation.inverse[c] + a.quantisation.zero[c];
-                    const double within = 0.501 + error * a.quantisation.inverse[c];
-                    require_near("group_norm_silu in 8 bits", got, fmin(fmax(scaled, 0), 255), within, CF_FLOAT32);
+                    require_stored("group_norm_silu", got, exact, error, dtype, a.quantisation, c);
                 }
             }
     });
@@ -435,6 +442,7 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
     const int64_t lanes = 4 / bytes_of(dtype), channels = a.channels[0] + a.channels[1];
     a.y_channels = draw(0, 1) ? (channels + lanes - 1) / lanes * lanes : channels + draw(0, 3);
     const Image y = p.image(n, to_height, to_width, a.y_channels, dtype, border, draw(0, 1), true);
+    if (dtype == CF_UINT8) a.quantisation = quantisation(p, a.y_channels);
     a.y = y.image, a.n = n, a.height = y.height, a.width = y.width, a.from_height = height, a.from_width = width;
     a.y_scale = static_cast<double>(height) / static_cast<double>(to_height);
     a.x_scale = static_cast<double>(width) / static_cast<double>(to_width);
@@ -444,7 +452,7 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
     };
     p.add(CF_GATHER, a);
     p.checks.push_back([=] {
-        y.check_rest("gather", nullptr);
+        y.check_rest("gather", a.quantisation.zero);
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             double exact = 0;
             if (c < channels) {
@@ -456,14 +464,17 @@ Image gather(Program& p, const Image* x, int64_t n, int64_t dtype, int64_t borde
                 for (int d = 0; d < 4; ++d) offset += at[d] * t.strides[d];
                 exact = number_at(static_cast<const char*>(t.data) + offset * sizes[t.dtype], t.dtype);
             }
-            require_near("gather", y.number(i, r, q, c), exact, 0, dtype);
+            require_stored("gather", y.number(i, r, q, c), exact, 0, dtype, a.quantisation, c);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_gather_args&)) {
         p.refuse(what, CF_GATHER, a, change);
     };
     refuse("a part's dtype", [](cf_gather_args& w) { w.parts[0] = {&w, CF_UINT8, {}}; });
-    refuse("y's dtype", [](cf_gather_args& w) { w.y.dtype = CF_UINT8; });
+    refuse("y's dtype", [](cf_gather_args& w) { w.y.dtype = w.y.dtype == CF_UINT8 ? CF_FLOAT32 : CF_UINT8; });
+    refuse("half a quantisation", [](cf_gather_args& w) {
+        w.quantisation.zero = w.quantisation.zero ? nullptr : reinterpret_cast<const uint8_t*>(&w);
+    });
     refuse("n", [](cf_gather_args& w) { w.n = -1; });
     refuse("height", [](cf_gather_args& w) { w.height = 0; });
     refuse("from_height", [](cf_gather_args& w) { w.from_height = 0; });
@@ -512,7 +523,10 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
         const int64_t at = i * a.bias.sample + head * a.bias.head_stride + row * a.bias.row + key;
         return a.bias.data ? static_cast<double>(static_cast<const float*>(a.bias.data)[at]) : 0.0;
     };
-    const Image y = p.image(n, 1, a.length, a.heads * a.width, dtype, 0, false, true);
+    const bool quantised = draw(0, 2) == 0;
+    const Image y =
+        p.image(n, 1, a.length, a.heads * a.width, quantised ? static_cast<int64_t>(CF_UINT8) : dtype, 0, false, true);
+    if (quantised) a.quantisation = quantisation(p, a.heads * a.width);
     a.y = y.image.data;
     p.add(CF_ATTENTION, a);
     p.checks.push_back([=] {
@@ -548,8 +562,8 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
                             const double product = weight * element(a.v, i, head, key, d);
                             exact += product, size += fabs(product);
                         }
-                        require_near("attention", y.number(i, 0, row, head * a.width + d), exact, relative * size,
-                                     dtype);
+                        require_stored("attention", y.number(i, 0, row, head * a.width + d), exact, relative * size,
+                                       dtype, a.quantisation, head * a.width + d);
                     }
                 }
     });
@@ -562,6 +576,9 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
     refuse("length", [](cf_attention_args& w) { w.length = -5; });
     refuse("k_length", [](cf_attention_args& w) { w.k_length = 0; });
     refuse("width", [](cf_attention_args& w) { w.width = 0; });
+    refuse("half a quantisation", [](cf_attention_args& w) {
+        w.quantisation.zero = w.quantisation.zero ? nullptr : reinterpret_cast<const uint8_t*>(&w);
+    });
     refuse("no keys", [](cf_attention_args& w) { w.n = 1, w.k.data = nullptr; });
     if (dtype == CF_BFLOAT16) refuse("an odd width", [](cf_attention_args& w) { w.width -= 1; });
     return y;
@@ -569,8 +586,11 @@ Image attention(Program& p, const Image* x, int64_t n, int64_t dtype) {
 
 // Rows of x, dense.
 Image layer_norm(Program& p, const Image& x) {
-    const Image y = p.image(x.n, x.height, x.width, x.channels, x.image.dtype, 0, false, true);
+    const bool quantised = draw(0, 2) == 0;
+    const Image y = p.image(x.n, x.height, x.width, x.channels,
+                            quantised ? static_cast<int64_t>(CF_UINT8) : x.image.dtype, 0, false, true);
     cf_layer_norm_args a{};
+    if (quantised) a.quantisation = quantisation(p, x.channels);
     a.x = x.image.data, a.y = y.image.data, a.dtype = x.image.dtype, a.rows = x.n * x.height * x.width,
     a.channels = x.channels;
     a.weight = p.floats(x.channels), a.bias = p.floats(x.channels), a.eps = 1e-5;
@@ -586,7 +606,7 @@ Image layer_norm(Program& p, const Image& x) {
             const double inverse = 1 / sqrt(square + a.eps),
                          exact = (x.number(i, r, q, c) - mean) * inverse * a.weight[c] + a.bias[c];
             const double error = (channels + 8) * 0x1p-23 * (2 * most * inverse * fabs(a.weight[c]) + fabs(a.bias[c]));
-            require_near("layer_norm", y.number(i, r, q, c), exact, error, a.dtype);
+            require_stored("layer_norm", y.number(i, r, q, c), exact, error, a.dtype, a.quantisation, c);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_layer_norm_args&)) {
@@ -597,14 +617,19 @@ Image layer_norm(Program& p, const Image& x) {
     refuse("channels", [](cf_layer_norm_args& w) { w.channels = 0; });
     refuse("no weight", [](cf_layer_norm_args& w) { w.weight = nullptr; });
     refuse("eps", [](cf_layer_norm_args& w) { w.eps = -1; });
+    refuse("half a quantisation",
+           [](cf_layer_norm_args& w) { w.quantisation.inverse = w.quantisation.inverse ? nullptr : w.weight; });
     return y;
 }
 
 // Of the halves of x's channels, dense and even.
 Image gate(Program& p, const Image& x) {
     const int64_t half = x.channels / 2;
-    const Image y = p.image(x.n, x.height, x.width, half, x.image.dtype, 0, false, true);
+    const bool quantised = draw(0, 2) == 0;
+    const Image y = p.image(x.n, x.height, x.width, half, quantised ? static_cast<int64_t>(CF_UINT8) : x.image.dtype, 0,
+                            false, true);
     cf_gate_args a{};
+    if (quantised) a.quantisation = quantisation(p, half);
     a.value = x.image.data, a.gate = x.n ? x.at(0, 0, 0, half) : x.image.data, a.y = y.image.data,
     a.dtype = x.image.dtype;
     a.rows = x.n * x.height * x.width, a.channels = half, a.value_stride = a.gate_stride = x.channels;
@@ -613,8 +638,8 @@ Image gate(Program& p, const Image& x) {
     p.checks.push_back([=] {
         y.each([&](int64_t i, int64_t r, int64_t q, int64_t c) {
             const double value = x.number(i, r, q, c), g = x.number(i, r, q, half + c);
-            require_near("gate", y.number(i, r, q, c), value * function_of(a.function, g),
-                         1e-6 * fabs(value) * (0.1 + fabs(g)), a.dtype);
+            require_stored("gate", y.number(i, r, q, c), value * function_of(a.function, g),
+                           1e-6 * fabs(value) * (0.1 + fabs(g)), a.dtype, a.quantisation, c);
         });
     });
     const auto refuse = [&](const char* what, void (*change)(cf_gate_args&)) { p.refuse(what, CF_GATE, a, change); };
@@ -622,6 +647,9 @@ Image gate(Program& p, const Image& x) {
     refuse("rows", [](cf_gate_args& w) { w.rows = -1; });
     refuse("channels", [](cf_gate_args& w) { w.channels = 0; });
     refuse("function", [](cf_gate_args& w) { w.function = CF_SIGMOID + 1; });
+    refuse("half a quantisation", [](cf_gate_args& w) {
+        w.quantisation.zero = w.quantisation.zero ? nullptr : reinterpret_cast<const uint8_t*>(&w);
+    });
     refuse("no gate", [](cf_gate_args& w) { w.rows = 1, w.gate = nullptr; });
     return y;
 }
@@ -902,7 +930,7 @@ Image any_step(Program& p, const Image& x) {
         return group_norm_image(p, x, border, draw(0, 1));
     }
     if (dtype != CF_UINT8 && x.height * x.width < 300)
-        return gather(p, &x, x.n, draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16, border);
+        return gather(p, &x, x.n, draw(0, 2) ? (draw(0, 1) ? CF_FLOAT32 : CF_BFLOAT16) : CF_UINT8, border);
     return convolution(p, p.image(x.n, draw(1, 9), draw(1, 9), 4 * draw(1, 12), CF_FLOAT32, 1, draw(0, 1), false), 9,
                        border);
 }

@@ -188,3 +188,11 @@ def test_networks():
     """The tables as `python -m benchmarks.networks --summary` prints them."""
     tables = "\n".join(report.tables(rows("cpu/networks.csv")))
     assert tables.strip() in PAGE
+
+
+def test_what_8_bits_cost():
+    page = (ROOT / "docs/kernels/programs.md").read_text("utf-8")
+    for row in rows("int8.csv"):
+        figures = [f"{100 * float(row[key]):.2f}" if row[key] else "–" for key in ("alone", "without")]
+        name = "**chosen**" if row["kind"] == "chosen" else row["kind"]
+        assert f"| {name} | {row['products'] or '–'} | {' | '.join(figures)} |" in page

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ from ...ops.abi import cf_form
 from .pack import Weights
 from .record import Recording
 from .steps import Convolution, Gather
-from .value import Value
 
 # What Winograd's weights may take beyond direct ones if nothing is said: this much, or a half of all weights if that is
 # more.
@@ -80,13 +79,13 @@ def weight_bytes(form: cf_form, dtype: str, channels: int, outputs: int) -> int:
     return channels * outputs * size * (9 if form == cf_form.CF_DIRECT else (form + 2) ** 2)
 
 
-def choose_forms(recording: Recording, weights: Weights, in_uint8: Callable[[Value], bool]) -> None:
+def choose_forms(recording: Recording, weights: Weights, in_uint8: Collection[Convolution] = ()) -> None:
     """Choose the form of each convolution, and let those of Winograd do nearest upsamplings to twice the size.
 
     Args:
         recording: whose steps change; dtypes need not be chosen.
         weights: where its weights are packed.
-        in_uint8: whether a value can be uint8, which direct convolutions read.
+        in_uint8: the convolutions that multiply in 8 bits if they are direct.
     """
     dtype = dtype_name(weights.dtype)
     options: list[tuple[float, int, int, cf_form]] = []  # time saved, bytes, number of the convolution, form
@@ -94,7 +93,7 @@ def choose_forms(recording: Recording, weights: Weights, in_uint8: Callable[[Val
     convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
     for number, step in enumerate(convolutions):
         channels, outputs = step.x.channels, step.weight.shape[0]
-        direct = "uint8" if in_uint8(step.x) else dtype
+        direct = "uint8" if step in in_uint8 else dtype
         size = weight_bytes(cf_form.CF_DIRECT, direct, channels, outputs) // (1 if step.wide else 9)
         direct_bytes += size
         if not step.can_be_winograd:

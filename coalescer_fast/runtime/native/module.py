@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -31,10 +30,10 @@ from ..base import Part, counted, lock_anew_after_fork, quiet_torch
 from ..watch import Watch, fingerprints, foreign
 from .pack import Weights
 from .packed_file import PackedFile
-from .program import Program, ProgramCache
+from .program import Program, ProgramCache, Ranges
 from .record import MetaCopy, Recorder, Recording, record_module
 from .steps import Convolution
-from .value import Range, Unsupported
+from .value import Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +75,11 @@ class ModuleRuntime:
     itself runs where it does what no step does, where hooks or patches are inside, and where a gradient is wanted.
 
     Attributes:
-        quantised: whether convolutions that read normalised values multiply in 8 bits.
+        quantised: whether products multiply in 8 bits, where that pays.
         dtype: of the programs; with 8 bits that of all other values, see `floats_of`.
         refused: why the last call did not run as a program, or "".
         programs: those that were used last.
-        ranges: by the size of the first image (h, w), what `Program` needs for 8 bits.
+        ranges: what `Program` needs for 8 bits, None until they are found.
         inputs: the arguments of some calls, to find ranges with.
         collected: while it is a list, calls add their arguments to it, and run in ``dtype``.
     """
@@ -127,7 +126,7 @@ class ModuleRuntime:
         self._has_own_code = ""  # why no call can
         self._refusals: dict[Hashable, str] = {}  # why calls of a key cannot
         self.programs = ProgramCache()
-        self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
+        self.ranges: Ranges | None = None
         self._observers: ProgramCache | None = None
         lock_anew_after_fork(self)
         module.__dict__["forward"] = self
@@ -254,16 +253,17 @@ class ModuleRuntime:
         args, kwargs = self._numbers_as_tensors(args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        size = next((tuple(x.shape[2:]) for x in tensors if x.ndim == 4 and x.is_floating_point()), ())
         observing = self._observers is not None
-        if self.quantised and self.inputs and self.collected is None and not observing and size not in self.ranges:
-            self._find_ranges(size)
-        program, out_spec, out_leaves = self._program(leaves, spec, size)
+        if self.quantised and self.inputs and self.collected is None and self.ranges is None:
+            self._find_ranges()
+        program, out_spec, out_leaves = self._program(leaves, spec)
         for mine, x in zip(program.inputs, program.prologue(tensors)):
             mine.copy_(x)
-        program.run()
         if observing:
-            program.observe(self.ranges.setdefault(size, {}))
+            assert self.ranges is not None
+            program.observe(self.ranges)
+        else:
+            program.run()
         floats = [x.dtype for x in sorted(tensors, key=lambda x: x.ndim != 4) if x.is_floating_point()]
         dtype = floats[0] if floats else next((p.dtype for p in self.module.parameters()), torch.float32)
         results = [program.outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
@@ -280,7 +280,7 @@ class ModuleRuntime:
         args = (*(tensor(name, value) for name, value in named), *args[len(self._positional) :])
         return args, {name: tensor(name, value) for name, value in kwargs.items()}
 
-    def _program(self, leaves: list[Any], spec: TreeSpec, size: tuple[int, ...]) -> _Prepared:
+    def _program(self, leaves: list[Any], spec: TreeSpec) -> _Prepared:
         threads = torch.get_num_threads()
         key: tuple[Hashable, ...] = (threads, spec, *map(_description, leaves))
         programs = self.programs if self._observers is None else self._observers
@@ -301,7 +301,7 @@ class ModuleRuntime:
                 return [results[i] for i in numbers]
 
             observing = self._observers is not None
-            ranges = self.ranges.get(size) if not observing and self.collected is None else None
+            ranges = self.ranges if not observing and self.collected is None else None
             try:
                 self._copied = MetaCopy(self.module, evaluation=False, strides=self._strides)
                 before = self._copied.attributes()
@@ -310,7 +310,7 @@ class ModuleRuntime:
                     if changed := [name for name in {*old, *new} if old.get(name) is not new.get(name)]:
                         raise Unsupported(f"its forward sets the attribute {min(changed)}")
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
-                    program = Program(recording, self._weights, threads, ranges, keep=observing)
+                    program = Program(recording, self._weights, threads, ranges)
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
@@ -344,9 +344,7 @@ class ModuleRuntime:
         uses = Counter(step.weight.name for step in convolutions)
         # diffusers takes a module's device and dtype from its first parameter
         uses.pop(next(name for name, _ in self.module.named_parameters()), None)
-        # those in 8 bits are packed anew for every size of images
-        in_integers = [step.weight.name for step in convolutions if self.quantised and step.reads_uint8(step.x)]
-        for name in (*recording.read, *in_integers, *self._left):
+        for name in (*recording.read, *self._left):
             uses.pop(name, None)
         return uses
 
@@ -394,11 +392,14 @@ class ModuleRuntime:
         if other := next((p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")), None):
             raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
         self._watch = None  # until all of it is taken over
-        self.programs, self.ranges, self._refusals = ProgramCache(), {}, {}
+        self.programs, self._refusals = ProgramCache(), {}
         there = dict(module.named_parameters())
         for name in [name for name, left in self._left.items() if there.get(name) is not left]:
             del self._left[name], self._strides[name]  # the user has given another
             self._weights.drop([name])
+        if not self.freed:  # what is freed is there for these ranges alone
+            self.ranges = None
+            self._weights.drop_integers()
         now = fingerprints(module)
         if self._fingerprints:
             changed = {name for name, seen in self._fingerprints.items() if now.get(name) != seen}
@@ -423,18 +424,17 @@ class ModuleRuntime:
 
     # 8 bits.
 
-    def _find_ranges(self, size: tuple[int, ...]) -> None:
-        """Find the ranges for images of a size, of the calls of `inputs`, whose images are resized to it."""
-        self._observers = ProgramCache()
+    def _find_ranges(self) -> None:
+        """Find the ranges of the calls of `inputs`, for calls with images of any size."""
+        self._observers, self.ranges = ProgramCache(), {}
         try:
             for number, (args, kwargs) in enumerate(self.inputs):
                 try:
-                    self._run(*resized(args, kwargs, size))
+                    self._run(args, kwargs)
                 except Unsupported as reason:
                     raise Unsupported(f"int8 finds no ranges with inputs[{number}], because {reason}") from reason
-            self.ranges.setdefault(size, {})
         except BaseException:  # ranges of a part of the calls are none
-            self.ranges.pop(size, None)
+            self.ranges = None
             raise
         finally:
             self._observers = None
@@ -448,7 +448,7 @@ class ModuleRuntime:
             self.inputs = self.collected
         finally:
             self.collected = None
-            self.programs, self.ranges = ProgramCache(), {}
+            self.programs, self.ranges = ProgramCache(), None
 
     @contextmanager
     def replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -470,8 +470,11 @@ class ModuleRuntime:
             return Part(name, "torch", reason)
         way = f"native program, {self.dtype}"
         if self.quantised:
-            count = max(map(len, self.ranges.values()), default=0)
-            way += f", {count} convolutions in int8" if self.inputs else ", no inputs to find the ranges of int8 with"
+            program = next(reversed(self.programs.programs.values()), None)
+            if not self.inputs:
+                way += ", no inputs to find the ranges of int8 with"
+            elif program is not None:
+                way += f", {program.quantised} of {program.products} products in int8"
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
         because = f"it can run on {native_library.isa()}"
@@ -536,23 +539,6 @@ def as_arguments(inputs: Any) -> Arguments:
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs
     return inputs, {}
-
-
-def resized(args: Any, kwargs: Any, size: tuple[int, ...]) -> Arguments:
-    """The arguments with all images resized, to the nearest positions, by what brings the first one to ``size``."""
-    images = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.ndim == 4]
-    if not images or tuple(images[0].shape[2:]) == size:
-        return args, kwargs
-    first = images[0].shape[2:]
-
-    def resize(x: Tensor) -> Tensor:
-        if x.ndim != 4:
-            return x
-        sides = [max(1, -(-side * new // old)) for side, new, old in zip(x.shape[2:], size, first)]
-        return F.interpolate(x.float(), sides, mode="nearest").to(x.dtype)
-
-    result: Arguments = tree_map_only(Tensor, resize, (args, kwargs))
-    return result
 
 
 def _again(

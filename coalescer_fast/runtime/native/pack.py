@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops import native_library
-from ...ops.abi import cf_form, cf_image, cf_pack_args, cf_tensor4, cf_vector
+from ...ops.abi import cf_form, cf_image, cf_pack_args, cf_quantisation, cf_tensor4, cf_vector
 from .packed_file import PackedFile, content_hash
 from .value import BYTES, CODES, Range, Value
 
@@ -87,11 +87,14 @@ class Weights:
         key = weight.key, form
         if key not in self._floats:
             self._floats[key] = self._packed(weight, form)
-        self._uses[weight.name] -= 1
-        if self._uses[weight.name] == 0:
-            self._free(weight.name)
-            self._freed.add(weight.name)
+        self._used(weight.name)
         return self._floats[key]
+
+    def _used(self, name: str) -> None:
+        self._uses[name] -= 1
+        if self._uses[name] == 0:
+            self._free(name)
+            self._freed.add(name)
 
     def form(self, weight: Weight, form: cf_form) -> cf_form:
         """The form that a weight is packed in already if it was freed since, else ``form``."""
@@ -126,8 +129,12 @@ class Weights:
         self._floats = {key: packed for key, packed in self._floats.items() if key[0][0] not in gone}
         self._integers = {key: packed for key, packed in self._integers.items() if key[0][0] not in gone}
 
+    def drop_integers(self) -> None:
+        """Forget all weights in int8: the ranges that they were packed for are found anew."""
+        self._integers = {}
+
     def quantise(self, weight: Weight, of: Range) -> tuple[Tensor, Tensor, Tensor]:
-        r"""A convolution's weights in int8, for an input in uint8.
+        r"""A convolution's weights in int8, for an input in uint8; those in the floating-point dtype are forgotten.
 
         ``sum_c w_c x_c = scale (sum_c v_c q_c - sum_c v_c zero_c)`` with ``v = round(w step / scale)`` and, for every
         output, ``scale = max |w step| / m``, where m is `native_library.largest_weight`.
@@ -149,6 +156,8 @@ class Weights:
             whole, sums = quantised_order(own, step, scale, zero)
             packed = whole, scale, (-scale * sums.double()).float()
             self._integers[key] = packed, of  # while the range lives, no other has its identity
+            self._floats.pop(weight.key, None)  # ranges were found with them
+        self._used(weight.name)
         return self._integers[key][0]
 
 
@@ -243,6 +252,13 @@ class Packer:
         buffer = ctypes.create_string_buffer(data, len(data))
         self.kept.append(buffer)
         return ctypes.addressof(buffer)
+
+    def quantisation(self, value: Value) -> cf_quantisation | None:
+        """How a value in uint8 is made, None for another."""
+        if value.range is None:
+            return None
+        step, zero = value.range.quantisation()
+        return cf_quantisation(inverse=self.keep(1 / step), zero=self.keep(zero.to(torch.uint8)))
 
     def floats(self, parameter: Tensor | None) -> int:
         """The address of a parameter in float32."""

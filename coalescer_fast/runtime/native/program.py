@@ -8,8 +8,9 @@ packing the weights, which all programs of a module share (`Weights`). What has 
 
 **Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which values have where nothing else is said.
 Inputs are float32, and so are outputs: from each output we go back to the first step that can write float32 whatever it
-reads, so that a result is not rounded. In an int8 program some results of normalisations are uint8, and the
-convolutions that read them multiply integers.
+reads, so that a result is not rounded. In an int8 program most convolutions and linear layers multiply integers
+(`Convolution.reads_uint8`). What they read is uint8: if nobody else reads it, the step that writes it quantises it,
+once for all of them; else a copy does.
 
 **Borders** (`Step.lay_out`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
 would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
@@ -31,7 +32,7 @@ import ctypes
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import overload
 
 import torch
@@ -39,14 +40,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...ops import native_library
-from ...ops.abi import cf_program_args, cf_step
+from ...ops.abi import cf_form, cf_program_args, cf_step
 from .forms import choose_forms
-from .pack import Packer, Weights
+from .pack import Key, Packer, Weights
 from .record import MetaCopy, Recorder, Recording, record_module
-from .steps import Description, Gather, Step
+from .steps import Convolution, Description, Gather, Step
 from .value import Range, Value
 
 ALIGNMENT = 64  # bytes, a cache line
+# What products read, by their weights. Those that read one value share its range.
+Ranges = dict[Key, Range]
 # Of a `ProgramCache`.
 MOST_PROGRAMS = 32
 MOST_BYTES = 2 << 30
@@ -84,7 +87,8 @@ class Program:
         inputs: tensors in the program's memory: write to them, call `run`.
         outputs: likewise, to be read after `run`; the next run writes to them.
         memory: of all values.
-        normalised: the results of normalisations that can be uint8, by their number among all such results.
+        products: how many convolutions and linear layers there are.
+        quantised: how many of them multiply in 8 bits.
         prologue: makes the inputs of what the module is given.
         bound: whatever a caller notes of what he last wrote to the inputs.
     """
@@ -94,8 +98,7 @@ class Program:
         recording: Recording,
         weights: Weights,
         threads: int,
-        ranges: dict[int, Range] | None = None,
-        keep: bool = False,
+        ranges: Ranges | None = None,
     ):
         """Choose dtypes, lay out memory, and pack weights and arguments.
 
@@ -103,17 +106,21 @@ class Program:
             recording: what the module does; no other program can be made of it.
             weights: the module's packed weights, of the program's dtype.
             threads: how many may be used.
-            ranges: of the values of ``normalised`` that are to be uint8, by their number.
-            keep: let the values of ``normalised`` stay in memory until the next run, for `observe`.
+            ranges: of the products that are to multiply in 8 bits.
         """
-        choose_forms(recording, weights, _can_be_uint8 if ranges or keep else lambda value: False)
-        self.normalised = _normalised(recording.steps)
-        for number, value in self.normalised.items():
-            value.range = (ranges or {}).get(number)
+        convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
+        self._quantisable = {
+            value: [step.weight.key for step in steps] for value, steps in _quantisable(recording, convolutions).items()
+        }
+        choose_forms(recording, weights, {step for step in convolutions if step.weight.key in (ranges or {})})
+        for step in convolutions:
+            if step.form != cf_form.CF_DIRECT:
+                continue
+            step.range = (ranges or {}).get(step.weight.key)
+        self.products, self.quantised = len(convolutions), sum(step.range is not None for step in convolutions)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
-            kept = [*layout.outputs, *(self.normalised.values() if keep else ())]
-            size = place(layout.steps, recording.inputs, kept)
+            size = place(layout.steps, recording.inputs, layout.outputs)
             self.memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         values = {value for step in layout.steps for value in step.values} | {*recording.inputs}
         base = -(-self.memory.data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -125,8 +132,10 @@ class Program:
         packer = Packer(weights, threads)
         addresses = [(step.number, packer.keep(bytes(step.arguments(packer)))) for step in layout.steps]
         table = b"".join(cf_step.pack(kind=number, args=address) for number, address in addresses)
-        self._table, self._threads = packer.keep(table), threads
-        self._arguments = cf_program_args.pack(steps=self._table, count=len(layout.steps), threads=threads)
+        self._table, self._count, self._threads = packer.keep(table), len(layout.steps), threads
+        self._arguments = self._part(0, self._count)
+        self._written = {value: n for n, step in enumerate(layout.steps, 1) for value in step.outputs}
+        self._inputs = dict(zip(recording.inputs, self.inputs))
         self._kept = packer.kept
         self._call = native_library.function("cf_cpu_run")
         self.prologue = recording.prologue
@@ -158,11 +167,7 @@ class Program:
         Returns:
             What each step does, and the median of the seconds that it took.
         """
-        size = ctypes.sizeof(cf_step)
-        alone = [
-            cf_program_args.pack(steps=self._table + i * size, count=1, threads=self._threads)
-            for i in range(len(self._descriptions))
-        ]
+        alone = [self._part(i, i + 1) for i in range(self._count)]
         taken: list[list[float]] = [[] for _ in alone]
         for _ in range(rounds):
             for arguments, seconds in zip(alone, taken):
@@ -171,17 +176,37 @@ class Program:
                 seconds.append(time.perf_counter() - start)
         return [(step, statistics.median(seconds)) for step, seconds in zip(self._descriptions, taken)]
 
-    def observe(self, ranges: dict[int, Range]) -> None:
-        """Extend the ranges by what the last run has left, of a program that keeps it.
+    def observe(self, ranges: Ranges) -> None:
+        """`run`, and extend the ranges by every value that could be uint8, as soon as it is written.
 
         Args:
-            ranges: of the values of ``normalised``, by their number; those that are missing are added.
+            ranges: those that are missing are added.
         """
-        for number, value in self.normalised.items():
-            b = value.border
-            image = self._flat(value).view(value.n, value.height + 2 * b, value.width + 2 * b, -1)
-            inner = image[:, b : b + value.height, b : b + value.width]
-            ranges.setdefault(number, Range.empty(value.channels)).extend(inner)
+        done = 0
+        for value, keys in sorted(self._quantisable.items(), key=lambda entry: self._written.get(entry[0], 0)):
+            until = self._written.get(value, 0)
+            self._call(self._part(done, until))
+            done = until
+            shared = next((ranges[key] for key in keys if key in ranges), None) or Range.empty(value.channels)
+            for key in keys:
+                shared.include(ranges.setdefault(key, shared))
+                ranges[key] = shared
+            shared.extend(self._rows(value))
+        self._call(self._part(done, self._count))
+
+    def _part(self, begin: int, end: int) -> bytes:
+        """The arguments that run these steps."""
+        first = self._table + begin * ctypes.sizeof(cf_step)
+        return cf_program_args.pack(steps=first, count=end - begin, threads=self._threads)
+
+    def _rows(self, value: Value) -> Tensor:
+        """What a value holds, channels last."""
+        if value in self._inputs:
+            given = self._inputs[value]
+            return given.permute(0, 2, 3, 1) if given.ndim == 4 else given
+        b = value.border
+        image = self._flat(value).view(value.n, value.height + 2 * b, value.width + 2 * b, value.padded)
+        return image[:, b : b + value.height, b : b + value.width, : value.channels]
 
     def _flat(self, value: Value) -> Tensor:
         """All that a value has in memory, in one dimension."""
@@ -197,17 +222,30 @@ class Program:
             return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + like.storage_offset())
 
 
-def _normalised(steps: list[Step]) -> dict[int, Value]:
-    """The results of normalisations that can be uint8, as all their readers can read it, by their number among all."""
-    results = [step.y for step in steps if step.writes_uint8]
-    return {number: y for number, y in enumerate(results) if _can_be_uint8(y)}
+def _quantisable(recording: Recording, convolutions: Sequence[Convolution]) -> dict[Value, list[Convolution]]:
+    """The values that products are to read in 8 bits, and these products."""
+    found: dict[Value, list[Convolution]] = {}
+    for step in convolutions:
+        if step.reads_uint8:
+            found.setdefault(step.x, []).append(step)
+    outputs = {value for value, _ in recording.outputs}
+    for value, steps in found.items():
+        if value in outputs or not _is_written_in_8_bits(value, steps):
+            found[value] = [step for step in steps if step.pays_for_a_copy]
+    return {value: steps for value, steps in found.items() if steps}
 
 
-def _can_be_uint8(value: Value) -> bool:
-    """Whether a value can be uint8, as the step that writes it can write and all that read it can read."""
-    writes = value.step is not None and value.step.writes_uint8
-    readable = value.channels % 4 == 0 and all(reader.reads_uint8(value) for reader in value.readers)
-    return writes and readable and bool(value.readers)
+def _is_written_in_8_bits(value: Value, products: Collection[Step]) -> bool:
+    """Whether the step that writes a value can write it in 8 bits, which these products alone can read."""
+    alone = all(
+        isinstance(each, Convolution) and each in products and value not in (each.residual, each.row)
+        for each in value.readers
+    )
+    bordered = any(isinstance(each, Convolution) and each.wide for each in value.readers)
+    writer = value.step
+    if isinstance(writer, Convolution) and writer.form != cf_form.CF_DIRECT:
+        return False
+    return alone and writer is not None and writer.writes_uint8 and (writer.writes_border or not bordered)
 
 
 class ProgramCache:
@@ -246,11 +284,19 @@ class Layout:
         self.steps: list[Step] = []
         self.outputs = [value for value, _ in recording.outputs]
         self._copies: dict[Hashable, Value] = {}
+        self._choose_uint8(recording)
         self._choose_dtypes(recording)
         for step in recording.steps:
             step.lay_out(self)
             self.steps.append(step)
         self.outputs = [self.in_dtype(value, torch.float32) for value in self.outputs]
+
+    def _choose_uint8(self, recording: Recording) -> None:
+        for value in {value for step in recording.steps for value in step.outputs} - set(self.outputs):
+            products = [each for each in value.readers if isinstance(each, Convolution) and each.range is not None]
+            if products and _is_written_in_8_bits(value, products):
+                (one, *others) = {id(each.range): each.range for each in products}.values()
+                value.range = None if others else one
 
     def _choose_dtypes(self, recording: Recording) -> None:
         for value in self.outputs:
@@ -285,12 +331,27 @@ class Layout:
         """The value if it has this dtype, else a copy that has it."""
         return value if value is None or value.dtype == dtype else self.copy(value, dtype)
 
-    def copy(self, value: Value, dtype: torch.dtype | None, border: int = 0, padded: int = 0) -> Value:
-        """A copy in this dtype, with a border, and with channels of zeros up to ``padded``. It is made once."""
-        key = id(value), dtype, border, padded
+    def copy(
+        self,
+        value: Value,
+        dtype: torch.dtype | None,
+        border: int = 0,
+        padded: int = 0,
+        range: Range | None = None,
+    ) -> Value:
+        """A copy in this dtype, with a border, and with channels of zeros up to ``padded``. It is made once.
+
+        Args:
+            value: what is copied.
+            dtype: of the copy.
+            border: of the copy.
+            padded: likewise.
+            range: likewise, for uint8.
+        """
+        key = id(value), dtype, border, padded, id(range)
         if key not in self._copies:
             copied = value.like()
-            copied.dtype, copied.border, copied.padded = dtype, border, padded or value.channels
+            copied.dtype, copied.border, copied.padded, copied.range = dtype, border, padded or value.channels, range
             self.steps.append(Gather(value, copied))
             self._copies[key] = copied
         return self._copies[key]

@@ -22,9 +22,9 @@ from ..base import Part, PipelineRuntime, channels_last_copy, counted, entered, 
 from ..watch import foreign
 from .module import floats_of, no_programs
 from .pack import Weights
-from .program import Program, ProgramCache
+from .program import Program, ProgramCache, Ranges
 from .record import MetaCopy, Recorder, record_module
-from .value import Range, Unsupported
+from .value import Unsupported
 
 if TYPE_CHECKING:
     from ...pipeline import CoalescerPipeline
@@ -55,7 +55,7 @@ class NativeRuntime(PipelineRuntime):
     float32 whatever the dtype. The bits of a picture depend neither on its batch nor on the number of threads.
 
     Attributes:
-        quantised: whether convolutions that read normalised values multiply in 8 bits; ``dtype`` is that of all other
+        quantised: whether products of the UNet multiply in 8 bits, where that pays; ``dtype`` is that of all other
             values, see `floats_of`.
         networks: "unet", "decoder" and "conditioning", which is what the UNet derives from descriptions.
         ranges: by the size of R (h, w), what `Program` needs for 8 bits.
@@ -103,8 +103,8 @@ class NativeRuntime(PipelineRuntime):
             "conditioning": Network(unet, in_float32, self.backend),
         }
         self.programs = ProgramCache()
-        self.ranges: dict[tuple[int, ...], dict[int, Range]] = {}
-        # While ranges are found: the programs of the UNet that keep their values.
+        self.ranges: dict[tuple[int, ...], Ranges] = {}
+        # While ranges are found: the programs of the UNet that find them.
         self._observers: ProgramCache | None = None
         self._inputs: OrderedDict[int, ConditioningInputs] = OrderedDict()  # of the last two conditionings
         self._empty: Conditioning | None = None
@@ -242,7 +242,8 @@ class NativeRuntime(PipelineRuntime):
                 ranges = self.ranges.get(tuple(x.shape[2:])) if name == "unet" and observers is None else None
                 try:
                     recording = record_module(network.meta_copy, run)
-                    program = Program(recording, network.weights, threads, ranges, keep=observers is not None)
+                    program = Program(recording, network.weights, threads, ranges)
+                    network.products = program.products
                 except Unsupported as reason:
                     network.refused = str(reason)
                     return None
@@ -251,8 +252,9 @@ class NativeRuntime(PipelineRuntime):
             if others and program.bound is not bound:
                 torch._foreach_copy_(program.inputs[1:], others)
                 program.bound = bound
-            program.run()
-            if observers is not None:
+            if observers is None:
+                program.run()
+            else:
                 program.observe(self.ranges.setdefault(tuple(x.shape[2:]), {}))
             return [y.clone() for y in program.outputs]
 
@@ -287,7 +289,7 @@ class NativeRuntime(PipelineRuntime):
             if not network.refused:
                 way = f"native program, {dtype}"
                 if name == "unet" and self.quantised:
-                    way += f", {max(map(len, self.ranges.values()))} convolutions in int8"
+                    way += f", {max(map(len, self.ranges.values()))} of {network.products} products in int8"
             elif network.has_own_code or name == "conditioning":
                 way = "reference"
             rows.append(Part(name, way, network.refused or f"it can run on {native_library.isa()}"))
@@ -310,12 +312,13 @@ class Network:
         weights: packed, for programs of their dtype.
         refused: why it does not run as a program, or "".
         has_own_code: whether code of the user's is in it, so that nothing runs in its place.
+        products: how many convolutions and linear layers its programs have, once there is one.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, backend: str):
         """``backend`` is that of its ops where it runs in torch."""
         self.module, self.weights, self._backend = module, weights, backend
-        self.refused, self.has_own_code = "", False
+        self.refused, self.has_own_code, self.products = "", False, 0
 
     @cached_property
     def meta_copy(self) -> MetaCopy:

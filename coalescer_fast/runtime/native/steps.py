@@ -39,11 +39,13 @@ from ...ops.abi import (
 from ...ops.kernels.dual_head.native import cf_dual_head_args
 from ...ops.kernels.group_norm_silu.native import cf_group_norm_silu_args
 from .pack import Packer, Weight, address, image, tensor4
-from .value import BYTES, Unsupported, Value
+from .value import BYTES, Range, Unsupported, Value
 
 if TYPE_CHECKING:
     from .program import Layout
     from .record import Recorder
+
+CHANNELS = 16  # the least channels and outputs of a product in 8 bits
 
 aten = torch.ops.aten
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -153,10 +155,6 @@ class Step:
     def values(self) -> list[Value]:
         return [*self.outputs, *self.inputs]
 
-    def reads_uint8(self, value: Value) -> bool:
-        """Whether this input may be uint8."""
-        return False
-
     def wants_float32(self, value: Value) -> bool:
         """Whether it reads this input in float32, whatever the program's dtype."""
         return False
@@ -224,6 +222,7 @@ class cf_convolution_args(Struct):
         ("doubling", c_int64),
         ("gated", c_int64),
         ("function", c_int64),
+        ("quantisation", cf_quantisation),
     ]
 
 
@@ -263,12 +262,13 @@ class Convolution(Step):
 
     Attributes:
         gate: the function of the gate, None without one; ``weight.gated`` says which half it is.
+        range: what x may be, if the program multiplies in 8 bits here.
     """
 
     name = "CONVOLUTION"
     number = 0
     struct = cf_convolution_args
-    widens = writes_border = reads_border = True
+    widens = writes_border = reads_border = writes_uint8 = True
 
     x: Value
     y: Value
@@ -282,6 +282,7 @@ class Convolution(Step):
     form: cf_form = cf_form.CF_DIRECT
     doubling: bool = False
     gate: cf_function | None = None
+    range: Range | None = None
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
@@ -350,9 +351,35 @@ class Convolution(Step):
     def reads_uint8(self, value: Value) -> bool:
         direct = self.form == cf_form.CF_DIRECT
         return direct and self.wide and value is not self.residual and value is not self.row
+    def reads_uint8(self) -> bool:
+        """Whether it is to multiply in 8 bits, where a program may; benchmarks/quality/int8.py has what it costs.
+
+        What costs most error stays in floating point. That is the product of a program's inputs, as the first
+        convolution of a UNet: half of all error, and an input's range is up to whoever calls. So is the range of what
+        attention makes of an input, such as a description. Then the shortcuts of residual blocks, which read what was
+        concatenated, or what others read, too: see `pays_for_a_copy`. Products of vectors or of a few channels, as that
+        of the last convolution, are little work. A 3x3 convolution of stride 1 multiplies normalised images in 8 bits.
+        """
+        outputs, channels = self.weight.shape[:2]
+        little = self.x.height * self.x.width == 1 or min(outputs, channels) < CHANNELS
+        if little or channels % 4 or _is_given(self.x):
+            return False
+        if self.wide and self.stride == 1:  # here, for any form of convolution that is faster and more exact
+            return isinstance(self.x.step, GroupNormSiLU)
+        return self.wide or not isinstance(self.x.step, Gather)
+
+    @property
+    def pays_for_a_copy(self) -> bool:
+        """Whether x is copied in 8 bits, if others read it, too: that of a 1x1 shortcut is not worth its error."""
+        return self.wide
 
     def lay_out(self, layout: Layout) -> None:
         x, lanes = self.x, 4 // BYTES[layout.dtype]
+        self.residual = layout.in_dtype(self.residual, layout.dtype if self.y.dtype == torch.uint8 else self.y.dtype)
+        self.row = layout.in_dtype(self.row, torch.float32)
+        if self.range is not None and x.range is not self.range:
+            self.x = layout.copy(x, torch.uint8, int(self.wide), range=self.range)
+            return
         padded = -(-x.channels // lanes) * lanes
         # A copy costs a pass through memory: whatever writes x should write the border and the padding, if it can and
         # nobody is disturbed by them.
@@ -364,14 +391,12 @@ class Convolution(Step):
         able = x.dtype in (layout.dtype, torch.uint8) and x.padded % lanes == 0 and (x.border or not self.wide)
         if not able:
             self.x = layout.copy(x, layout.dtype, int(self.wide), padded)
-        self.residual = layout.in_dtype(self.residual, self.y.dtype)
-        self.row = layout.in_dtype(self.row, torch.float32)
 
     def arguments(self, packer: Packer) -> Struct:
         x, y, scale = self.x, self.y, None
         bias = None if self.bias is None else self.weight.in_turns(self.bias)
-        if x.range is not None:
-            weight, scale, added = packer.weights.quantise(self.weight, x.range)
+        if self.range is not None:
+            weight, scale, added = packer.weights.quantise(self.weight, self.range)
             bias = added if bias is None else bias.float() + added
         else:
             weight = packer.weights.pack(self.weight, self.form)
@@ -396,6 +421,7 @@ class Convolution(Step):
             doubling=self.doubling,
             gated=self.gate is not None,
             function=self.gate or cf_function.CF_IDENTITY,
+            quantisation=packer.quantisation(y),
         )
 
     @staticmethod
@@ -503,11 +529,7 @@ class GroupNormSiLU(Step):
         self.skip = layout.in_dtype(self.skip, layout.dtype)
 
     def arguments(self, packer: Packer) -> Struct:
-        x, y, quantisation = self.x, self.y, None
-        if y.range is not None:
-            step_size, zero = y.range.quantisation()
-            inverse = packer.keep(1 / step_size)
-            quantisation = cf_quantisation(inverse=inverse, zero=packer.keep(zero.to(torch.uint8)))
+        x, y = self.x, self.y
         norm = cf_group_norm_silu_args(
             x=x.address,
             skip=address(self.skip),
@@ -530,7 +552,7 @@ class GroupNormSiLU(Step):
             threads=packer.threads,
             eps=self.eps,
         )
-        return cf_group_norm_image_args(norm=norm, y=image(y), width=y.width, quantisation=quantisation)
+        return cf_group_norm_image_args(norm=norm, y=image(y), width=y.width, quantisation=packer.quantisation(y))
 
     @staticmethod
     def _film(value: Value | None) -> cf_vector | None:
@@ -603,6 +625,7 @@ class cf_gather_args(Struct):
         ("y_channels", c_int64),
         ("from_height", c_int64),
         ("from_width", c_int64),
+        ("quantisation", cf_quantisation),
         ("y_scale", c_double),
         ("x_scale", c_double),
     ]
@@ -622,7 +645,7 @@ class Gather(Step):
     name = "GATHER"
     number = 2
     struct = cf_gather_args
-    writes_border = reads_border = writes_padding = True
+    writes_border = reads_border = writes_padding = writes_uint8 = True
 
     x: Value
     y: Value
@@ -662,6 +685,7 @@ class Gather(Step):
             y_channels=y.padded,
             from_height=x.height,
             from_width=x.width,
+            quantisation=packer.quantisation(y),
             y_scale=self.scales[0] or x.height / y.height,
             x_scale=self.scales[1] or x.width / y.width,
         )
@@ -733,6 +757,7 @@ class cf_attention_args(Struct):
         ("length", c_int64),
         ("k_length", c_int64),
         ("width", c_int64),
+        ("quantisation", cf_quantisation),
         ("scale", c_double),
     ]
 
@@ -766,6 +791,7 @@ class Attention(Step):
     name = "ATTENTION"
     number = 3
     struct = cf_attention_args
+    writes_uint8 = True
 
     q: Value
     k: Value
@@ -811,12 +837,13 @@ class Attention(Step):
             bias=None if self.bias is None or self.bias_view is None else self.bias_view.pack(self.bias),
             mask=address(self.mask),
             y=self.y.address,
-            dtype=self.y.code,
+            dtype=self.q.code,
             n=self.y.n,
             heads=self.heads,
             length=self.length,
             k_length=self.k_length,
             width=self.width,
+            quantisation=packer.quantisation(self.y),
             scale=self.scale,
         )
 
@@ -951,6 +978,7 @@ class cf_layer_norm_args(Struct):
         ("channels", c_int64),
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("quantisation", cf_quantisation),
         ("eps", c_double),
     ]
 
@@ -965,6 +993,7 @@ class LayerNorm(Step):
     name = "LAYER_NORM"
     number = 5
     struct = cf_layer_norm_args
+    writes_uint8 = True
 
     x: Value
     y: Value
@@ -989,6 +1018,7 @@ class LayerNorm(Step):
             channels=channels,
             weight=packer.floats(ones if self.weight is None else self.weight),
             bias=packer.floats(zeros if self.bias is None else self.bias),
+            quantisation=packer.quantisation(self.y),
             eps=self.eps,
         )
 
@@ -1024,6 +1054,7 @@ class cf_gate_args(Struct):
         ("value_stride", c_int64),
         ("gate_stride", c_int64),
         ("function", c_int64),
+        ("quantisation", cf_quantisation),
     ]
 
 
@@ -1034,6 +1065,7 @@ class Gate(Step):
     name = "GATE"
     number = 6
     struct = cf_gate_args
+    writes_uint8 = True
 
     x: Value
     gate: Value
@@ -1060,6 +1092,7 @@ class Gate(Step):
             value_stride=x.channels,
             gate_stride=gate.channels,
             function=self.function,
+            quantisation=packer.quantisation(self.y),
         )
 
     @staticmethod
@@ -1466,6 +1499,14 @@ def _record_rows(recorder: Recorder, result: Tensor, input: Tensor, other: Tenso
     if input.shape != result.shape:
         raise Unsupported(f"it broadcasts {tuple(input.shape)} and {tuple(other.shape)}")
     record(recorder, result, recorder.whole(input), recorder.row_of(other, input))
+
+
+def _is_given(value: Value) -> bool:
+    """Whether it is an input, a copy or concatenation of inputs, or what attention gives of the values of an input."""
+    if isinstance(value.step, Attention):
+        v = value.step.v
+        return _is_given(v.step.x if isinstance(v.step, Convolution) else v)
+    return value.step is None or (isinstance(value.step, Gather) and all(map(_is_given, value.step.inputs)))
 
 
 def _function_of(value: Value) -> cf_function | None:

@@ -50,19 +50,24 @@ class Range:
         flat = rows.reshape(-1, rows.shape[-1]).float()
         self.low, self.high = torch.minimum(self.low, flat.amin(0)), torch.maximum(self.high, flat.amax(0))
 
+    def include(self, other: Range) -> None:
+        """Include another range."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
     def quantisation(self) -> tuple[Tensor, Tensor]:
         r"""Step size and zero point of each channel, for ``q = round(x / step) + zero`` in 0 ... 255.
 
         ``step = max(r)^(1 - a) r^a / 255`` with r the channels' ranges and a = `BALANCE`. With a = 0 all channels share
         one step size. With a = 1 each channel uses all 8 bits, but the weights, which are multiplied by the step sizes,
-        then have a wider range and lose bits of theirs.
+        then have a wider range and lose bits of theirs. The zero point has the middle of a range at the middle of
+        0 ... 255, so that most channels can hold more than was seen of them.
 
         Returns:
             (step, zero), both (C,), float32.
         """
         reach = (self.high - self.low).clamp_min(1e-6)
         step = reach.max() ** (1 - BALANCE) * reach**BALANCE / 255
-        return step, (-self.low / step).round().clamp(0, 255)
+        return step, (127.5 - (self.low + self.high) / (2 * step)).round().clamp(0, 255)
 
 
 @dataclass(eq=False)

@@ -80,7 +80,7 @@ def error(network: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> float:
 
 def forms_of(network: nn.Module, x: torch.Tensor, weights: Weights) -> list[cf_form]:
     recording = record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.given(x))])
-    forms.choose_forms(recording, weights, lambda value: False)
+    forms.choose_forms(recording, weights)
     return [step.form for step in recording.steps if isinstance(step, Convolution)]
 
 
@@ -205,7 +205,7 @@ class Doubled(nn.Module):
 def test_a_nearest_upsampling_is_read_in_place(dtype, form, sides):
     network, x = seeded(Doubled(12, 20)), randn(2, 12, *sides)
     recording = record_module(MetaCopy(network), lambda twin, recorder: [twin(recorder.given(x))])
-    forms.choose_forms(recording, Weights(dtype), lambda value: False)
+    forms.choose_forms(recording, Weights(dtype))
     assert [type(step) for step in recording.steps] == [Convolution, Convolution]
     (y,) = compile_module(network, [x], dtype)(x)
     exact = network.double()(x.double()).detach()
