@@ -69,6 +69,7 @@ def convolution(dtype: torch.dtype, side: int, channels: int, form: cf_form) -> 
         doubling=False,
         gated=False,
         function=cf_function.CF_IDENTITY,
+        quantisation=None,
     )
     step = packer.keep(cf_step.pack(kind=0, args=packer.keep(bytes(arguments))))
     call = native_library.function("cf_cpu_run")

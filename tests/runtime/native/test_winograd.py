@@ -104,7 +104,9 @@ def test_sizes(dtype, form, n, channels, outputs, height, width):
     assert error(network, randn(n, channels, height, width), dtype) <= TOLERANCE[dtype, form]
 
 
-@pytest.mark.parametrize("kind", ["off-centre", "an outlier", "outlying channels", "huge", "tiny", "constant", "sparse"])
+@pytest.mark.parametrize(
+    "kind", ["off-centre", "an outlier", "outlying channels", "huge", "tiny", "constant", "sparse"]
+)
 def test_numbers(dtype, form, kind):
     x = randn(2, 64, 14, 13)
     if kind == "off-centre":
