@@ -31,7 +31,8 @@ import ctypes
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import overload
 
 import torch
@@ -144,11 +145,24 @@ class Program:
         """Compute ``outputs`` from ``inputs``."""
         self._call(self._arguments)
 
+    def steps(self) -> list[tuple[Description, Callable[[], None]]]:
+        """What each step does, and a function that runs it alone, on what the last run has left."""
+        size = ctypes.sizeof(cf_step)
+        alone = [
+            cf_program_args.pack(steps=self._table + i * size, count=1, threads=self._threads)
+            for i in range(len(self._descriptions))
+        ]
+        # methods, so that whoever holds one holds the program and its memory
+        return [(step, partial(self._run_alone, arguments)) for step, arguments in zip(self._descriptions, alone)]
+
+    def _run_alone(self, arguments: bytes) -> None:
+        self._call(arguments)
+
     def profile(self, rounds: int = 5) -> list[tuple[Description, float]]:
         """Measure every step alone, in the order in which they run.
 
         Each run of a step starts the threads anew, which `run` does once for all steps: short steps seem longer than
-        they are. What they read is what the last run has left.
+        they are.
 
         Args:
             rounds: through all steps.
@@ -156,18 +170,14 @@ class Program:
         Returns:
             What each step does, and the median of the seconds that it took.
         """
-        size = ctypes.sizeof(cf_step)
-        alone = [
-            cf_program_args.pack(steps=self._table + i * size, count=1, threads=self._threads)
-            for i in range(len(self._descriptions))
-        ]
-        taken: list[list[float]] = [[] for _ in alone]
+        steps = self.steps()
+        taken: list[list[float]] = [[] for _ in steps]
         for _ in range(rounds):
-            for arguments, seconds in zip(alone, taken):
+            for (_, run), seconds in zip(steps, taken):
                 start = time.perf_counter()
-                self._call(arguments)
+                run()
                 seconds.append(time.perf_counter() - start)
-        return [(step, statistics.median(seconds)) for step, seconds in zip(self._descriptions, taken)]
+        return [(step, statistics.median(seconds)) for (step, _), seconds in zip(steps, taken)]
 
     def observe(self, ranges: dict[int, Range]) -> None:
         """Extend the ranges by what the last run has left, of a program that keeps it.
