@@ -61,8 +61,8 @@ def test_a_row_for_every_form_and_peer(tmp_path):
         assert row["status"] == OK
         assert 0 < float(row["error"]) <= products.LIMITS[row["dtype"]]
         seconds = float(row["y_value_50"]) / 1e3
-        assert float(row["gflop_per_s"]) == pytest.approx(float(row["gflop"]) / seconds)
-        assert float(row["percent_of_peak"]) == pytest.approx(float(row["gflop_per_s"]))  # of a peak of 100
+        assert float(row["gflop_per_s"]) == pytest.approx(float(row["gflop"]) / seconds, rel=1e-3)
+        assert float(row["percent_of_peak"]) == pytest.approx(float(row["gflop_per_s"]), rel=1e-3)  # of a peak of 100
     gflop = {row["call"]: float(row["gflop"]) * 1e9 for row in rows}
     assert gflop["6x6, 8 -> 16, 3x3"] == 2 * 36 * 9 * 8 * 16
     assert gflop["6x6, 8 -> 8, 3x3, stride 2"] == 2 * 9 * 9 * 8 * 8
