@@ -84,11 +84,12 @@ class Convolution(nn.Conv2d):
 
     def peers(self, x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Of x in the dtype that is measured."""
+        assert self.bias is not None
         weight, bias = (p.detach().to(x.dtype) for p in (self.weight, self.bias))
         weight = weight.contiguous(memory_format=torch.channels_last)
         padding, stride = list(self.padding), list(self.stride)
         yield "torch", partial(F.conv2d, x, weight, bias, self.stride, self.padding)
-        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         ready = reorder(weight.to_mkldnn(), padding, stride, [1, 1], 1, list(x.shape))
         yield (
             "torch_prepacked",
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
                 row = {**dict.fromkeys(COLUMNS, ""), **common, **row}
                 failed = row["status"] != OK
                 status |= str(row["status"]).startswith("FAIL")
-                who = " ".join(filter(None, (row["provider"], row["form"], row["isa"])))
+                who = " ".join(filter(None, (str(row[name]) for name in ("provider", "form", "isa"))))
                 cells = (
                     (row["status"], "", "")
                     if failed
@@ -288,13 +289,13 @@ def measure(
     if dtype != "int8":
         for name, run in call.peers(*(x.to(DTYPES[dtype]) for x in given)):
             found.append(Provider({"provider": name, "form": "", "isa": ""}, run, run))
-    samples, gflop = {}, 0.0
+    samples: dict[str, timing.Sample] = {}
     for number, each in enumerate(found):
         y = each.result().double()
-        each.row["error"] = float((y - truth).square().mean().sqrt() / truth.abs().max())
-        each.row["status"] = OK
-        if not each.row["error"] <= LIMITS[dtype]:
-            each.row["status"] = f"FAIL: error {each.row['error']:.2g} is above {LIMITS[dtype]:g}"
+        error = float((y - truth).square().mean().sqrt() / truth.abs().max())
+        each.row |= {"error": error, "status": OK}
+        if not error <= LIMITS[dtype]:
+            each.row["status"] = f"FAIL: error {error:.2g} is above {LIMITS[dtype]:g}"
             continue
         samples[str(number)] = getattr(timer, args.cache)(each.run)
     taken = timing.interleave(samples, args.budget or BUDGET) if samples else {}
