@@ -146,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def available() -> list[str]:
     """The instruction sets of the processor that programs run on."""
     found = []
-    for isa in ("avx512_bf16", "avx512", "avx2"):
+    for isa in native_library.ISAS:
+        if isa == "portable":  # programs run in torch there
+            continue
         try:
             native_library.set_isa(isa)
             found.append(isa)

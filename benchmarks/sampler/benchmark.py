@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampler --model emoji-64,m --csv benchmarks/results/sampler.csv
     python -m benchmarks.sampler --summary benchmarks/results/sampler.csv
+    python -m benchmarks.sampler --model m --profile
     python -m benchmarks.sampler --plot docs/sampler.png --from benchmarks/results/sampler.csv
 
 Parts: unet, one evaluation; sampler, two steps from the conditioning to latents, without guidance and with the model's
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -49,8 +51,11 @@ import coalescer_fast
 from coalescer_fast import sampling
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.native.module import no_programs
+from coalescer_fast.runtime.native.runtime import NativeRuntime
 
 from ..harness import environment as machine
+from ..harness import profile as profiles
 from ..harness import refcheck, timing
 from ..harness.arguments import (
     Parser,
@@ -63,6 +68,8 @@ from ..harness.arguments import (
 )
 from ..harness.peers import OK, attempt, fresh_compiler_cache
 from ..harness.results import Row, append, as_text, open_csv
+from ..networks.providers import peak as products_peak
+from ..networks.task import Task
 from . import providers, report
 from .plot import draw
 from .providers import DTYPES, PEERS, RANDOM, Engine, Tensors
@@ -71,6 +78,7 @@ MODELS = ("emoji-64", "m", "l")
 PARTS = ("unet", "sampler", "decoder", "pipeline")
 PROMPTS = ("octopus", "red apple", "dog", "pizza", "rocket", "umbrella", "tiger", "guitar")
 BUDGET = 3.0
+PROFILED = 20  # rounds through all steps of a profile
 LOOSE = 0.1  # largest relative error of a provider that has a time
 REST = 5e-3  # seconds until the idle threads of the provider before have stopped spinning
 COLD = {  # what a new process does between loading and drawing, and how many processes there are
@@ -159,6 +167,11 @@ def parser() -> Parser:
     top.add_argument(
         "--cold", action="store_true", help="measure instead the time to the first picture of a new process"
     )
+    top.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure instead the steps of the native UNet's programs, one by one, by kind, form and shape",
+    )
     add_report_options(top)
     return top
 
@@ -170,6 +183,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--device cuda needs a CUDA device, and there is none: use --device cpu")
     if args.cold and "emoji-64" not in args.model:
         raise ValueError("--cold draws a picture, which needs the model emoji-64: leave --model away")
+    if args.profile:
+        with timing.settings(args.threads, args.allocator == "keep"):
+            return profile(args)
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
     rows: list[Row] = []
@@ -190,6 +206,32 @@ def run(args: argparse.Namespace) -> int:
     print()
     print("\n".join(report.summary(as_text(rows))))
     return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) else 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Print where the programs of the native UNet spend their time, for each model, batch and dtype."""
+    if args.device != "cpu":
+        raise ValueError("--profile is of native programs, which run on a CPU: use --device cpu")
+    found: dict[torch.dtype, float] = {}
+
+    def peak(dtype: torch.dtype) -> float:
+        if dtype not in found:
+            name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}[dtype]
+            found[dtype] = products_peak(Task("peak", "", name, "", 1, 0, 0, torch.get_num_threads(), "", ""))
+        return found[dtype]
+
+    for model, batch, dtype in itertools.product(args.model, args.batch, args.dtypes):
+        pipe = providers.load(model, torch.device("cpu"))
+        if reason := no_programs(DTYPES[dtype]):
+            print(f"{model} {dtype} skipped: {reason}")
+            continue
+        coalescer_fast.accelerate(pipe, "cpu", DTYPES[dtype])
+        pipe("octopus", num_images_per_prompt=batch, num_inference_steps=1, guidance_scale=1, output_type="latent")
+        assert isinstance(pipe.runtime, NativeRuntime)
+        (program,) = [made for key, made in pipe.runtime.programs.programs.items() if key[0] == "unet"]  # type: ignore[index]
+        print(f"{model} {dtype}, batch {batch}, {torch.get_num_threads()} threads, one evaluation of the UNet")
+        print("\n".join(profiles.report(program, peak, PROFILED)), flush=True)
+    return 0
 
 
 def benchmark(args: argparse.Namespace) -> Iterator[list[Row]]:

@@ -267,7 +267,7 @@ struct Convolution {
                        p.x * a.stride * x_pixel;
                 if (a.residual.data) {  // on its way from memory while the products are made
                     const char* residual =
-                        address(a.residual, p, y_pixel) + first * W * static_cast<int64_t>(sizeof(T));
+                        address(a.residual, p, residual_pixel) + first * W * static_cast<int64_t>(sizeof(T));
                     for (int64_t line = 0; line < V * W * static_cast<int64_t>(sizeof(T)); line += 64)
                         __builtin_prefetch(residual + line);
                 }

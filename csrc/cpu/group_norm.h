@@ -383,8 +383,9 @@ int share_positions(const cf_group_norm_silu_args& a, int64_t threads, const Tar
             merge_chunk(i * chunk, end_of(i), channels, ws.shift, sums + 2 * i * padded, sums + (2 * i + 1) * padded,
                         ws.channels);
         find_coefficients(a, n, 0, channels, ws);
-        parallel_for(chunks, threads, [&](int64_t begin, int64_t end) {
-            apply_rows<T, SILU>(sample, begin * chunk, end_of(end - 1), ws.coefficients, target);
+        // not by chunks, of which there may be fewer than threads
+        parallel_for(a.spatial, threads, [&](int64_t begin, int64_t end) {
+            apply_rows<T, SILU>(sample, begin, end, ws.coefficients, target);
         });
     }
     return CF_OK;

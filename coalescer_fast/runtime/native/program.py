@@ -32,7 +32,8 @@ import ctypes
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
 from typing import overload
 
 import torch
@@ -155,11 +156,20 @@ class Program:
         """Compute ``outputs`` from ``inputs``."""
         self._call(self._arguments)
 
+    def steps(self) -> list[tuple[Description, Callable[[], None]]]:
+        """What each step does, and a function that runs it alone, on what the last run has left."""
+        alone = [self._part(i, i + 1) for i in range(self._count)]
+        # methods, so that whoever holds one holds the program and its memory
+        return [(step, partial(self._run_alone, arguments)) for step, arguments in zip(self._descriptions, alone)]
+
+    def _run_alone(self, arguments: bytes) -> None:
+        self._call(arguments)
+
     def profile(self, rounds: int = 5) -> list[tuple[Description, float]]:
         """Measure every step alone, in the order in which they run.
 
         Each run of a step starts the threads anew, which `run` does once for all steps: short steps seem longer than
-        they are. What they read is what the last run has left.
+        they are.
 
         Args:
             rounds: through all steps.
@@ -167,14 +177,14 @@ class Program:
         Returns:
             What each step does, and the median of the seconds that it took.
         """
-        alone = [self._part(i, i + 1) for i in range(self._count)]
-        taken: list[list[float]] = [[] for _ in alone]
+        steps = self.steps()
+        taken: list[list[float]] = [[] for _ in steps]
         for _ in range(rounds):
-            for arguments, seconds in zip(alone, taken):
+            for (_, run), seconds in zip(steps, taken):
                 start = time.perf_counter()
-                self._call(arguments)
+                run()
                 seconds.append(time.perf_counter() - start)
-        return [(step, statistics.median(seconds)) for step, seconds in zip(self._descriptions, taken)]
+        return [(step, statistics.median(seconds)) for (step, _), seconds in zip(steps, taken)]
 
     def observe(self, ranges: Ranges) -> None:
         """`run`, and extend the ranges by every value that could be uint8, as soon as it is written.

@@ -348,10 +348,7 @@ class Convolution(Step):
         weights = outputs * math.prod(rest) * self.x.element_bytes
         return replace(found, bytes=found.bytes + weights)
 
-    def reads_uint8(self, value: Value) -> bool:
-        direct = self.form == cf_form.CF_DIRECT
-        return direct and self.wide and value is not self.residual and value is not self.row
-
+    @property
     def reads_uint8(self) -> bool:
         """Whether it is to multiply in 8 bits, where a program may; benchmarks/quality/int8.py has what it costs.
 

@@ -19,6 +19,7 @@ from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.native.module import no_programs
 from coalescer_fast.scheduler import CoalescerScheduler
 
 UNET = dict(
@@ -394,3 +395,15 @@ def test_a_named_network_is_not_trivial():
     assert 1e-2 < float(direction.std()) < 10
     assert math.isfinite(float(distance))
     assert not torch.allclose(direction, other)
+
+
+@pytest.mark.skipif(bool(no_programs(torch.float32)), reason=no_programs(torch.float32) or "programs run here")
+def test_a_profile_of_the_unet(monkeypatch, capsys):
+    monkeypatch.setattr(sampler, "products_peak", lambda task: 100.0)
+    assert sampler.main(["--profile", "--batch", "2", "--dtypes", "fp32", "--threads", "1"]) == 0
+    head, whole, *lines = capsys.readouterr().out.splitlines()
+    assert head == "emoji-64 fp32, batch 2, 1 threads, one evaluation of the UNet"
+    kinds = [line.split("  ")[1] for line in lines[1 : lines.index("by shape, the first 15")]]
+    assert {"convolution 3x3", "group_norm_silu", "attention", "dual_head"} <= set(kinds)
+    steps = sum(int(line.split(" float32 ")[1].split()[0]) for line in lines[1 : len(kinds) + 1])
+    assert whole.startswith(f"{steps} steps, ")

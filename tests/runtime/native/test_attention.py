@@ -54,6 +54,7 @@ def attend(q, k, v, bias=None, mask=None, scale=None, threads=1):
         k_length=k.shape[2],
         width=width,
         scale=width**-0.5 if scale is None else scale,
+        quantisation=None,
     )
     step = cf_step(kind=Attention.number, args=ctypes.addressof(arguments))
     program = cf_program_args.pack(steps=ctypes.addressof(step), count=1, threads=threads)

@@ -29,6 +29,10 @@ pytestmark = pytest.mark.skipif(
 DTYPES = {"avx512_bf16": ["float32", "bfloat16"]}
 ABLE = [(isa, dtype) for isa in available() for dtype in DTYPES.get(isa, ["float32"])]
 BEST = [dtype for isa, dtype in ABLE if isa == available()[-1]]
+# 8 bits with bfloat16 between
+needs_int8 = pytest.mark.skipif(
+    torch.bfloat16 not in native_library.products(), reason="the processor does not multiply bfloat16"
+)
 # relative to the largest element, of sums in float32; weights and inputs are rounded to bfloat16 beforehand
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6}
 
