@@ -38,8 +38,8 @@ from coalescer_fast.runtime.native.module import floats_of
 from coalescer_fast.runtime.native.pack import Weights
 from coalescer_fast.runtime.native.program import Program, Ranges
 from coalescer_fast.runtime.native.record import MetaCopy, Recorder, Recording, record_module
-from coalescer_fast.runtime.native.steps import Convolution as ConvolutionStep
 from coalescer_fast.runtime.native.steps import FORMS, forms
+from coalescer_fast.runtime.native.steps import Convolution as ConvolutionStep
 
 from ..harness import environment as machine
 from ..harness import timing

@@ -32,9 +32,10 @@
 // outside are not written. The position that a tile reads may be that of an image half as large (`doubling`): a nearest
 // upsampling before the convolution costs nothing.
 //
-// Outer loops. If every thread has many tiles, each transforms as many as its second-level cache holds beside their
-// products, and takes them through all weights (share_tiles). Else all tiles are transformed first, and threads share
-// outputs, so that every weight is read once (share_outputs).
+// Outer loops. If every thread has many tiles, and the weights stay in the last-level cache, each thread transforms as
+// many tiles as its second-level cache holds beside their products, and takes them through all weights (share_tiles).
+// Else all tiles are transformed first, and threads share the products as share.h says, so that every weight is read
+// from memory once (share_outputs).
 //
 // The bits of an output depend on its tile, and on weights: not on other tiles, threads or the batch.
 #pragma once
@@ -176,9 +177,10 @@ struct Winograd {
     typedef typename Multiplied<X>::E E;
     static constexpr bool INTEGERS = sizeof(E) == 2;
     static constexpr int P = m + 2, POINTS = P * P;
-    static constexpr int64_t CACHE = 1 << 20;         // bytes, second-level, of tiles and their products
-    static constexpr int64_t SHARED_CACHE = 8 << 20;  // likewise, last-level, of tiles that all threads read
-    static constexpr int64_t MANY_TILES = 20;         // of a thread, from which on threads share tiles
+    static constexpr int64_t CACHE = 1 << 20;           // bytes, second-level, of tiles and their products
+    static constexpr int64_t SHARED_CACHE = 8 << 20;    // likewise, last-level, of tiles that all threads read
+    static constexpr int64_t LARGE_WEIGHTS = 16 << 20;  // bytes: not to be read more often than once
+    static constexpr int64_t MANY_TILES = 20;           // of a thread, from which on threads share tiles
 
     const cf_convolution_args& a;
     const int64_t x_pixel = a.channels * static_cast<int64_t>(sizeof(X));
@@ -192,6 +194,7 @@ struct Winograd {
     const int64_t v_tile = POINTS * v_row + scales;
     const int64_t tiles_x = ceil_div(a.width, m), tiles_y = ceil_div(a.height, m), tiles = a.n * tiles_y * tiles_x;
     const int64_t vectors = ceil_div(a.outputs, W);
+    const int64_t w_bytes = vectors * W * POINTS * units * 4;
     const Blocks blocks{vectors};
     static constexpr int64_t BLOCKS_AT_ONCE = W == 8 ? 4 : 1;           // which read the same rows of tiles
     static constexpr int64_t M_ROW = BLOCKS_AT_ONCE * MAX_VECTORS * W;  // floats of a point of a tile's products
@@ -203,7 +206,8 @@ struct Winograd {
     static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
     int run(int64_t threads) const {
-        const int status = tiles >= threads * MANY_TILES ? share_tiles(threads) : share_outputs(threads);
+        const int status =
+            tiles >= threads * MANY_TILES && w_bytes <= LARGE_WEIGHTS ? share_tiles(threads) : share_outputs(threads);
         for (int64_t n = 0; n < a.n && a.y.border; ++n) write_border(a.y, n, a.height, a.width, y_pixel, nullptr);
         return status;
     }
@@ -244,8 +248,7 @@ struct Winograd {
                                                });
             if (status != CF_OK) return status;
             const int64_t part = min(at_once, count);
-            const Sharing sharing(groups, blocks, count * v_tile, vectors * W * POINTS * units * 4,
-                                  sharing_threads(threads));
+            const Sharing sharing(groups, blocks, count * v_tile, w_bytes, sharing_threads(threads));
             status = parallel_for_with_scratch(
                 sharing.threads, sharing.threads, static_cast<size_t>(part * M_TILE),
                 [&](void* memory, int64_t begin, int64_t end) {
@@ -353,8 +356,7 @@ struct Winograd {
         const int64_t V = blocks.size(block), before = blocks.first(block) * POINTS + point * V;  // vectors of weights
         const char* w = static_cast<const char*>(a.weight) + before * units * 4 * W;
         const float* w_scale =
-            reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + vectors * POINTS * units * 4 * W) +
-            before * W;
+            reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + w_bytes) + before * W;
         const int64_t none[1] = {0};
         const char* x[MAX_POSITIONS];
         float scale[MAX_POSITIONS];
