@@ -126,6 +126,7 @@ def accelerate(
     inputs: Sequence[Any] | None = None,
     keep_weights: bool = True,
     cache: str | Path | None = None,
+    winograd_memory: int | None = None,
     **call: Any,
 ) -> Any:
     """Have the calls of a pipeline or a module run fast from now on.
@@ -186,6 +187,9 @@ def accelerate(
         keep_weights: False frees the weights of modules as they are packed, so that each is in memory once. The modules
             can then neither be restored nor copied or saved.
         cache: a folder where packed weights are kept for the next process, which maps them into its memory.
+        winograd_memory: bytes that weights of Winograd's convolutions, which are faster and have larger weights, may
+            take beyond those of direct ones, for each network and size of images; `explain` shows what they take.
+            Default: 512 MiB, or half of all weights if that is more.
         **call: of a diffusers pipeline with int8, what else its calls are given while ranges are found, such as
             num_inference_steps (4 without), guidance_scale, image.
 
@@ -209,10 +213,11 @@ def accelerate(
         if backend == "cpu" and (reason := unavailable("cpu")):
             raise ValueError(f"backend 'cpu' {reason}")
         chosen = _dtype(dtype, "cpu", "cpu")
-        networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, call, backend == "auto")
+        auto = backend == "auto"
+        networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, winograd_memory, call, auto)
         return pipe
-    if inputs is not None or not keep_weights or cache is not None or call:
-        given = "inputs, keep_weights, cache" + "".join(f", {name}" for name in call)
+    if inputs is not None or not keep_weights or cache is not None or winograd_memory is not None or call:
+        given = "inputs, keep_weights, cache, winograd_memory" + "".join(f", {name}" for name in call)
         raise ValueError(f"of {given}, none is for a CoalescerPipeline; its int8 takes prompts")
     if artefact is not None:
         return _load(pipe, backend, dtype, artefact)

@@ -69,6 +69,7 @@ def accelerate(
     inputs: Sequence[Any] | None,
     keep_weights: bool,
     cache: str | Path | None,
+    winograd_memory: int | None,
     call: Mapping[str, Any],
     auto: bool,
 ) -> None:
@@ -81,6 +82,9 @@ def accelerate(
         raise TypeError(f"keep_weights is {keep_weights!r:.80}; expected True or False")
     if cache is not None and (not isinstance(cache, (str, Path)) or Path(cache).is_file()):
         raise ValueError(f"cache is {cache!r:.80}; expected the name of a folder")
+    wrong = isinstance(winograd_memory, bool) or not isinstance(winograd_memory, int) or winograd_memory < 0
+    if winograd_memory is not None and wrong:
+        raise ValueError(f"winograd_memory is {winograd_memory!r:.80}; expected a number of bytes")
     if call and (dtype != torch.int8 or isinstance(x, nn.Module)):
         only = "arguments of a pipeline's calls are for dtype 'int8', which finds its ranges with them"
         raise TypeError(f"accelerate has no argument {next(iter(call))}; {only}")
@@ -105,7 +109,7 @@ def accelerate(
             before.remove()
     folder, itself = None if cache is None else str(cache), list(networks.values()) == [x]
     made = [
-        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder, auto)
+        ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder, auto, winograd_memory)
         for network in networks.values()
     ]
     if dtype == torch.int8 and not itself:

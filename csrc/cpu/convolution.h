@@ -251,6 +251,14 @@ struct Convolution {
                 run_block(block, tile, min(tile + chunk, r.last_tile));
     }
 
+    // What belongs to a position: its channels in x, y, residual and row.
+    struct Place {
+        const char* x[MAX_POSITIONS];
+        Y* y[MAX_POSITIONS];
+        const T* residual[MAX_POSITIONS];
+        const float* row[MAX_POSITIONS];
+    };
+
     // The outputs of a block, at the positions of the tiles [first_tile, last_tile).
     void run_block(int64_t block, int64_t first_tile, int64_t last_tile) const {
         const int64_t V = blocks.size(block), first = blocks.first(block);
@@ -259,54 +267,60 @@ struct Convolution {
         Position p{begin / (a.height * a.width), begin / a.width % a.height, begin % a.width};
         for (int64_t i = begin; i < end; i += MAX_POSITIONS) {
             const int64_t count = min(end - i, MAX_POSITIONS);
-            const char* x[MAX_POSITIONS];
-            Position at[MAX_POSITIONS];
+            Place at;
             for (int64_t m = 0; m < count; ++m) {
-                at[m] = p;
-                x[m] = static_cast<const char*>(a.x.data) + origin + p.n * a.x.sample + p.y * a.stride * a.x.row +
-                       p.x * a.stride * x_pixel;
+                at.x[m] = static_cast<const char*>(a.x.data) + origin + p.n * a.x.sample + p.y * a.stride * a.x.row +
+                          p.x * a.stride * x_pixel;
+                at.y[m] = reinterpret_cast<Y*>(address(a.y, p, y_pixel));
+                if (a.row) at.row[m] = a.row + p.n * a.outputs;
                 if (a.residual.data) {  // on its way from memory while the products are made
-                    const char* residual =
-                        address(a.residual, p, residual_pixel) + first * W * static_cast<int64_t>(sizeof(T));
-                    for (int64_t line = 0; line < V * W * static_cast<int64_t>(sizeof(T)); line += 64)
-                        __builtin_prefetch(residual + line);
+                    at.residual[m] = reinterpret_cast<const T*>(address(a.residual, p, residual_pixel));
+                    const char* line = reinterpret_cast<const char*>(at.residual[m] + first * W);
+                    for (int64_t b = 0; b < V * W * static_cast<int64_t>(sizeof(T)); b += 64)
+                        __builtin_prefetch(line + b);
                 }
                 p.next(a.height, a.width);  // counting is cheaper than three divisions a position
             }
             Tile<E> sums;
-            multiply<E>(V, count, x, offsets, pieces, units, w, sums);
-            for (int64_t v = 0; v < V; v += a.gated ? 2 : 1)
-                a.gated ? finish_gated(sums, v, min(V - v, 2), (first + v) * per_vector, at, count)
-                        : finish(sums, v, (first + v) * per_vector, at, count);
+            multiply<E>(V, count, at.x, offsets, pieces, units, w, sums);
+            for (int64_t v = 0; v < V; v += a.gated ? 2 : 1) {
+                const int64_t c = (first + v) * per_vector;
+                if (a.gated)
+                    finish_gated(sums, v, min(V - v, 2), c, at, count);
+                else if (c + W <= a.outputs)
+                    finish<true>(sums, v, c, at, count);
+                else
+                    finish<false>(sums, v, c, at, count);
+            }
         }
     }
 
-    // What follows a product, while the sums are at hand: scale, bias, row, residual, ReLU, and the rounding to T. c: the
-    // first of the outputs.
-    void finish(const Tile<E>& sums, int64_t v, int64_t c, const Position* at, int64_t count) const {
-        const int64_t part = min(a.outputs - c, W);
+    // What follows a product, while the sums are at hand: scale, bias, row, residual, ReLU, and the rounding to Y. c: the
+    // first of the outputs; WHOLE: all of the vector are outputs.
+    template <bool WHOLE>
+    void finish(const Tile<E>& sums, int64_t v, int64_t c, const Place& at, int64_t count) const {
+        const int64_t part = WHOLE ? W : a.outputs - c;
         const vf bias = a.bias ? load_some(a.bias + c, part) : vf{},
                  scale = a.scale ? load_some(a.scale + c, part) : vf{};
         for (int64_t m = 0; m < count; ++m) {
             vf value = to_floats(sums[m][v]);
             value = a.scale ? fma(value, scale, bias) : value + bias;
-            if (a.row) value += load_some(a.row + at[m].n * a.outputs + c, part);
-            if (a.residual.data)
-                value += load_some(reinterpret_cast<const T*>(address(a.residual, at[m], residual_pixel)) + c, part);
+            if (a.row) value += load_some(at.row[m] + c, part);
+            if (a.residual.data) value += load_some(at.residual[m] + c, part);
             if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
-            write(at[m], c, value, part);
+            Row<Y>{at.y[m], a.quantisation}.some(c, value, part);
         }
     }
 
     // The same with gates: one or two vectors, of which the first half are values and the second their gates, make one
     // vector of y, which is stored in the place of what would be twice as wide.
-    void finish_gated(const Tile<E>& sums, int64_t v, int64_t some, int64_t c, const Position* at,
-                      int64_t count) const {
+    void finish_gated(const Tile<E>& sums, int64_t v, int64_t some, int64_t c, const Place& at, int64_t count) const {
         vf bias[2] = {}, scale[2] = {};
         for (int64_t i = 0; i < some; ++i) {
             if (a.bias) bias[i] = load(a.bias + 2 * c + i * W);
             if (a.scale) scale[i] = load(a.scale + 2 * c + i * W);
         }
+        const int64_t part = min(a.outputs - c, some * (W / 2));
         for (int64_t m = 0; m < count; ++m) {
             vf both[2] = {};
             for (int64_t i = 0; i < some; ++i) {
@@ -314,12 +328,8 @@ struct Convolution {
                 both[i] = a.scale ? fma(value, scale[i], bias[i]) : value + bias[i];
             }
             const vf value = first_halves(both[0], both[1]) * apply(a.function, second_halves(both[0], both[1]));
-            write(at[m], c, value, min(a.outputs - c, some * (W / 2)));
+            Row<Y>{at.y[m], a.quantisation}.some(c, value, part);
         }
-    }
-
-    void write(const Position& at, int64_t c, vf value, int64_t count) const {
-        Row<Y>{reinterpret_cast<Y*>(address(a.y, at, y_pixel)), a.quantisation}.some(c, value, count);
     }
 };
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ...dtypes import dtype_name
 from ...ops import native_library
@@ -128,3 +130,12 @@ def _double_inside(recording: Recording, step: Convolution) -> None:
         step.x, step.doubling = x, True
         x.readers = [step if reader is upsampling else reader for reader in x.readers]
         recording.steps = [each for each in recording.steps if each is not upsampling]
+
+
+def described(convolutions: Iterable[Convolution], dtype: torch.dtype) -> str:
+    """How many run as Winograd's, and what weights that takes, for `explain`; "" if none does."""
+    able = [step for step in convolutions if step.can_be_winograd]
+    made = [step for step in able if step.form != cf_form.CF_DIRECT]
+    sizes = [(step.form, step.x.channels, step.weight.shape[0]) for step in made]
+    size = sum(weight_bytes(form, dtype_name(dtype), channels, outputs) for form, channels, outputs in sizes)
+    return f", {len(made)} of {len(able)} 3x3 convolutions by Winograd (weights {size >> 20} MiB)" if made else ""

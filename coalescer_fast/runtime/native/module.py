@@ -92,6 +92,7 @@ class ModuleRuntime:
         keep_weights: bool = True,
         cache: str | None = None,
         auto: bool = False,
+        winograd_memory: int | None = None,
     ):
         """Stand in for the module's forward from now on.
 
@@ -102,6 +103,7 @@ class ModuleRuntime:
             keep_weights: whether the module keeps weights that programs have packed.
             cache: a folder for packed weights, or None.
             auto: whether calls go to torch where its convolutions are faster.
+            winograd_memory: see `Weights`.
         """
         self.quantised = dtype == torch.int8
         self.dtype = floats_of(dtype)
@@ -116,7 +118,7 @@ class ModuleRuntime:
         parameters = inspect.signature(self._forward).parameters.values()
         self._positional = [each.name for each in parameters if each.kind in positional][1:]
         self._watch: Watch | None = None
-        self._weights = Weights(self.dtype)
+        self._weights = Weights(self.dtype, winograd_memory)
         self._fingerprints: dict[str, Any] = {}
         self._left: dict[str, nn.Parameter] = {}  # in the place of parameters that were freed
         self._strides: dict[str, tuple[int, ...]] = {}  # of these
@@ -180,7 +182,7 @@ class ModuleRuntime:
                 f"{self.name} cannot be copied: its weights were freed, by keep_weights=False; load it anew"
             )
         dtype = torch.int8 if self.quantised else self.dtype
-        return dtype, self.inputs, self.keep_weights, self.cache, self.auto
+        return dtype, self.inputs, self.keep_weights, self.cache, self.auto, self._weights.winograd_memory
 
     @property
     def name(self) -> str:
@@ -469,12 +471,13 @@ class ModuleRuntime:
         if reason := self._slower_than_torch() or self.refused:
             return Part(name, "torch", reason)
         way = f"native program, {self.dtype}"
+        program = next(reversed(self.programs.programs.values()), None)
         if self.quantised:
-            program = next(reversed(self.programs.programs.values()), None)
             if not self.inputs:
                 way += ", no inputs to find the ranges of int8 with"
             elif program is not None:
                 way += f", {program.quantised} of {program.products} products in int8"
+        way += "" if program is None else program.winograd
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
         because = f"it can run on {native_library.isa()}"
@@ -541,10 +544,8 @@ def as_arguments(inputs: Any) -> Arguments:
     return inputs, {}
 
 
-def _again(
-    module: nn.Module, dtype: torch.dtype, inputs: Sequence[Any], keep_weights: bool, cache: str | None, auto: bool
-) -> ModuleRuntime:
-    return ModuleRuntime(module, dtype, inputs, keep_weights, cache, auto)
+def _again(module: nn.Module, *settings: Any) -> ModuleRuntime:
+    return ModuleRuntime(module, *settings)
 
 
 def _description(leaf: Any) -> Hashable:

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...ops import native_library
 from ...ops.abi import cf_form, cf_program_args, cf_step
-from .forms import choose_forms
+from .forms import choose_forms, described
 from .pack import Key, Packer, Weights
 from .record import MetaCopy, Recorder, Recording, record_module
 from .steps import Convolution, Description, Gather, Step
@@ -90,6 +90,9 @@ class Program:
         memory: of all values.
         products: how many convolutions and linear layers there are.
         quantised: how many of them multiply in 8 bits.
+        products: how many convolutions and linear layers it has.
+        quantised: how many of them multiply in 8 bits.
+        winograd: how many 3x3 convolutions run as Winograd's, in words, or "".
         prologue: makes the inputs of what the module is given.
         bound: whatever a caller notes of what he last wrote to the inputs.
     """
@@ -110,14 +113,15 @@ class Program:
             ranges: of the products that are to multiply in 8 bits.
         """
         convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
-        self._quantisable = {
-            value: [step.weight.key for step in steps] for value, steps in _quantisable(recording, convolutions).items()
-        }
+        in_8_bits = [step for steps in _quantisable(recording, convolutions).values() for step in steps]
         choose_forms(recording, weights, {step for step in convolutions if step.weight.key in (ranges or {})})
+        self._quantisable: dict[Value, list[Key]] = {}
+        for step in in_8_bits:
+            self._quantisable.setdefault(step.x, []).append(step.weight.key)
         for step in convolutions:
-            if step.form != cf_form.CF_DIRECT:
-                continue
-            step.range = (ranges or {}).get(step.weight.key)
+            if step.form == cf_form.CF_DIRECT:
+                step.range = (ranges or {}).get(step.weight.key)
+        self.winograd = described(convolutions, weights.dtype)
         self.products, self.quantised = len(convolutions), sum(step.range is not None for step in convolutions)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode

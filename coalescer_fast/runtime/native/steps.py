@@ -340,7 +340,8 @@ class Convolution(Step):
 
     @property
     def flop(self) -> int:
-        return 2 * self.y.count * self.weight.shape[1] * self.weight.shape[2] ** 2
+        outputs, channels, *kernel = self.weight.shape
+        return 2 * self.y.rows * outputs * channels * math.prod(kernel)
 
     def describe(self) -> Description:
         found = super().describe()
@@ -362,8 +363,6 @@ class Convolution(Step):
         little = self.x.height * self.x.width == 1 or min(outputs, channels) < CHANNELS
         if little or channels % 4 or _is_given(self.x):
             return False
-        if self.wide and self.stride == 1:  # here, for any form of convolution that is faster and more exact
-            return isinstance(self.x.step, GroupNormSiLU)
         return self.wide or not isinstance(self.x.step, Gather)
 
     @property
