@@ -472,12 +472,9 @@ class ModuleRuntime:
             return Part(name, "torch", reason)
         way = f"native program, {self.dtype}"
         program = next(reversed(self.programs.programs.values()), None)
-        if self.quantised:
-            if not self.inputs:
-                way += ", no inputs to find the ranges of int8 with"
-            elif program is not None:
-                way += f", {program.quantised} of {program.products} products in int8"
-        way += "" if program is None else program.winograd
+        if self.quantised and not self.inputs:
+            way += ", no inputs to find the ranges of int8 with"
+        way += "" if program is None else program.described
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
         because = f"it can run on {native_library.isa()}"

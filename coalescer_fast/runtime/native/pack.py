@@ -156,7 +156,7 @@ class Weights:
             whole, sums = quantised_order(own, step, scale, zero)
             packed = whole, scale, (-scale * sums.double()).float()
             self._integers[key] = packed, of  # while the range lives, no other has its identity
-            self._floats.pop(weight.key, None)  # ranges were found with them
+            self._floats.pop((weight.key, cf_form.CF_DIRECT), None)  # ranges were found with them
         self._used(weight.name)
         return self._integers[key][0]
 

@@ -92,7 +92,6 @@ class Program:
         quantised: how many of them multiply in 8 bits.
         products: how many convolutions and linear layers it has.
         quantised: how many of them multiply in 8 bits.
-        winograd: how many 3x3 convolutions run as Winograd's, in words, or "".
         prologue: makes the inputs of what the module is given.
         bound: whatever a caller notes of what he last wrote to the inputs.
     """
@@ -121,7 +120,7 @@ class Program:
         for step in convolutions:
             if step.form == cf_form.CF_DIRECT:
                 step.range = (ranges or {}).get(step.weight.key)
-        self.winograd = described(convolutions, weights.dtype)
+        self._winograd = described(convolutions, weights.dtype)
         self.products, self.quantised = len(convolutions), sum(step.range is not None for step in convolutions)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
@@ -155,6 +154,12 @@ class Program:
             mine.copy_(x)
         self.run()
         return tuple(y.clone() for y in self.outputs)
+
+    @property
+    def described(self) -> str:
+        """For `explain`: how many products multiply in 8 bits, and how many convolutions are Winograd's."""
+        in_8_bits = f", {self.quantised} of {self.products} products in int8" if self.quantised else ""
+        return in_8_bits + self._winograd
 
     def run(self) -> None:
         """Compute ``outputs`` from ``inputs``."""

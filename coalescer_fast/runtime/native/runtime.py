@@ -243,7 +243,7 @@ class NativeRuntime(PipelineRuntime):
                 try:
                     recording = record_module(network.meta_copy, run)
                     program = Program(recording, network.weights, threads, ranges)
-                    network.products = program.products
+                    network.described = program.described if observers is None else ""
                 except Unsupported as reason:
                     network.refused = str(reason)
                     return None
@@ -288,8 +288,7 @@ class NativeRuntime(PipelineRuntime):
             way = f"torch, channels innermost, {dtype}"
             if not network.refused:
                 way = f"native program, {dtype}"
-                if name == "unet" and self.quantised:
-                    way += f", {max(map(len, self.ranges.values()))} of {network.products} products in int8"
+                way += network.described
             elif network.has_own_code or name == "conditioning":
                 way = "reference"
             rows.append(Part(name, way, network.refused or f"it can run on {native_library.isa()}"))
@@ -312,13 +311,13 @@ class Network:
         weights: packed, for programs of their dtype.
         refused: why it does not run as a program, or "".
         has_own_code: whether code of the user's is in it, so that nothing runs in its place.
-        products: how many convolutions and linear layers its programs have, once there is one.
+        described: what `Program.described` says of the last one, once there is one.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, backend: str):
         """``backend`` is that of its ops where it runs in torch."""
         self.module, self.weights, self._backend = module, weights, backend
-        self.refused, self.has_own_code, self.products = "", False, 0
+        self.refused, self.has_own_code, self.described = "", False, ""
 
     @cached_property
     def meta_copy(self) -> MetaCopy:

@@ -282,6 +282,7 @@ class Convolution(Step):
     form: cf_form = cf_form.CF_DIRECT
     doubling: bool = False
     gate: cf_function | None = None
+    linear: bool = False
     range: Range | None = None
 
     def reads(self) -> Sequence[Value | None]:
@@ -326,7 +327,7 @@ class Convolution(Step):
     @property
     def kind(self) -> str:
         size = self.weight.shape[2]
-        kind = "linear" if self.weight.own(self.weight.name).ndim == 2 else f"convolution {size}x{size}"
+        kind = "linear" if self.linear else f"convolution {size}x{size}"
         return kind if self.stride == 1 else f"{kind}, stride {self.stride}"
 
     @property
@@ -363,6 +364,8 @@ class Convolution(Step):
         little = self.x.height * self.x.width == 1 or min(outputs, channels) < CHANNELS
         if little or channels % 4 or _is_given(self.x):
             return False
+        if self.wide and self.stride == 1:
+            return isinstance(self.x.step, GroupNormSiLU)
         return self.wide or not isinstance(self.x.step, Gather)
 
     @property
@@ -460,7 +463,7 @@ class Convolution(Step):
         x, parameter = recorder.rows(input), recorder.weight(weight[:, :, None, None])
         result = without_data((*input.shape[:-1], parameter.shape[0]))
         y = x.like(parameter.shape[0])
-        recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias)), result)
+        recorder.add(Convolution(x, y, parameter, recorder.optional_parameter(bias), linear=True), result)
         return result
 
     @staticmethod

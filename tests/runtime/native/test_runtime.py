@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import threading
 import weakref
 
@@ -577,8 +578,8 @@ def test_int8_of_every_instruction_set(pipe, isa):
         cf.accelerate(pipe, dtype="int8")
         assert pipe.runtime.precision == "int8"
         assert pipe.runtime.dtype == (torch.bfloat16 if isa == "avx512_bf16" else torch.float32)
-        assert f"{pipe.runtime.dtype}, 22 convolutions in int8" in cf.explain(pipe)
         result = cf.verify(pipe, 2)
+        assert re.search(rf"{pipe.runtime.dtype}, \d+ of \d+ products in int8", cf.explain(pipe))
         assert result.passed, str(result)
         assert draw(pipe, 3)[0].equal(draw(pipe, 1)[0])
 
