@@ -189,7 +189,7 @@ def accelerate(
         cache: a folder where packed weights are kept for the next process, which maps them into its memory.
         winograd_memory: bytes that weights of Winograd's convolutions, which are faster and have larger weights, may
             take beyond those of direct ones, for each network and size of images; `explain` shows what they take.
-            Default: 512 MiB, or half of all weights if that is more.
+            Default: 512 MiB, or two fifths of all weights if that is more.
         **call: of a diffusers pipeline with int8, what else its calls are given while ranges are found, such as
             num_inference_steps (4 without), guidance_scale, image.
 

@@ -43,9 +43,7 @@
 // The order in which a sum is added depends on the shape of the weights alone. So the bits of a picture depend neither
 // on its batch nor on the number of threads.
 //
-// What it reaches in a network (benchmarks/results/cpu/sampler.csv; bfloat16, 2 threads): two evaluations of m take
-// 29.6 ms at batch 1 and 486 ms at batch 16. OpenVINO takes 34.7 and 533 ms. The convolutions alone, run by oneDNN,
-// take 28.6 and 393 ms: at batch 16 there is something left to gain.
+// 3x3 convolutions with stride 1 have other forms with fewer multiplications: winograd.h.
 #pragma once
 
 #include "check.h"

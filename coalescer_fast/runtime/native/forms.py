@@ -27,7 +27,7 @@ from .pack import Weights
 from .record import Recording
 from .steps import Convolution, Gather
 
-# What Winograd's weights may take beyond direct ones if nothing is said: this much, or a half of all weights if that is
+# What Winograd's weights may take beyond direct ones if nothing is said: this much, or two fifths of all weights if that is
 # more.
 MEMORY = 512 << 20
 
@@ -47,7 +47,7 @@ def allowed_memory(given: int | None, weights: int) -> int:
         given: by the user, or None.
         weights: bytes of direct ones.
     """
-    return max(MEMORY, weights // 2) if given is None else given
+    return max(MEMORY, 2 * weights // 5) if given is None else given
 
 
 @functools.cache
