@@ -27,8 +27,8 @@ from .pack import Weights
 from .record import Recording
 from .steps import Convolution, Gather
 
-# What Winograd's weights may take beyond direct ones if nothing is said: this much, or two fifths of all weights if that is
-# more.
+# What Winograd's weights may take beyond direct ones if nothing is said: this much, or two fifths of all weights if
+# that is more.
 MEMORY = 512 << 20
 
 

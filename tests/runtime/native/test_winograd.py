@@ -13,7 +13,7 @@ from coalescer_fast.runtime.native.program import Program, compile_module
 from coalescer_fast.runtime.native.record import MetaCopy, record_module
 from coalescer_fast.runtime.native.steps import Convolution
 
-from ...helpers.isa import available
+from ...helpers.isa import available, using
 from ...helpers.networks import seeded
 
 pytestmark = pytest.mark.skipif(
@@ -32,20 +32,15 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(params=available())
-def isa(request):
-    best = native_library.isa()
-    native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(best)
+ABLE = [(isa, "float32") for isa in available()] + [("avx512_bf16", "bfloat16")] * ("avx512_bf16" in available())
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(isa, request):
-    found = getattr(torch, request.param)
-    if found not in native_library.products():
-        pytest.skip(f"{isa} does not multiply {request.param}")
-    return found
+@pytest.fixture(params=ABLE, ids="-".join)
+def dtype(request):
+    """One that is multiplied by an instruction set, which is in use."""
+    isa, name = request.param
+    with using(isa):
+        yield getattr(torch, name)
 
 
 @pytest.fixture(params=WINOGRAD, ids=lambda form: form.name)
