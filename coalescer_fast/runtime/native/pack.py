@@ -100,7 +100,8 @@ class Weights:
         """The form that a weight is packed in already if it was freed since, else ``form``."""
         if weight.name not in self._freed or (weight.key, form) in self._floats:
             return form
-        return next((packed for key, packed in self._floats if key == weight.key), form)
+        # those in 8 bits are direct
+        return next((packed for key, packed in self._floats if key == weight.key), cf_form.CF_DIRECT)
 
     def _packed(self, weight: Weight, form: cf_form) -> Tensor:
         own = weight.tensor()

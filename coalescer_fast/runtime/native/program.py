@@ -88,8 +88,6 @@ class Program:
         inputs: tensors in the program's memory: write to them, call `run`.
         outputs: likewise, to be read after `run`; the next run writes to them.
         memory: of all values.
-        products: how many convolutions and linear layers there are.
-        quantised: how many of them multiply in 8 bits.
         products: how many convolutions and linear layers it has.
         quantised: how many of them multiply in 8 bits.
         prologue: makes the inputs of what the module is given.

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import coalescer_fast as cf
 from coalescer_fast.ops import native_library
 from coalescer_fast.ops.abi import cf_form
 from coalescer_fast.runtime.native import forms
+from coalescer_fast.runtime.native.module import runtime_of
 from coalescer_fast.runtime.native.pack import Weights, kernel_order
 from coalescer_fast.runtime.native.program import Program, compile_module
 from coalescer_fast.runtime.native.record import MetaCopy, record_module
@@ -277,3 +279,26 @@ def test_every_instruction_set_was_measured(name):
 def test_a_stride_or_another_kernel_is_direct(form):
     network = seeded(nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1)))
     assert forms_of(network, randn(1, 8, 8, 8), Weights(torch.float32)) == [cf_form.CF_DIRECT] * 2
+
+
+@pytest.mark.parametrize("first", [4, 16])
+@pytest.mark.parametrize("name", ["float32", "int8"])
+def test_freed_weights_stay_in_the_form_that_they_were_packed_in(monkeypatch, first, name):
+    """Images of another size would have another form."""
+
+    def seconds(form: cf_form, dtype: str, positions: int, channels: int, outputs: int) -> float:
+        return float(form != (cf_form.CF_WINOGRAD_4 if positions > 100 else cf_form.CF_DIRECT))
+
+    monkeypatch.setattr(forms, "seconds", seconds)
+    layers = [nn.Conv2d(8, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)]
+    module = seeded(nn.Sequential(*layers))
+    images = {sides: randn(1, 8, sides, sides) for sides in (4, 16)}
+    with torch.no_grad():
+        expected = {sides: module(x) for sides, x in images.items()}
+        given = {"inputs": [(x,) for x in images.values()]} if name == "int8" else {}
+        cf.accelerate(module, dtype=name, keep_weights=False, **given)
+        for sides in (first, 20 - first):
+            y = module(images[sides])
+            assert not runtime_of(module).refused
+            assert rms(y - expected[sides]) / rms(expected[sides]) < (0.03 if name == "int8" else 5e-6)
+    assert runtime_of(module).freed
