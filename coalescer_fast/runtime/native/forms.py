@@ -115,7 +115,7 @@ def choose_forms(recording: Recording, weights: Weights, in_uint8: Collection[Co
             left -= extra - extra_before
             taken[number], convolutions[number].form = (saved, extra), form
     for step in convolutions:
-        step.form = weights.form(step.weight, step.form)
+        step.form = weights.form(step.weight, step.form, step in in_uint8)
         if step.form != cf_form.CF_DIRECT:
             _double_inside(recording, step)
 

@@ -96,12 +96,22 @@ class Weights:
             self._free(name)
             self._freed.add(name)
 
-    def form(self, weight: Weight, form: cf_form) -> cf_form:
-        """The form that a weight is packed in already if it was freed since, else ``form``."""
-        if weight.name not in self._freed or (weight.key, form) in self._floats:
+    def form(self, weight: Weight, form: cf_form, in_8_bits: bool) -> cf_form:
+        """The form that a weight is packed in already if it was freed since, else ``form``.
+
+        Args:
+            weight: of a convolution.
+            form: that it would have.
+            in_8_bits: whether it multiplies in 8 bits if it is direct.
+        """
+        if weight.name not in self._freed:
             return form
-        # those in 8 bits are direct
-        return next((packed for key, packed in self._floats if key == weight.key), cf_form.CF_DIRECT)
+        packed = {own: None for key, own in self._floats if key == weight.key}
+        if in_8_bits:  # direct ones that are not were packed to find ranges
+            packed.pop(cf_form.CF_DIRECT, None)
+            if any(key == weight.key for key, _ in self._integers):
+                packed[cf_form.CF_DIRECT] = None
+        return form if form in packed else next(iter(packed), form)
 
     def _packed(self, weight: Weight, form: cf_form) -> Tensor:
         own = weight.tensor()
