@@ -302,3 +302,23 @@ def test_freed_weights_stay_in_the_form_that_they_were_packed_in(monkeypatch, fi
             assert not runtime_of(module).refused
             assert rms(y - expected[sides]) / rms(expected[sides]) < (0.03 if name == "int8" else 5e-6)
     assert runtime_of(module).freed
+
+
+def test_the_memory_is_given_to_accelerate_and_shown_by_explain(form):
+    def described(**given: int) -> str:
+        module, x = (
+            seeded(nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1))),
+            randn(1, 8, 8, 8),
+        )
+        cf.accelerate(module, dtype="float32", **given)
+        with torch.no_grad():
+            module(x)
+        return cf.explain(module)
+
+    points = (form + 2) ** 2
+    assert f"2 of 2 3x3 convolutions by Winograd (weights {(8 + 64) * 64 * 4 * points >> 20} MiB)" in described()
+    assert "1 of 2 3x3 convolutions by Winograd" in described(winograd_memory=(points - 9) * 64 * 8 * 4)
+    assert "Winograd" not in described(winograd_memory=0)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            described(winograd_memory=wrong)
