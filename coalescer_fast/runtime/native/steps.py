@@ -354,23 +354,26 @@ class Convolution(Step):
     def reads_uint8(self) -> bool:
         """Whether it is to multiply in 8 bits, where a program may; benchmarks/quality/int8.py has what it costs.
 
-        What costs most error stays in floating point. That is the product of a program's inputs, as the first
-        convolution of a UNet: half of all error, and an input's range is up to whoever calls. So is the range of what
-        attention makes of an input, such as a description. Then the shortcuts of residual blocks, which read what was
-        concatenated, or what others read, too: see `pays_for_a_copy`. Products of vectors or of a few channels, as that
-        of the last convolution, are little work. A 3x3 convolution of stride 1 multiplies normalised images in 8 bits.
+        3x3 convolutions do what GroupNorm gives, linear layers and 1x1 convolutions what LayerNorm, attention and gates
+        give. Everything else costs more error than it saves time: products of a program's inputs, of which the first
+        convolution alone makes half of all error, and of what attention makes of them, whose range is up to whoever
+        calls; of residual streams, whose outliers leave narrow ranges (strided convolutions, shortcuts, the last
+        product of a transformer); and the first product of a transformer, which that stream is added to. Products of
+        vectors or of a few channels, as that of the last convolution, are little work.
         """
         outputs, channels = self.weight.shape[:2]
         little = self.x.height * self.x.width == 1 or min(outputs, channels) < CHANNELS
         if little or channels % 4 or _is_given(self.x):
             return False
-        if self.wide and self.stride == 1:
-            return isinstance(self.x.step, GroupNormSiLU)
-        return self.wide or not isinstance(self.x.step, Gather)
+        writer = self.x.step
+        if self.wide:
+            return isinstance(writer, GroupNormSiLU)
+        gated = isinstance(writer, Convolution) and writer.gate is not None
+        return gated or isinstance(writer, (LayerNorm, Attention, Gate))
 
     @property
     def pays_for_a_copy(self) -> bool:
-        """Whether x is copied in 8 bits, if others read it, too: that of a 1x1 shortcut is not worth its error."""
+        """Whether x is copied in 8 bits, if others read it, too."""
         return self.wide
 
     def lay_out(self, layout: Layout) -> None:
