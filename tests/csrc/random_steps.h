@@ -297,8 +297,8 @@ Image convolution(Program& p, const Image& x, int64_t taps, int64_t border) {
                 const double f = function_of(a.function, gate);
                 // no function is steeper than 1.13
                 const double f_error = 1.13 * gate_error + 1e-6 * (0.1 + fabs(gate));
-                require_near("gated convolution", y.number(i, r, q, o), value * f,
-                             fabs(value) * f_error + fabs(f) * error + error * f_error, y_dtype);
+                require_stored("gated convolution", y.number(i, r, q, o), value * f,
+                               fabs(value) * f_error + fabs(f) * error + error * f_error, y_dtype, a.quantisation, o);
                 return;
             }
             const double row = a.row ? a.row[i * outputs + o] : 0, more = residual.n ? residual.number(i, r, q, o) : 0;

@@ -74,7 +74,7 @@ STEPS = [
         "fill(origin + (height + 1) * image.row, width + 2);",
         "fill(origin + (height + 1) * image.row, width + 3);",
     ),
-    (ADDRESS, "convolution.h", "part = min(a.outputs - c, W);", "part = W;"),
+    (ADDRESS, "convolution.h", "WHOLE ? W : a.outputs - c;", "W;"),
     (
         ADDRESS,
         "threads.cpp",
