@@ -38,9 +38,18 @@ sys.path.append(str(ROOT / "tests" / "csrc"))
 import emulate  # noqa: E402
 
 import coalescer_fast  # noqa: E402
+from coalescer_fast.ops import native_library  # noqa: E402
+from tests.helpers.isa import available, using  # noqa: E402
 
 if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, not installed
     coalescer_fast.__path__.append(str(ROOT))
+
+
+@pytest.fixture(params=[] if native_library.unavailable() else available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set in turn, in use for the test."""
+    with using(request.param):
+        yield request.param
 
 
 def emulated_library() -> Path:

@@ -305,7 +305,7 @@ struct Convolution {
             value = a.scale ? fma(value, scale, bias) : value + bias;
             if (a.row) value += load_some(at.row[m] + c, part);
             if (a.residual.data) value += load_some(at.residual[m] + c, part);
-            if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
+            if (a.relu) value = apply(CF_RELU, value);
             Row<Y>{at.y[m], a.quantisation}.some(c, value, part);
         }
     }

@@ -199,11 +199,9 @@ struct Winograd {
     static constexpr int64_t BLOCKS_AT_ONCE = W == 8 ? 4 : 1;           // which read the same rows of tiles
     static constexpr int64_t M_ROW = BLOCKS_AT_ONCE * MAX_VECTORS * W;  // floats of a point of a tile's products
     static constexpr int64_t M_TILE = POINTS * M_ROW * 4;               // bytes
-    const int64_t at_once = max_of(CACHE / (v_tile + M_TILE) / MAX_POSITIONS, 1) * MAX_POSITIONS;  // tiles
+    const int64_t at_once = max(CACHE / (v_tile + M_TILE) / MAX_POSITIONS, 1) * MAX_POSITIONS;  // tiles
     // The scratch of a thread: zeros for positions outside, transformed numbers of a tile, products.
     const int64_t zeros_bytes = round_up(x_pixel, 64), numbers_bytes = INTEGERS ? POINTS * channels * 4 : 0;
-
-    static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
     int run(int64_t threads) const {
         const int status =
@@ -232,7 +230,7 @@ struct Winograd {
     }
 
     int share_outputs(int64_t threads) const {
-        const int64_t most = max_of(min(tiles, SHARED_CACHE / v_tile), 1);
+        const int64_t most = max(min(tiles, SHARED_CACHE / v_tile), 1);
         char* v = static_cast<char*>(scratch(CALL_SCRATCH, static_cast<size_t>(most * v_tile)));
         if (!v) return CF_OUT_OF_MEMORY;
         int status = CF_OK;
@@ -412,7 +410,7 @@ struct Winograd {
                 if (residual)
                     value +=
                         load_some(reinterpret_cast<const T*>(residual + i * a.residual.row + j * y_pixel) + c, part);
-                if (a.relu) value = value > 0.0f ? value : (value == value ? vf{} : value);  // NaN stays NaN
+                if (a.relu) value = apply(CF_RELU, value);
                 store_some(reinterpret_cast<T*>(y + i * a.y.row + j * y_pixel) + c, value, part);
             }
         }

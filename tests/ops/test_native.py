@@ -22,14 +22,6 @@ from ..helpers.processes import python
 from ..helpers.rules import bias_residual, coalesce_step, dual_head, group_norm_silu
 
 
-@pytest.fixture(params=available())
-def isa(request):
-    best = native_library.isa()
-    native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(best)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

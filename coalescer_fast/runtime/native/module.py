@@ -121,6 +121,7 @@ class ModuleRuntime:
         self._weights = Weights(self.dtype, winograd_memory)
         self._fingerprints: dict[str, Any] = {}
         self._left: dict[str, nn.Parameter] = {}  # in the place of parameters that were freed
+        self._weights.is_freed = self._left.__contains__
         self._strides: dict[str, tuple[int, ...]] = {}  # of these
         self._copied: MetaCopy | None = None  # while a program is made
         self._replacement: Callable[..., Any] | None = None

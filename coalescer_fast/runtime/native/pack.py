@@ -70,17 +70,18 @@ class Weights:
         dtype: of what they are multiplied with.
         winograd_memory: bytes that weights of Winograd's forms may take beyond direct ones, in one program; or None.
         file: where those in this dtype are kept on disk, or None.
+        is_freed: whether the module lacks a parameter, by its name, of which packed weights are left.
     """
 
     def __init__(self, dtype: torch.dtype, winograd_memory: int | None = None):
         self.dtype, self.winograd_memory = dtype, winograd_memory
         self.file: PackedFile | None = None
+        self.is_freed: Callable[[str], bool] = lambda name: False
         # by keys, which hold no parameters
         self._floats: dict[tuple[Key, cf_form], Tensor] = {}
         self._integers: dict[tuple[Key, int], tuple[tuple[Tensor, Tensor, Tensor], Range]] = {}
         self._uses: Counter[str] = Counter()
         self._free: Callable[[str], None] = lambda name: None
-        self._freed: set[str] = set()
 
     def pack(self, weight: Weight, form: cf_form = cf_form.CF_DIRECT) -> Tensor:
         """A convolution's weights (Cout, Cin, k, k) in this dtype, in the kernel's order."""
@@ -94,7 +95,6 @@ class Weights:
         self._uses[name] -= 1
         if self._uses[name] == 0:
             self._free(name)
-            self._freed.add(name)
 
     def form(self, weight: Weight, form: cf_form, in_8_bits: bool) -> cf_form:
         """The form that a weight is packed in already if it was freed since, else ``form``.
@@ -104,7 +104,7 @@ class Weights:
             form: that it would have.
             in_8_bits: whether it multiplies in 8 bits if it is direct.
         """
-        if weight.name not in self._freed:
+        if not self.is_freed(weight.name):
             return form
         packed = {own: None for key, own in self._floats if key == weight.key}
         if in_8_bits:  # direct ones that are not were packed to find ranges
@@ -136,7 +136,6 @@ class Weights:
     def drop(self, names: Iterable[str]) -> None:
         """Forget the packed weights of these parameters, which have changed."""
         gone = set(names)
-        self._freed -= gone
         self._floats = {key: packed for key, packed in self._floats.items() if key[0][0] not in gone}
         self._integers = {key: packed for key, packed in self._integers.items() if key[0][0] not in gone}
 

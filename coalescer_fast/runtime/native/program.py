@@ -260,8 +260,6 @@ def _is_written_in_8_bits(value: Value, products: Collection[Step]) -> bool:
     )
     bordered = any(isinstance(each, Convolution) and each.wide for each in value.readers)
     writer = value.step
-    if isinstance(writer, Convolution) and writer.form != cf_form.CF_DIRECT:
-        return False
     return alone and writer is not None and writer.writes_uint8 and (writer.writes_border or not bordered)
 
 

@@ -115,7 +115,6 @@ class Step:
         writes_border: its output may have a border.
         reads_border: its inputs may have a border.
         writes_padding: its output may have channels of zeros after the last.
-        writes_uint8: its output may be uint8.
         y: the value that it writes, the first if there are more.
     """
 
@@ -127,7 +126,6 @@ class Step:
     writes_border: ClassVar[bool] = False
     reads_border: ClassVar[bool] = False
     writes_padding: ClassVar[bool] = False
-    writes_uint8: ClassVar[bool] = False
 
     y: Value
 
@@ -154,6 +152,11 @@ class Step:
     @property
     def values(self) -> list[Value]:
         return [*self.outputs, *self.inputs]
+
+    @property
+    def writes_uint8(self) -> bool:
+        """Whether its output may be uint8."""
+        return False
 
     def wants_float32(self, value: Value) -> bool:
         """Whether it reads this input in float32, whatever the program's dtype."""
@@ -268,7 +271,7 @@ class Convolution(Step):
     name = "CONVOLUTION"
     number = 0
     struct = cf_convolution_args
-    widens = writes_border = reads_border = writes_uint8 = True
+    widens = writes_border = reads_border = True
 
     x: Value
     y: Value
@@ -287,6 +290,10 @@ class Convolution(Step):
 
     def reads(self) -> Sequence[Value | None]:
         return self.x, self.residual, self.row
+
+    @property
+    def writes_uint8(self) -> bool:
+        return self.form == cf_form.CF_DIRECT
 
     @property
     def can_be_winograd(self) -> bool:

@@ -13,17 +13,8 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.ops.abi import cf_heads, cf_program_args, cf_step
 from coalescer_fast.runtime.native.pack import CODES
 from coalescer_fast.runtime.native.steps import Attention, cf_attention_args
-from tests.helpers.isa import available
 
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(params=available())
-def isa(request):
-    best = native_library.isa()
-    native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(best)
 
 
 def dtypes():

@@ -7,21 +7,11 @@ from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.pack import Weight, Weights, kernel_order
 from coalescer_fast.runtime.native.value import Range
 
-from ...helpers.isa import available
-
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
 )
 
 LANES = {torch.float32: 1, torch.bfloat16: 2, torch.uint8: 4}
-
-
-@pytest.fixture(params=available())
-def isa(request):
-    best = native_library.isa()
-    native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(best)
 
 
 @pytest.fixture(params=[1, 2])
