@@ -187,8 +187,8 @@ enum cf_function {
  *
  * With gated = 1, y = value * function(gate), of a 1x1 convolution without act, row and residual that has two outputs
  * for each of y's, a value and a gate. Its weights, bias and scale are those of a convolution with
- * 2 * ceil(outputs / half) * half outputs, half being half the vector width: by turns the values of `half` channels of y
- * and their gates, with zeros for the channels that y does not have. */
+ * 2 * ceil(outputs / half) * half outputs, half being half the vector width: by turns the values of `half` channels of
+ * y and their gates, with zeros for the channels that y does not have. */
 typedef struct {
     cf_image x;        /* of float32, bfloat16, or uint8 with int8 weights; with a border if taps is 9 */
     cf_image residual; /* of y's shape and dtype, for a quantised y bfloat16, or data null */
@@ -327,7 +327,8 @@ CF_API int cf_cpu_largest_weight(void);
 CF_API int cf_cpu_run(const cf_program_args* args);
 
 /* Weights in the order of cf_convolution_args, rounded to the dtype. For uint8 they are int8,
- * v = round(weight * step / scale) cut to -m ... m with m = cf_cpu_largest_weight(), and sums = sum over channels and taps of v * zero. */
+ * v = round(weight * step / scale) cut to -m ... m with m = cf_cpu_largest_weight(), and sums = sum over channels and
+ * taps of v * zero. */
 typedef struct {
     cf_tensor4 weight; /* (outputs, channels, height, width), any strides */
     void* packed;      /* result, all of it written */

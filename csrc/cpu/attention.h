@@ -6,9 +6,9 @@
 // of the head and the sum runs over the keys. This is the only packing that a program does while it runs.
 //
 // Blocks. The keys are cut into blocks of some 384 (`Keys`), whose packed keys and values stay in a second-level cache
-// (96 KiB in bfloat16 where heads are 64 wide), and the scores of a tile in a first-level one. An item of work is a tile
-// of queries of one head, up to MAX_POSITIONS of them, and a thread takes up to TILES items of a head through a block
-// before it goes on to the next, so that a block is read from memory once for TILES tiles.
+// (96 KiB in bfloat16 where heads are 64 wide), and the scores of a tile in a first-level one. An item of work is a
+// tile of queries of one head, up to MAX_POSITIONS of them, and a thread takes up to TILES items of a head through a
+// block before it goes on to the next, so that a block is read from memory once for TILES tiles.
 //
 // Softmax. The largest score of a row is known only after its last block, so each block's weights are 2^(score - the
 // largest until now), scores being in powers of 2, and where a block has a larger one, the row's sums are multiplied by

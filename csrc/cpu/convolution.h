@@ -21,9 +21,9 @@
 // load 7 times for 6 products.
 //
 // Outer loops. Threads share tiles and blocks as share.h says. Weights and image both want to stay in a cache, and only
-// one of the two can be walked once. If the image is larger, a thread takes X_IN_CACHE bytes of its positions through all
-// of its blocks of weights before it goes on. Else it takes each block through all of its positions, and reads every
-// weight once.
+// one of the two can be walked once. If the image is larger, a thread takes X_IN_CACHE bytes of its positions through
+// all of its blocks of weights before it goes on. Else it takes each block through all of its positions, and reads
+// every weight once.
 //
 // What was tried, as time against the code below (3x3 convolutions of m, 128 channels at 32x32 and 256 at 16x16 and
 // 8x8, batches 1 to 64, and of 80 channels at 32x32; caches warm, one thread of an AMD EPYC with AVX-512, where the
@@ -293,8 +293,8 @@ struct Convolution {
         }
     }
 
-    // What follows a product, while the sums are at hand: scale, bias, row, residual, ReLU, and the rounding to Y. c: the
-    // first of the outputs; WHOLE: all of the vector are outputs.
+    // What follows a product, while the sums are at hand: scale, bias, row, residual, ReLU, and the rounding to Y. c:
+    // the first of the outputs; WHOLE: all of the vector are outputs.
     template <bool WHOLE>
     void finish(const Tile<E>& sums, int64_t v, int64_t c, const Place& at, int64_t count) const {
         const int64_t part = WHOLE ? W : a.outputs - c;

@@ -4,8 +4,8 @@
 // inner loop, whoever writes an image that such a convolution will read writes a border of zeros around it: one
 // position on every side. In 8 bits the border holds the code of zero.
 //
-// A step whose result products will read in 8 bits writes the codes itself (`Row`): numbers are quantised once, while they
-// are in a register, and a quarter or half of the bytes is written.
+// A step whose result products will read in 8 bits writes the codes itself (`Row`): numbers are quantised once, while
+// they are in a register, and a quarter or half of the bytes is written.
 #pragma once
 
 #include <math.h>
@@ -128,8 +128,8 @@ inline int64_t nearest(int64_t i, double scale, int64_t size) {
     return min(static_cast<int64_t>(static_cast<float>(i) * static_cast<float>(scale)), size - 1);
 }
 
-// Writes one row of y's positions, at `to`, from channel `offset` on: the channels of the row of sample n of a part that
-// is nearest to row y.
+// Writes one row of y's positions, at `to`, from channel `offset` on: the channels of the row of sample n of a part
+// that is nearest to row y.
 template <class S, class T>
 inline void gather_row(const cf_gather_args& a, int part, int64_t n, int64_t y, T* to, int64_t offset) {
     const cf_tensor4& t = a.parts[part];

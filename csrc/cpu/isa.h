@@ -1,10 +1,10 @@
 // The kernels of each instruction set, and the choice between them.
 //
 // The kernels are compiled once for each instruction set, with its flags (setup.py), from the same headers:
-// portable.cpp, avx2.cpp, avx2_vnni.cpp, avx512.cpp and avx512_bf16.cpp only include kernels.h. A function with external linkage that
-// two of these files defined would be one function to the linker, which might keep the copy with instructions that the
-// processor lacks. So the headers of kernels define everything in an anonymous namespace and include no C++ library
-// header; the tables here are all that the files export.
+// portable.cpp, avx2.cpp, avx2_vnni.cpp, avx512.cpp and avx512_bf16.cpp only include kernels.h. A function with
+// external linkage that two of these files defined would be one function to the linker, which might keep the copy with
+// instructions that the processor lacks. So the headers of kernels define everything in an anonymous namespace and
+// include no C++ library header; the tables here are all that the files export.
 #pragma once
 
 #include "../abi.h"

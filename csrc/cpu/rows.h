@@ -5,8 +5,8 @@
 // All of them are bound by memory: a few operations an element, each element read once and written once (layer_norm
 // reads a row three times, of which the second and third find it in the first-level cache). So there is nothing to
 // block. A row, or for `pointwise` a vector, is an item of work, and what counts is to have few such steps: the
-// recorder folds scales, shifts and residuals into the step before them where it can. What products will read in 8 bits,
-// layer_norm and gate write as such.
+// recorder folds scales, shifts and residuals into the step before them where it can. What products will read in 8
+// bits, layer_norm and gate write as such.
 #pragma once
 
 #include <math.h>

@@ -1,8 +1,8 @@
 // How a matrix product is shared between threads, as a function of sizes alone.
 //
-// A product has `tiles` of positions (rows of the image) by `blocks` of vectors of outputs (columns of weights). Whoever
-// has `r` tiles and `c` vectors does r * c units of work, and reads r tiles of the image and c vectors of the weights. A
-// block at one tile is never divided: it is what the inner loop computes at a time.
+// A product has `tiles` of positions (rows of the image) by `blocks` of vectors of outputs (columns of weights).
+// Whoever has `r` tiles and `c` vectors does r * c units of work, and reads r tiles of the image and c vectors of the
+// weights. A block at one tile is never divided: it is what the inner loop computes at a time.
 //
 // The threads form `bands`, equally large groups of them. A band has its tiles, as many as every other, and its threads
 // share all vectors at those tiles. So with one band for each thread, threads share positions, and each reads all
@@ -32,8 +32,8 @@
 namespace cf {
 namespace {
 
-// How `items` are divided into blocks of at most `most`, as equal as can be: the first `larger` blocks have an item more
-// than the others, which have `least`.
+// How `items` are divided into blocks of at most `most`, as equal as can be: the first `larger` blocks have an item
+// more than the others, which have `least`.
 struct EqualBlocks {
     int64_t count, least, larger;
     EqualBlocks(int64_t items, int64_t most)

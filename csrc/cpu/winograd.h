@@ -7,9 +7,9 @@
 //     y = A^T [ (G g G^T) * (B^T d B) ] A        d: tile of inputs, g: kernel, y: tile of outputs, *: by element
 //
 // with P^2 products instead of 9 m^2: 16 instead of 36 (2.25 times fewer), or 36 instead of 144 (4 times fewer). Summed
-// over channels they are P^2 matrix products, one for each point: (tiles, channels) by (channels, outputs), which run in
-// the inner loop of convolution.h. Kernels are transformed when they are packed. All but the products takes some 30 % of
-// the time (perf, one thread, bfloat16, 128 channels at 32x32 and 320 at 64x64).
+// over channels they are P^2 matrix products, one for each point: (tiles, channels) by (channels, outputs), which run
+// in the inner loop of convolution.h. Kernels are transformed when they are packed. All but the products takes some 30
+// % of the time (perf, one thread, bfloat16, 128 channels at 32x32 and 320 at 64x64).
 //
 // Points. F(2 x 2) has 0, 1, -1 and infinity. F(4 x 4) has 0, +-11/16, +-3/2 and infinity: as cheap as the usual +-1
 // and +-2, with half the rounding error (Barabasz et al., "Error analysis and improving the accuracy of Winograd
@@ -17,20 +17,21 @@
 //
 // Images of float32 are multiplied in float32. Images of bfloat16 are not multiplied in bfloat16: the transform back
 // amplifies the rounding of transformed numbers, and with 8 bits of them the error is six times that of a direct
-// convolution (root of the mean squared error of F(4 x 4): 1.1e-2 instead of 1.7e-3 of that of the outputs). VPDPWSSD multiplies 16-bit integers
-// at the same speed, and those have 15 bits. So the transformed numbers, float32 until then, are rounded to integers:
+// convolution (root of the mean squared error of F(4 x 4): 1.1e-2 instead of 1.7e-3 of that of the outputs). VPDPWSSD
+// multiplies 16-bit integers at the same speed, and those have 15 bits. So the transformed numbers, float32 until then,
+// are rounded to integers:
 //
-//     v = round(V / s)      s: one for each tile and point        u = round(U / t)      t: one for each output and point
+//     v = round(V / s)    s: one for each tile and point      u = round(U / t)    t: one for each output and point
 //     sum over channels of V U  ~  s t sum of v u
 //
 // The sums are made in int32, which they must fit. By Cauchy and Schwarz |sum v u| <= |v| |u|, so the scales are chosen
 // such that the norms are below 2^15 and 2^16, over up to MOST_IN_CHUNK channels; sums of chunks are added in float32.
-// What they add to the error of an output is less than the rounding of it to bfloat16 (test_winograd.py). NaN and infinity in a tile make its scale NaN or infinite, and all its outputs
-// non-finite.
+// What they add to the error of an output is less than the rounding of it to bfloat16 (test_winograd.py). NaN and
+// infinity in a tile make its scale NaN or infinite, and all its outputs non-finite.
 //
-// Edges. Tiles reach beyond the right and lower edge where a side is no multiple of m: they read zeros there, and outputs
-// outside are not written. The position that a tile reads may be that of an image half as large (`doubling`): a nearest
-// upsampling before the convolution costs nothing.
+// Edges. Tiles reach beyond the right and lower edge where a side is no multiple of m: they read zeros there, and
+// outputs outside are not written. The position that a tile reads may be that of an image half as large (`doubling`): a
+// nearest upsampling before the convolution needs no pass of its own.
 //
 // Outer loops. If every thread has many tiles, and the weights stay in the last-level cache, each thread transforms as
 // many tiles as its second-level cache holds beside their products, and takes them through all weights (share_tiles).
@@ -136,8 +137,8 @@ inline int64_t channels_at_once(int64_t channels) {
 // image are at most as large as their norm; for kernels, MOST_INTEGER is a limit of its own.
 constexpr float IMAGE_NORM = 32700, KERNEL_NORM = 65500, MOST_INTEGER = 32760;
 
-// The largest squared norm of a chunk of `count` numbers, a multiple of W. NaN or infinite if a number is, infinite also
-// if one is above 1e19, and 0 if all are below 1e-23.
+// The largest squared norm of a chunk of `count` numbers, a multiple of W. NaN or infinite if a number is, infinite
+// also if one is above 1e19, and 0 if all are below 1e-23.
 inline float largest_squares(const float* numbers, int64_t count, int64_t chunk) {
     float most = 0;
     for (int64_t first = 0; first < count; first += chunk) {
@@ -379,7 +380,8 @@ struct Winograd {
         }
     }
 
-    // A^T M A of a tile and a vector of outputs from c on, with all that follows the product. WHOLE: no output is outside.
+    // A^T M A of a tile and a vector of outputs from c on, with all that follows the product. WHOLE: no output is
+    // outside.
     template <bool WHOLE>
     void transform_output(const Position& p, const float* products, int64_t c) const {
         const int64_t part = WHOLE ? W : min(a.outputs - c, W);
