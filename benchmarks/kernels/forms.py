@@ -5,12 +5,11 @@
 writes coalescer_fast/runtime/native/forms.csv: for each instruction set of the processor, each dtype of images, sizes
 and channels (as many in as out), the GFLOP/s of each form, counted as those of the direct one. Other instruction sets'
 rows stay. Forms run in turn, after the caches were flushed, since weights come from memory in a network; a row is the
-median. Nothing else may run beside it.
+median. y has the dtype that it has inside a network. Nothing else may run beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
 import time
@@ -20,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness.arguments import command, positive
 from coalescer_fast.dtypes import dtype_name
 from coalescer_fast.ops import native_library
 from coalescer_fast.ops.abi import cf_form, cf_function, cf_program_args, cf_step
@@ -28,6 +26,8 @@ from coalescer_fast.runtime.native import forms
 from coalescer_fast.runtime.native.pack import Packer, Weights, image, kernel_order
 from coalescer_fast.runtime.native.steps import cf_convolution_args
 from coalescer_fast.runtime.native.value import Value
+
+from ..harness.arguments import Parser, command, positive
 
 COLUMNS = ["isa", "dtype", "positions", "channels", "form", "gflops"]
 SIDES = (2, 4, 8, 16, 32, 64, 128)
@@ -117,7 +117,7 @@ def rows(isa: str, rounds: int) -> list[dict[str, object]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.forms", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.kernels.forms", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=positive, default=9, help="calls of a form, the first not counted")
     parser.add_argument("--isa", action="append", help="an instruction set; default: all that the processor has")
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
     python -m benchmarks.sampler --model emoji-64,m --csv benchmarks/results/sampler.csv
     python -m benchmarks.sampler --summary benchmarks/results/sampler.csv
     python -m benchmarks.sampler --model m --profile
+    python -m benchmarks.sampler --model m --peers eager,openvino --isa avx2 --csv F    # all capped
     python -m benchmarks.sampler --plot docs/sampler.png --from benchmarks/results/sampler.csv
 
 Parts: unet, one evaluation; sampler, two steps from the conditioning to latents, without guidance and with the model's
@@ -49,6 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
+from coalescer_fast.ops import native_library
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.native.module import no_programs
@@ -68,6 +70,7 @@ from ..harness.arguments import (
 )
 from ..harness.peers import OK, attempt, fresh_compiler_cache
 from ..harness.results import Row, append, as_text, open_csv
+from ..networks import isa as instruction_sets
 from ..networks.providers import peak as products_peak
 from ..networks.task import Task
 from . import providers, report
@@ -137,6 +140,12 @@ class Part:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.isa:
+        caps = instruction_sets.CAPS[args.isa]
+        if any(os.environ.get(name) != value for name, value in caps.items()):  # libraries read them as they are loaded
+            again = [sys.executable, "-m", "benchmarks.sampler", *(sys.argv[1:] if argv is None else argv)]
+            os.execve(sys.executable, again, {**os.environ, **caps})
+        native_library.set_isa(args.isa)
     return command("python -m benchmarks.sampler", lambda: run(args))
 
 
@@ -158,6 +167,9 @@ def parser() -> Parser:
     )
     top.add_argument(
         "--parts", type=listed(*PARTS), default=list(PARTS), metavar="P,P", help=f"default: {','.join(PARTS)}"
+    )
+    top.add_argument(
+        "--isa", choices=sorted(instruction_sets.CAPS), help="cap all to this instruction set; see networks/isa.py"
     )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     add_timing_options(top, BUDGET, "one part of a batch")
@@ -228,7 +240,8 @@ def profile(args: argparse.Namespace) -> int:
         coalescer_fast.accelerate(pipe, "cpu", DTYPES[dtype])
         pipe("octopus", num_images_per_prompt=batch, num_inference_steps=1, guidance_scale=1, output_type="latent")
         assert isinstance(pipe.runtime, NativeRuntime)
-        (program,) = [made for key, made in pipe.runtime.programs.programs.items() if key[0] == "unet"]  # type: ignore[index]
+        programs = pipe.runtime.programs.programs.items()
+        (program,) = [made for key, made in programs if isinstance(key, tuple) and key[0] == "unet"]
         print(f"{model} {dtype}, batch {batch}, {torch.get_num_threads()} threads, one evaluation of the UNet")
         print("\n".join(profiles.report(program, peak, PROFILED)), flush=True)
     return 0
@@ -376,13 +389,14 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
             rows[key]["status"] = f"FAIL: {wrong}"
         else:
             runs[key] = run
-    for name, dtype in DTYPES.items():
+    alone = [name for name in DTYPES if any(provider.dtype == name for provider in found)]
+    for name in alone:
         key = f"convolutions {name}"
-        runs[key] = providers.convolutions(once, dtype)
+        runs[key] = providers.convolutions(once, DTYPES[name])
         rows[key] = {"provider": "convolutions", "dtype": name, "status": OK}
     taken = timing.interleave({key: rested(timer.warm(run)) for key, run in runs.items()}, budget)
     medians = {key: timing.quantiles(mine)[0] for key, mine in taken.items()}
-    floors = {name: medians[f"convolutions {name}"] for name in DTYPES}
+    floors = {name: medians[f"convolutions {name}"] for name in alone}
     what = {"part": part.name, "guidance_scale": part.guidance_scale, "evaluations": part.evaluations, "gflop": gflop}
     for key, row in rows.items():
         row |= what

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -407,3 +408,18 @@ def test_a_profile_of_the_unet(monkeypatch, capsys):
     assert {"convolution 3x3", "group_norm_silu", "attention", "dual_head"} <= set(kinds)
     steps = sum(int(line.split(" float32 ")[1].split()[0]) for line in lines[1 : len(kinds) + 1])
     assert whole.startswith(f"{steps} steps, ")
+
+
+def test_a_cap_starts_a_process_that_libraries_are_loaded_in(monkeypatch):
+    started = []
+
+    def execve(path, command, env):
+        started.append((command, env))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit):
+        sampler.main(["--isa", "avx2", "--peers", "none"])
+    ((command, env),) = started
+    assert command[1:] == ["-m", "benchmarks.sampler", "--isa", "avx2", "--peers", "none"]
+    assert env["ONEDNN_MAX_CPU_ISA"] == env["DNNL_MAX_CPU_ISA"] == "AVX2"
