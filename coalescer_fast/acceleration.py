@@ -137,8 +137,8 @@ def accelerate(
 
     - "cpu": each network as a program of native kernels, weights packed once, memory laid out once for every batch size
       and resolution. Nothing is compiled, no package is needed. With int8 products of the UNet multiply
-      8-bit integers, of what norms, attention and gates give, their ranges found here on ``prompts`` (a few dozen known names); it needs AVX2 or
-      AVX-512.
+      8-bit integers, of what norms, attention and gates give, their ranges found here on ``prompts`` (a few dozen
+      known names); it needs AVX2 or AVX-512.
     - "cuda": channels innermost, fused ops, and all steps with the decoder in one CUDA graph for each batch size,
       resolution, step count and use of guidance, captured at the first call of its kind; calls with a callback or a
       trace go step by step.

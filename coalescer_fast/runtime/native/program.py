@@ -9,8 +9,8 @@ packing the weights, which all programs of a module share (`Weights`). What has 
 **Dtypes** (`Layout`). A program has one dtype, float32 or bfloat16, which values have where nothing else is said.
 Inputs are float32, and so are outputs: from each output we go back to the first step that can write float32 whatever it
 reads, so that a result is not rounded. In an int8 program convolutions and linear layers multiply integers where
-`Convolution.reads_uint8` says so. What they read is uint8: if nobody else reads it, the step that writes it quantises it,
-once for all of them; else a copy does.
+`Convolution.reads_uint8` says so. What they read is uint8: if nobody else reads it, the step that writes it quantises
+it, once for all of them; else a copy does.
 
 **Borders** (`Step.lay_out`). At the edge of an image, a 3x3 convolution reads zeros beyond it. A test for the edge
 would stand in the innermost loop, so an image that 3x3 convolutions read has a border of zeros in memory, which the
