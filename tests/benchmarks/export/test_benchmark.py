@@ -51,7 +51,8 @@ def test_rows_of_both_precisions(tmp_path, capsys):
     assert float(rows[0]["speedup_over_fp32"]) == 1
     assert float(rows[1]["direction_error"]) > float(rows[0]["direction_error"])
     assert rows[1]["method"] == "percentile 99.999"
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    # a line for each row; exporters print lines of their own, now and then
+    assert sum(" unet " in line for line in capsys.readouterr().out.splitlines()) == 4
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys):
