@@ -141,7 +141,8 @@ def test_many_batch_sizes_leave_memory_flat(pipe):
         loop(100)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         loop(200)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+    # kilobytes: the allocator's own ups and downs are up to 25 MB; programs that stayed would be hundreds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 def test_threads_may_draw_at_once(pipe):

@@ -130,6 +130,7 @@ def _double_inside(recording: Recording, step: Convolution) -> None:
         step.x, step.doubling = x, True
         x.readers = [step if reader is upsampling else reader for reader in x.readers]
         recording.steps = [each for each in recording.steps if each is not upsampling]
+        doubled.step, doubled.readers = None, []  # no cycle of what is gone
 
 
 def described(convolutions: Iterable[Convolution], dtype: torch.dtype) -> str:

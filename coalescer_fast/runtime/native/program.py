@@ -136,8 +136,11 @@ class Program:
         table = b"".join(cf_step.pack(kind=number, args=address) for number, address in addresses)
         self._table, self._count, self._threads = packer.keep(table), len(layout.steps), threads
         self._arguments = self._part(0, self._count)
-        self._written = {value: n for n, step in enumerate(layout.steps, 1) for value in step.outputs}
-        self._inputs = dict(zip(recording.inputs, self.inputs))
+        # of what `observe` looks at alone: there may be many programs
+        written = {value: n for n, step in enumerate(layout.steps, 1) for value in step.outputs}
+        self._written = {value: written[value] for value in self._quantisable if value in written}
+        inputs = zip(recording.inputs, self.inputs)
+        self._inputs = {value: tensor for value, tensor in inputs if value in self._quantisable}
         self._kept = packer.kept
         self._call = native_library.function("cf_cpu_run")
         self.prologue = recording.prologue

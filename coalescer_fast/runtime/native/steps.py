@@ -1454,7 +1454,7 @@ def join_gates(steps: list[Step], read: set[Value]) -> None:
         both = gate.x
         alone = both not in read and all(reader is gate for reader in both.readers)
         if alone and isinstance(both.step, Convolution) and both.step.gate_by(gate):
-            both.step = None
+            both.step, both.readers = None, []  # no cycle of what is gone
             steps.remove(gate)
 
 
