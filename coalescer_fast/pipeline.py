@@ -26,6 +26,7 @@ from torch.torch_version import TorchVersion
 from . import folders, prompts, sampling
 from .finite import check_finite, check_readable, first_not_finite, is_finite
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+from .models.description import Match
 from .models.unet import Conditioning
 from .nvtx_ranges import span
 from .prompts import Descriptions, Embeds, Given
@@ -75,11 +76,14 @@ class CoalescerPipelineOutput(BaseOutput):
         images: a list of PIL pictures, or an array or tensor, prompt-major.
         trace: a `TraceStep` for each step, if asked for.
         warnings: about words that are not known and arguments without an effect, a sentence each.
+        matched: of each prompt, what it was taken as, or None for a prompt that is drawn as it stands; None without
+            `prompt_matching`.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     trace: list[TraceStep] | None = None
     warnings: list[str] = field(default_factory=list)
+    matched: list[Match | None] | None = None
 
 
 class CoalescerPipeline(DiffusionPipeline):
@@ -267,6 +271,7 @@ class CoalescerPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_token_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
+        prompt_matching: bool = True,
     ) -> CoalescerPipelineOutput | tuple[Any, ...]:
         r"""Draw ``num_images_per_prompt`` pictures of each prompt.
 
@@ -301,10 +306,13 @@ class CoalescerPipeline(DiffusionPipeline):
             negative_prompt_embeds: in the place of negative_prompt, as prompt_embeds.
             negative_prompt_token_embeds: as prompt_token_embeds.
             negative_prompt_attention_mask: as prompt_attention_mask.
+            prompt_matching: draw, in the place of a prompt, the known name that says what it says
+                (`DescriptionEncoder.match`); ``matched`` of the result tells which. A model whose encoder was not
+                trained for that draws the prompt as it stands.
 
         Returns:
-            The pictures, with warnings about words that are not known; with ``return_dict=False`` a tuple of the
-            images and, if asked for, the trace.
+            The pictures, with what the prompts were taken as, and with warnings about words that are not known; with
+            ``return_dict=False`` a tuple of the images and, if asked for, the trace.
 
         Raises:
             TypeError, ValueError: for anything else, and for a picture or R that is not finite.
@@ -336,7 +344,8 @@ class CoalescerPipeline(DiffusionPipeline):
         shape = self._latent_shape(pictures, height, width)
         sample = sampling.initial_sample(shape, runtime.device, generator, latents)
         with span("encode"):
-            described = prompts.repeat(wanted, num_images_per_prompt)
+            matched = self._match(wanted) if prompt_matching else None
+            described = prompts.repeat(prompts.as_matched(wanted, matched), num_images_per_prompt)
             if not isinstance(described, Embeds):
                 described = self.with_styles(described, sample)
         with span("condition"):
@@ -386,7 +395,14 @@ class CoalescerPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, trace) if return_trace else (images,)
-        return CoalescerPipelineOutput(images, trace if return_trace else None, warnings)
+        return CoalescerPipelineOutput(images, trace if return_trace else None, warnings, matched)
+
+    def _match(self, descriptions: Descriptions) -> list[Match | None] | None:
+        """What each description is taken as; None for embeddings and where the encoder was not trained for it."""
+        encoder = self.description_encoder
+        if isinstance(descriptions, Embeds) or not encoder.config.match_dim:
+            return None
+        return [encoder.match(text) for text in descriptions]
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[None]:
@@ -555,6 +571,7 @@ class CoalescerPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
+        prompt_matching: bool = True,
     ) -> tuple[torch.Tensor | None, ...]:
         """Encode descriptions as the embeddings that a call takes. No art style is added to a prompt that names none.
 
@@ -564,6 +581,7 @@ class CoalescerPipeline(DiffusionPipeline):
             num_images_per_prompt: so many rows a prompt.
             do_classifier_free_guidance: whether the negative prompt is encoded.
             negative_prompt: one description or one a prompt; the empty description if None.
+            prompt_matching: as in a call.
 
         Returns:
             prompt_embeds and negative_prompt_embeds, (pictures, D) float32, the second None without guidance. For a
@@ -573,6 +591,7 @@ class CoalescerPipeline(DiffusionPipeline):
         texts = prompts.check_texts("prompt", prompt)
         wanted, avoided = prompts.check(Given(texts), Given(negative_prompt), self.unet.config)
         prompts.check_count(num_images_per_prompt)
+        wanted = prompts.as_matched(wanted, self._match(wanted) if prompt_matching else None)
         where = torch.device(self._execution_device if device is None else device)
         away: Descriptions = [""] if avoided is None else avoided
         each = wanted, prompts.repeat(away, len(wanted) // len(away))

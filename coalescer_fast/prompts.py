@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from .finite import check_readable
 from .models import DescriptionEncoder
+from .models.description import Match
 from .scheduler import LARGEST
 
 MAX_IMAGES_PER_PROMPT = 2**16  # in a call
@@ -58,6 +60,13 @@ def repeat(descriptions: Descriptions, times: int) -> Descriptions:
     if isinstance(descriptions, Embeds):
         return Embeds(*(x.repeat_interleave(times, 0) for x in descriptions.tensors()))
     return [text for text in descriptions for _ in range(times)]
+
+
+def as_matched(descriptions: Descriptions, matched: Sequence[Match | None] | None) -> Descriptions:
+    """The descriptions as they are drawn: what they were taken as, where they were."""
+    if isinstance(descriptions, Embeds) or matched is None:
+        return descriptions
+    return [text if match is None else match.description for text, match in zip(descriptions, matched)]
 
 
 def check(prompt: Given, negative_prompt: Given, config: Any) -> tuple[Descriptions, Descriptions | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +26,36 @@ ENDINGS = frozenset(("s", "es", "d", "ed", "r", "er", "ing", "y", "ly", "ish"))
 SHORTEST = 3  # letters of a word that others are made of: shorter pieces are found in any jumble of letters
 
 
+@dataclass(frozen=True)
+class Match:
+    """What a description was taken as.
+
+    Attributes:
+        prompt: the description.
+        name: the known name nearest to it.
+        similarity: how near, the cosine of the two; 1 for the name itself.
+        description: what is drawn: the name, with the art styles that the prompt names.
+    """
+
+    prompt: str
+    name: str
+    similarity: float
+    description: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry of the lexicon means.
+
+    Attributes:
+        name: row of the known name.
+        similarity: of the entry to it, from 0 to 1.
+    """
+
+    name: int
+    similarity: float
+
+
 class DescriptionEncoder(ModelMixin, ConfigMixin):
     r"""Vectors (and token rows) of descriptions, from a table of one row a WordPiece token.
 
@@ -35,6 +67,10 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     The encoder also knows the art styles, and which of them exist for the names that the model was trained on, see
     `with_styles`.
 
+    `match` finds the known name that is nearest to a description. With ``match_dim`` it has a second table for that,
+    and a vector of its own for each name, trained so that wordings are near the name that they mean, and a lexicon of
+    words and phrases whose name is told (`coalescer_fast.training.matcher`).
+
     Args:
         vocab_size: rows of the table.
         dim: D, columns of the table.
@@ -42,6 +78,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         styles: style words; a description names a style as "<word> style".
         num_names: number of known names.
         names_bytes: length of the known names as UTF-8, joined by newlines.
+        match_dim: columns of the table that `match` uses; 0 for none, then it uses ``table``.
+        lexicon_size: entries of the lexicon.
     """
 
     @register_to_config
@@ -53,6 +91,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         styles: tuple[str, ...] = (),
         num_names: int = 0,
         names_bytes: int = 0,
+        match_dim: int = 0,
+        lexicon_size: int = 0,
     ):
         super().__init__()
         self._kept = _Kept()
@@ -61,6 +101,14 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         self.register_buffer("vocab", torch.zeros(vocab_bytes, dtype=torch.uint8))
         self.register_buffer("names", torch.zeros(names_bytes, dtype=torch.uint8))
         self.register_buffer("name_styles", torch.zeros(num_names, len(styles), dtype=torch.uint8))
+        if match_dim:
+            self.register_buffer("match_table", torch.zeros(vocab_size, match_dim, dtype=torch.int8))
+            self.register_buffer("match_scale", torch.ones(match_dim, dtype=torch.float32))
+            self.register_buffer("match_names", torch.zeros(num_names, match_dim, dtype=torch.int8))
+        if lexicon_size:
+            # hashes of the entries, rising; of each the row of its name (two bytes) and its similarity in 255ths
+            self.register_buffer("lexicon_keys", torch.zeros(lexicon_size, dtype=torch.int64))
+            self.register_buffer("lexicon_values", torch.zeros(lexicon_size, 3, dtype=torch.uint8))
 
     @classmethod
     def from_table(
@@ -71,6 +119,8 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         styles: Sequence[str] = (),
         names: Sequence[str] = (),
         name_styles: np.ndarray | None = None,
+        matcher: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        lexicon: Mapping[str, Entry] | None = None,
     ) -> DescriptionEncoder:
         """Make an encoder of the arrays that `build_text_table` writes.
 
@@ -81,15 +131,29 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             styles: style words.
             names: known names.
             name_styles: (len(names), len(styles)), non-zero where a style exists for a name.
+            matcher: the table (vocab_size, match_dim) int8 and its scale (match_dim,) float32 that `match` uses, and
+                the vectors of the names, (len(names), match_dim) int8, of any length.
+            lexicon: words and phrases, as `plain` leaves them, whose name is told.
         """
         names_utf8 = "\n".join(names).encode("utf-8")
-        encoder: DescriptionEncoder = cls(*table.shape, len(vocab), tuple(styles), len(names), len(names_utf8))
+        match_dim = 0 if matcher is None else matcher[0].shape[1]
+        encoder: DescriptionEncoder = cls(
+            *table.shape, len(vocab), tuple(styles), len(names), len(names_utf8), match_dim, len(lexicon or {})
+        )
         encoder.table.copy_(torch.from_numpy(table))
         encoder.scale.copy_(torch.from_numpy(scale))
         encoder.vocab.copy_(torch.from_numpy(vocab.copy()))
         encoder.names.copy_(torch.frombuffer(bytearray(names_utf8), dtype=torch.uint8) if names_utf8 else encoder.names)
         if name_styles is not None:
             encoder.name_styles.copy_(torch.from_numpy(np.asarray(name_styles) != 0))
+        if matcher is not None:
+            for name, array in zip(("match_table", "match_scale", "match_names"), matcher):
+                encoder.get_buffer(name).copy_(torch.from_numpy(array))
+        if lexicon:
+            entries = sorted((_key(text), entry) for text, entry in lexicon.items())
+            values = [(e.name % 256, e.name // 256, round(255 * e.similarity)) for _, e in entries]
+            encoder.lexicon_keys.copy_(torch.tensor([key for key, _ in entries], dtype=torch.int64))
+            encoder.lexicon_values.copy_(torch.tensor(values, dtype=torch.uint8))
         return encoder
 
     @property
@@ -199,22 +263,78 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def names_style(self, description: str) -> bool:
         """Whether the description says "<word> style" with one of the encoder's style words."""
-        return any(
-            re.search(rf"\b{re.escape(word)} style\b", description, re.IGNORECASE) for word in self.config.styles
-        )
+        return bool(self._split(description)[1])
+
+    def _split(self, description: str) -> tuple[str, list[str]]:
+        """A description without its art styles, and the style words."""
+        if not self.config.styles:
+            return description, []
+        words = "|".join(map(re.escape, self.config.styles))
+        phrase = re.compile(rf"\b({words}) style\b", re.IGNORECASE)
+        return phrase.sub("", description), [word.lower() for word in phrase.findall(description)]
+
+    def match(self, description: str) -> Match | None:
+        """Find the known name that says what a description says, whatever the style.
+
+        Returns:
+            The match; None for a description without a known token, and if no name is known.
+        """
+        derived = self._derived
+        if not self.config.num_names:
+            return None
+        found = derived.remembered(derived.matches, description, lambda: (self._match(description),))
+        return found[0]
+
+    def _match(self, description: str) -> Match | None:
+        derived = self._derived
+        text, styles = self._split(description)
+        said = plain(spell(text))
+        row = derived.name_rows.get(said)
+        if row is not None:
+            return Match(description, derived.names[row], 1.0, description)
+        entry = self._look_up(said)
+        if entry is None:
+            ids = self.token_ids(text)
+            if not ids:
+                return None
+            # not a matrix product, whose bits depend on the number of threads
+            similarity = (derived.name_vectors(self) * self._match_vector(ids)).sum(1)
+            row = int(similarity.argmax())
+            entry = Entry(row, min(1.0, float(similarity[row])))
+        name = derived.names[entry.name]
+        drawn = ", ".join([name, *(f"{word} style" for word in styles)])
+        return Match(description, name, entry.similarity, drawn)
+
+    def _look_up(self, said: str) -> Entry | None:
+        """The entry of the lexicon for a text as `plain` leaves it, without an article or an ending of the plural."""
+        if not self.config.lexicon_size:
+            return None
+        keys = self.lexicon_keys.cpu().numpy()
+        for form in _forms(said):
+            key = _key(form)
+            place = int(np.searchsorted(keys, key))
+            if place < len(keys) and keys[place] == key:
+                low, high, similarity = self.lexicon_values[place].tolist()
+                return Entry(low + 256 * high, similarity / 255)
+        return None
+
+    def _match_vector(self, ids: list[int]) -> NDArray[np.float32]:
+        """The vector of a text, of length 1, that is compared with those of the names."""
+        if self.config.match_dim:
+            rows = self.match_table[torch.tensor(ids, dtype=torch.long)].float() * self.match_scale.float()
+        else:
+            rows = self._rows(ids)
+        total: NDArray[np.float32] = rows.sum(0).cpu().numpy()
+        total /= np.maximum(np.sqrt(np.square(total).sum()), np.float32(1e-12))
+        return total
 
     def styles_of(self, description: str) -> list[str]:
-        """The styles that exist for the known name nearest to the description, by cosine; all if no name is known."""
-        styles, derived = list(self.config.styles), self._derived
-        if not self.config.num_names:
+        """The styles that exist for the known name that a description matches; all if there is none."""
+        styles, match = list(self.config.styles), self.match(description)
+        if match is None:
             return styles
-
-        def find() -> int:
-            # not a matrix product, whose bits depend on the number of threads
-            return int((derived.name_vectors(self) * self([description])[0].cpu().numpy()).sum(1).argmax())
-
-        nearest = derived.remembered(derived.nearest, description, find)
-        return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
+        row = self._derived.name_rows[plain(match.name)]
+        return [word for word, exists in zip(styles, self.name_styles[row].tolist()) if exists] or styles
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
         """Add a style to each description that names none; the empty description stays empty.
@@ -253,10 +373,12 @@ class _Derived:
         self.special_ids = frozenset(i for i in ids if i is not None)
         # style words are known, whatever tokens they consist of
         self.name_words = frozenset(re.findall(r"\w+", "\n".join((*encoder.known_names, *config.styles)).lower()))
-        # of each text, its token ids, its words, and the row of the known name nearest to it
+        self.names = encoder.known_names
+        self.name_rows = {plain(name): row for row, name in reversed([*enumerate(self.names)])}
+        # of each text, its token ids, its words, and what it matches
         self.ids: dict[str, list[int]] = {}
         self.words: dict[str, dict[str, bool]] = {}
-        self.nearest: dict[str, int] = {}
+        self.matches: dict[str, tuple[Match | None]] = {}
         self._vectors: NDArray[np.float32] | None = None
 
     @staticmethod
@@ -270,10 +392,34 @@ class _Derived:
         return found
 
     def name_vectors(self, encoder: DescriptionEncoder) -> NDArray[np.float32]:
-        """Vectors (names, D) of the known names."""
+        """Vectors (names, match_dim) of length 1 of the known names."""
         if self._vectors is None:
-            self._vectors = encoder(encoder.known_names).cpu().numpy()
+            if encoder.config.match_dim:
+                vectors = encoder.match_names.float().cpu().numpy()
+                length = np.sqrt(np.square(vectors).sum(1, keepdims=True))
+                self._vectors = vectors / np.maximum(length, np.float32(1e-12))
+            else:
+                self._vectors = np.stack([encoder._match_vector(encoder.token_ids(name)) for name in self.names])
         return self._vectors
+
+
+def plain(text: str) -> str:
+    """A description without what does not change it: capitals, further spaces, and punctuation at its ends."""
+    return " ".join(text.lower().split()).strip(" ,;.!?")
+
+
+def _forms(said: str) -> Iterator[str]:
+    """A text, and what is left of it without an article and without an ending of the plural."""
+    bare = re.sub("^(a|an|the|some|one|my) ", "", said)
+    for text in dict.fromkeys((said, bare)):
+        yield text
+        for ending in ("s", "es"):
+            if text.endswith(ending):
+                yield text.removesuffix(ending)
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little", signed=True)
 
 
 def _lines(utf8: torch.Tensor, name: str) -> list[str]:
