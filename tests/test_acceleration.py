@@ -184,7 +184,7 @@ def test_threads_may_draw_at_once(pipe):
     ],
 )
 def test_bad_use_is_one_sentence(pipe, kwargs, words):
-    with pytest.raises(ValueError, match="is|takes") as caught:
+    with pytest.raises(ValueError, match=r"is|takes") as caught:
         cf.accelerate(pipe, **kwargs)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
