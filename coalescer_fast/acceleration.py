@@ -156,8 +156,8 @@ def accelerate(
     `refresh` for what no call can see), but not while a call runs. A network with hooks is run by its own code on
     "cpu" and refused by the others; on "cpu", so is one with layers of other packages.
 
-    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch,
-    its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or
+    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype, instruction set and winograd_memory alone:
+    not on the batch, its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or
     pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one thread, and the
     others ask to be accelerated again.
 
@@ -363,7 +363,12 @@ def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any
 
 
 def explain(pipe: Any) -> str:
-    """A table of what runs each part of a pipeline or module, and why."""
+    """A table of what runs each part of a pipeline or module, and why.
+
+    Of native programs it says, once there was a call, how many products multiply in 8 bits, how many 3x3 convolutions
+    have which of Winograd's forms, and why the others are direct. `docs/networks.md` shows how to measure the steps of
+    such a program.
+    """
     found = networks.explain(pipe) if is_of_others(pipe) else pipe.runtime.explain()
     rows = [(part.name, part.runs_on, part.because) for part in found]
     return table([("part", "runs on", "because"), *rows])
