@@ -157,9 +157,9 @@ def accelerate(
     "cpu" and refused by the others; on "cpu", so is one with layers of other packages.
 
     On "cpu", the bits of a picture depend on weights, prompt, noise, dtype, instruction set and winograd_memory alone:
-    not on the batch, its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or
-    pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one thread, and the
-    others ask to be accelerated again.
+    not on the batch, its order, the number of threads, earlier calls or the process. A copy of the pipeline, by
+    ``copy.deepcopy`` or pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one
+    thread, and the others ask to be accelerated again.
 
     **Another diffusers pipeline**, or **a module**, runs on "cpu": of a pipeline the UNet, a ControlNet, and encoder
     and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and decoder; any other module
