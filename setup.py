@@ -185,10 +185,7 @@ def build(folder: Path) -> None:
         if part == "cpu":
             missing[part] = build_cpu(target)
         elif chosen() == "auto" and not gpus():
-            missing[part] = (
-                "there was no GPU when it was installed, "
-                "and COALESCER_FAST_BUILD=cuda had not asked for it all the same"
-            )
+            missing[part] = "there was no GPU when it was installed; without a GPU, set COALESCER_FAST_BUILD=cuda"
             continue
         else:
             missing[part] = build_cuda(target, targets)

@@ -15,7 +15,7 @@ from .console import table
 from .dtypes import DTYPES, dtype_name
 from .ops import native_library
 from .pipeline import CoalescerPipeline
-from .prompts import check_texts
+from .prompts import check_batch_sizes, check_texts
 from .runtime.cuda.runtime import CudaRuntime
 from .runtime.eager import EagerRuntime
 from .runtime.engines import artefact as artefacts
@@ -156,10 +156,10 @@ def accelerate(
     `refresh` for what no call can see), but not while a call runs. A network with hooks is run by its own code on
     "cpu" and refused by the others; on "cpu", so is one with layers of other packages.
 
-    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype and instruction set alone: not on the batch,
-    its order, the number of threads, earlier calls or the process. A copy of the pipeline, by ``copy.deepcopy`` or
-    pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one thread, and the
-    others ask to be accelerated again.
+    On "cpu", the bits of a picture depend on weights, prompt, noise, dtype, instruction set and winograd_memory alone:
+    not on the batch, its order, the number of threads, earlier calls or the process. A copy of the pipeline, by
+    ``copy.deepcopy`` or pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one
+    thread, and the others ask to be accelerated again.
 
     **Another diffusers pipeline**, or **a module**, runs on "cpu": of a pipeline the UNet, a ControlNet, and encoder
     and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and decoder; any other module
@@ -206,6 +206,7 @@ def accelerate(
         raise TypeError(f"artefact is {artefact!r:.80}; expected the name of a folder")
     if backend not in ("auto", *RUNTIMES):
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
+    _check_bytes("winograd_memory", winograd_memory)
     if of_others:
         if backend not in ("auto", "cpu") or artefact is not None:
             given = "artefact" if artefact is not None else f"backend {backend!r}"
@@ -216,14 +217,21 @@ def accelerate(
         auto = backend == "auto"
         networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, winograd_memory, call, auto)
         return pipe
-    if inputs is not None or not keep_weights or cache is not None or winograd_memory is not None or call:
-        given = "inputs, keep_weights, cache, winograd_memory" + "".join(f", {name}" for name in call)
-        raise ValueError(f"of {given}, none is for a CoalescerPipeline; its int8 takes prompts")
+    others = {"inputs": inputs is not None, "keep_weights": not keep_weights, "cache": cache is not None}
+    if unwanted := [*(name for name, is_given in others.items() if is_given), *call]:
+        raise ValueError(
+            f"a CoalescerPipeline takes no {' and no '.join(unwanted)}: "
+            "leave out all but backend, dtype, artefact, prompts and winograd_memory"
+        )
     if artefact is not None:
+        if winograd_memory is not None:
+            raise ValueError("winograd_memory is for networks, and an artefact is ready: leave it out")
         return _load(pipe, backend, dtype, artefact)
     _check_device(pipe, backend)
     device = pipe.device.type
     name = AUTO[device] if backend == "auto" else backend
+    if winograd_memory is not None and name != "cpu":
+        raise ValueError(f"winograd_memory is for backend 'cpu' alone: leave it out with {name!r}")
     if (make := RUNTIMES[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
     chosen = _dtype(dtype, name, device)
@@ -238,15 +246,22 @@ def accelerate(
     if prompts is not None:
         prompts = check_texts("prompts", prompts)
         recipe["prompts"] = list(prompts)
-    if backend == "auto" and name == "cpu" and (reason := native_library.slower_than_torch(DTYPES[chosen])):
-        pipe.runtime = NativeRuntime(pipe, DTYPES[chosen], in_torch=reason)
-        recipe["backend"] = "auto"
-    elif prompts is not None:
-        pipe.runtime = NativeRuntime(pipe, torch.int8, prompts)
+    if winograd_memory is not None:
+        recipe["winograd_memory"] = winograd_memory
+    if name == "cpu":
+        reason = native_library.slower_than_torch(DTYPES[chosen]) if backend == "auto" else ""
+        pipe.runtime = NativeRuntime(pipe, DTYPES[chosen], prompts or (), reason, winograd_memory)
+        recipe["backend"] = "auto" if reason else name
     else:
         pipe.runtime = make(pipe, DTYPES[chosen])
     pipe.recipe = recipe
     return pipe
+
+
+def _check_bytes(name: str, value: Any) -> None:
+    """Raise ValueError for anything but None or a whole number of bytes."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{name} is {value!r:.80}; expected a whole number of bytes, 0 or more")
 
 
 def _dtype(dtype: str | torch.dtype, backend: str, device: str) -> str:
@@ -333,7 +348,8 @@ def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any
             width, output_type, guidance_scale (whether it is 1).
 
     Raises:
-        ValueError: if the pipeline is not accelerated.
+        TypeError: for batch_sizes that are no whole numbers.
+        ValueError: if the pipeline is not accelerated, and without inputs of a module.
     """
     if is_of_others(pipe):
         networks.warmup(pipe, batch_sizes, inputs, call)
@@ -341,12 +357,18 @@ def warmup(pipe: Any, batch_sizes: Sequence[int] = (1,), *, inputs: Sequence[Any
     _accelerated(pipe)
     if inputs is not None:
         raise ValueError("inputs are for modules: a pipeline takes batch_sizes and the arguments of its calls")
+    check_batch_sizes(batch_sizes)
     for n in batch_sizes:
         pipe("", num_images_per_prompt=n, generator=torch.Generator().manual_seed(0), **{"output_type": "pt", **call})
 
 
 def explain(pipe: Any) -> str:
-    """A table of what runs each part of a pipeline or module, and why."""
+    """A table of what runs each part of a pipeline or module, and why.
+
+    Of native programs it says, once there was a call, how many products multiply in 8 bits, how many 3x3 convolutions
+    have which of Winograd's forms, and why the others are direct. `docs/networks.md` shows how to measure the steps of
+    such a program.
+    """
     found = networks.explain(pipe) if is_of_others(pipe) else pipe.runtime.explain()
     rows = [(part.name, part.runs_on, part.because) for part in found]
     return table([("part", "runs on", "because"), *rows])
@@ -358,7 +380,8 @@ def is_of_others(pipe: object) -> bool:
         return False
     if not isinstance(pipe, networks.NETWORKS):
         raise TypeError(
-            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, another diffusers pipeline or a module"
+            f"pipe is of type {type(pipe).__name__}; "
+            "expected a CoalescerPipeline, another diffusers pipeline or a module"
         )
     return True
 
@@ -367,7 +390,8 @@ def check_pipeline(pipe: object) -> None:
     """Raise TypeError for anything but a pipeline of ours."""
     if not isinstance(pipe, CoalescerPipeline):
         raise TypeError(
-            f"pipe is a {type(pipe).__name__}; expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"
+            f"pipe is of type {type(pipe).__name__}; "
+            "expected a CoalescerPipeline, as of CoalescerPipeline.from_pretrained"
         )
 
 

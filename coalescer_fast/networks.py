@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .prompts import check_batch_sizes
 from .runtime.base import Part
 from .runtime.native.module import Arguments, ModuleRuntime, as_arguments, no_programs, runtime_of
 from .runtime.native.runtime import VOCABULARY
@@ -82,12 +83,9 @@ def accelerate(
         raise TypeError(f"keep_weights is {keep_weights!r:.80}; expected True or False")
     if cache is not None and (not isinstance(cache, (str, Path)) or Path(cache).is_file()):
         raise ValueError(f"cache is {cache!r:.80}; expected the name of a folder")
-    wrong = isinstance(winograd_memory, bool) or not isinstance(winograd_memory, int) or winograd_memory < 0
-    if winograd_memory is not None and wrong:
-        raise ValueError(f"winograd_memory is {winograd_memory!r:.80}; expected a number of bytes")
     if call and (dtype != torch.int8 or isinstance(x, nn.Module)):
-        only = "arguments of a pipeline's calls are for dtype 'int8', which finds its ranges with them"
-        raise TypeError(f"accelerate has no argument {next(iter(call))}; {only}")
+        only = "only with a pipeline and dtype='int8' it takes others, which it gives to the pipeline's calls"
+        raise TypeError(f"accelerate has no argument {next(iter(call))}: leave it out; {only}")
     if isinstance(x, nn.Module):
         if prompts is not None:
             raise ValueError("prompts are for pipelines: give a module inputs=[...]")
@@ -163,12 +161,13 @@ def warmup(x: Networks, batch_sizes: Sequence[int], inputs: Sequence[Any] | None
     runtimes(x)
     if isinstance(x, nn.Module):
         if inputs is None:
-            raise ValueError("inputs is missing: the arguments of calls of every size to come")
+            raise ValueError(
+                "inputs are missing: give the arguments of a call of every size to come, warmup(module, inputs=[...])"
+            )
         for args, kwargs in calls(inputs):
             x(*args, **kwargs)
         return
-    if isinstance(batch_sizes, int):
-        raise TypeError(f"batch_sizes is {batch_sizes}; expected several, as in batch_sizes=({batch_sizes},)")
+    check_batch_sizes(batch_sizes)
     for n in batch_sizes:
         _draw(x, [""], call, num_images_per_prompt=n)
 
@@ -202,7 +201,10 @@ def references(x: Networks) -> Iterator[None]:
 def _reference(runtime: ModuleRuntime) -> Callable[..., Any]:
     """The module's own forward, of a copy in float32 if it is not."""
     if runtime.freed:
-        raise ValueError(f"{runtime.name} cannot be compared: its weights were freed, by keep_weights=False")
+        raise ValueError(
+            f"{runtime.name} cannot be compared: its weights were freed, by keep_weights=False; "
+            "load it anew, and accelerate it with keep_weights=True"
+        )
     if all(p.dtype == torch.float32 for p in runtime.module.parameters()):
         return runtime.own_forward
     twin = copy.deepcopy(runtime.module).eval()

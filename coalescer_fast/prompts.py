@@ -140,6 +140,13 @@ def check_texts(name: str, given: Any) -> list[str]:
     return list(texts)
 
 
+def check_batch_sizes(batch_sizes: Any) -> None:
+    """Raise TypeError for anything but a list or tuple of whole numbers."""
+    several = isinstance(batch_sizes, (list, tuple, range))
+    if not several or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
+        raise TypeError(f"batch_sizes is {batch_sizes!r:.80}; expected whole numbers from 1 up, as in (1, 4)")
+
+
 def check_count(num_images_per_prompt: Any) -> None:
     """Raise ValueError for anything but a whole number of pictures that fit into memory."""
     if (

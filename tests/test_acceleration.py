@@ -13,9 +13,10 @@ import coalescer_fast as cf
 from coalescer_fast import acceleration
 from coalescer_fast.models.unet import CoalescerUNet
 from coalescer_fast.ops import native_library
+from coalescer_fast.ops.abi import cf_form
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.eager import EagerRuntime
-from coalescer_fast.runtime.native import module
+from coalescer_fast.runtime.native import forms, module
 
 PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style"]
 
@@ -173,14 +174,53 @@ def test_threads_may_draw_at_once(pipe):
             {"backend": "onnxruntime", "dtype": "bfloat16"},
             "dtype is 'bfloat16'; use one of auto, float32 with backend 'onnxruntime'",
         ),
+        (
+            {"cache": "packed", "winogradmemory": 0},
+            "a CoalescerPipeline takes no cache and no winogradmemory: leave out all but backend, dtype, artefact, ",
+        ),
+        ({"keep_weights": False}, "a CoalescerPipeline takes no keep_weights: leave out"),
+        ({"backend": "compile", "winograd_memory": 0}, "winograd_memory is for backend 'cpu' alone: leave it out"),
+        ({"artefact": "there", "winograd_memory": 0}, "winograd_memory is for networks, and an artefact is ready"),
     ],
 )
 def test_bad_use_is_one_sentence(pipe, kwargs, words):
-    with pytest.raises(ValueError, match="is") as caught:
+    with pytest.raises(ValueError, match=r"is|takes") as caught:
         cf.accelerate(pipe, **kwargs)
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
     assert isinstance(pipe.runtime, EagerRuntime)
+
+
+@pytest.mark.parametrize("batch_sizes", [4, ["a cat"], (1, 0), (True,), "12"])
+def test_batch_sizes_are_whole_numbers(pipe, batch_sizes):
+    with pytest.raises(TypeError) as caught:
+        cf.warmup(cf.accelerate(pipe), batch_sizes)
+    assert str(caught.value) == f"batch_sizes is {batch_sizes!r}; expected whole numbers from 1 up, as in (1, 4)"
+
+
+@pytest.mark.skipif(bool(native_library.unavailable()), reason="needs the native library")
+def test_winograd_memory_of_our_pipeline(pipe, monkeypatch):
+    monkeypatch.setattr(forms, "seconds", lambda form, *sizes: float(form == cf_form.CF_DIRECT))
+    fast = draw(cf.accelerate(pipe, "cpu", "float32"))
+    unet, decoder = (cf.explain(pipe).splitlines()[n] for n in (1, 2))
+    assert all("3x3 convolutions by Winograd" in line for line in (unet, decoder))
+    direct = draw(cf.accelerate(pipe, "cpu", "float32", winograd_memory=0))
+    assert pipe.runtime.name == "cpu (winograd_memory=0)"
+    unet, decoder = (cf.explain(pipe).splitlines()[n] for n in (1, 2))
+    assert all("3x3 convolutions direct" in line and "Winograd" not in line for line in (unet, decoder))
+    assert not fast.equal(direct)
+    assert psnr(fast, direct).min() > 70
+    assert draw(copy.deepcopy(pipe)).equal(direct)
+
+
+@pytest.mark.skipif(bool(module.no_programs(torch.uint8)), reason="the processor does not multiply int8 itself")
+def test_explain_of_int8_before_the_first_call(pipe):
+    lines = cf.explain(cf.accelerate(pipe, "cpu", "int8")).splitlines()
+    assert re.match(r"unet +native program, torch\.\w+, int8 where it pays +it can run on .*; it is recorded", lines[1])
+    draw(pipe)
+    lines = cf.explain(pipe).splitlines()
+    assert re.match(r"unet +native program, torch\.\w+, \d+ of \d+ products in int8, .* it can run on \w+ *$", lines[1])
+    assert "int8" not in lines[2]
 
 
 def test_a_missing_package_is_one_sentence(pipe, monkeypatch):
@@ -330,7 +370,7 @@ def test_the_empty_description_is_prepared_once_for_its_weights(pipe):
 @pytest.mark.parametrize("call", [cf.accelerate, cf.explain, cf.refresh, cf.restore, cf.warmup, cf.verify])
 @pytest.mark.parametrize("what", [None, 3, torch.nn.Linear])
 def test_what_is_no_pipeline(call, what):
-    with pytest.raises(TypeError, match=rf"^pipe is a {type(what).__name__}; expected a CoalescerPipeline"):
+    with pytest.raises(TypeError, match=rf"^pipe is of type {type(what).__name__}; expected a CoalescerPipeline"):
         call(what)
 
 

@@ -308,6 +308,8 @@ def test_warmup_prepares_the_calls_to_come():
     draw(pipe, 1)
     draw(pipe, 2)
     assert base.count == prepared
+    with pytest.raises(TypeError, match=r"^batch_sizes is \['a cat'\]; expected whole numbers"):
+        cf.warmup(pipe, ["a cat"], num_inference_steps=1)
 
 
 def test_another_network_in_the_place_of_one():

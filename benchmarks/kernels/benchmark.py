@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         print("Nothing is left to measure.")
         return 0
     print()
-    print("\n".join(report.summary(as_text(rows))))
+    print("\n".join(report.summary(as_text(rows), has_targets=not args.quick)))
     return 1 if any(row["status"] != OK for row in rows) else 0
 
 
@@ -191,7 +191,7 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     if args.seconds is not None:
         grid = in_turn(grid)
     write = tqdm.write if tqdm else print
-    for n, cell in enumerate(tqdm(grid, desc="kernels", mininterval=1.0) if tqdm else grid):
+    for n, cell in enumerate(tqdm(grid, desc="kernels", mininterval=1.0, disable=None) if tqdm else grid):
         if args.seconds is not None and time.perf_counter() - start > args.seconds:
             left = f"{len(grid) - n} of {len(grid)} calls are left out, the first of them {cell}"
             write(f"{left}: {args.seconds:g} seconds are over")

@@ -88,15 +88,21 @@ def split(all_groups: Sequence[Group], *names: str) -> dict[tuple[str, ...], lis
     return dict(parts)
 
 
-def summary(rows: Sequence[Text]) -> Iterator[str]:
-    """Lines: speed-ups by op, dtype, state of the caches and backend, the targets, and where a peer is faster."""
+def summary(rows: Sequence[Text], has_targets: bool = True) -> Iterator[str]:
+    """Lines: speed-ups by op, dtype, state of the caches and backend, the targets, and where a peer is faster.
+
+    Args:
+        rows: of a CSV file.
+        has_targets: whether enough was measured to compare with the targets.
+    """
     for machine, mine in split(groups(rows), *MACHINE).items():
         gpu, device, threads, torch = machine
         yield f"{gpu or device}, {threads} thread{'s' if threads != '1' else ''}, torch {torch}"
         times = [group for group in mine if group.labels["metric_name"] == "time"]
         if times:
             yield from speedups(times)
-            yield from targets(times)
+            if has_targets:
+                yield from targets(times)
             yield from slower(times)
         yield from overheads([group for group in mine if group.labels["metric_name"] == "overhead"])
         if disturbed := sum(group.disturbed for group in mine):

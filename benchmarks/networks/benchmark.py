@@ -186,7 +186,8 @@ def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
             call()
             runtime = runtime_of(module)
             assert runtime is not None
-            program = list(runtime.programs.programs.values())[-1]
+            program = runtime.programs.last
+            assert program is not None
             timer = timing.CpuTimer().warm(call)
             whole = timing.quantiles([timer() for _ in range(args.rounds)])[0]
             print(f"{model} {dtype}, batch {task.batch}, {task.threads} threads: {1e3 * whole:.2f} ms a call")

@@ -28,11 +28,12 @@ def tables(rows: Sequence[Text]) -> Iterator[str]:
         capped = f", {isa} alone" if isa else ""
         yield f"**{model}**{scaled}, latents {size}×{size}, batch {batch}: {cpu}, {count}{capped}"
         yield ""
-        yield "| " + " | ".join(HEAD) + " |"
-        yield "|" + "---|" * len(HEAD)
+        head = HEAD if any(row.get("cached_cold_s") for row in mine) else HEAD[:-1]  # measured with --cached alone
+        yield "| " + " | ".join(head) + " |"
+        yield "|" + "---|" * len(head)
         for row in mine:
             if row["status"] == "ok":
-                yield "| " + " | ".join(cells(row)) + " |"
+                yield "| " + " | ".join(cells(row)[: len(head)]) + " |"
         yield ""
         for row in mine:
             if row["status"] != "ok":

@@ -124,7 +124,9 @@ def compare(
     real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
     with (
         quiet(pipe),
-        tqdm(total=len(runs) * real.prompts.count, desc="quality", disable=not progress, mininterval=1.0) as bar,
+        tqdm(
+            total=len(runs) * real.prompts.count, desc="quality", disable=None if progress else True, mininterval=1.0
+        ) as bar,
     ):
         for labels, sample, first_step in runs:
             bar.set_postfix(labels)

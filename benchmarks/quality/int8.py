@@ -105,7 +105,7 @@ def trained(folder: Path, data: PictureDataset, steps: int, progress: bool) -> A
         unet = UNet2DConditionModel(**models.config("sd-turbo", SCALE), in_channels=channels, out_channels=channels)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
         generator = torch.Generator().manual_seed(0)
-        for step in tqdm(range(steps), disable=not progress):
+        for step in tqdm(range(steps), disable=None if progress else True):
             warm = min(1.0, (step + 1) / WARMUP)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (1 + math.cos(math.pi * step / steps)) / 2
             index = torch.randint(len(data), (BATCH,), generator=generator)

@@ -61,6 +61,11 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
 
 
+def test_the_readme_installs_the_torch_that_is_tested():
+    [version] = re.findall(r"pip install torch==(\S+)", (ROOT / "README.md").read_text("utf-8"))
+    assert f"torch=={version}" in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+
+
 def test_versions_of_pre_commit_are_those_that_are_tested():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
     hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")

@@ -11,6 +11,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What a script needs beside the package, and what it writes.
 SCRIPTS = {
+    "accelerate_diffusers": ([], []),
     "accelerate_pipeline": ([], []),
     "batch": ([], []),
     "custom_runtime": ([], []),

@@ -14,11 +14,10 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from ...dtypes import dtype_name
 from ...ops import native_library
@@ -81,13 +80,16 @@ def weight_bytes(form: cf_form, dtype: str, channels: int, outputs: int) -> int:
     return channels * outputs * size * (9 if form == cf_form.CF_DIRECT else (form + 2) ** 2)
 
 
-def choose_forms(recording: Recording, weights: Weights, in_uint8: Collection[Convolution] = ()) -> None:
+def choose_forms(recording: Recording, weights: Weights, in_uint8: Collection[Convolution] = ()) -> str:
     """Choose the form of each convolution, and let those of Winograd do nearest upsamplings to twice the size.
 
     Args:
         recording: whose steps change; dtypes need not be chosen.
         weights: where its weights are packed.
         in_uint8: the convolutions that multiply in 8 bits if they are direct.
+
+    Returns:
+        How many have which form, and why the others are direct, for `explain`.
     """
     dtype = dtype_name(weights.dtype)
     options: list[tuple[float, int, int, cf_form]] = []  # time saved, bytes, number of the convolution, form
@@ -118,6 +120,16 @@ def choose_forms(recording: Recording, weights: Weights, in_uint8: Collection[Co
         step.form = weights.form(step.weight, step.form, step in in_uint8)
         if step.form != cf_form.CF_DIRECT:
             _double_inside(recording, step)
+    faster = {convolutions[number] for _, _, number, _ in options}
+
+    def because(step: Convolution) -> str:
+        if not step.can_be_winograd:
+            return "strided"
+        if weights.is_freed(step.weight.name):
+            return "as packed before"
+        return "by the memory limit" if step in faster else "by measured speed"
+
+    return _described(convolutions, because, dtype)
 
 
 def _double_inside(recording: Recording, step: Convolution) -> None:
@@ -133,10 +145,27 @@ def _double_inside(recording: Recording, step: Convolution) -> None:
         doubled.step, doubled.readers = None, []  # no cycle of what is gone
 
 
-def described(convolutions: Iterable[Convolution], dtype: torch.dtype) -> str:
-    """How many run as Winograd's, and what weights that takes, for `explain`; "" if none does."""
-    able = [step for step in convolutions if step.can_be_winograd]
-    made = [step for step in able if step.form != cf_form.CF_DIRECT]
-    sizes = [(step.form, step.x.channels, step.weight.shape[0]) for step in made]
-    size = sum(weight_bytes(form, dtype_name(dtype), channels, outputs) for form, channels, outputs in sizes)
-    return f", {len(made)} of {len(able)} 3x3 convolutions by Winograd (weights {size >> 20} MiB)" if made else ""
+def _described(convolutions: Iterable[Convolution], because: Callable[[Convolution], str], dtype: str) -> str:
+    """How many 3x3 convolutions have which form, and why the direct ones are; "" if there are none.
+
+    Args:
+        convolutions: of all sizes, with their forms.
+        because: why one is direct.
+        dtype: of a program's images.
+    """
+    wide = [step for step in convolutions if step.wide]
+    made = [step for step in wide if step.form != cf_form.CF_DIRECT]
+    of_form = Counter(f"F({int(step.form)}x{int(step.form)})" for step in made)
+    reasons = Counter(because(step) for step in wide if step.form == cf_form.CF_DIRECT)
+    parts = []
+    if made:
+        size = sum(weight_bytes(step.form, dtype, step.x.channels, step.weight.shape[0]) for step in made)
+        words = f"{_listed(of_form)}; weights {f'{size >> 20} MiB' if size >> 20 else f'{size >> 10} KiB'}"
+        parts.append(f"{len(made)} of {len(wide)} 3x3 convolutions by Winograd ({words})")
+    if direct := len(wide) - len(made):
+        parts.append(f"{direct} {'' if made else '3x3 convolutions '}direct ({_listed(reasons)})")
+    return ", ".join(parts)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))

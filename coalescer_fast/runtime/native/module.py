@@ -472,14 +472,16 @@ class ModuleRuntime:
         if reason := self._slower_than_torch() or self.refused:
             return Part(name, "torch", reason)
         way = f"native program, {self.dtype}"
-        program = next(reversed(self.programs.programs.values()), None)
+        program = self.programs.last
         if self.quantised and not self.inputs:
             way += ", no inputs to find the ranges of int8 with"
+        elif self.quantised and program is None:
+            way += ", int8 where it pays, its ranges found at the first call"
         way += "" if program is None else program.described
         if not self.keep_weights:
             way += ", weights freed" if self.freed else ", weights freed by the first call"
         because = f"it can run on {native_library.isa()}"
-        return Part(name, way, because if self.programs.programs else f"{because}; it is recorded at its first call")
+        return Part(name, way, because if program else f"{because}; it is recorded at its first call")
 
     def remove(self) -> None:
         """Give the module its own forward back.

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...ops import native_library
 from ...ops.abi import cf_form, cf_program_args, cf_step
-from .forms import choose_forms, described
+from .forms import choose_forms
 from .pack import Key, Packer, Weights
 from .record import MetaCopy, Recorder, Recording, record_module
 from .steps import Convolution, Description, Gather, Step
@@ -111,14 +111,14 @@ class Program:
         """
         convolutions = [step for step in recording.steps if isinstance(step, Convolution)]
         in_8_bits = [step for steps in _quantisable(recording, convolutions).values() for step in steps]
-        choose_forms(recording, weights, {step for step in convolutions if step.weight.key in (ranges or {})})
+        in_uint8 = {step for step in convolutions if step.weight.key in (ranges or {})}
+        self._forms = choose_forms(recording, weights, in_uint8)
         self._quantisable: dict[Value, list[Key]] = {}
         for step in in_8_bits:
             self._quantisable.setdefault(step.x, []).append(step.weight.key)
         for step in convolutions:
             if step.form == cf_form.CF_DIRECT:
                 step.range = (ranges or {}).get(step.weight.key)
-        self._winograd = described(convolutions, weights.dtype)
         self.products, self.quantised = len(convolutions), sum(step.range is not None for step in convolutions)
         layout = Layout(recording, weights.dtype)
         with torch.inference_mode(False):  # written to by calls in any mode
@@ -158,9 +158,9 @@ class Program:
 
     @property
     def described(self) -> str:
-        """For `explain`: how many products multiply in 8 bits, and how many convolutions are Winograd's."""
-        in_8_bits = f", {self.quantised} of {self.products} products in int8" if self.quantised else ""
-        return in_8_bits + self._winograd
+        """For `explain`: how many products multiply in 8 bits, and the forms of 3x3 convolutions."""
+        in_8_bits = f"{self.quantised} of {self.products} products in int8" if self.quantised else ""
+        return "".join(f", {words}" for words in (in_8_bits, self._forms) if words)
 
     def run(self) -> None:
         """Compute ``outputs`` from ``inputs``."""
@@ -283,6 +283,11 @@ class ProgramCache:
         self.programs[key] = program
         while len(self.programs) > 1 and (len(self.programs) > MOST_PROGRAMS or self._bytes() > MOST_BYTES):
             self.programs.popitem(last=False)
+
+    @property
+    def last(self) -> Program | None:
+        """The program that was used last, or None."""
+        return next(reversed(self.programs.values()), None)
 
     def _bytes(self) -> int:
         return sum(program.memory.numel() for program in self.programs.values())

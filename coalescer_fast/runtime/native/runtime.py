@@ -65,7 +65,14 @@ class NativeRuntime(PipelineRuntime):
     survives_fork = True
     runs_own_code = True
 
-    def __init__(self, pipe: CoalescerPipeline, dtype: torch.dtype, prompts: Sequence[str] = (), in_torch: str = ""):
+    def __init__(
+        self,
+        pipe: CoalescerPipeline,
+        dtype: torch.dtype,
+        prompts: Sequence[str] = (),
+        in_torch: str = "",
+        winograd_memory: int | None = None,
+    ):
         """Take over the networks.
 
         Args:
@@ -73,12 +80,16 @@ class NativeRuntime(PipelineRuntime):
             dtype: float32, bfloat16, or int8.
             prompts: those that the ranges of int8 are found with; there is a default.
             in_torch: why UNet and decoder are to run in torch, int8 as bfloat16, or "".
+            winograd_memory: see `Weights`.
         """
         super().__init__(pipe)
-        self.prompts, self.in_torch = prompts, in_torch
+        self.prompts, self.in_torch, self.winograd_memory = prompts, in_torch, winograd_memory
         self.quantised = dtype == torch.int8 and not in_torch
         self.dtype = floats_of(dtype)
-        self.name = "cpu (int8 convolutions)" if self.quantised else "cpu"
+        settings = ["int8 convolutions"] if self.quantised else []
+        if winograd_memory is not None:  # receipts hold the name, and it decides bits
+            settings.append(f"winograd_memory={winograd_memory}")
+        self.name = f"cpu ({', '.join(settings)})" if settings else "cpu"
         if self.quantised and (reason := no_programs(torch.uint8)):
             raise ValueError(f"dtype 'int8' cannot run: {reason}")
         self.backend = "reference" if native_library.unavailable() else "cpu"
@@ -94,12 +105,12 @@ class NativeRuntime(PipelineRuntime):
         return {name: network.refused for name, network in self.networks.items() if network.refused}
 
     def take_over(self) -> None:
-        weights = Weights(self.dtype)
+        weights = Weights(self.dtype, self.winograd_memory)
         in_float32 = weights if self.dtype == torch.float32 else Weights(torch.float32)
         unet, decoder = self.pipe.unet, self.pipe.vae.decoder
         self.networks = {
             "unet": Network(unet, weights, self.backend),
-            "decoder": Network(decoder, Weights(self.dtype), self.backend),
+            "decoder": Network(decoder, Weights(self.dtype, self.winograd_memory), self.backend),
             "conditioning": Network(unet, in_float32, self.backend),
         }
         self.programs = ProgramCache()
@@ -243,7 +254,7 @@ class NativeRuntime(PipelineRuntime):
                 try:
                     recording = record_module(network.meta_copy, run)
                     program = Program(recording, network.weights, threads, ranges)
-                    network.described = program.described if observers is None else ""
+                    network.described = program.described if observers is None else None
                 except Unsupported as reason:
                     network.refused = str(reason)
                     return None
@@ -285,13 +296,17 @@ class NativeRuntime(PipelineRuntime):
         rows = []
         for name, network in self.networks.items():
             dtype = network.weights.dtype
-            way = f"torch, channels innermost, {dtype}"
+            way, because = f"torch, channels innermost, {dtype}", network.refused
             if not network.refused:
-                way = f"native program, {dtype}"
-                way += network.described
+                way, because = f"native program, {dtype}", f"it can run on {native_library.isa()}"
+                if network.described is not None:
+                    way += network.described
+                else:
+                    way += ", int8 where it pays" if name == "unet" and self.quantised else ""
+                    because += "; it is recorded at its first call"
             elif network.has_own_code or name == "conditioning":
                 way = "reference"
-            rows.append(Part(name, way, network.refused or f"it can run on {native_library.isa()}"))
+            rows.append(Part(name, way, because))
         unet = self.networks["unet"]
         for op in ("group_norm_silu", "bias_residual", "dual_head", "coalesce_step"):
             if op == "bias_residual" and not unet.refused:
@@ -311,13 +326,14 @@ class Network:
         weights: packed, for programs of their dtype.
         refused: why it does not run as a program, or "".
         has_own_code: whether code of the user's is in it, so that nothing runs in its place.
-        described: what `Program.described` says of the last one, once there is one.
+        described: what `Program.described` says of the last one, None before there is one.
     """
 
     def __init__(self, module: nn.Module, weights: Weights, backend: str):
         """``backend`` is that of its ops where it runs in torch."""
         self.module, self.weights, self._backend = module, weights, backend
-        self.refused, self.has_own_code, self.described = "", False, ""
+        self.refused, self.has_own_code = "", False
+        self.described: str | None = None
 
     @cached_property
     def meta_copy(self) -> MetaCopy:

@@ -18,7 +18,7 @@ from benchmarks.harness import timing
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.kernels import grid, peers, providers, report, shapes
 from coalescer_fast import ops
-from coalescer_fast.ops import dispatch
+from coalescer_fast.ops import dispatch, native_library
 
 SMALL: dict[str, dict[shapes.Call, int]] = {
     "m": {
@@ -135,6 +135,21 @@ def test_targets_and_where_they_are_missed(table, capsys):
         line.split() for line in met.splitlines() if line.split()[:3] == ["group_norm_silu", "fp32", "warm"]
     )
     assert table_row[3:8] == ["cpu", "4", "4.00", "4.00", "4.00"]
+
+
+@pytest.mark.skipif(bool(native_library.unavailable()), reason="needs the native library")
+def test_a_quick_run_has_no_targets_and_no_bar_in_a_pipe():
+    argv = ["--backends", "cpu", "--quick", "--op", "bias_residual", "--peers", "eager", "--budget", "0.001"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels", *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(benchmarks.__file__).parents[1],
+    )
+    assert "cpu is slower than the fastest peer in" in done.stdout
+    assert "target" not in done.stdout
+    assert done.stderr == ""
 
 
 def test_share_of_the_copy_counts_beyond_the_cache(table, capsys):

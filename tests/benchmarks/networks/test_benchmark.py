@@ -78,6 +78,9 @@ def test_table(measured):
     [row] = [row for row in measured if (row["provider"], row["dtype"]) == ("coalescer_fast", "fp32")]
     assert f"| {float(row['y_value_50']):.4g}" in line
     assert line.count("|") == len(report.HEAD) + 1
+    without = "\n".join(report.tables([{**row, "cached_cold_s": ""} for row in measured]))
+    assert "cold start, s |\n" in without
+    assert line.rpartition(" | ")[0] + " |" in without.splitlines()
 
 
 @needs_programs

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import coalescer_fast as cf
+from coalescer_fast.networks import runtimes
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime import base
 from coalescer_fast.runtime.native.module import no_programs, runtime_of
@@ -861,6 +862,8 @@ def test_what_needs_weights_that_are_not_kept_is_an_error_of_one_sentence():
     assert "keep_weights" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(*both) for both in zip(call(module, given), before))
+    with pytest.raises(ValueError, match=r"load it anew, and accelerate it with keep_weights=True$"):
+        cf.verify(module, [arguments(given)])
 
 
 def cached(name: str, folder: str, dtype: str = "float32", seed: int = 0) -> tuple[list[Tensor], str]:
@@ -1018,6 +1021,24 @@ def test_verify_compares_with_the_network_in_torch(name, dtype):
     assert str(found)
 
 
+def test_what_warmup_and_verify_of_a_module_miss():
+    module = accelerated(network("sd15"))
+    with pytest.raises(ValueError, match=r"^inputs are missing: .*, warmup\(module, inputs=\[...\]\)$"):
+        cf.warmup(module)
+    with pytest.raises(ValueError, match=r"^inputs are missing: .*, verify\(module, \[...\]\)$"):
+        cf.verify(module)
+
+
+def test_the_steps_of_an_accelerated_module_can_be_profiled():
+    module = accelerated(network("sd15"))
+    given = inputs(module, 1)
+    assert runtimes(module)["UNet2DConditionModel"].programs.last is None
+    call(module, given)
+    steps = runtimes(module)["UNet2DConditionModel"].programs.last.profile(rounds=1)
+    assert len(steps) > 100
+    assert all(seconds > 0 and step.kind for step, seconds in steps)
+
+
 def test_verify_finds_a_wrong_network(monkeypatch):
     module = accelerated(network("sd15"))
     given = [arguments(inputs(module, 1))]
@@ -1043,6 +1064,7 @@ def test_explain_names_what_runs_natively():
         ({"dtype": "int8"}, "inputs"),
         ({"dtype": "int8", "inputs": []}, "inputs"),
         ({"dtype": "float32", "prompts": ["a cat"]}, "prompts"),
+        ({"winogradmemory": 0}, "accelerate has no argument winogradmemory: leave it out; "),
     ],
     ids=str,
 )

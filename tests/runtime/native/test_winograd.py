@@ -17,6 +17,7 @@ from coalescer_fast.runtime.native.steps import Convolution
 
 from ...helpers.isa import available, using
 from ...helpers.networks import seeded
+from ...helpers.pipelines import tiny_pipeline
 
 pytestmark = pytest.mark.skipif(
     bool(native_library.unavailable()), reason=native_library.unavailable() or "the library is there"
@@ -315,10 +316,36 @@ def test_the_memory_is_given_to_accelerate_and_shown_by_explain(form):
             module(x)
         return cf.explain(module)
 
-    points = (form + 2) ** 2
-    assert f"2 of 2 3x3 convolutions by Winograd (weights {(8 + 64) * 64 * 4 * points >> 20} MiB)" in described()
-    assert "1 of 2 3x3 convolutions by Winograd" in described(winograd_memory=(points - 9) * 64 * 8 * 4)
-    assert "Winograd" not in described(winograd_memory=0)
-    for wrong in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="expected a number of bytes"):
-            described(winograd_memory=wrong)
+    points, name = (form + 2) ** 2, f"F({int(form)}x{int(form)})"
+    size = (8 + 64) * 64 * 4 * points
+    words = f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
+    assert f"2 of 2 3x3 convolutions by Winograd (2 {name}; weights {words}) " in described()
+    some = described(winograd_memory=(points - 9) * 64 * 8 * 4)
+    assert f"1 of 2 3x3 convolutions by Winograd (1 {name}; weights {8 * 64 * 4 * points >> 10} KiB), " in some
+    assert "), 1 direct (1 by the memory limit) " in some
+    assert ", 2 3x3 convolutions direct (2 by the memory limit) " in described(winograd_memory=0)
+
+
+def test_explain_says_why_convolutions_are_direct(monkeypatch):
+    monkeypatch.setattr(
+        forms, "seconds", lambda form, dtype, positions, *sizes: float((form == cf_form.CF_DIRECT) == (positions > 16))
+    )
+    layers = [
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 1),
+    ]
+    module = cf.accelerate(seeded(nn.Sequential(*layers)), dtype="float32")
+    with torch.no_grad():
+        module(randn(1, 8, 8, 8))
+    assert "1 of 3 3x3 convolutions by Winograd (1 F(" in cf.explain(module)
+    assert "), 2 direct (1 by measured speed, 1 strided) " in cf.explain(module)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1e9, "1GB", True])
+def test_a_limit_that_is_no_number_of_bytes(wrong):
+    for x in (nn.Linear(2, 2), tiny_pipeline()):
+        with pytest.raises(ValueError, match="winograd_memory is") as caught:
+            cf.accelerate(x, winograd_memory=wrong)
+        assert str(caught.value) == f"winograd_memory is {wrong!r}; expected a whole number of bytes, 0 or more"
