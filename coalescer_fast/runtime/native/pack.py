@@ -297,12 +297,12 @@ def image(value: Value | None) -> cf_image | None:
 
 
 def tensor4(value: Value | None) -> cf_tensor4:
-    """A value without its border as (n, channels, height, width); an input or output has the strides of its tensor."""
+    """A value without its border as (n, channels, height, width)."""
     if value is None:
         return cf_tensor4()
     size = value.element_bytes
-    strides = value.sample_bytes // size, 1, value.row_bytes // size, value.padded
-    if value.tensor is not None and value.tensor.ndim == 4:
-        strides = value.tensor.stride()  # type: ignore[assignment]
+    strides: tuple[int, ...] = value.sample_bytes // size, 1, value.row_bytes // size, value.padded
+    if value.strides is not None:
+        strides = value.strides
     first = value.address + value.border * (value.row_bytes + value.pixel_bytes)
-    return cf_tensor4(data=first, dtype=value.code, strides=tuple(strides))
+    return cf_tensor4(data=first, dtype=value.code, strides=strides)

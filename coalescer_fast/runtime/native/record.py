@@ -481,9 +481,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
                 wanted.update(leaf.number for leaf in call.leaves if isinstance(leaf, Place))
         constants = {number: tensor for number, tensor in self._constants.items() if number in wanted}
         prologue = Prologue(self._given, constants, calls[::-1], sources)
-        for value, result in outputs:
-            if result.numel() == value.count and not value.readers and value.step is not None:
-                value.tensor = result
         return Recording(steps, inputs, outputs, prologue, self._read)
 
 
