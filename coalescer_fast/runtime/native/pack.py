@@ -213,7 +213,8 @@ def _order(weight: Tensor, dtype: torch.dtype, form: cf_form, *quantisation: Ten
     packed_dtype = {torch.uint8: torch.int8}.get(dtype, dtype)
     if form != cf_form.CF_DIRECT and dtype == torch.bfloat16:
         packed_dtype = torch.int16
-        count += -(-outputs // vector) * vector * taps * 2  # the scales, float32
+        # in float32, the scales and what channels are multiplied with
+        count += 2 * (-(-outputs // vector) * vector * taps + -(-channels // vector) * vector)
     packed = torch.empty(count, dtype=packed_dtype)
     step, scale, zero, sums = (t.data_ptr() for t in quantisation) if quantisation else (None,) * 4
     arguments = cf_pack_args.pack(
