@@ -147,13 +147,15 @@ constexpr float IMAGE_NORM = 32700, KERNEL_NORM = 65500, MOST_INTEGER = 32760;
 // The largest factor of a channel: transformed, the largest number of bfloat16 is still finite with it.
 constexpr float MOST_BALANCE = 0x1p-5f;
 
-// The largest squared norm of a chunk of `count` numbers times `by`, a multiple of W. NaN or infinite if a number is.
-inline float largest_squares(const float* numbers, int64_t count, int64_t chunk, float by) {
+// The largest squared norm of a chunk of `count` numbers, a multiple of W, read(c) being a vector of them. NaN or
+// infinite if a number is.
+template <class F>
+inline float largest_squares(const F& read, int64_t count, int64_t chunk) {
     float most = 0;
     for (int64_t first = 0; first < count; first += chunk) {
         vf squares = {};
         for (int64_t c = first, end = min(first + chunk, count); c < end; c += W) {
-            const vf value = load(numbers + c) * by;
+            const vf value = read(c);
             squares = fma(value, value, squares);
         }
         const float all = sum(squares);
@@ -177,13 +179,15 @@ inline float exact_power_of_two(int exponent) { return ldexpf(1, exponent); }
 
 // The largest norm of a chunk. NaN or infinite if a number is.
 inline float largest_norm(const float* numbers, int64_t count, int64_t chunk) {
-    const float squares = largest_squares(numbers, count, chunk, 1);
+    const float squares = largest_squares([=](int64_t c) { return load(numbers + c); }, count, chunk);
     if (squares > 1e-20f && squares <= FLT_MAX) return sqrtf(squares);
     // the squares of large numbers are infinite, and those of small ones 0
     const float most = largest_size(numbers, count);
     if (!(most > 0 && most <= FLT_MAX)) return squares;
-    const int exponent = min(max(ilogbf(most), -126), 126);
-    return sqrtf(largest_squares(numbers, count, chunk, exact_power_of_two(-exponent))) * exact_power_of_two(exponent);
+    const int exponent = static_cast<int>(min(max(ilogbf(most), -126), 126));
+    const float by = exact_power_of_two(-exponent);
+    const float scaled = largest_squares([=](int64_t c) { return load(numbers + c) * by; }, count, chunk);
+    return sqrtf(scaled) * exact_power_of_two(exponent);
 }
 
 // to[i] = round(from[i] * inverse), ties to even, for `count` numbers, a multiple of W.
