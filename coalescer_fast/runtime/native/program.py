@@ -158,9 +158,9 @@ class Program:
 
     @property
     def described(self) -> str:
-        """For `explain`: how many products multiply in 8 bits, and how many convolutions are Winograd's."""
+        """For `explain`: how many products multiply in 8 bits, which convolutions are Winograd's, what torch does."""
         in_8_bits = f", {self.quantised} of {self.products} products in int8" if self.quantised else ""
-        return in_8_bits + self._winograd
+        return in_8_bits + self._winograd + self.prologue.described
 
     def run(self) -> None:
         """Compute ``outputs`` from ``inputs``."""
