@@ -31,9 +31,9 @@
 // The sums are made in int32, which they must fit. By Cauchy and Schwarz |sum v u| <= |v| |u|, so the scales are chosen
 // such that the norms are below 2^15 and 2^16, over up to MOST_IN_CHUNK channels; sums of chunks are added in float32.
 // What they add to the error of an output is less than the rounding of it to bfloat16 (test_winograd.py). NaN and
-// infinity in a tile make its scale NaN or infinite, and all its outputs non-finite. Digits are still lost where numbers
-// are small beside others that share their scale and the output does without those: pixels beside an outlier in a tile,
-// and channels that matter to a few outputs whose weights are unlike those of the others.
+// infinity in a tile make its scale NaN or infinite, and all its outputs non-finite. Digits are still lost where an output
+// depends on numbers alone that are small beside others of their scale: on pixels beside an outlier in a tile, and on
+// channels that are smaller than others while their weights are no larger.
 //
 // Edges. Tiles reach beyond the right and lower edge where a side is no multiple of m: they read zeros there, and
 // outputs outside are not written. The position that a tile reads may be that of an image half as large (`doubling`): a
