@@ -6,6 +6,7 @@ The functions here are called by those of the same name in acceleration.py and p
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -102,6 +103,8 @@ def accelerate(
     given = calls(inputs or ())
     if inputs is not None and not given:
         raise ValueError("inputs is empty: dtype 'int8' needs the arguments of some calls")
+    if list(networks.values()) == [x]:
+        _check_calls(x, given)
     for network in networks.values():
         if (before := runtime_of(network)) is not None:
             before.remove()
@@ -132,6 +135,16 @@ def calls(inputs: Any) -> list[Arguments]:
             "inputs is no list of calls; expected inputs=[(sample, timestep, ...), ...], or dicts in the list"
         )
     return [as_arguments(each) for each in inputs]
+
+
+def _check_calls(module: nn.Module, given: Sequence[Arguments]) -> None:
+    """Raise ValueError for arguments that the module's forward does not take."""
+    signature = inspect.signature(module.forward)
+    for number, (args, kwargs) in enumerate(given):
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"inputs[{number}] is no call of {type(module).__name__}: {error}") from error
 
 
 def _draw(pipe: Any, prompts: Sequence[str] | None, call: Mapping[str, Any], **others: Any) -> list[Any]:

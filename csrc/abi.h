@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a structure or a meaning changes; the loader refuses a library of another version. */
-#define CF_ABI_VERSION 5
+#define CF_ABI_VERSION 6
 
 enum cf_dtype { CF_FLOAT32 = 0, CF_FLOAT16 = 1, CF_BFLOAT16 = 2, CF_UINT8 = 3 };
 
@@ -183,7 +183,8 @@ enum cf_function {
  * larger ones first; M is 4 if the width is 16, 2 if it is 8, and 3 if it is 4. A block lies in memory as (taps,
  * units, vectors, width, lanes): lanes = 4 / (bytes of the dtype) channels, which are multiplied together, and
  * units = channels / lanes. Other forms than CF_DIRECT have (m + 2)^2 points in the place of taps; for x of bfloat16
- * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32.
+ * they are int16, and behind all of them stand the scales of the blocks, (points, vectors, width) of float32, and what
+ * each channel is multiplied with, float32, with ones that mean nothing up to a multiple of the width.
  *
  * With gated = 1, y = value * function(gate), of a 1x1 convolution without act, row and residual that has two outputs
  * for each of y's, a value and a gate. Its weights, bias and scale are those of a convolution with

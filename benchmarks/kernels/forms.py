@@ -119,12 +119,19 @@ def rows(isa: str, rounds: int) -> list[dict[str, object]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.kernels.forms", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=positive, default=9, help="calls of a form, the first not counted")
-    parser.add_argument("--isa", action="append", help="an instruction set; default: all that the processor has")
+    parser.add_argument(
+        "--isa",
+        action="append",
+        choices=native_library.ISAS,
+        help="an instruction set; default: all that the processor has",
+    )
     args = parser.parse_args(argv)
-    best = native_library.isa()
     path = Path(forms.__file__).parent / "forms.csv"
 
     def work() -> int:
+        if reason := native_library.unavailable():
+            raise ValueError(f"there is nothing to measure: {reason}")
+        best = native_library.isa()
         measured: list[dict[str, object]] = []
         try:
             for isa in args.isa or available():

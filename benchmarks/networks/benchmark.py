@@ -46,6 +46,7 @@ import numpy as np
 import torch
 
 import coalescer_fast
+from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import runtime_of
 
 from ..harness import environment as machine
@@ -168,12 +169,16 @@ def run(args: argparse.Namespace) -> int:
                 append(args.csv, rows[-1:], COLUMNS)
     print()
     print("\n".join(report.tables(as_text(rows))))
-    return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) else 0
+    ran = any(row["status"] == OK for row in rows if row["provider"] == OURS)
+    return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) or not ran else 0
 
 
 def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
     """Print where the programs of each model and dtype spend their time, all in this process."""
+    if reason := native_library.unavailable():
+        raise ValueError(f"there is nothing to measure: {reason}")
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
+    ran = False
     for model, dtype in itertools.product(args.model, args.dtypes):
         with tempfile.TemporaryDirectory(prefix="networks-") as folder:
             task = task_of(args, model, folder, name=OURS, dtype=dtype)
@@ -184,6 +189,7 @@ def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
                 print(f"{model} {dtype} skipped: {reason}")
                 continue
             call()
+            ran = True
             runtime = runtime_of(module)
             assert runtime is not None
             program = runtime.programs.last
@@ -196,7 +202,7 @@ def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
                 return highest(replace(task, dtype=names[dtype]), peaks)
 
             print("\n".join(profiles.report(program, peak, args.rounds)), flush=True)
-    return 0
+    return 0 if ran else 1
 
 
 def task_of(args: argparse.Namespace, model: str, folder: str, name: str = "eager", dtype: str = "fp32") -> Task:

@@ -110,6 +110,8 @@ def coalescer_fast(task: Task, module: Any) -> Call:
     from . import models
 
     set_threads(task)
+    if reason := native_library.unavailable():
+        raise Missing(reason)
     if task.isa:
         native_library.set_isa(task.isa)
     name, kinds = {

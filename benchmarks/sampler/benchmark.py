@@ -145,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(os.environ.get(name) != value for name, value in caps.items()):  # libraries read them as they are loaded
             again = [sys.executable, "-m", "benchmarks.sampler", *(sys.argv[1:] if argv is None else argv)]
             os.execve(sys.executable, again, {**os.environ, **caps})
-        native_library.set_isa(args.isa)
     return command("python -m benchmarks.sampler", lambda: run(args))
 
 
@@ -191,6 +190,8 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     if reported(args, report.summary, draw):
         return 0
+    if args.isa:
+        native_library.set_isa(args.isa)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and there is none: use --device cpu")
     if args.cold and "emoji-64" not in args.model:

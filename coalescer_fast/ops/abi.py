@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 # CF_ABI_VERSION: a library of another version is refused.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _FORMATS = {c_void_p: "P", c_int64: "q", c_double: "d"}
 

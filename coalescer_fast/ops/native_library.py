@@ -39,14 +39,14 @@ def find(part: str, path: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library of "cpu" or "cuda" kernels, or None and why there is none."""
     path = path or FOLDER / f"libcoalescer_fast_{part}.so"
     if not path.is_file():
+        fix = "install coalescer_fast again to build it"
         try:
             reason = json.loads((FOLDER / "build.json").read_text("utf-8"))[part]
         except (OSError, ValueError, KeyError):
-            reason = "this checkout has not been installed"
-        return (
-            None,
-            f"the library of {part.upper()} kernels is not there: {reason}; install coalescer_fast again to build it",
-        )
+            # an installation elsewhere does not help whoever imports the package from a checkout
+            reason = f"{FOLDER.parent} is a checkout that nothing was built in"
+            fix = f"run `python setup.py build_native` or `pip install -e .` in {FOLDER.parents[1]}"
+        return None, f"the library of {part.upper()} kernels is not there: {reason}; {fix}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -137,8 +137,10 @@ def set_isa(name: str) -> None:
     """Use another instruction set from now on, to test or measure it.
 
     Raises:
-        ValueError: the processor or the library does not have it.
+        ValueError: the processor or the library does not have it, or there is no library.
     """
+    if reason := unavailable():
+        raise ValueError(reason)
     if _library().cf_cpu_set_isa(name.encode()):
         raise ValueError(f"isa is {name!r}; expected one that this processor has, of {', '.join(ISAS)}")
 

@@ -24,10 +24,16 @@
 //     v = round(V / s)    s: one for each tile and point      u = round(U / t)    t: one for each output and point
 //     sum over channels of V U  ~  s t sum of v u
 //
+// A channel is multiplied by r before, and its weights by 1/r, r being the norm of its weights, as a power of two: else,
+// where small inputs of a channel meet large weights, the inputs would have few of the digits of a scale that they share
+// with other channels. After it all channels have weights of one size, and inputs as large as what they add to outputs.
+//
 // The sums are made in int32, which they must fit. By Cauchy and Schwarz |sum v u| <= |v| |u|, so the scales are chosen
 // such that the norms are below 2^15 and 2^16, over up to MOST_IN_CHUNK channels; sums of chunks are added in float32.
 // What they add to the error of an output is less than the rounding of it to bfloat16 (test_winograd.py). NaN and
-// infinity in a tile make its scale NaN or infinite, and all its outputs non-finite.
+// infinity in a tile make its scale NaN or infinite, and all its outputs non-finite. Digits are still lost where an output
+// depends on numbers alone that are small beside others of their scale: on pixels beside an outlier in a tile, and on
+// channels that are smaller than others while their weights are no larger.
 //
 // Edges. Tiles reach beyond the right and lower edge where a side is no multiple of m: they read zeros there, and
 // outputs outside are not written. The position that a tile reads may be that of an image half as large (`doubling`): a
@@ -40,6 +46,8 @@
 //
 // The bits of an output depend on its tile, and on weights: not on other tiles, threads or the batch.
 #pragma once
+
+#include <float.h>
 
 #include "convolution.h"
 
@@ -136,21 +144,50 @@ inline int64_t channels_at_once(int64_t channels) {
 // The norms of a chunk's integers, so that the sum of products is below 2^31, with room for their rounding. Those of an
 // image are at most as large as their norm; for kernels, MOST_INTEGER is a limit of its own.
 constexpr float IMAGE_NORM = 32700, KERNEL_NORM = 65500, MOST_INTEGER = 32760;
+// The largest factor of a channel: transformed, the largest number of bfloat16 is still finite with it.
+constexpr float MOST_BALANCE = 0x1p-5f;
 
-// The largest squared norm of a chunk of `count` numbers, a multiple of W. NaN or infinite if a number is, infinite
-// also if one is above 1e19, and 0 if all are below 1e-23.
-inline float largest_squares(const float* numbers, int64_t count, int64_t chunk) {
+// The largest squared norm of a chunk of `count` numbers, a multiple of W, read(c) being a vector of them. NaN or
+// infinite if a number is.
+template <class F>
+inline float largest_squares(const F& read, int64_t count, int64_t chunk) {
     float most = 0;
     for (int64_t first = 0; first < count; first += chunk) {
         vf squares = {};
         for (int64_t c = first, end = min(first + chunk, count); c < end; c += W) {
-            const vf value = load(numbers + c);
+            const vf value = read(c);
             squares = fma(value, value, squares);
         }
         const float all = sum(squares);
         most = all > most || all != all ? all : most;  // NaN stays NaN
     }
     return most;
+}
+
+// The largest number without its sign, of `count`, a multiple of W; NaN does not count.
+inline float largest_size(const float* numbers, int64_t count) {
+    vf most = {};
+    for (int64_t c = 0; c < count; c += W) {
+        const vf value = load(numbers + c);
+        most = larger(larger(value, -value), most);
+    }
+    return largest(most);
+}
+
+// 2^exponent, for -126 <= exponent <= 127.
+inline float exact_power_of_two(int exponent) { return ldexpf(1, exponent); }
+
+// The largest norm of a chunk. NaN or infinite if a number is.
+inline float largest_norm(const float* numbers, int64_t count, int64_t chunk) {
+    const float squares = largest_squares([=](int64_t c) { return load(numbers + c); }, count, chunk);
+    if (squares > 1e-20f && squares <= FLT_MAX) return sqrtf(squares);
+    // the squares of large numbers are infinite, and those of small ones 0
+    const float most = largest_size(numbers, count);
+    if (!(most > 0 && most <= FLT_MAX)) return squares;
+    const int exponent = static_cast<int>(min(max(ilogbf(most), -126), 126));
+    const float by = exact_power_of_two(-exponent);
+    const float scaled = largest_squares([=](int64_t c) { return load(numbers + c) * by; }, count, chunk);
+    return sqrtf(scaled) * exact_power_of_two(exponent);
 }
 
 // to[i] = round(from[i] * inverse), ties to even, for `count` numbers, a multiple of W.
@@ -164,13 +201,8 @@ inline void to_integers(const float* from, float inverse, int16_t* to, int64_t c
     }
 }
 
-inline float largest_size(const float* numbers, int64_t count) {
-    float most = 0;
-    for (int64_t c = 0; c < count; ++c) most = fabsf(numbers[c]) > most ? fabsf(numbers[c]) : most;
-    return most;
-}
-
-inline float inverse_of(float scale) { return scale > 0 ? 1 / scale : 0; }
+// A scale whose inverse is finite, of zeros, too. NaN stays NaN.
+inline float usable(float scale) { return scale < FLT_MIN ? FLT_MIN : scale; }
 
 // X: the elements of x; T: those of y and residual; m: outputs of a tile along each axis.
 template <class X, class T, int m>
@@ -196,6 +228,8 @@ struct Winograd {
     const int64_t tiles_x = ceil_div(a.width, m), tiles_y = ceil_div(a.height, m), tiles = a.n * tiles_y * tiles_x;
     const int64_t vectors = ceil_div(a.outputs, W);
     const int64_t w_bytes = vectors * W * POINTS * units * 4;
+    const float* balances =  // of integers
+        reinterpret_cast<const float*>(static_cast<const char*>(a.weight) + w_bytes) + vectors * W * POINTS;
     const Blocks blocks{vectors};
     static constexpr int64_t BLOCKS_AT_ONCE = W == 8 ? 4 : 1;           // which read the same rows of tiles
     static constexpr int64_t M_ROW = BLOCKS_AT_ONCE * MAX_VECTORS * W;  // floats of a point of a tile's products
@@ -281,22 +315,30 @@ struct Winograd {
             }
         float* floats = INTEGERS ? numbers : reinterpret_cast<float*>(v);
         const int64_t row = INTEGERS ? channels : v_row / 4;
+        const auto balanced = [&](vf d, vf balance) { return INTEGERS ? d * balance : d; };
         int64_t c = 0;
-        for (; c + W <= a.channels; c += W)
-            transform_vector([&](int i, int j) { return load(reinterpret_cast<const X*>(at[i][j]) + c); }, floats + c,
-                             row);
+        for (; c + W <= a.channels; c += W) {
+            const vf balance = INTEGERS ? load(balances + c) : vf{};
+            transform_vector(
+                [&](int i, int j) { return balanced(load(reinterpret_cast<const X*>(at[i][j]) + c), balance); },
+                floats + c, row);
+        }
         if (c < a.channels) {
             const int64_t part = a.channels - c;
-            transform_vector([&](int i, int j) { return load_part(reinterpret_cast<const X*>(at[i][j]) + c, part); },
-                             floats + c, row);
+            const vf balance = INTEGERS ? load(balances + c) : vf{};
+            transform_vector(
+                [&](int i, int j) {
+                    return balanced(load_part(reinterpret_cast<const X*>(at[i][j]) + c, part), balance);
+                },
+                floats + c, row);
         }
         if constexpr (INTEGERS) {
             float* scale = reinterpret_cast<float*>(v + POINTS * v_row);
             float inverse[POINTS];
-            for (int i = 0; i < POINTS; ++i) scale[i] = largest_squares(numbers + i * channels, channels, chunk);
+            for (int i = 0; i < POINTS; ++i) scale[i] = largest_norm(numbers + i * channels, channels, chunk);
             for (int i = 0; i < POINTS; ++i) {
-                scale[i] = sqrtf(scale[i]) / IMAGE_NORM;
-                inverse[i] = inverse_of(scale[i]);
+                scale[i] = usable(scale[i] / IMAGE_NORM);
+                inverse[i] = 1 / scale[i];
             }
             for (int i = 0; i < POINTS; ++i)
                 to_integers(numbers + i * channels, inverse[i], reinterpret_cast<int16_t*>(v + i * v_row), channels);
@@ -373,7 +415,7 @@ struct Winograd {
                 for (int64_t j = 0; j < V; ++j) {
                     float* to = products + i * POINTS * M_ROW + j * W;
                     vf value = to_floats(sums[i][j]);
-                    if (INTEGERS) value *= load(w_scale + j * W) * scale[i];
+                    if (INTEGERS) value = value * load(w_scale + j * W) * scale[i];  // their product may be too small
                     store(to, c ? value + load(to) : value);
                 }
             }
@@ -439,7 +481,8 @@ inline int convolution_step(const cf_convolution_args& a, int64_t threads) {
 }
 
 // Packs kernels for images of X: in the order of direct ones, with points in the place of taps, then of integers the
-// scales, (blocks, points, vectors, width) of float32. S: the elements of the kernels.
+// scales, (blocks, points, vectors, width) of float32, and the balances of the channels, those of up to a whole vector.
+// S: the elements of the kernels.
 template <class S, class X, int m>
 struct WinogradPacking {
     typedef typename Multiplied<X>::E E;
@@ -456,6 +499,7 @@ struct WinogradPacking {
         const int64_t taps = 9 * channels, numbers = POINTS * channels;
         const int64_t row = POINTS * channels * static_cast<int64_t>(sizeof(E)) + 64;  // of an output
         prepare_output(a.packed, vectors * W * POINTS * units * 4);
+        if (INTEGERS) write_balances(threads);
         return parallel_for_with_scratch(vectors, threads, static_cast<size_t>((taps + numbers) * 4 + W * row),
                                          [&](void* memory, int64_t begin, int64_t end) {
                                              float* kernel = static_cast<float*>(memory);
@@ -470,13 +514,55 @@ struct WinogradPacking {
                                          });
     }
 
+    float* scales() const {
+        return reinterpret_cast<float*>(static_cast<char*>(a.packed) + vectors * POINTS * units * 4 * W);
+    }
+    float* balances() const { return scales() + vectors * W * POINTS; }
+
+    // For each channel, the norm of its weights, relative to their geometric mean, as the closest power of two, so that
+    // norms that hardly differ leave all numbers as they are; the largest is scaled to MOST_BALANCE.
+    void write_balances(int64_t threads) const {
+        float* balance = balances();
+        parallel_for(channels / W, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t vector = begin; vector < end; ++vector) {
+                double squares[W] = {};
+                const int64_t first = vector * W, count = min(a.channels - first, W);
+                for (int64_t output = 0; output < a.outputs; ++output)
+                    for (int i = 0; i < 9; ++i) {
+                        const S* from = static_cast<const S*>(a.weight.data) + output * a.weight.strides[0] +
+                                        first * a.weight.strides[1] + i / 3 * a.weight.strides[2] +
+                                        i % 3 * a.weight.strides[3];
+                        for (int64_t c = 0; c < count; ++c) {
+                            const double weight = static_cast<double>(to_float(from[c * a.weight.strides[1]]));
+                            squares[c] += weight * weight;
+                        }
+                    }
+                for (int64_t c = 0; c < W; ++c) balance[first + c] = static_cast<float>(log2(squares[c]) / 2);
+            }
+        });
+        double total = 0;
+        int64_t known = 0;  // neither zeros alone nor with NaN or infinity
+        for (int64_t c = 0; c < a.channels; ++c)
+            if (fabsf(balance[c]) <= FLT_MAX) total += static_cast<double>(balance[c]), ++known;
+        const float mean = known ? static_cast<float>(total / static_cast<double>(known)) : 0;
+        float top = -FLT_MAX;
+        for (int64_t c = 0; c < channels; ++c) {
+            balance[c] = rintf(balance[c] - mean);
+            if (balance[c] <= FLT_MAX && balance[c] > top) top = balance[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+            const float below = balance[c] - top;  // NaN stays NaN: any factor will do
+            balance[c] =
+                exact_power_of_two(below < 0 ? static_cast<int>(below > -120 ? below : -120) : 0) * MOST_BALANCE;
+        }
+    }
+
     int64_t of_block(int64_t block) const { return blocks.first(block) * POINTS; }
 
     // Of the vector's first point; those of the next are `blocks.size` vectors further on.
     float* scales_of(int64_t vector) const {
         const int64_t block = blocks.of(vector);
-        float* all = reinterpret_cast<float*>(static_cast<char*>(a.packed) + vectors * POINTS * units * 4 * W);
-        return all + (of_block(block) + vector - blocks.first(block)) * W;
+        return scales() + (of_block(block) + vector - blocks.first(block)) * W;
     }
 
     // G g G^T of an output's kernels, at `to`: a row of channels for each point.
@@ -500,9 +586,10 @@ struct WinogradPacking {
         float* floats = INTEGERS ? numbers : reinterpret_cast<float*>(to);
         for (int64_t c = 0; c < channels; c += W) {
             vf t[P][3];
+            const vf inverse = INTEGERS ? 1 / load(balances() + c) : broadcast(1);
             for (int j = 0; j < 3; ++j) {
                 vf g[3], r[P];
-                for (int i = 0; i < 3; ++i) g[i] = load(kernel + (i * 3 + j) * channels + c);
+                for (int i = 0; i < 3; ++i) g[i] = load(kernel + (i * 3 + j) * channels + c) * inverse;
                 Transform<m>::kernel(g, r);
                 for (int i = 0; i < P; ++i) t[i][j] = r[i];
             }
@@ -514,11 +601,11 @@ struct WinogradPacking {
         }
         for (int i = 0; i < POINTS && INTEGERS; ++i) {
             const float* row = numbers + i * channels;
-            const float by_norm = sqrtf(largest_squares(row, channels, chunk)) / KERNEL_NORM;
+            const float by_norm = largest_norm(row, channels, chunk) / KERNEL_NORM;
             const float by_size = largest_size(row, channels) / MOST_INTEGER;
-            scale[i * next] = by_size > by_norm ? by_size : by_norm;  // NaN stays NaN
-            to_integers(numbers + i * channels, inverse_of(scale[i * next]),
-                        reinterpret_cast<int16_t*>(to) + i * channels, channels);
+            scale[i * next] = usable(by_size > by_norm ? by_size : by_norm);  // NaN stays NaN
+            to_integers(numbers + i * channels, 1 / scale[i * next], reinterpret_cast<int16_t*>(to) + i * channels,
+                        channels);
         }
     }
 

@@ -205,8 +205,8 @@ def test_a_missing_library_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
     load = native_library._load.__wrapped__
     assert load()[1] == (
-        "the library of CPU kernels is not there: this checkout has not been installed; "
-        "install coalescer_fast again to build it"
+        f"the library of CPU kernels is not there: {tmp_path.parent} is a checkout that nothing was built in; "
+        f"run `python setup.py build_native` or `pip install -e .` in {tmp_path.parents[1]}"
     )
     (tmp_path / "build.json").write_text(json.dumps({"cpu": "there is no C++ compiler: install g++ or set CXX"}))
     assert "there is no C++ compiler: install g++ or set CXX; install coalescer_fast again" in load()[1]

@@ -122,7 +122,9 @@ class ModuleRuntime:
         self._fingerprints: dict[str, Any] = {}
         self._left: dict[str, nn.Parameter] = {}  # in the place of parameters that were freed
         self._weights.is_freed = self._left.__contains__
-        self._strides: dict[str, tuple[int, ...]] = {}  # of these
+        # of these
+        self._strides: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._copied: MetaCopy | None = None  # while a program is made
         self._replacement: Callable[..., Any] | None = None
         self.refused = ""
@@ -312,6 +314,8 @@ class ModuleRuntime:
                 for old, new in zip(before, self._copied.attributes()):
                     if changed := [name for name in {*old, *new} if old.get(name) is not new.get(name)]:
                         raise Unsupported(f"its forward sets the attribute {min(changed)}")
+                if not recording.steps:
+                    raise Unsupported("there is no step for any of it")
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
                     program = Program(recording, self._weights, threads, ranges)
             except Unsupported as reason:
@@ -361,8 +365,9 @@ class ModuleRuntime:
         nothing = torch.full((1,), torch.nan, dtype=own.dtype).expand(own.shape)
         if not self.freed:  # the first
             self.module.register_state_dict_pre_hook(_refuse_to_be_saved)
+            self.module.register_load_state_dict_pre_hook(_refuse_to_be_loaded)
         holder._parameters[last] = self._left[name] = nn.Parameter(nothing, requires_grad=False)
-        self._strides[name] = own.stride()
+        self._strides[name], self._dtypes[name] = own.stride(), own.dtype
         assert self._copied is not None
         self._copied.free(name)
 
@@ -398,8 +403,14 @@ class ModuleRuntime:
         self.programs, self._refusals = ProgramCache(), {}
         there = dict(module.named_parameters())
         for name in [name for name, left in self._left.items() if there.get(name) is not left]:
-            del self._left[name], self._strides[name]  # the user has given another
+            del self._left[name], self._strides[name], self._dtypes[name]  # the user has given another
             self._weights.drop([name])
+        for name, left in self._left.items():
+            if left.dtype != self._dtypes[name]:
+                raise ValueError(
+                    f"{self.name} cannot be made {dtype_name(left.dtype)}: its weights were freed, by "
+                    "keep_weights=False; load it anew"
+                )
         if not self.freed:  # what is freed is there for these ranges alone
             self.ranges = None
             self._weights.drop_integers()
@@ -508,8 +519,19 @@ def _warn_once(name: str, reason: str) -> None:
 
 
 def _refuse_to_be_saved(module: nn.Module, *others: Any) -> None:
-    name = type(module).__name__
-    raise ValueError(f"{name} cannot be saved: its weights were freed, by keep_weights=False; load it anew")
+    if any(map(_is_nothing, module.parameters())):
+        name = type(module).__name__
+        raise ValueError(f"{name} cannot be saved: its weights were freed, by keep_weights=False; load it anew")
+
+
+def _refuse_to_be_loaded(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any
+) -> None:
+    if not metadata.get("assign_to_params_buffers") and any(map(_is_nothing, module.parameters())):
+        raise ValueError(
+            f"{type(module).__name__} has no memory for these weights: its own were freed, by keep_weights=False; "
+            "call load_state_dict with assign=True"
+        )
 
 
 def _is_nothing(parameter: Tensor) -> bool:

@@ -213,7 +213,8 @@ def _order(weight: Tensor, dtype: torch.dtype, form: cf_form, *quantisation: Ten
     packed_dtype = {torch.uint8: torch.int8}.get(dtype, dtype)
     if form != cf_form.CF_DIRECT and dtype == torch.bfloat16:
         packed_dtype = torch.int16
-        count += -(-outputs // vector) * vector * taps * 2  # the scales, float32
+        # in float32, the scales and what channels are multiplied with
+        count += 2 * (-(-outputs // vector) * vector * taps + -(-channels // vector) * vector)
     packed = torch.empty(count, dtype=packed_dtype)
     step, scale, zero, sums = (t.data_ptr() for t in quantisation) if quantisation else (None,) * 4
     arguments = cf_pack_args.pack(
@@ -297,12 +298,12 @@ def image(value: Value | None) -> cf_image | None:
 
 
 def tensor4(value: Value | None) -> cf_tensor4:
-    """A value without its border as (n, channels, height, width); an input or output has the strides of its tensor."""
+    """A value without its border as (n, channels, height, width)."""
     if value is None:
         return cf_tensor4()
     size = value.element_bytes
-    strides = value.sample_bytes // size, 1, value.row_bytes // size, value.padded
-    if value.tensor is not None and value.tensor.ndim == 4:
-        strides = value.tensor.stride()  # type: ignore[assignment]
+    strides: tuple[int, ...] = value.sample_bytes // size, 1, value.row_bytes // size, value.padded
+    if value.strides is not None:
+        strides = value.strides
     first = value.address + value.border * (value.row_bytes + value.pixel_bytes)
-    return cf_tensor4(data=first, dtype=value.code, strides=tuple(strides))
+    return cf_tensor4(data=first, dtype=value.code, strides=strides)

@@ -158,9 +158,9 @@ class Program:
 
     @property
     def described(self) -> str:
-        """For `explain`: how many products multiply in 8 bits, and the forms of 3x3 convolutions."""
+        """For `explain`: how many products multiply in 8 bits, the forms of 3x3 convolutions, and what torch does."""
         in_8_bits = f"{self.quantised} of {self.products} products in int8" if self.quantised else ""
-        return "".join(f", {words}" for words in (in_8_bits, self._forms) if words)
+        return "".join(f", {words}" for words in (in_8_bits, self._forms) if words) + self.prologue.described
 
     def run(self) -> None:
         """Compute ``outputs`` from ``inputs``."""

@@ -4,8 +4,9 @@ The module's own forward runs once, on tensors without data (torch's device "met
 every torch op. The module's code is the only description of it: nothing here knows what class it is of. Biases,
 residuals and activations join the step before them. An op that no step does is refused, by name.
 
-What depends on vectors alone, such as the embedding of a timestep up to its first linear layer, need not be steps: it
-is noted as a `Prologue` of torch ops, which run before the program.
+Images are inputs of the program. What the module computes of its other arguments alone, such as the embedding of a
+timestep, is noted as a `Prologue` of torch ops, which run before the program: up to the first linear layer, norm,
+attention or convolution, or the first op that also reads what a step has written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from .pack import Weight
 from .steps import FUNCTIONS, HANDLERS, PRODUCTS, Gather, Step, join_gates, without_data
 from .value import Unsupported, Value
+
+SHOWN = 4  # names of torch ops in a line of `explain`
 
 Note = TypeVar("Note")
 
@@ -69,6 +72,17 @@ class Prologue:
     constants: dict[int, Tensor]
     calls: list[TorchCall]
     sources: list[int]
+
+    @property
+    def described(self) -> str:
+        """For `explain`: how many operations it has, and the names of a few; views of tensors do not count."""
+        functions: list[Any] = [call.function for call in self.calls]
+        names = [each._schema.name.partition("::")[2] for each in functions if not each.is_view]
+        some = list(dict.fromkeys(names))
+        if not some:
+            return ""
+        more = ", ..." if len(some) > SHOWN else ""
+        return f", {len(names)} operations in torch before it ({', '.join(some[:SHOWN])}{more})"
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         """The program's inputs. Floating-point numbers are computed in float32."""
@@ -481,9 +495,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
                 wanted.update(leaf.number for leaf in call.leaves if isinstance(leaf, Place))
         constants = {number: tensor for number, tensor in self._constants.items() if number in wanted}
         prologue = Prologue(self._given, constants, calls[::-1], sources)
-        for value, result in outputs:
-            if result.numel() == value.count and not value.readers and value.step is not None:
-                value.tensor = result
         return Recording(steps, inputs, outputs, prologue, self._read)
 
 
@@ -516,7 +527,7 @@ class _Functions(TorchFunctionMode):
             except Unsupported:
                 if self.recorder._native(args, kwargs):
                     raise
-                # of vectors alone: torch can do it
+                # of the prologue alone: torch can do it
         return func(*args, **kwargs)
 
 

@@ -969,7 +969,8 @@ class DualHead(Step):
             recorder.image(h),
             None if sample is None else recorder.image(sample),
             None if anchor is None else recorder.image(anchor),
-            Value(n, height, width, channels),
+            # contiguous, as the sampler's update wants it
+            Value(n, height, width, channels, strides=result[0].stride()),
             Value(n, 1, 1, 1),
             recorder.parameter(direction_weight),
             recorder.optional_parameter(direction_bias),

@@ -82,7 +82,8 @@ class Value:
         width: likewise.
         channels: those that mean something, see ``padded``.
         dtype: None until the program chooses it.
-        tensor: of an input or output of the program, its shape and strides as a caller sees it; it has no data.
+        tensor: of an input of the program, its shape and strides as a caller sees it; it has no data.
+        strides: of one whose channels are not innermost, as (n, channels, height, width); a `Gather` alone reads it.
         step: the step that writes it, None for an input of the program.
         readers: the steps that read it.
         border: positions of zeros on every side of an image, 0 or 1, so that a 3x3 convolution reads no other memory.
@@ -98,6 +99,7 @@ class Value:
     channels: int
     dtype: torch.dtype | None = None
     tensor: Tensor | None = None
+    strides: tuple[int, ...] | None = None
     step: Step | None = None
     readers: list[Step] = field(default_factory=list)
     border: int = 0

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.harness import results
 from benchmarks.harness.peers import OK, Missing
+from benchmarks.kernels import forms
 from benchmarks.networks import benchmark, isa, models, providers, report
 from benchmarks.networks.task import INPUTS, Task
 from coalescer_fast.ops import native_library
@@ -207,6 +208,37 @@ def test_avx512_is_seen_where_it_is_used_and_only_there(capped):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     percent = float(done.stdout)
     assert percent == 0 if capped in isa.CAPS else percent > 10
+
+
+@pytest.mark.parametrize("argv", [[], ["--isa", "avx2"]], ids=["best", "avx2"])
+def test_a_checkout_without_a_library_is_one_sentence(monkeypatch, tmp_path, capsys, argv):
+    monkeypatch.setattr(native_library, "FOLDER", tmp_path / "package" / "lib")
+    monkeypatch.setattr(native_library, "_load", native_library._load.__wrapped__)
+    assert benchmark.main([*BRIEF, *argv, "--profile"]) == 1
+    assert forms.main(["--isa", "avx2"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()
+    for line in (first, second):
+        assert ": there is nothing to measure: the library of CPU kernels is not there: " in line
+        assert line.endswith(f"run `python setup.py build_native` or `pip install -e .` in {tmp_path}")
+
+
+def test_a_profile_of_no_dtype_fails(monkeypatch, capsys):
+    def missing(task, module):
+        raise Missing("none of that")
+
+    monkeypatch.setattr(native_library, "_load", lambda: (None, ""))
+    monkeypatch.setattr(benchmark, "coalescer_fast_call", missing)
+    assert benchmark.main([*BRIEF, "--dtypes", "fp32", "--profile"]) == 1
+    assert capsys.readouterr().out == "tiny-vae fp32 skipped: none of that\n"
+
+
+def test_forms_of_an_unknown_instruction_set(capsys):
+    with pytest.raises(SystemExit) as stop:
+        forms.main(["--isa", "foo"])
+    assert stop.value.code == 2
+    assert "argument --isa: invalid choice: 'foo'" in capsys.readouterr().err
 
 
 @needs_programs

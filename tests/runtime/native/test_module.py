@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -64,18 +65,14 @@ def assert_right(module: nn.Module, *args: Any, refused: str = "") -> None:
 
 
 X, V, ROWS = randn(2, 8, 6, 6), randn(2, 4), randn(2, 3, 8)
+NOTHING = "there is no step for any of it"
 
 
 @pytest.mark.parametrize(
     ("module", "given"),
     [
-        (nn.SiLU(), (randn(2, 3),)),
-        (nn.SiLU(), (randn(2, 5, 16),)),
-        (nn.GroupNorm(2, 8), (randn(2, 8, 5),)),
-        (Function(lambda m, x, v: (m.c(x), v.softmax(-1))[1], c=conv()), (X, V)),
+        (nn.Sequential(conv(), nn.Flatten(2), nn.GroupNorm(2, 8)), (X,)),
         (Function(lambda m, x, v: (m.c(x), v[:1], v.t()), c=conv()), (X, V)),
-        (Function(lambda m, x: x @ x.transpose(1, 2)), (randn(2, 5, 16),)),
-        (nn.Linear(8, 4), (randn(8),)),
         (nn.Linear(8, 4), (ROWS,)),
         (nn.Linear(8, 4), (randn(2, 2, 3, 4, 8),)),
         (
@@ -98,6 +95,59 @@ def test_runs_natively(module, given):
     assert_right(module, *given)
 
 
+def heads(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (4, 4)).transpose(1, 2)
+
+
+def head(m: Any, x: Tensor) -> Tensor:
+    """The direction that dual_head gives of an image, (2, 3, 6, 6)."""
+    direction = cf.ops.dual_head(x, m.d.weight, m.d.bias, m.w.weight, m.w.bias)
+    return direction[0] if isinstance(direction, tuple) else direction.direction
+
+
+TOKENS, IMAGE = randn(2, 16, 16), randn(2, 16, 6, 6)
+VIEWS = {
+    "LayerNorm, a dimension more": (lambda m, x: m.n(x)[:, None], TOKENS),
+    "LayerNorm, tokens as an image": (lambda m, x: m.n(x).unflatten(1, (4, 4)), TOKENS),
+    "LayerNorm, channels apart": (lambda m, x: m.n(x).unflatten(-1, (4, 4)), TOKENS),
+    "LayerNorm, heads": (lambda m, x: heads(m.n(x)), TOKENS),
+    "LayerNorm, two views": (lambda m, x: (heads(m.n(x)), m.n(x)[:, None]), TOKENS),
+    "LayerNorm, five dimensions": (lambda m, x: m.n(x).unflatten(1, (2, 8)).unflatten(-1, (4, 4)), TOKENS),
+    "GroupNorm, channels last": (lambda m, x: m.g(x).permute(0, 2, 3, 1), IMAGE),
+    "GroupNorm, sides exchanged": (lambda m, x: m.g(x).transpose(2, 3), IMAGE),
+    "GroupNorm, heads": (lambda m, x: heads(m.g(x).flatten(2).transpose(1, 2)), IMAGE),
+    "GroupNorm, a crop": (lambda m, x: m.g(x)[:, 3:8, 1:3, 2:].transpose(1, 3), IMAGE),
+    "attention": (lambda m, x: F.scaled_dot_product_attention(*[heads(m.l(x))] * 3), TOKENS),
+    "attention of what was given": (lambda m, x: F.scaled_dot_product_attention(*[heads(x)] * 3), TOKENS),
+    "Linear, heads": (lambda m, x: heads(m.l(x)), TOKENS),
+    "a convolution, sides exchanged": (lambda m, x: m.c(x).transpose(2, 3), IMAGE),
+    "dual_head": (head, IMAGE),
+    "dual_head, channels last": (lambda m, x: head(m, x).permute(0, 2, 3, 1), IMAGE),
+    "dual_head, a crop": (lambda m, x: head(m, x)[:, 1:, 2:4], IMAGE),
+    "what was given": (lambda m, x: (m.c(x), x.permute(0, 2, 3, 1)), IMAGE),
+    # of the prologue
+    "tokens of four dimensions": (lambda m, x: m.n(x.unflatten(1, (4, 4)).softmax(-1).flatten(1, 2)), TOKENS),
+    "tokens times Linear": (lambda m, x: m.l(x.unflatten(1, (16, 1)).softmax(-1).squeeze(2)), TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_of_any_strides(view, name):
+    if name != "float32" and (reason := no_programs(getattr(torch, name) if name != "int8" else torch.uint8)):
+        pytest.skip(reason)
+    function, x = VIEWS[view]
+    layers = {"n": nn.LayerNorm(16), "g": nn.GroupNorm(2, 16), "l": nn.Linear(16, 16), "c": nn.Conv2d(16, 16, 1)}
+    module = seeded(Function(function, **layers, d=nn.Conv2d(16, 3, 3), w=nn.Linear(16, 1)))
+    expected = returned(module, x)
+    cf.accelerate(module, dtype=name, **({"inputs": [(x,)]} if name == "int8" else {}))
+    for _ in range(2):
+        for y, y_ref in zip(returned(module, x), expected, strict=True):
+            assert y.shape == y_ref.shape
+            assert float((y - y_ref).norm()) <= (1e-5 if name == "float32" else 0.03) * float(y_ref.norm())
+    assert runtime_of(module).refused == ""
+
+
 @pytest.mark.parametrize(
     ("module", "given", "words"),
     [
@@ -110,10 +160,38 @@ def test_runs_natively(module, given):
         ),
         (nn.Sequential(nn.ReLU(inplace=True), conv()), (X.clone().abs(),), "it writes to what is also read elsewhere"),
         (nn.Linear(8, 4), (randn(0, 8),), "an empty tensor"),
+        (Function(lambda m, x, v: (m.c(x), v.softmax(-1))[1], c=conv()), (X, V), NOTHING),
+        (Function(lambda m, x: x @ x.transpose(1, 2)), (randn(2, 5, 16),), NOTHING),
+        (Function(lambda m, x: (x @ m.l.weight).cumsum(1), l=nn.Linear(8, 8)), (ROWS,), NOTHING),
+        (nn.Softmax(-1), (randn(2, 5, 16),), NOTHING),
+        (nn.SiLU(), (randn(2, 3),), NOTHING),
+        (nn.Linear(8, 4), (randn(8),), NOTHING),
+        (nn.GroupNorm(2, 8), (randn(2, 8, 5),), NOTHING),  # channels are not innermost
     ],
 )
 def test_runs_in_torch_or_right(module, given, words):
     assert_right(module, *given, refused=words)
+
+
+def test_what_torch_does_alone_is_no_native_program(monkeypatch):
+    module = cf.accelerate(nn.Softmax(-1), dtype="float32")
+    returned(module, ROWS)
+    assert "native program" not in cf.explain(module)
+    monkeypatch.setenv("COALESCER_FAST_STRICT", "1")
+    with pytest.raises(ValueError, match=f"^COALESCER_FAST_STRICT=1 forbids Softmax to run in torch; {NOTHING}$"):
+        returned(module, ROWS)
+
+
+def test_explain_counts_what_runs_in_torch_before_a_program():
+    def function(m, x, v):
+        return m.c(x) + m.l(v.sin().unsqueeze(0).squeeze(0).cos().sin().exp().tanh().abs())[:, :, None, None]
+
+    module = cf.accelerate(seeded(Function(function, c=conv(), l=nn.Linear(4, 8))), dtype="float32")
+    returned(module, X, V)
+    assert "6 operations in torch before it (sin, cos, exp, tanh, ...)" in cf.explain(module)
+    module = cf.accelerate(seeded(conv()), dtype="float32")
+    returned(module, X)
+    assert "operations in torch" not in cf.explain(module)
 
 
 def test_a_write_to_an_argument_reaches_the_caller():
@@ -184,14 +262,29 @@ def test_freed_weights_are_never_read():
     with pytest.raises(RuntimeError), torch.no_grad():  # several elements at one place in memory
         module[1].weight.mul_(2)
     assert torch.equal(returned(module, X)[0], first)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"^Sequential has no memory for these weights: .* with assign=True$"):
         module.load_state_dict(other.state_dict())
     module[1], module[2] = module[2], module[1]
     with pytest.raises(ValueError, match="was freed where it was before"):
         returned(module, X)
     module[1], module[2] = module[2], module[1]
     module.load_state_dict(other.state_dict(), assign=True)
+    assert module.state_dict().keys() == other.state_dict().keys()
     torch.testing.assert_close(returned(module, X)[0], returned(other, X)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_whose_weights_were_freed_keeps_its_dtype():
+    module = cf.accelerate(seeded(nn.Sequential(conv(), conv())), dtype="float32", keep_weights=False)
+    (expected,) = returned(module, X)
+    module.to(torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^Sequential cannot be made bfloat16: its weights were freed, by .* anew$"
+        ):
+            returned(module, X)
+    other = seeded(nn.Sequential(conv(), conv())).to(torch.bfloat16)
+    module.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(returned(module, X)[0], expected, rtol=0.05, atol=0.05)
 
 
 @pytest.fixture(params=EIGHT_BITS)
@@ -255,3 +348,19 @@ def test_where_torch_has_amx_auto_leaves_it_a_module_of_bfloat16(monkeypatch):
         returned(given, x)
         assert runtime_of(given).refused == ""
         assert "native program" in cf.explain(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((1, 2), "inputs[1] is no call of Linear: too many positional arguments"),
+        ({"y": 1}, "inputs[1] is no call of Linear: missing a required argument: 'input'"),
+    ],
+)
+def test_inputs_that_are_no_calls(given, words):
+    if reason := no_programs(torch.uint8):
+        pytest.skip(reason)
+    module = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        cf.accelerate(module, dtype="int8", inputs=[(ROWS,), given])
+    assert runtime_of(module) is None

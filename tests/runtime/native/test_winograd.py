@@ -124,6 +124,42 @@ def test_numbers(dtype, form, kind):
     assert error(convolution(64, 48, dtype, bias=False), x, dtype) <= TOLERANCE[dtype, form]
 
 
+@pytest.mark.parametrize("factor", [10, 30, 100, 300, 1000])
+def test_channels_of_small_numbers_and_large_weights(dtype, form, factor):
+    network, x = convolution(128, 48, dtype, bias=False), randn(1, 128, 9, 10)
+    network.weight.data[:, :64] *= factor
+    network.weight.data[:, 5] = 0
+    x[:, :64] /= factor
+    network.weight.data = network.weight.data.to(dtype).float()
+    assert error(network, x, dtype) <= TOLERANCE[dtype, form]
+
+
+def test_channels_whose_weights_hardly_differ_are_left_as_they_are():
+    """Balances are relative to a mean: no norm of an ordinary network lies at the edge of two powers of two."""
+    if "avx512_bf16" not in available():
+        pytest.skip("no images of bfloat16 are multiplied here")
+    with using("avx512_bf16"):
+        for channels in (16, 320):
+            for scale in (0.7, 1.0, 1.4):
+                weight = scale * randn(32, channels, 3, 3)
+                balances = kernel_order(weight, torch.bfloat16, WINOGRAD[1])[-2 * channels :].view(torch.float32)
+                assert (balances == 1 / 32).all()
+
+
+@pytest.mark.parametrize("size", [1e-32, 1e-24, 1e-20, 1e18, 1e22, 1e30, 1e37])
+@pytest.mark.parametrize("where", ["image", "weight"])
+def test_the_range_of_bfloat16(form, where, size):
+    if "avx512_bf16" not in available():
+        pytest.skip("no images of bfloat16 are multiplied here")
+    with using("avx512_bf16"):
+        network, x = convolution(64, 48, torch.bfloat16, bias=False), randn(2, 64, 14, 13)
+        if where == "image":
+            x *= size
+        else:
+            network.weight.data = (min(size, 1e30) * network.weight.data).to(torch.bfloat16).float()
+        assert error(network, x, torch.bfloat16) <= TOLERANCE[torch.bfloat16, form]
+
+
 def test_zeros_are_exact(dtype, form):
     network = convolution(20, 17, dtype)
     x = torch.zeros(1, 20, 9, 9)
