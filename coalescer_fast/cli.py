@@ -139,8 +139,12 @@ def parser() -> Parser:
         "--init", metavar="PIPELINE", help="a diffusers pipeline whose UNet a coalescer is made of (a folder or Hub id)"
     )
     sub.add_argument(
-        "--teacher", metavar="PIPELINE", help="a diffusers pipeline that draws the close pictures of a coalescer"
+        "--teacher",
+        metavar="PIPELINE",
+        help="a diffusers pipeline, or a training of flow matching, that draws the close pictures of a coalescer",
     )
+    text = "settings that differ from the file's, as in --set seed=1 schedule.steps=512"
+    sub.add_argument("--set", nargs="+", default=(), metavar="KEY=VALUE", dest="changes", help=text)
     text = "go on with a training whose configuration or data are others than before"
     sub.add_argument("--allow-changes", action="store_true", help=text)
 
@@ -150,6 +154,8 @@ def parser() -> Parser:
     sub.add_argument(
         "--steps", type=counts, default=(1, 2, 4), metavar="1,2,4", help="step counts, one row each (default: 1,2,4)"
     )
+    text = 'free wordings that are asked for, too: a JSON file {"little kitten": ["cat", "cat face"], ...}'
+    sub.add_argument("--wordings", type=Path, metavar="FILE.json", help=text + " with the names that are right")
     sub.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the rows to a file, too")
 
     sub = command("build-data", build_data, "build the emoji data set from npm packages")
@@ -299,7 +305,8 @@ def train(args: argparse.Namespace) -> None:
     with logging_to_stderr(args.quiet):
         out = args.out or Path("runs") / Path(args.config).stem
         options: Any = {"allow_changes": args.allow_changes, "progress": not args.quiet}
-        run(args.kind, args.config, args.data, out, **options, init=args.init, teacher=args.teacher)
+        options |= {"init": args.init, "teacher": args.teacher, "changes": args.changes}
+        run(args.kind, args.config, args.data, out, **options)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -310,7 +317,12 @@ def evaluate(args: argparse.Namespace) -> None:
     data = load_data(args.data)
     from .training.evaluation import evaluate as measure
 
-    rows = measure(load(args), data, steps=args.steps, progress=not args.quiet)
+    wordings = None
+    if args.wordings is not None:
+        from .training.evaluation import read_wordings
+
+        wordings = read_wordings(args.wordings)
+    rows = measure(load(args), data, steps=args.steps, progress=not args.quiet, wordings=wordings)
     print(transposed_table(rows))
     if args.csv:
         files.write_csv(args.csv, rows, list(rows[0]))

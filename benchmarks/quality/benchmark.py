@@ -1,16 +1,23 @@
-"""Sample quality against network evaluations: the coalescer beside flow matching, on the same prompts and noise.
+"""Sample quality against network evaluations: the coalescer and its rivals, on the same prompts and noise.
 
-    python -m benchmarks.quality --data emoji_64.npz --flow-matching runs/flow-matching/unet --plot quality.png
+    python -m benchmarks.quality --data emoji_64.npz --model runs/rivals/coalescer-0/pipeline \\
+        --trainings runs/rivals/* --wordings benchmarks/quality/free_wordings.json --plot quality.png
 
-The baseline has the coalescer's network, anchor, descriptions and automatic styles, and is integrated in equal Euler
-steps. A row of the CSV is a sampler at a step count and a guidance scale, with the columns of
-`coalescer_fast.training.evaluation`; the plot is drawn from the CSV alone.
+All samplers share the model's autoencoder, descriptions and automatic styles. A row of the CSV is a training at a step
+count and a guidance scale: method, seed of the training and its steps, network evaluations for a picture, and the
+columns of `coalescer_fast.training.evaluation`. The plot is drawn from the CSV alone.
+
+free_wordings.json holds 24 wordings that are no names of emoji, and the names that a person accepted for each, out of
+those that the embedded model is trained on. Nothing is trained on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,8 @@ from tqdm.auto import tqdm
 from coalescer_fast.console import counts
 from coalescer_fast.files import check_writable
 from coalescer_fast.pipeline import CoalescerPipeline
+from coalescer_fast.training import checkpoint
+from coalescer_fast.training.coalescer import OBJECTIVES
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import (
     FirstStep,
@@ -30,16 +39,30 @@ from coalescer_fast.training.evaluation import (
     first_step_of,
     measure,
     quiet,
+    read_wordings,
 )
-from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
+from coalescer_fast.training.rivals import RIVALS, TimeConditionedUNet
 
 from ..harness.environment import environment
 from ..harness.results import Row, read, write
 from .plot import draw
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
-FLOW_MATCHING_GUIDANCE = (1.0, 1.5)
+RIVALS_GUIDANCE = (1.0, 1.5)
 QUICK_LIMIT = 40
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is measured.
+
+    Attributes:
+        labels: method, and of a training its seed and its steps.
+        sampler: a coalescer's pipeline, or a rival's network.
+    """
+
+    labels: Row
+    sampler: CoalescerPipeline | TimeConditionedUNet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,15 +71,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         check_writable(args.csv)
         pipe = CoalescerPipeline.from_pretrained(args.model)
-        flow = FlowMatchingUNet.from_pretrained(args.flow_matching).eval() if args.flow_matching else None
+        methods = [open_training(folder) for folder in args.trainings] or [Method({"method": "coalescer"}, pipe)]
+        options: dict[str, Any] = {"limit": QUICK_LIMIT if args.quick else None, "guided_steps": args.guided_steps}
+        if args.wordings is not None:
+            options["wordings"] = read_wordings(args.wordings)
         rows: list[Row] = []
-        limit = QUICK_LIMIT if args.quick else None
-        for row in compare(pipe, load(args.data), args.steps, flow, args.seed, limit, guided_steps=args.guided_steps):
+        for row in compare(pipe, load(args.data), args.steps, methods, args.seed, **options):
             rows.append(row)
             write(args.csv, rows)  # after every row: a run takes long
     if args.plot is not None:
         draw(read(args.csv), args.plot)
     return 0
+
+
+def open_training(folder: Path) -> Method:
+    """What has been trained in a folder. Raises ValueError unless a training of a coalescer or a rival has finished."""
+    objective = next((name for name in OBJECTIVES if (folder / f"{name}.pt").is_file()), None)
+    saved = folder / ("pipeline" if objective == "coalescer" else "unet")
+    if objective is None or not saved.is_dir():
+        raise ValueError(f"{folder} holds no training that has finished: give the --out folder of one")
+    settings = checkpoint.read(folder / f"{objective}.pt").settings
+    taught = any(name.startswith("teacher.") for name in settings)
+    labels: Row = {
+        "method": objective.replace("_", " ") + (", teacher" if taught else ""),
+        "seed": json.loads(settings["seed"]),
+        "training_steps": json.loads(settings["schedule.steps"]),
+    }
+    if objective == "coalescer":
+        return Method(labels, CoalescerPipeline.from_pretrained(saved))
+    return Method(labels, TimeConditionedUNet.from_pretrained(saved).eval())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,8 +108,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="emoji-64", help="an embedded model, a folder or a Hub id (default: %(default)s)"
     )
+    text = "folders of trainings, which are measured in place of the model, with its autoencoder and descriptions"
+    parser.add_argument("--trainings", nargs="+", type=Path, default=[], metavar="DIR", help=text)
     parser.add_argument(
-        "--flow-matching", metavar="DIR", help="saved FlowMatchingUNet (the unet folder of its training)"
+        "--wordings", type=Path, metavar="FILE.json", help="free wordings, as for coalescer-fast evaluate"
     )
     parser.add_argument(
         "--steps", type=counts, default=(1, 2, 4, 8, 50), metavar="N,N", help="step counts (default: 1,2,4,8,50)"
@@ -96,7 +141,7 @@ def compare(
     pipe: CoalescerPipeline,
     data: PictureDataset,
     steps: Sequence[int],
-    flow: FlowMatchingUNet | None = None,
+    methods: Sequence[Method],
     seed: int = 0,
     limit: int | None = None,
     progress: bool = True,
@@ -106,10 +151,10 @@ def compare(
     """Measure the samplers.
 
     Args:
-        pipe: the coalescer.
+        pipe: whose autoencoder and descriptions all share.
         data: the whole data set, held-out pictures included.
         steps: step counts.
-        flow: the baseline, if it is to be measured.
+        methods: what is measured.
         seed: of the noise.
         limit: at most so many prompts of each kind.
         progress: show bars.
@@ -117,17 +162,19 @@ def compare(
         options: further arguments of `RealPictures`.
 
     Yields:
-        A row for each sampler, guidance scale and step count.
+        A row for each method, guidance scale and step count.
     """
     options.setdefault("without", exclusions(pipe.description_encoder, data))
-    runs = list(samplers(pipe, flow, steps, guided_steps))
+    runs = [run for method in methods for run in samplers(pipe, method, steps, guided_steps)]
     real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
+    total = len(runs) * real.prompts.count
     with (
-        quiet(pipe),
-        tqdm(
-            total=len(runs) * real.prompts.count, desc="quality", disable=None if progress else True, mininterval=1.0
-        ) as bar,
+        ExitStack() as stack,
+        tqdm(total=total, desc="quality", disable=None if progress else True, mininterval=1.0) as bar,
     ):
+        for method in methods:
+            if isinstance(method.sampler, CoalescerPipeline):
+                stack.enter_context(quiet(method.sampler))
         for labels, sample, first_step in runs:
             bar.set_postfix(labels)
             yield {
@@ -140,39 +187,36 @@ def compare(
 
 
 def samplers(
-    pipe: CoalescerPipeline,
-    flow: FlowMatchingUNet | None,
-    steps: Sequence[int],
-    guided_steps: Sequence[int] | None = None,
+    pipe: CoalescerPipeline, method: Method, steps: Sequence[int], guided_steps: Sequence[int] | None = None
 ) -> Iterator[tuple[Row, Sampler, FirstStep | None]]:
-    """What is compared: labels, sampler and, for a coalescer, its first step. nfe: network evaluations per picture."""
-    scheduler, guided_steps = pipe.scheduler.config, steps if guided_steps is None else guided_steps
-    for scale in sorted({1.0, float(scheduler.guidance_scale)}):
+    """A method's samplers: labels with the network evaluations for a picture, sampler and a coalescer's first step."""
+    mine = method.sampler
+    guided_steps = steps if guided_steps is None else guided_steps
+    if isinstance(mine, CoalescerPipeline):
+        scales = sorted({1.0, float(mine.scheduler.config.guidance_scale)})
+        all_guided = mine.scheduler.config.guided_steps == "all"
+    else:
+        scales, all_guided = [*RIVALS_GUIDANCE], True
+    for scale in scales:
         for n in steps if scale == 1 else guided_steps:
-            guided = 0 if scale == 1 else n if scheduler.guided_steps == "all" else 1
-            labels: Row = {"sampler": "coalescer", "steps": n, "guidance_scale": scale, "nfe": n + guided}
-            yield labels, coalescer_sampler(pipe, n, scale), first_step_of(pipe)
-    if flow is None:
-        return
-    for scale in FLOW_MATCHING_GUIDANCE:
-        for n in steps if scale == 1 else guided_steps:
-            labels = {
-                "sampler": "flow matching",
-                "steps": n,
-                "guidance_scale": scale,
-                "nfe": n if scale == 1 else 2 * n,
-            }
-            yield labels, flow_matching_sampler(pipe, flow, n, scale), None
+            guided = 0 if scale == 1 else n if all_guided else 1
+            labels: Row = {**method.labels, "steps": n, "guidance_scale": scale, "evaluations": n + guided}
+            if isinstance(mine, CoalescerPipeline):
+                yield labels, coalescer_sampler(mine, n, scale), first_step_of(mine)
+            else:
+                yield labels, rival_sampler(pipe, mine, str(method.labels["method"]), n, scale), None
 
 
-def flow_matching_sampler(
-    pipe: CoalescerPipeline, flow: FlowMatchingUNet, steps: int, guidance_scale: float
+def rival_sampler(
+    pipe: CoalescerPipeline, network: TimeConditionedUNet, method: str, steps: int, guidance_scale: float
 ) -> Sampler:
-    """The baseline as a `Sampler`, with the pipeline's descriptions for the same noise, automatic styles included."""
+    """A rival as a `Sampler`, with the pipeline's descriptions for the same noise, automatic styles included."""
+    draw_latents = RIVALS[method.replace(" ", "_")].sample
 
     def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
-        noise = noise.to(flow.device)
-        description = pipe.description_encoder(pipe.with_styles(prompts, noise)).to(flow.device)
-        return euler(flow, noise, description, steps, guidance_scale)
+        noise = noise.to(network.device)
+        description = pipe.description_encoder(pipe.with_styles(prompts, noise)).to(network.device)
+        drawn: torch.Tensor = draw_latents(network, noise, description, steps, guidance_scale)
+        return drawn
 
     return sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ EVALUATIONS, DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128), (10, 20, 50, 100, 200, 5
 def draw(rows: Sequence[Text], target: Path) -> None:
     """Draw the Fréchet distance against network evaluations per picture.
 
-    A kind of prompt has a panel, a sampler and guidance scale a line.
+    A kind of prompt has a panel, a method and guidance scale a line: the mean of its trainings.
     """
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
@@ -37,14 +38,17 @@ def draw(rows: Sequence[Text], target: Path) -> None:
 
 
 def draw_panel(axis: Any, rows: Sequence[Text], column: str) -> None:
-    lines = list(dict.fromkeys((row["sampler"], row["guidance_scale"]) for row in rows))
-    colours = {sampler: f"C{i}" for i, sampler in enumerate(dict.fromkeys(sampler for sampler, _ in lines))}
-    for sampler, scale in lines:
-        mine = [row for row in rows if (row["sampler"], row["guidance_scale"]) == (sampler, scale)]
-        points = sorted((int(row["nfe"]), float(row[column])) for row in mine)
+    lines = list(dict.fromkeys((row["method"], row["guidance_scale"]) for row in rows))
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(method for method, _ in lines))}
+    for method, scale in lines:
+        found: dict[int, list[float]] = {}  # a figure of each seed of the training
+        for row in rows:
+            if (row["method"], row["guidance_scale"]) == (method, scale):
+                found.setdefault(int(row["evaluations"]), []).append(float(row[column]))
+        points = sorted((evaluations, statistics.fmean(figures)) for evaluations, figures in found.items())
         guided = float(scale) != 1
-        label = f"{sampler}, guidance {scale}" if guided else f"{sampler}, no guidance"
-        axis.plot(*zip(*points), "o-" if guided else "o--", color=colours[sampler], label=label, markersize=4)
+        label = f"{method}, guidance {scale}" if guided else f"{method}, no guidance"
+        axis.plot(*zip(*points), "o-" if guided else "o--", color=colours[method], label=label, markersize=4)
     floor = float(rows[0]["fd_floor_autoencoder"])
     axis.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="autoencoder's floor")
 

@@ -31,17 +31,26 @@ from ..schema import check_arguments
 from . import checkpoint, pairing
 from .autoencoder import AutoencoderConfig, encode, train_autoencoder
 from .data import PictureDataset
-from .flow_matching import FlowMatchingUNet
 from .items import PAIRINGS, ItemStream, Pairing
 from .loop import Schedule, Trainer, make_accelerator
-from .losses import DIRECTION_LOSSES, coalescer_loss, flow_matching_loss, mean_square
+from .losses import DIRECTION_LOSSES, coalescer_loss, mean_square
 from .pictures import sheet
 from .prompts import PromptConfig, PromptSampler
-from .teacher import Pairs, Teacher, TeacherConfig, TeacherItems, described, draw_pairs, load_pipeline
+from .rivals import RIVALS, Batch, TimeConditionedUNet
+from .teacher import (
+    Pairs,
+    TeacherConfig,
+    TeacherItems,
+    described,
+    draw_pairs,
+    load_pipeline,
+    load_teacher,
+    make_teacher,
+)
 
 # texts -> vectors (N, D) and, for cross-attention, token rows (N, L, D') and their mask (N, L), if they need one
 Describe = Callable[[Sequence[str]], list[torch.Tensor]]
-OBJECTIVES = ("coalescer", "flow_matching")
+OBJECTIVES = ("coalescer", *RIVALS)
 DECISIVE = (  # fields of the configuration that decide what is learnt, besides schedule and seed
     *("model", "overrides", "objective", "pairing", "direction_loss", "nearest_of", "pairing_warmup", "prior_share"),
 )
@@ -193,7 +202,7 @@ def train_coalescer(
     *,
     allow_changes: bool = False,
     progress: bool = True,
-    teacher: DiffusionPipeline | None = None,
+    teacher: DiffusionPipeline | TimeConditionedUNet | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> CoalescerUNet:
     """Train a coalescer, or resume its training, and save its pipeline.
@@ -219,7 +228,7 @@ def train_coalescer(
     if teacher is not None:
         config = replace(config, teacher=config.teacher or TeacherConfig())
     elif config.teacher is not None:
-        teacher = load_pipeline(config.teacher.pipeline, config.teacher.dtype)
+        teacher = load_teacher(config.teacher)
     vae, origin = _autoencoder(config, data, output_dir, **options)
     accelerator = make_accelerator()
     training = data.train().without(**config.without)
@@ -248,7 +257,7 @@ def train_coalescer(
         settings["init"] = {"unet": network_sha256(model, model.config)}
     attends, pairs = model.config.cross_attention_dim is not None, None
     read: Describe | None = None
-    drawing = None if config.teacher is None else Teacher(teacher, encoder, config.teacher, accelerator.device)
+    drawing = None if config.teacher is None else make_teacher(teacher, encoder, config.teacher, accelerator.device)
     if drawing is not None and drawing.reads:
         read = drawing.describe
     _check_widths(model, encoder, read)
@@ -281,7 +290,7 @@ def train_coalescer(
     if coalescer:
         loss = _coalescer_loss(config, trainer, sampler, latents, read, pairs)
     else:
-        loss = _flow_matching_loss(config, trainer, sampler, latents)
+        loss = _rival_loss(config, trainer, sampler, latents)
     averaged = trainer.run(loss, on_sample, on_step)
     assert isinstance(averaged, CoalescerUNet)
     if accelerator.is_main_process:
@@ -317,9 +326,13 @@ def _network(config: CoalescerConfig) -> CoalescerUNet:
         if getattr(source, "unet", None) is None:
             raise ValueError(f"init is {config.init}, a {type(source).__name__}, which has no unet: give another")
         return CoalescerUNet.from_diffusers(source.unet.float(), source.scheduler, config.init_timestep)
-    network_class = FlowMatchingUNet if config.objective == "flow_matching" else CoalescerUNet
-    network: CoalescerUNet = network_class(**{**CONFIGURATIONS[config.model], **config.overrides})
-    return network
+    arguments = {**CONFIGURATIONS[config.model], **config.overrides}
+    if config.objective == "coalescer":
+        network: CoalescerUNet = CoalescerUNet(**arguments)
+        return network
+    rival = TimeConditionedUNet(**arguments)
+    rival.full_precision = RIVALS[config.objective].full_precision
+    return rival
 
 
 def _autoencoder(
@@ -391,19 +404,24 @@ def _coalescer_loss(
     return loss
 
 
-def _flow_matching_loss(
+def _rival_loss(
     config: CoalescerConfig, trainer: Trainer, sampler: PromptSampler, latents: torch.Tensor
 ) -> Callable[[nn.Module, int], tuple[torch.Tensor, dict[str, float]]]:
-    """The loss of a step of the baseline, at a random time."""
-    device = trainer.accelerator.device
+    """The loss of a step of a rival; see `training.rivals`."""
+    device, autocast = trainer.accelerator.device, trainer.accelerator.autocast
     how = Pairing(config.pairing, config.prior_share, config.nearest_of)
     items = ItemStream(trainer, sampler, latents, how, key=2)
 
+    def averaged(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with autocast():
+            answer: tuple[torch.Tensor, torch.Tensor | None] = trainer.ema.model(*inputs)
+        return answer
+
     def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = items.at(step)
-        close, noise = latents[batch.close].to(device), batch.noise.to(device)
-        time = torch.rand(len(noise), dtype=torch.float32, generator=trainer.generator(3, step)).to(device)
-        velocity = network(pairing.mix(noise, close, 1 - time), batch.description.to(device), time)
-        return flow_matching_loss(velocity.float(), noise, close), {}
+        drawn = items.at(step)
+        noise, picture, description = (x.to(device) for x in (drawn.noise, latents[drawn.close], drawn.description))
+        progress = step / trainer.schedule.steps
+        batch = Batch(noise, picture, description, trainer.generator(3, step), progress, averaged)
+        return RIVALS[config.objective].loss(network, batch), {}
 
     return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,23 +34,52 @@ def find(name: str | Path) -> Path:
     raise FileNotFoundError(f"there is no configuration {name}: give a TOML file, or {known}")
 
 
-def read(path: str | Path, kind: type[T]) -> T:
+def read(path: str | Path, kind: type[T], changes: Sequence[str] = ()) -> T:
     """The configuration in a TOML file.
 
     Args:
         path: the file, or the name of a committed configuration.
         kind: the configuration dataclass.
+        changes: settings that differ from the file's, see `changed`.
 
     Raises:
         ValueError: for a key that is unknown or missing, or whose value has another type; it names the key.
     """
     path = find(path)
     try:
-        return build(tomllib.loads(path.read_text("utf-8")), kind)
+        return build(changed(tomllib.loads(path.read_text("utf-8")), changes), kind)
     except RecursionError as error:
         raise ValueError(f"{path}: it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def changed(table: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A table with other settings.
+
+    Args:
+        table: as it was read.
+        changes: "key=value" each, as "seed=1" or "schedule.steps=512"; what is no TOML value is text.
+
+    Raises:
+        ValueError: for a change of another form.
+    """
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"a change is {change!r}; expected key=value, as in schedule.steps=512")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = _with(table, key.split("."), value)
+    return dict(table)
+
+
+def _with(table: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    first, *rest = keys
+    inner = table.get(first)
+    return {**table, first: _with(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
 
 
 def run(
@@ -62,6 +92,7 @@ def run(
     progress: bool = True,
     init: str | None = None,
     teacher: str | None = None,
+    changes: Sequence[str] = (),
 ) -> None:
     """Train on a data set, or resume where a training was stopped.
 
@@ -74,6 +105,7 @@ def run(
         progress: show bars.
         init: of a coalescer, instead of the configuration's.
         teacher: pipeline of a coalescer's teacher, instead of the configuration's.
+        changes: settings that differ from the configuration's, as in `changed`.
     """
     out = Path(out)
     options: Any = {"allow_changes": allow_changes, "progress": progress}
@@ -82,12 +114,12 @@ def run(
             raise ValueError("init and teacher are for a coalescer: leave them out")
         from .autoencoder import AutoencoderConfig, train_autoencoder
 
-        train_autoencoder(read(config, AutoencoderConfig), _prepare(data, out), out, **options)
+        train_autoencoder(read(config, AutoencoderConfig, changes), _prepare(data, out), out, **options)
     elif kind == "coalescer":
         from .coalescer import CoalescerConfig, train_coalescer
         from .teacher import TeacherConfig
 
-        settings = read(config, CoalescerConfig)
+        settings = read(config, CoalescerConfig, changes)
         if init:
             settings = replace(settings, init=init, overrides={})
         if teacher:

@@ -84,10 +84,5 @@ def coalescer_loss(
     return far + along, {"distance": float(far.detach()), "direction": float(along.detach())}
 
 
-def flow_matching_loss(velocity: torch.Tensor, noise: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """|velocity - (picture - noise)|^2, mean over the batch: the baseline's loss (arXiv 2210.02747, straight paths)."""
-    return mean_square(velocity - (picture - noise)).mean()
-
-
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))

@@ -2,7 +2,8 @@
 
 The teacher is a diffusers pipeline with a `unet` and a `scheduler` that has ``alphas_cumprod``. One with a text encoder
 (`encode_prompt`, as StableDiffusionPipeline) reads descriptions by itself; a UNet without one attends to the token rows
-of the coalescer's own description encoder, or to nothing.
+of the coalescer's own description encoder, or to nothing. Or it is the network of a training with the objective
+flow_matching (`training.rivals`), by Euler steps.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .checkpoint import difference, flat
 from .items import Items
 from .loop import Trainer, generator
 from .prompts import PromptSampler
+from .rivals import TimeConditionedUNet, euler
 
 FLOATS = ("float32", "bfloat16", "float16")
 CHUNK = 256  # pictures in a file
@@ -41,8 +43,8 @@ class TeacherConfig:
     """How a teacher draws.
 
     Attributes:
-        pipeline: folder or Hub id of a diffusers pipeline.
-        steps: evaluations of its UNet a picture, by DDIM; twice as many with guidance.
+        pipeline: folder or Hub id of a diffusers pipeline, or folder of a training of flow matching.
+        steps: evaluations of its UNet a picture, by DDIM or Euler; twice as many with guidance.
         guidance_scale: as in diffusers, 1 for none.
         pictures: how many are drawn, once.
         folder: where they are kept; in the folder of the training if empty.
@@ -73,6 +75,16 @@ def load_pipeline(name: str, dtype: str = "float32") -> DiffusionPipeline:
     except Exception as error:  # of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be loaded as a diffusers pipeline ({reason:.300})") from error
+
+
+def load_teacher(config: TeacherConfig) -> DiffusionPipeline | TimeConditionedUNet:
+    """What `make_teacher` makes a teacher of. Raises ValueError if it cannot be loaded."""
+    folder = Path(config.pipeline)
+    if not (folder / "flow_matching.pt").is_file():
+        return load_pipeline(config.pipeline, config.dtype)
+    if not (folder / "unet").is_dir():
+        raise ValueError(f"{folder} holds a training of flow matching that has not finished: finish it first")
+    return TimeConditionedUNet.from_pretrained(folder / "unet").to(DTYPES[config.dtype])
 
 
 class Teacher:
@@ -163,6 +175,46 @@ class Teacher:
                 predicted = empty + scale * (wanted - empty)
             x = self.scheduler.step(predicted, t, x, return_dict=False)[0]
         return x.float().cpu()
+
+
+class FlowMatchingTeacher(Teacher):
+    """Draws latents by Euler steps of a network that was trained by flow matching, from the same noise.
+
+    Args:
+        unet: the network.
+        encoder: reads descriptions.
+        config: steps and guidance.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        unet: TimeConditionedUNet,
+        encoder: DescriptionEncoder,
+        config: TeacherConfig,
+        device: torch.device | str = "cpu",
+    ):
+        self.unet, self.encoder, self.config, self.device = unet, encoder, config, torch.device(device)
+        self.attends, self.reads = None, False
+        self.unet.to(self.device).eval().requires_grad_(False)
+
+    def settings(self) -> dict[str, Any]:
+        how = {name: getattr(self.config, name) for name in ("steps", "guidance_scale")}
+        return {"unet": network_sha256(self.unet, self.unet.config), **how}
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, texts: Sequence[str]) -> Tensor:
+        assert self.encoder is not None
+        description, config = self.encoder(texts).to(self.device), self.config
+        return euler(self.unet, noise.to(self.device), description, config.steps, config.guidance_scale).float().cpu()
+
+
+def make_teacher(
+    source: Any, encoder: DescriptionEncoder, config: TeacherConfig, device: torch.device | str = "cpu"
+) -> Teacher:
+    """Make a teacher of a diffusers pipeline or of a network that was trained by flow matching."""
+    kind = FlowMatchingTeacher if isinstance(source, TimeConditionedUNet) else Teacher
+    return kind(source, encoder, config, device)
 
 
 def described(encoder: DescriptionEncoder, attends: bool, texts: Sequence[str]) -> list[Tensor]:

@@ -147,7 +147,7 @@ def test_quality():
 
 
 @pytest.mark.parametrize(
-    ("name", "sampler", "guidance"),
+    ("name", "method", "guidance"),
     [
         ("coalescer", "coalescer", 1),
         ("coalescer, guidance 1.5 in the last step", "coalescer", 1.5),
@@ -155,10 +155,10 @@ def test_quality():
         ("flow matching, guidance 1.5", "flow matching", 1.5),
     ],
 )
-def test_against_flow_matching(name, sampler, guidance):
+def test_against_flow_matching(name, method, guidance):
     found = {
-        int(row["steps"]): f"{float(row['fd_name']):.1f} ({row['nfe']})"
-        for row in rows("quality.csv", sampler=sampler)
+        int(row["steps"]): f"{float(row['fd_name']):.1f} ({row['evaluations']})"
+        for row in rows("quality.csv", method=method)
         if float(row["guidance_scale"]) == guidance
     }
     assert line(PAGE, name, "## Against flow matching") == [found.get(n, "–") for n in (1, 2, 4, 8, 50)]

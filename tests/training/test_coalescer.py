@@ -19,7 +19,6 @@ from coalescer_fast.training.coalescer import (
     description_encoder,
     train_coalescer,
 )
-from coalescer_fast.training.flow_matching import FlowMatchingUNet, euler
 from coalescer_fast.training.items import PAIRINGS, Pairing, draw_items
 from coalescer_fast.training.loop import Schedule, generator
 from coalescer_fast.training.pictures import to_tensor
@@ -130,31 +129,6 @@ def test_it_learns_two_steps(autoencoder, tmp_path):
     middle = pictures[:, 7:9, 7:9].mean((1, 2)) * 255
     distance = np.linalg.norm(middle[:, None] - np.array(list(COLOURS.values()))[None], axis=2)
     assert (distance.argmin(1) == np.arange(4).repeat(8)).mean() >= 0.9  # .25 by chance
-
-
-def test_flow_matching_baseline(autoencoder, tmp_path):
-    train_coalescer(configuration(autoencoder[0]), squares(), tmp_path / "coalescer")
-    config = configuration(
-        autoencoder[0], objective="flow_matching", pairing="paired", anchor_from=str(tmp_path / "coalescer")
-    )
-    model = train_coalescer(config, squares(), tmp_path / "flow")
-    anchor = torch.load(tmp_path / "coalescer" / "anchor.pt", weights_only=True)["ema"]
-    assert all(torch.equal(model.anchor_mlp.state_dict()[key], anchor[key]) for key in anchor)
-    loaded = FlowMatchingUNet.from_pretrained(tmp_path / "flow" / "unet").eval()
-    noise, description = torch.randn(2, 4, 4, 4), torch.randn(2, 128)
-    drawn = euler(loaded, noise, description, 4)
-    assert torch.equal(drawn, euler(model.eval(), noise, description, 4))
-    assert not torch.equal(drawn, euler(loaded, noise, description, 4, guidance_scale=2.0))
-
-
-def test_euler_integrates_a_constant_velocity():
-    class Constant:
-        def __call__(self, x, description, time):
-            return torch.full_like(x, 3.0)
-
-    torch.testing.assert_close(
-        euler(Constant(), torch.zeros(2, 1, 2, 2), torch.zeros(2, 1), 5), torch.full((2, 1, 2, 2), 3.0)
-    )
 
 
 def test_a_finished_run_goes_on_with_more_steps(autoencoder, tmp_path):

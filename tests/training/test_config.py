@@ -4,7 +4,7 @@ import pytest
 
 from coalescer_fast.training.autoencoder import AutoencoderConfig
 from coalescer_fast.training.coalescer import CoalescerConfig
-from coalescer_fast.training.config import CONFIGS, find, read, run
+from coalescer_fast.training.config import CONFIGS, changed, find, read, run
 
 SCHEDULE = "[schedule]\nsteps = 10\nbatch_size = 4\nlearning_rate = 1e-3\n"
 
@@ -103,3 +103,38 @@ def test_find(tmp_path):
 def test_unknown_training(tmp_path):
     with pytest.raises(ValueError, match="no training of a decoder"):
         run("decoder", "emoji-64", "digits", tmp_path)
+
+
+def test_changes_to_a_configuration():
+    changes = ["objective=mean_flow", "seed=1", "schedule.steps=512", "sheet=['owl', 'cat']"]
+    config = read("emoji-64-rivals", CoalescerConfig, changes)
+    plain = read("emoji-64-rivals", CoalescerConfig)
+    assert (config.objective, config.seed, config.schedule.steps, config.sheet) == ("mean_flow", 1, 512, ("owl", "cat"))
+    assert (plain.objective, plain.seed, plain.schedule.steps, plain.sheet) == ("coalescer", 0, 3328, ())
+    assert config.schedule.batch_size == plain.schedule.batch_size
+    assert read("emoji-64-rivals", CoalescerConfig, ["teacher.steps=4"]).teacher.steps == 4
+    assert changed({}, ["a=1.5", "b=x y", "c=true", "d.e=2", "d.f==", 'g="1"']) == {
+        "a": 1.5,
+        "b": "x y",
+        "c": True,
+        "d": {"e": 2, "f": "="},
+        "g": "1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("seed", "a change is 'seed'; expected key=value"),
+        ("=1", "expected key=value"),
+        ("schedule..steps=1", "expected key=value"),
+        ("seeds=1", "unknown key seeds"),
+        ("seed=x", "seed is 'x'; expected a whole number"),
+        ("seed.x=1", "seed is {'x': 1}; expected a whole number"),
+        ("objective=diffusion", "objective is 'diffusion'; use one of coalescer, flow_matching"),
+    ],
+)
+def test_mistaken_changes(change, words):
+    with pytest.raises(ValueError, match=r"emoji-64-rivals\.toml: ") as caught:
+        read("emoji-64-rivals", CoalescerConfig, [change])
+    assert words in str(caught.value)

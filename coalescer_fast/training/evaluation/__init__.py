@@ -15,6 +15,10 @@ Every sampler is measured by `measure` on the same prompts and the same noise, a
   and all training pictures, in a classifier's features; ``fd_floor_real``: random training pictures against the others;
   ``fd_floor_autoencoder``: reconstructions of the same pictures against all, which no sampler that decodes by this
   autoencoder should expect to beat.
+- ``density``, ``coverage``: how well the samples of ``fd_name`` cover the training pictures that were described, in the
+  same features: `density_and_coverage` of as many samples as pictures. Real pictures have about 1 and .97.
+- ``free_wording``: over wordings that are no names, `WORDING_SEEDS` samples each: the nearest training picture, in
+  latents, is of a concept that is accepted for the wording. For given wordings alone, see `read_wordings`.
 - ``psnr_autoencoder_held_out``, ``psnr_autoencoder_train``: mean dB of reconstructions, without any exclusions.
 - ``styles_hit`` of ``styles_real``: distinct styles among a concept's real pictures that are nearest to 8 samples of
   its name.
@@ -32,6 +36,7 @@ Columns that a data set has nothing for (styles, held-out concepts, ...) are lef
 from .evaluate_pipeline import evaluate, exclusions
 from .frechet import frechet_distance
 from .measurement import measure
+from .prompts import read_wordings
 from .real_pictures import RealPictures
 from .samplers import FirstStep, Sampler, coalescer_sampler, first_step_of, quiet
 
@@ -46,4 +51,5 @@ __all__ = [
     "frechet_distance",
     "measure",
     "quiet",
+    "read_wordings",
 ]

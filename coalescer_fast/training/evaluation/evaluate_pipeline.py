@@ -32,6 +32,7 @@ def evaluate(
     classifier: PictureClassifier | None = None,
     without: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    wordings: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Row]:
     """Measure a pipeline on a data set.
 
@@ -47,13 +48,14 @@ def evaluate(
         without: pictures left out, arguments of `PictureDataset.without`; None for what the model was trained without,
             see `exclusions`.
         limit: at most so many prompts of each kind, for a quick look; Fréchet distances of few samples are too large.
+        wordings: ask for them, too; with the names that are accepted, see `read_wordings`.
 
     Returns:
         A row for each step count, with the columns that the package's docstring defines.
     """
     if without is None:
         without = exclusions(pipe.description_encoder, data)
-    real = RealPictures(data, pipe.vae, classifier, without, limit, progress, every_pair=limit is None)
+    real = RealPictures(data, pipe.vae, classifier, without, limit, progress, limit is None, wordings)
     scale = pipe.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
     most = CHUNK if pipe.runtime.max_batch is None else min(CHUNK, pipe.runtime.max_batch)
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..losses import mean_square
 from .frechet import frechet_distance
-from .metrics import chance, hits, median_seconds, nearest, r_squared, shrink, spearman
+from .metrics import chance, density_and_coverage, hits, median_seconds, nearest, r_squared, shrink, spearman
 from .prompts import VARIETY_SEEDS
 from .real_pictures import RealPictures, Row, seeded
 from .samplers import CHUNK, Decode, FirstStep, Sampler
@@ -29,6 +29,7 @@ class Kind(IntEnum):
     VARIETY = 5
     TIMED = 6
     PAIRS = 7
+    WORDINGS = 8
 
 
 @dataclass
@@ -104,8 +105,10 @@ def measure(
     by_style = run.draw(real.prompts_of(asked.described), Kind.DESCRIBED) if asked.has_styles else None
     if by_style is not None:
         out["name_style_top1"], _ = hits(run.nearest_concepts(by_style, 1), as_tensor(described))
-    out |= {**of_pairs(run), **of_keywords(run), **of_held_out(run)}
-    out["fd_name"] = frechet_distance(real.features_of(decode(by_name)), real.features)
+    out |= {**of_pairs(run), **of_keywords(run), **of_held_out(run), **of_wordings(run)}
+    features = real.features_of(decode(by_name))
+    out["fd_name"] = frechet_distance(features, real.features)
+    out["density"], out["coverage"] = density_and_coverage(real.features[asked.described], features)
     if by_style is not None:
         out["fd_name_style"] = frechet_distance(real.features_of(decode(by_style)), real.features)
     out |= {**of_variety(run), **memorised}
@@ -158,6 +161,14 @@ def of_held_out(run: Run) -> Row:
     found = real.groups_of(run.nearest_concepts(samples, 1)[:, 0].tolist())
     groups, wanted = real.groups_of(real.training.concept.tolist()), real.groups_of(held_out)
     return {"held_out_group": float((found == wanted).mean()), "held_out_group_chance": chance(groups, wanted)}
+
+
+def of_wordings(run: Run) -> Row:
+    wordings = run.real.prompts.wordings
+    if not wordings:
+        return {}
+    found = run.nearest_concepts(run.draw([text for text, _ in wordings], Kind.WORDINGS), 1)[:, 0].tolist()
+    return {"free_wording": statistics.mean(c in accepted for c, (_, accepted) in zip(found, wordings))}
 
 
 def of_variety(run: Run) -> Row:

@@ -33,6 +33,24 @@ def nearest(queries: torch.Tensor, references: torch.Tensor, k: int) -> tuple[to
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
+def density_and_coverage(real: torch.Tensor, samples: torch.Tensor, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (arXiv 2002.09797), by the balls around real features that reach to their k-th neighbours.
+
+    Args:
+        real: features of N real pictures, (N, D).
+        samples: features of M samples, (M, D).
+        k: which neighbour; at most N - 1.
+
+    Returns:
+        1 / (k M) times the number of pairs of a ball and a sample in it, and the share of balls with a sample in them:
+        about 1 and 1 - 2^-k for M = N samples of the same distribution.
+    """
+    k = min(k, len(real) - 1)
+    radius = nearest(real, real, k + 1)[0][:, k]
+    inside = torch.cdist(samples, real) < radius
+    return float(inside.double().sum() / (k * len(samples))), float(inside.any(0).double().mean())
+
+
 def hits(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
     """Shares of rows whose first, and any, of the labels found (n, k) is the one wanted (n,)."""
     hit = found == wanted[:, None]

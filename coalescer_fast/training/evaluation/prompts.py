@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+from ...schema import conform
 from ..data import PictureDataset
 
 NUM_DESCRIBED = 1000  # training pictures whose descriptions the Fréchet distances are measured with
 NUM_VARIETY, VARIETY_SEEDS, MIN_STYLES = 60, 8, 4
 NUM_KEYWORDS = 3
 HELD_OUT_SEEDS = 5
+WORDING_SEEDS = 3
 
 T = TypeVar("T")
 
@@ -29,6 +33,7 @@ class Prompts:
         pairs: training pictures whose name and style are asked for, all or none.
         held_out: concepts kept out of training, each `HELD_OUT_SEEDS` times.
         variety: concepts that exist in several styles, asked for by name `VARIETY_SEEDS` times.
+        wordings: wordings, and the concepts that are accepted for them, each `WORDING_SEEDS` times.
     """
 
     names: list[int]
@@ -38,21 +43,47 @@ class Prompts:
     pairs: list[int]
     held_out: list[int]
     variety: list[int]
+    wordings: list[tuple[str, set[int]]]
 
     @property
     def count(self) -> int:
         """Samples that are drawn for them."""
-        once = len(self.names) + len(self.keywords) + len(self.pairs) + len(self.held_out)
+        once = len(self.names) + len(self.keywords) + len(self.pairs) + len(self.held_out) + len(self.wordings)
         return once + len(self.described) * (1 + self.has_styles) + len(self.variety) * VARIETY_SEEDS
 
 
-def draw_prompts(data: PictureDataset, limit: int | None = None, every_pair: bool = False) -> Prompts:
+def read_wordings(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Read wordings from a JSON file: {"little kitten": ["cat", "cat face"], ...}, with the names that are accepted.
+
+    Raises:
+        ValueError: for another file.
+    """
+    try:
+        wordings: dict[str, tuple[str, ...]] = conform(
+            json.loads(Path(path).read_text("utf-8")), dict[str, tuple[str, ...]], "it"
+        )
+    except (ValueError, RecursionError) as error:
+        expected = 'expected JSON of wordings and accepted names, as in {"little kitten": ["cat", "cat face"]}'
+        raise ValueError(f"{path} holds no wordings ({' '.join(str(error).split()):.200}); {expected}") from error
+    return wordings
+
+
+def draw_prompts(
+    data: PictureDataset,
+    limit: int | None = None,
+    every_pair: bool = False,
+    wordings: Mapping[str, Sequence[str]] | None = None,
+) -> Prompts:
     """Choose the prompts.
 
     Args:
         data: with its held-out pictures.
         limit: at most so many of each kind.
         every_pair: ask for the name and style of every training picture, too.
+        wordings: ask for them, too; with the names that are accepted.
+
+    Raises:
+        ValueError: for a wording none of whose names is trained on.
     """
     rng = random.Random(0)
 
@@ -75,4 +106,11 @@ def draw_prompts(data: PictureDataset, limit: int | None = None, every_pair: boo
     for i in styled:
         styles_of.setdefault(int(training.concept[i]), set()).add(int(training.style[i]))
     variety = some([c for c in sorted(styles_of) if len(styles_of[c]) >= MIN_STYLES], NUM_VARIETY)
-    return Prompts(names, keywords, described, bool(styled), styled if every_pair else [], held_out, variety)
+    concept_of = {data.concepts[c].name: c for c in concepts}
+    asked = []
+    for wording in some(list(wordings or ())):
+        accepted = {concept_of[name] for name in (wordings or {})[wording] if name in concept_of}
+        if not accepted:
+            raise ValueError(f"no training picture has a name that is accepted for {wording!r}: leave the wording out")
+        asked += [(wording, accepted)] * WORDING_SEEDS
+    return Prompts(names, keywords, described, bool(styled), styled if every_pair else [], held_out, variety, asked)

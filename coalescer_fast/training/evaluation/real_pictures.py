@@ -45,6 +45,7 @@ class RealPictures:
         limit: at most so many prompts of each kind.
         progress: show a bar.
         every_pair: ask for the name and style of every training picture, too.
+        wordings: ask for them, too; with the names that are accepted.
 
     Attributes:
         training: the N training pictures.
@@ -67,6 +68,7 @@ class RealPictures:
         limit: int | None = None,
         progress: bool = True,
         every_pair: bool = False,
+        wordings: Mapping[str, Sequence[str]] | None = None,
     ):
         self.vae = vae.eval()
         self.classifier = (classifier or PictureClassifier.from_pretrained(WEIGHTS / "emoji-64" / "classifier")).eval()
@@ -88,7 +90,7 @@ class RealPictures:
         self.shape = stacked.shape[1:]
         self.latents, self.small, self.features = stacked.flatten(1), torch.cat(small), torch.cat(features)
         self.leave_one_out = nearest(self.latents, self.latents, 2)[0][:, 1]
-        self.prompts = draw_prompts(subset, limit, every_pair)
+        self.prompts = draw_prompts(subset, limit, every_pair, wordings)
         self.floors = self._floors(data, limit)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ def test_evaluate_gives_a_row_a_step_count_and_repeats(capsys):
     rows = evaluate(pipe, data, steps=(1, 2), progress=False, classifier=classifier())
     again = evaluate(pipe, data, steps=(1, 2), progress=False, classifier=classifier())
     assert [(row["steps"], row["guidance_scale"]) for row in rows] == [(1, 1.5), (2, 1.5)]
-    assert len(rows[0]) == 24
+    assert len(rows[0]) == 26
     assert all(np.isfinite(value) for row in rows for value in row.values())
     for row in rows + again:
         del row["seconds_per_picture"]

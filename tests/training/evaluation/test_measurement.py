@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from coalescer_fast.pipeline import TraceStep
 from coalescer_fast.training.data import Concept, PictureDataset
-from coalescer_fast.training.evaluation import RealPictures, frechet_distance, measure
+from coalescer_fast.training.evaluation import RealPictures, frechet_distance, measure, read_wordings
 from coalescer_fast.training.evaluation.real_pictures import seeded
 
 from ...helpers.evaluation import STYLES, classifier, tiny_data
@@ -107,6 +107,8 @@ def test_an_oracle_scores_what_is_known(real):
     assert row["distance_r2"] == pytest.approx(1)
     assert row["seconds_per_picture"] > 0
     assert row["fd_name_style"] == pytest.approx(0, abs=1e-3)
+    assert 0.5 < row["coverage"] <= 1  # many pictures are drawn
+    assert row["density"] == pytest.approx(1, abs=0.3)
     assert sum(drawn) == real.prompts.count + 4 * 6  # and the timed batches
 
 
@@ -157,6 +159,8 @@ def test_columns_without_anything_behind_them_are_left_out():
             "name_top10",
             "name_top1_pixels",
             "fd_name",
+            "density",
+            "coverage",
             "nearest_train_ratio",
             "below_q5",
             "seconds_per_picture",
@@ -177,3 +181,27 @@ def test_nothing_to_measure_against_is_said():
     data = tiny_data().take(np.arange(24, 32))
     with pytest.raises(ValueError, match="0 training pictures"):
         RealPictures(data, Lossless(), classifier(), progress=False)
+
+
+def test_free_wordings():
+    """Accepted is the nearest training picture's name; every wording is asked for three times."""
+    wordings = {"kitten": ["cat", "unheard of"], "meal": ["pizza", "bread"], "pony": ["dog"]}
+    real = RealPictures(tiny_data(), Lossless(), classifier(), progress=False, wordings=wordings)
+    shown = {"kitten": "cat", "meal": "bread", "pony": "horse"}
+    asked = []
+
+    def sample(prompts, noise):
+        asked.extend(p for p in prompts if p in shown)
+        return oracle(real)([shown.get(p, p) for p in prompts], noise)
+
+    assert measure(sample, real)["free_wording"] == pytest.approx(2 / 3)
+    assert asked == [wording for wording in wordings for _ in range(3)]
+    with pytest.raises(ValueError, match="no training picture has a name that is accepted for 'pup'"):
+        RealPictures(tiny_data(), Lossless(), classifier(), progress=False, wordings={"pup": ["tiger"]})  # held out
+
+
+@pytest.mark.parametrize("text", ['["a"]', '{"a": "b"}', '{"a": [1]}', "{", '{"a": ' + "[" * 5000])
+def test_a_file_without_wordings(tmp_path, text):
+    (tmp_path / "wordings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"wordings\.json holds no wordings .*; expected JSON"):
+        read_wordings(tmp_path / "wordings.json")

@@ -34,3 +34,21 @@ def test_spearman_and_r_squared():
     assert metrics.r_squared(a, a) == 1
     assert metrics.r_squared(a.mean().expand(50), a) == pytest.approx(0)
     assert metrics.r_squared(-a, a) < 0
+
+
+def test_density_and_coverage_on_a_line():
+    """Real pictures at 0, 1, 3, 6; with k = 1 their balls reach to 1, 1, 2 and 3."""
+    real = torch.tensor([[0.0], [1], [3], [6]])
+    samples = torch.tensor([[0.5], [1.5], [20]])  # in the balls of 0 and 1; of 1 and 3; of none
+    assert metrics.density_and_coverage(real, samples, 1) == (pytest.approx(4 / 3), 0.75)
+    assert metrics.density_and_coverage(real, samples[2:], 1) == (0.0, 0.0)
+
+
+def test_density_and_coverage_of_the_same_distribution():
+    draws = torch.Generator().manual_seed(0)
+    real, same = torch.randn(1000, 3, generator=draws), torch.randn(1000, 3, generator=draws)
+    density, coverage = metrics.density_and_coverage(real, same)
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    half = metrics.density_and_coverage(real, same[same[:, 0] > 0][:400].repeat(2, 1))
+    assert half[1] == pytest.approx(coverage / 2, abs=0.1)
