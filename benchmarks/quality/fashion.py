@@ -143,7 +143,8 @@ def train(config: CoalescerConfig, objective: str, data: PictureDataset, out: Pa
             )
         started = time.process_time()
         train_coalescer(config, data, out / objective, progress=progress)
-        write(file, done := [*done, {"objective": objective, "cpu_seconds": time.process_time() - started}])
+        done.append({"objective": objective, "cpu_seconds": time.process_time() - started})
+        write(file, done)
     return float(next(row["cpu_seconds"] for row in done if row["objective"] == objective))
 
 

@@ -266,13 +266,14 @@ def fashion() -> PictureDataset:
     Debian's package dataset-fashion-mnist has them; ``COALESCER_FAST_FASHION_MNIST`` names another folder of the files.
     """
     folder = Path(os.environ.get(FASHION_VARIABLE) or FASHION_FOLDER)
-    pictures, labels = [], []
+    pictures: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for split in ("train", "t10k"):
         for kind, parts in (("images-idx3", pictures), ("labels-idx1", labels)):
             name = f"{split}-{kind}-ubyte"
             path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
             if path is None:
-                fix = f"apt-get install dataset-fashion-mnist, or let {FASHION_VARIABLE} name the folder of its four files"
+                fix = f"apt-get install dataset-fashion-mnist, or let {FASHION_VARIABLE} name a folder of its files"
                 raise FileNotFoundError(f"Fashion-MNIST's file {name} is not in {folder}: run {fix}")
             parts.append(read_idx(path))
         n, label = len(pictures[-1]), labels[-1]
