@@ -329,8 +329,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def build_data(args: argparse.Namespace) -> None:
     emoji = args.set == "emoji"
-    if (name := "source" if emoji else "styles") and getattr(args, name) is not None:
-        raise ValueError(f"--{name} has no meaning with --set {args.set}: leave it out")
+    unused = "source" if emoji else "styles"
+    if getattr(args, unused) is not None:
+        raise ValueError(f"--{unused} has no meaning with --set {args.set}: leave it out")
     from .training import build_openclipart
     from .training.build_data import DEFAULT_STYLES, build
 
