@@ -127,7 +127,7 @@ def parser() -> Parser:
     sub.add_argument(
         "--data",
         required=True,
-        help="an .npz file made by build-data, a folder of captioned pictures, or the word digits",
+        help="an .npz file made by build-data, a folder of captioned pictures, or the word digits or fashion",
     )
     sub.add_argument(
         "--out",
@@ -158,7 +158,13 @@ def parser() -> Parser:
     sub.add_argument("--wordings", type=Path, metavar="FILE.json", help=text + " with the names that are right")
     sub.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the rows to a file, too")
 
-    sub = command("build-data", build_data, "build the emoji data set from npm packages")
+    sub = command("build-data", build_data, "build a data set of emoji or of clip art")
+    sub.add_argument(
+        "--set",
+        choices=["emoji", "openclipart"],
+        default="emoji",
+        help="emoji from npm packages, or openclipart from a Debian package (default: %(default)s)",
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument(
         "--cache", type=Path, metavar="DIR", help="folder of the fetched packages (default: packages in --out)"
@@ -171,7 +177,12 @@ def parser() -> Parser:
         metavar="S",
         help="sides of the pictures in pixels (default: 64)",
     )
-    sub.add_argument("--styles", nargs="+", metavar="STYLE", help="art styles (default: all but the share-alike ones)")
+    sub.add_argument(
+        "--styles", nargs="+", metavar="STYLE", help="art styles of emoji (default: all but the share-alike ones)"
+    )
+    sub.add_argument(
+        "--source", type=Path, metavar="DIR", help="folder of openclipart's SVG files (default: fetch the package)"
+    )
     return top
 
 
@@ -329,11 +340,19 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def build_data(args: argparse.Namespace) -> None:
+    emoji = args.set == "emoji"
+    unused = "source" if emoji else "styles"
+    if getattr(args, unused) is not None:
+        raise ValueError(f"--{unused} has no meaning with --set {args.set}: leave it out")
+    from .training import build_openclipart
     from .training.build_data import DEFAULT_STYLES, build
 
     with logging_to_stderr(args.quiet):
-        cache = args.cache or args.out / "packages"
-        path = build(args.out, cache, args.sizes, args.styles or DEFAULT_STYLES, progress=not args.quiet)
+        cache, progress = args.cache or args.out / "packages", not args.quiet
+        if emoji:
+            path = build(args.out, cache, args.sizes, args.styles or DEFAULT_STYLES, progress=progress)
+        else:
+            path = build_openclipart.build(args.out, cache, args.sizes, args.source, progress=progress)
     print(path)
 
 

@@ -120,6 +120,20 @@ def test_unknown_style(run):
     assert_one_sentence(error, "cubist", "noto")
 
 
+@pytest.mark.parametrize("options", [("--source", "here"), ("--set", "openclipart", "--styles", "flat")])
+def test_options_of_another_data_set(run, options):
+    status, _, error = run("build-data", "--out", "data", *options)
+    assert status == 1
+    assert_one_sentence(error, next(x for x in ("--source", "--styles") if x in options), "leave it out")
+
+
+def test_no_clip_art(run):
+    pytest.importorskip("resvg_py")
+    status, _, error = run("build-data", "--out", "data", "--set", "openclipart", "--source", "absent")
+    assert status == 1
+    assert_one_sentence(error, "absent", "openclipart-svg")
+
+
 def test_missing_package(run, monkeypatch):
     monkeypatch.setattr(cli, "info", lambda args: __import__("coalescer_fast_no_such_package"))
     status, _, error = run("info")

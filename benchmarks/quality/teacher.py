@@ -25,21 +25,20 @@ from torch import nn
 
 from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, files
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, train_autoencoder
-from coalescer_fast.training.classifier import train_classifier
 from coalescer_fast.training.coalescer import CoalescerConfig, description_encoder, train_coalescer
 from coalescer_fast.training.config import read
 from coalescer_fast.training.data import PictureDataset, load
-from coalescer_fast.training.evaluation import frechet_distance
 from coalescer_fast.training.items import ItemStream, Pairing
 from coalescer_fast.training.loop import Schedule, Trainer, make_accelerator
 from coalescer_fast.training.losses import mean_square
-from coalescer_fast.training.pictures import sheet, to_tensor
+from coalescer_fast.training.pictures import sheet
 from coalescer_fast.training.prompts import PromptSampler
 from coalescer_fast.training.teacher import Teacher, TeacherConfig, described
 
 from ..harness.environment import environment
 from ..harness.results import Row, write
 from ..harness.results import read as read_rows
+from .recognition import Recognition
 
 RESULTS = Path(__file__).parents[1] / "results" / "teacher.csv"
 UNET = dict(
@@ -199,18 +198,11 @@ def measure(
     plot: Path | None,
 ) -> list[Row]:
     """Measure the pictures of the teacher and of the coalescers, from the same noise."""
-    classifier = train_classifier(data, steps=400, kept_heads=("concept",), progress=False)
+    figures = Recognition(data, steps=400).figures
     encoder = description_encoder(data.train())
     labels = [c.name for c in data.concepts]
     texts = [name for name in labels for _ in range(PICTURES)]
     noise = torch.randn(len(texts), 8, 4, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
-
-    @torch.no_grad()
-    def figures(pictures: torch.Tensor) -> Row:
-        real = classifier.features(to_tensor(data.train().images))
-        names = [classifier.config.labels["concept"][i] for i in classifier(pictures)["concept"].argmax(1).tolist()]
-        hits = statistics.fmean(a == b for a, b in zip(names, texts))
-        return {"accuracy": hits, "frechet_distance": float(frechet_distance(classifier.features(pictures), real))}
 
     @torch.no_grad()
     def by_teacher(steps: int) -> torch.Tensor:
@@ -223,14 +215,14 @@ def measure(
     pictures: dict[str, torch.Tensor] = {}
     for steps in (teacher.steps, 2):
         pictures[f"teacher, {steps} steps"] = drawn = by_teacher(steps)
-        rows.append({"model": "teacher", "evaluations": steps, **figures(drawn)})
+        rows.append({"model": "teacher", "evaluations": steps, **figures(drawn, texts)})
     for name in COALESCERS:
         coalescer = CoalescerPipeline.from_pretrained(folder(out, name) / "pipeline")
         coalescer.set_progress_bar_config(disable=True)
         for steps in (1, 2):
             given: Any = coalescer(texts, latents=noise, num_inference_steps=steps, output_type="pt")
             drawn = given.images * 2 - 1
-            rows.append({"model": name, "evaluations": steps, **figures(drawn)})
+            rows.append({"model": name, "evaluations": steps, **figures(drawn, texts)})
         pictures[name] = drawn
     if plot is not None:
         from PIL import Image

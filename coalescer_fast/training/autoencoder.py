@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from .. import files
+from ..folders import WEIGHTS, embedded_models
 from ..models.autoencoder import CoalescerAutoencoder
 from ..schema import check_arguments
 from .data import PictureDataset
@@ -41,7 +42,7 @@ class AutoencoderConfig:
         flip: probability that a picture is mirrored.
         permute_colours: probability that the colours of a batch are permuted.
         train_encoder: False trains the decoder alone, so that the latents stay those that a coalescer was trained on.
-        init: folder of a saved autoencoder to start from instead of ``model``.
+        init: folder of a saved autoencoder to start from instead of ``model``, or the name of an embedded model.
         seed: of the weights and of all random draws.
     """
 
@@ -105,16 +106,15 @@ def train_autoencoder(
     Raises:
         ValueError: if ``config.init`` has no autoencoder, or the checkpoint cannot be resumed.
     """
-    if config.init and not (Path(config.init) / "config.json").is_file():
+    init = WEIGHTS / config.init / "vae" if config.init in embedded_models() else Path(config.init)
+    if config.init and not (init / "config.json").is_file():
         raise ValueError(
             f"init is {config.init!r}, where there is no autoencoder: train that first, or give another folder"
         )
     accelerator = make_accelerator()
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = (
-            CoalescerAutoencoder.from_pretrained(config.init) if config.init else CoalescerAutoencoder(**config.model)
-        )
+        model = CoalescerAutoencoder.from_pretrained(init) if config.init else CoalescerAutoencoder(**config.model)
     model.to(memory_format=torch.channels_last)
     model.encoder.requires_grad_(config.train_encoder)
     training, held = data.train(), data.held()

@@ -29,7 +29,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -127,8 +127,13 @@ class Emoji:
 
     def held_out(self, share: float) -> bool:
         """Whether the emoji is among the ``share`` that is held out: a function of its code points alone."""
-        digest = hashlib.sha1(f"split{self.hex}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") / 2**32 < share
+        return is_held_out(self.hex, share)
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether ``key`` is among the ``share`` of all keys that is held out."""
+    digest = hashlib.sha1(f"split{key}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
 def fetch(package: str, cache: Path, *patterns: str) -> dict[str, bytes]:
@@ -378,8 +383,7 @@ def build(
     if not styles or set(styles) - set(STYLES):
         unknown = ", ".join(sorted(set(styles) - set(STYLES))) or "none given"
         raise ValueError(f"unknown art styles ({unknown}): choose among {', '.join(STYLES)}")
-    if not sizes or min(sizes) < 8:
-        raise ValueError(f"picture sizes {list(sizes)}: give at least one, of 8 pixels or more")
+    check_sizes(sizes)
     if skin_tones not in ("none", "medium", "all"):
         raise ValueError(f"unknown skin tones {skin_tones!r}: choose none, medium or all")
     require_resvg()
@@ -414,21 +418,29 @@ def build(
         "split": np.array([emoji[i].held_out(held_out) for i in emoji_id], np.int8),
         "meta_json": np.frombuffer(json.dumps(meta, ensure_ascii=False).encode("utf-8"), np.uint8),
     }
-    for size, images in pictures.items():
-        path = out / f"emoji_{size}.npz"
-        with files.writing(path) as file:
-            np.savez_compressed(file, images=images, **arrays)
-        files.write_picture(out / f"contact_{size}.png", contact_sheet(rows, images, len(styles)))
-        logger.info(
-            "%s: %d pictures of %d emoji, %d held out",
-            path,
-            len(images),
-            len(set(emoji_id.tolist())),
-            arrays["split"].sum(),
-        )
+    path = write_pictures(out, "emoji", pictures, arrays, lambda images: contact_sheet(rows, images, len(styles)))
     write_pairs(out / "pairs.tsv", [(emoji[i], styles[style]) for i, style in rows], held_out)
     write_notice(out / "NOTICE.txt", styles)
-    return out / f"emoji_{max(sizes)}.npz"
+    return path
+
+
+def write_pictures(
+    out: Path,
+    name: str,
+    pictures: Mapping[int, np.ndarray],
+    arrays: Mapping[str, Any],
+    contact: Callable[[np.ndarray], Image.Image],
+) -> Path:
+    """Write ``name_S.npz`` and the contact sheet of every size S, and return the file of the largest."""
+    for size, images in pictures.items():
+        path = out / f"{name}_{size}.npz"
+        with files.writing(path) as file:
+            np.savez_compressed(file, images=images, **arrays)
+        files.write_picture(out / f"contact_{size}.png", contact(images))
+        concepts = len(np.unique(arrays["emoji_id"]))
+        held_out = arrays["split"].sum()
+        logger.info("%s: %d pictures of %d names, %d held out", path, len(images), concepts, held_out)
+    return out / f"{name}_{max(pictures)}.npz"
 
 
 def write_pairs(path: Path, pairs: Sequence[tuple[Emoji, str]], held_out: float) -> None:
@@ -449,6 +461,11 @@ def write_notice(path: Path, styles: Sequence[str]) -> None:
         f"Names, keywords and groups: Unicode CLDR (Unicode-3.0), as packed in npm {DESCRIPTIONS} (MIT, Miles Johnson)."
     )
     files.write_text(path, "\n".join(lines) + "\n")
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    if not sizes or min(sizes) < 8:
+        raise ValueError(f"picture sizes {list(sizes)}: give at least one, of 8 pixels or more")
 
 
 def require_resvg() -> None:

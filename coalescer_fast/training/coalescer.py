@@ -149,14 +149,14 @@ def description_encoder(data: PictureDataset) -> DescriptionEncoder:
     for concept, style in zip(data.concept.tolist(), data.style.tolist()):
         if style >= 0:
             exists[row[concept], style] = 1
-    names = [data.concepts[c].name.replace("\n", " ") for c in concepts] if data.styles else []
+    names = [data.concepts[c].name.replace("\n", " ") for c in concepts]
     return DescriptionEncoder.from_table(
         embedded.table.numpy(),
         embedded.scale.numpy(),
         embedded.vocab.numpy(),
         data.styles,
         names,
-        exists.numpy() if names else None,
+        exists.numpy(),
     )
 
 

@@ -1,10 +1,14 @@
-"""Pictures with descriptions: the emoji file, a folder of captioned pictures, and the digits of the small test bed."""
+"""Pictures with descriptions: files of `build_data`, a folder of captioned pictures, and two small test beds."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
+import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +18,20 @@ import numpy as np
 
 from ..schema import build
 
+# Fashion-MNIST: the folder of its idx files, and its classes in the order of the labels
+FASHION_FOLDER, FASHION_VARIABLE = "/usr/share/datasets/fashion-mnist", "COALESCER_FAST_FASHION_MNIST"
+FASHION = {
+    "t-shirt": ("tee", "top", "short sleeves", "clothes"),
+    "trouser": ("trousers", "pants", "legs", "clothes"),
+    "pullover": ("sweater", "top", "long sleeves", "clothes"),
+    "dress": ("gown", "frock", "clothes"),
+    "coat": ("jacket", "long sleeves", "outerwear", "clothes"),
+    "sandal": ("open shoe", "summer", "footwear"),
+    "shirt": ("blouse", "top", "buttons", "clothes"),
+    "sneaker": ("trainer", "running shoe", "footwear"),
+    "bag": ("handbag", "purse", "carry"),
+    "ankle boot": ("boots", "winter shoe", "footwear"),
+}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -125,15 +143,15 @@ def load(path: str | Path, size: int | None = None) -> PictureDataset:
     """Load a data set.
 
     Args:
-        path: an .npz file of `build_data.build`, a folder of captioned pictures, or the word ``digits``.
+        path: an .npz file of `build_data.build`, a folder of captioned pictures, or a word: ``digits`` or ``fashion``.
         size: side in pixels that pictures of a folder are reduced to; None for 64.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
         ValueError: for anything else; it says in one sentence what is wrong.
     """
-    if str(path) == "digits":
-        return digits()
+    if (make := {"digits": digits, "fashion": fashion}.get(str(path))) is not None:
+        return make()
     path = Path(path)
     if path.is_dir():
         return load_folder(path, size or 64)
@@ -233,12 +251,68 @@ def digits() -> PictureDataset:
         ) from error
 
     pixels, labels = mnist_data()
-    images = np.zeros((len(pixels), 32, 32), np.uint8)
-    images[:, 2:30, 2:30] = pixels.reshape(-1, 28, 28)
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     return PictureDataset(
-        images=np.repeat(images[..., None], 3, axis=3),
+        images=_centred(pixels.reshape(-1, 28, 28)),
         concepts=tuple(Concept(word) for word in words),
         concept=labels.astype(np.int64),
         held_out=np.arange(len(pixels)) % 5 == 4,
     )
+
+
+def fashion() -> PictureDataset:
+    """70,000 pictures of Fashion-MNIST (Zalando, MIT), 28x28 centred on 32x32; its test split of 10,000 is held out.
+
+    Debian's package dataset-fashion-mnist has them; ``COALESCER_FAST_FASHION_MNIST`` names another folder of the files.
+    """
+    folder = Path(os.environ.get(FASHION_VARIABLE) or FASHION_FOLDER)
+    pictures: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for split in ("train", "t10k"):
+        for kind, parts in (("images-idx3", pictures), ("labels-idx1", labels)):
+            name = f"{split}-{kind}-ubyte"
+            path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+            if path is None:
+                fix = f"apt-get install dataset-fashion-mnist, or let {FASHION_VARIABLE} name a folder of its files"
+                raise FileNotFoundError(f"Fashion-MNIST's file {name} is not in {folder}: run {fix}")
+            parts.append(read_idx(path))
+        n, label = len(pictures[-1]), labels[-1]
+        if pictures[-1].shape != (n, 28, 28) or label.shape != (n,) or label.max() >= len(FASHION):
+            what = "28x28 pictures, each with a label from 0 to 9: get dataset-fashion-mnist again"
+            raise ValueError(f"the {split} files of Fashion-MNIST in {folder} are not {what}")
+    return PictureDataset(
+        images=_centred(np.concatenate(pictures)),
+        concepts=tuple(Concept(name, keywords) for name, keywords in FASHION.items()),
+        concept=np.concatenate(labels).astype(np.int64),
+        held_out=np.repeat([False, True], [len(part) for part in labels]),
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The bytes of an idx file, gzipped if its name ends in .gz, in their shape: the format of MNIST's files.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not magic[3]:
+                raise ValueError("it does not begin as an idx file of bytes")
+            shape = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+            if len(shape) != magic[3] or 0 in shape:
+                raise ValueError("its shape is cut off, or empty")
+            size = math.prod(shape)
+            content = file.read(size + 1)  # one more, which reaches the checksum at the end
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged ({error}): get it again") from error
+    if len(content) != size:
+        raise ValueError(f"{path} is damaged (it has not the {size} bytes of its shape): get it again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _centred(pixels: np.ndarray) -> np.ndarray:
+    """(N, 28, 28) grey values on black, as pictures (N, 32, 32, 3)."""
+    images = np.zeros((len(pixels), 32, 32), np.uint8)
+    images[:, 2:30, 2:30] = pixels
+    return np.repeat(images[..., None], 3, axis=3)

@@ -126,3 +126,17 @@ def test_operations():
     peak = stated(r"\((\d+) TFLOP/s")
     assert stated(r"at least (\d+) minutes") == pytest.approx(1e4 * 64 * 3 * forward / peak / 60, abs=0.5)
     assert stated(r"of the teacher at least (\d+)") == pytest.approx(65536 * 40 * forward / peak / 60, abs=0.5)
+
+
+def test_table_of_fashion_mnist():
+    with (ROOT / "benchmarks" / "results" / "fashion.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    section = PAGE[PAGE.index("## Fashion-MNIST") : PAGE.index("## Clip art")]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        [line] = [line for line in section.splitlines() if line.startswith(f"| {model} |")]
+        figures = [f"{float(row['frechet_distance']):.1f} ({float(row['accuracy']):.2f})" for row in mine]
+        assert [cell.strip().replace("*", "") for cell in line.strip("|").split("|") if cell.strip()][1:] == figures
+    [seconds] = {float(row["cpu_seconds"]) for row in rows if row["model"] == "coalescer"}
+    assert f"{seconds:.0f} CPU seconds" in " ".join(section.split())
+    assert seconds < 600

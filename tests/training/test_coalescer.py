@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import coalescer_fast
-from coalescer_fast import CoalescerPipeline
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, psnr, train_autoencoder
 from coalescer_fast.training.coalescer import (
     description_encoder,
     train_coalescer,
 )
+from coalescer_fast.training.data import Concept
 from coalescer_fast.training.items import PAIRINGS, Pairing, draw_items
 from coalescer_fast.training.loop import Schedule, generator
 from coalescer_fast.training.pictures import to_tensor
@@ -62,6 +63,27 @@ def test_decoder_alone_keeps_the_latents(autoencoder, tmp_path):
     tuned = train_autoencoder(config, squares(), tmp_path)
     assert torch.equal(encode(tuned, squares()), encode(model, squares()))
     assert not torch.equal(tuned.decoder.layers[0].weight, model.decoder.layers[0].weight)
+
+
+def test_an_autoencoder_starts_from_that_of_the_embedded_model(tmp_path):
+    from coalescer_fast.folders import WEIGHTS
+
+    schedule = Schedule(steps=1, batch_size=2, learning_rate=1e-9, checkpoint_every=1, sample_every=1)
+    config = AutoencoderConfig(schedule, init="emoji-64", train_encoder=False)
+    tuned = train_autoencoder(config, squares(), tmp_path).state_dict()
+    embedded = CoalescerAutoencoder.from_pretrained(WEIGHTS / "emoji-64" / "vae").state_dict()
+    for name, value in embedded.items():
+        torch.testing.assert_close(tuned[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("styles", [(), ("flat",)])
+def test_names_of_the_training_are_known(styles):
+    data = replace(squares(), styles=styles, style=np.full(len(squares()), len(styles) - 1))
+    data = replace(data, concepts=(Concept("trouser"), *data.concepts[1:]))
+    encoder = description_encoder(data)
+    assert encoder.known_names == [c.name for c in data.concepts]
+    assert encoder.words("trouser") == {"trouser": True}
+    assert encoder.styles_of("trouser") == list(styles)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coalescer_fast.training.data import Concept, PictureDataset, digits, load, load_folder, load_npz
+from coalescer_fast.training.data import Concept, PictureDataset, digits, fashion, load, load_folder, load_npz, read_idx
+from tests.helpers.fashion import LABELS, idx, write_fashion
 
 
 def save(path, colour, size=(20, 10)):
@@ -215,3 +217,79 @@ def test_digits():
     assert data.held_out.sum() == 1000
     assert set(data.concept[data.held_out]) == set(range(10))
     assert not data.images[:, :2].any()
+
+
+def test_fashion(tmp_path, monkeypatch):
+    monkeypatch.setenv("COALESCER_FAST_FASHION_MNIST", str(tmp_path))
+    pictures = write_fashion(tmp_path)
+    data = load("fashion")
+    data.check()
+    assert np.array_equal(data.images[:, 2:30, 2:30, 1], pictures)
+    data.images[:, 2:30, 2:30] = 0
+    assert not data.images.any()
+    assert data.concept.tolist() == LABELS["train"] + LABELS["t10k"]
+    assert data.held_out.tolist() == [False] * len(LABELS["train"]) + [True] * len(LABELS["t10k"])
+    assert [c.name for c in data.concepts][::9] == ["t-shirt", "ankle boot"]
+    assert all(c.keywords for c in data.concepts)
+
+
+def test_fashion_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("COALESCER_FAST_FASHION_MNIST", str(tmp_path))
+    write_fashion(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"t10k-labels.*apt-get install dataset-fashion-mnist, or let"):
+        fashion()
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3, 4, 10]])
+def test_fashion_whose_files_do_not_fit(tmp_path, monkeypatch, labels):
+    monkeypatch.setenv("COALESCER_FAST_FASHION_MNIST", str(tmp_path))
+    write_fashion(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
+    with pytest.raises(ValueError, match="the t10k files of Fashion-MNIST"):
+        fashion()
+
+
+def test_idx(tmp_path):
+    content = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    (tmp_path / "a").write_bytes(idx(content))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(idx(content)))
+    assert np.array_equal(read_idx(tmp_path / "a"), content)
+    assert np.array_equal(read_idx(tmp_path / "a.gz"), content)
+
+
+@pytest.mark.parametrize("name", ["a", "a.gz"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"",
+        lambda content: content[:3],
+        lambda content: content[:9],
+        lambda content: content[:-1],
+        lambda content: content + b"0",
+        lambda content: b"\0\0\x09" + content[3:],
+        lambda content: b"\0\0\x08\0" + content[4:],
+        lambda content: content[:4] + b"\xff" * 12,
+        lambda content: content[:4] + bytes(12),
+    ],
+)
+def test_damaged_idx(tmp_path, name, change):
+    changed = change(idx(np.ones((2, 3, 4), np.uint8)))
+    (tmp_path / name).write_bytes(gzip.compress(changed) if name == "a.gz" else changed)
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*: get it again"):
+        read_idx(tmp_path / name)
+
+
+def test_one_flipped_byte_of_a_gzipped_idx(tmp_path):
+    path = tmp_path / "a.gz"
+    content = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
+    packed = gzip.compress(idx(content), mtime=0)
+    refused = []
+    for place in range(0, len(packed), 5):
+        path.write_bytes(packed[:place] + bytes([packed[place] ^ 255]) + packed[place + 1 :])
+        try:
+            assert np.array_equal(read_idx(path), content)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(message.startswith(f"{path} is damaged") for message in refused)
