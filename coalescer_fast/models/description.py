@@ -192,7 +192,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
         A word is known if it is a word of a known name (or its plural), or a token, or made of such words and endings,
         as "snowboarder". Others come apart into pieces that mean nothing. Punctuation is no word, and a symbol that is
-        no token is an unknown word.
+        no token is an unknown word. All words of an entry of the lexicon are known.
         """
         derived = self._derived
         found = derived.remembered(derived.words, text, lambda: self._words(text))
@@ -200,6 +200,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def _words(self, text: str) -> dict[str, bool]:
         encoding, spelled = self._encode(text), spell(text)
+        is_entry = self._look_up(plain(self._split(spelled)[0])) is not None
         pieces: dict[int | None, list[tuple[str, int, int]]] = {}
         for word, token, i, (start, end) in zip(encoding.word_ids, encoding.tokens, encoding.ids, encoding.offsets):
             if token == "[UNK]" or i not in self._derived.special_ids:
@@ -209,7 +210,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             name, tokens = spelled[parts[0][1] : parts[-1][2]].lower(), [token for token, _, _ in parts]
             symbol = tokens == ["[UNK]"] and unicodedata.category(name[0]).startswith("S")
             if name not in found and (symbol or any(map(str.isalnum, name))):
-                found[name] = self._knows(name, tokens)
+                found[name] = is_entry or self._knows(name, tokens)
         return found
 
     def _knows(self, word: str, tokens: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ... import files
 from ...models import DescriptionEncoder
+from ...models.description import plain
 from ..data import Concept, load
 from . import __doc__ as about
 from .lexicon import of_cldr, of_wordnet
@@ -88,9 +89,10 @@ def build(
         meant = transformer([words.synsets[words.senses[w][0]].text(w) for w in texts[kind]])
         scores[kind] = teacher.scores_of_words(texts[kind], vectors[kind], meant)
     _add_keywords(scores["keywords"], texts["keywords"], concepts)
-    entries = {} if cldr is None else of_cldr(cldr, encoder.known_names)
+    english = {*map(plain, words.senses), *texts["keywords"], *map(plain, encoder.known_names)}
+    entries = {} if cldr is None else of_cldr(cldr, encoder.known_names, english)
     for kind in ("rare", "common"):
-        entries = {**of_wordnet(teacher, texts[kind], scores[kind]), **entries}
+        entries |= of_wordnet(texts[kind], scores[kind])
     logger.info("%d entries of the lexicon", len(entries))
 
     every = np.concatenate([vectors[kind] for kind in texts])

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...models.description import Entry, plain
 from ...models.emoji import names as emoji_names
-from .teacher import Teacher, Vectors
+from .teacher import Vectors
 
-LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja")
+LANGUAGES = ("de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja")
 SURE = 0.45  # score from which a word of WordNet is an entry
 TOLD = 1.0  # similarity of the entries of CLDR
 
 
-def of_wordnet(teacher: Teacher, lemmas: Sequence[str], scores: Vectors) -> dict[str, Entry]:
+def of_wordnet(lemmas: Sequence[str], scores: Vectors) -> dict[str, Entry]:
     """The words of WordNet that the teacher is sure of.
 
     Args:
-        teacher: whose names the rows are.
         lemmas: N words.
         scores: (N, names).
     """
@@ -35,12 +34,15 @@ def of_wordnet(teacher: Teacher, lemmas: Sequence[str], scores: Vectors) -> dict
     }
 
 
-def of_cldr(folder: Path, known: Sequence[str], languages: Sequence[str] = LANGUAGES) -> dict[str, Entry]:
-    """Names in several languages, and those keywords that belong to one known name alone.
+def of_cldr(
+    folder: Path, known: Sequence[str], english: Container[str], languages: Sequence[str] = LANGUAGES
+) -> dict[str, Entry]:
+    """Names and keywords in other languages that mean one known name alone and are no English words.
 
     Args:
         folder: ``annotations`` of npm's cldr-annotations-full.
         known: the known names.
+        english: words that are left out, such as "beer", which is Dutch for "bear".
         languages: folders in it.
 
     Raises:
@@ -54,18 +56,16 @@ def of_cldr(folder: Path, known: Sequence[str], languages: Sequence[str] = LANGU
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}: give the folder annotations of npm's cldr-annotations-full")
         told: Mapping[str, Mapping[str, list[str]]] = json.loads(path.read_text("utf-8"))["annotations"]["annotations"]
-        names: dict[str, set[int]] = {}
-        keywords: dict[str, set[int]] = {}
-        for emoji, words in told.items():
-            row = rows.get(re.sub("[\ufe0e\ufe0f]", "", emoji))
-            if row is not None:
-                for name in words.get("tts", ()):
-                    names.setdefault(plain(name), set()).add(row)
-                for keyword in words.get("default", ()):
-                    keywords.setdefault(plain(keyword), set()).add(row)
         # a name goes before a keyword, and an earlier language before a later one
-        for table in (names, keywords):
-            for text, found in table.items():
-                if text and len(found) == 1:
+        for kind in ("tts", "default"):
+            meant: dict[str, set[int]] = {}
+            for emoji, words in told.items():
+                row = rows.get(re.sub("[\ufe0e\ufe0f]", "", emoji))
+                if row is None:
+                    continue
+                for word in words.get(kind, ()):
+                    meant.setdefault(plain(word), set()).add(row)
+            for text, found in meant.items():
+                if text and text not in english and len(found) == 1:
                     out.setdefault(text, Entry(min(found), TOLD))
     return out
