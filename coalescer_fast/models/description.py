@@ -205,16 +205,36 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def styles_of(self, description: str) -> list[str]:
         """The styles that exist for the known name nearest to the description, by cosine; all if no name is known."""
-        styles, derived = list(self.config.styles), self._derived
+        styles = list(self.config.styles)
         if not self.config.num_names:
             return styles
-
-        def find() -> int:
-            # not a matrix product, whose bits depend on the number of threads
-            return int((derived.name_vectors(self) * self([description])[0].cpu().numpy()).sum(1).argmax())
-
-        nearest = derived.remembered(derived.nearest, description, find)
+        nearest, _ = self._nearest(description)
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
+
+    def match(self, description: str) -> tuple[str, float]:
+        """The known name nearest to a description, a style that it names left out, and their cosine.
+
+        Returns:
+            Name and cosine; ("", 0.0) if no name is known or no word of the description.
+        """
+        if self.names_style(description):
+            words = "|".join(map(re.escape, self.config.styles))
+            description = re.sub(rf",?\s*\b({words}) style\b", "", description, flags=re.IGNORECASE)
+        if not self.config.num_names or not self.token_ids(description):
+            return "", 0.0
+        row, cosine = self._nearest(description)
+        return self._derived.names[row], cosine
+
+    def _nearest(self, description: str) -> tuple[int, float]:
+        """The row of the known name nearest to a description, and their cosine."""
+        derived = self._derived
+
+        def find() -> tuple[int, float]:
+            # not a matrix product, whose bits depend on the number of threads
+            cosines = (derived.name_vectors(self) * self([description])[0].cpu().numpy()).sum(1) / self.config.dim
+            return int(cosines.argmax()), float(cosines.max())
+
+        return derived.remembered(derived.nearest, description, find)
 
     def with_styles(self, descriptions: Sequence[str], uniform: Sequence[float]) -> list[str]:
         """Add a style to each description that names none; the empty description stays empty.
@@ -252,11 +272,12 @@ class _Derived:
         ids = (self.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
         self.special_ids = frozenset(i for i in ids if i is not None)
         # style words are known, whatever tokens they consist of
-        self.name_words = frozenset(re.findall(r"\w+", "\n".join((*encoder.known_names, *config.styles)).lower()))
-        # of each text, its token ids, its words, and the row of the known name nearest to it
+        self.names = encoder.known_names
+        self.name_words = frozenset(re.findall(r"\w+", "\n".join((*self.names, *config.styles)).lower()))
+        # of each text, its token ids, its words, and the known name nearest to it: its row and the cosine
         self.ids: dict[str, list[int]] = {}
         self.words: dict[str, dict[str, bool]] = {}
-        self.nearest: dict[str, int] = {}
+        self.nearest: dict[str, tuple[int, float]] = {}
         self._vectors: NDArray[np.float32] | None = None
 
     @staticmethod
@@ -272,7 +293,7 @@ class _Derived:
     def name_vectors(self, encoder: DescriptionEncoder) -> NDArray[np.float32]:
         """Vectors (names, D) of the known names."""
         if self._vectors is None:
-            self._vectors = encoder(encoder.known_names).cpu().numpy()
+            self._vectors = encoder(self.names).cpu().numpy()
         return self._vectors
 
 
