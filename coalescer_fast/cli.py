@@ -227,12 +227,12 @@ def sample(args: argparse.Namespace) -> None:
         found = receipt(pipe, prompts, noise, pictures, args.steps, args.guidance, args.negative)
         files.write_text(args.receipt, json.dumps(found, indent=2) + "\n")
     if not args.quiet:
-        how_many = f"{count} picture{'s' * (count > 1)}"
-        print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
         if output.quality is not None:  # a line for each prompt
             grades = [f"{quality:.2f}" for quality in output.quality]
             lines = [(text, " ".join(grades[i * args.n : (i + 1) * args.n])) for i, text in enumerate(args.prompts)]
             print(table([("prompt", "quality"), *lines]), file=sys.stderr)
+        how_many = f"{count} picture{'s' * (count > 1)}"
+        print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
     print(out)
 
 

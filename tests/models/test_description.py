@@ -232,6 +232,18 @@ def test_style_words_are_no_patterns():
     assert not model.names_style("cat, axb style")
 
 
+def test_the_nearest_name_and_its_cosine():
+    model = encoder(names=("octopus", "cat red"), exists=None)
+    assert model.match("octopus") == ("octopus", pytest.approx(1))
+    assert model.match("octopus, 3d style") == model.match("octopus flat style") == model.match("octopus")
+    name, cosine = model.match("red")
+    vectors = model(["red", "octopus", "cat red"])
+    cosines = (vectors[1:] * vectors[:1]).mean(1)
+    assert (name, cosine) == (("octopus", "cat red")[int(cosines.argmax())], pytest.approx(float(cosines.max())))
+    assert model.match("") == model.match("zzz") == ("", 0.0)
+    assert encoder(names=(), exists=None).match("octopus") == ("", 0.0)
+
+
 def test_styles_of_the_nearest_name():
     model = encoder()
     assert model.styles_of("octopus") == ["3d", "flat"]
