@@ -118,7 +118,7 @@ def plot(rows: Sequence[Text], target: Path) -> None:
     for name in (UNSEEN, FREE):
         points = [row for row in rows if row["wordings"] == f"reliability, {name}"]
         if points:
-            label = f"{'wordings not fitted to' if name == UNSEEN else name}, AUC {auc[name]:.2f}"
+            label = f"{'wordings not fitted to' if name == UNSEEN else name}, AUC {auc[name]:.3f}"
             axis.plot([float(r["quality"]) for r in points], [float(r["right"]) for r in points], "o-", label=label)
     axis.set(xlabel="quality", ylabel="share of pictures that show what was asked", xlim=(0, 1), ylim=(0, 1))
     axis.legend(fontsize=8)
