@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from .models import DescriptionEncoder
 
 HEADS = 2  # evaluations that a grade is made of
 # by evaluations, what the numbers of `Grading` are multiplied with, after the first one
@@ -55,6 +58,12 @@ def direction_length(direction: torch.Tensor) -> torch.Tensor:
     # numpy sums each row by itself: torch's mean depends, in its last bit, on the number of rows and of threads
     rows = direction.detach().float().flatten(1).numpy()
     return torch.from_numpy(np.sqrt(np.square(rows).mean(1)))
+
+
+def similarities(encoder: DescriptionEncoder, texts: Sequence[str]) -> list[float]:
+    """The cosine of each text and the known name nearest to it, 0 where there is none."""
+    matches = {text: encoder.match(text) for text in dict.fromkeys(texts)}
+    return [0.0 if (match := matches[text]) is None else match.similarity for text in texts]
 
 
 def log_odds(grading: Grading, heads: Sequence[Heads], similarity: Sequence[float]) -> list[float]:

@@ -445,8 +445,7 @@ class CoalescerPipeline(DiffusionPipeline):
             return []
         if isinstance(described, Embeds):
             return grading.log_odds(numbers, call.heads, [0.0] * len(described))
-        similarity = {text: self.description_encoder.match(text)[1] for text in dict.fromkeys(described)}
-        return grading.log_odds(numbers, call.heads, [similarity[text] for text in described])
+        return grading.log_odds(numbers, call.heads, grading.similarities(self.description_encoder, described))
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[None]:

@@ -92,7 +92,8 @@ def signals(pipe: CoalescerPipeline, drawn: Drawn, data: PictureDataset) -> dict
     groups = flat.unflatten(0, (-1, BEST_OF))
     out["nearness to the other seeds"] = -torch.cdist(groups, groups).sum(2).flatten().numpy()
     encoder = pipe.description_encoder
-    matched = [encoder.match(wording.text)[0] for wording in drawn.wordings for _ in range(seeds)]
+    matches = [encoder.match(wording.text) for wording in drawn.wordings for _ in range(seeds)]
+    matched = ["" if match is None else match.name for match in matches]
     if conditioning.anchor is not None:
         styles = [text.rpartition(", ")[2] for text in drawn.texts]
         out["nearness to the matched name's anchor"] = -rms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +23,19 @@ MAX_REMEMBERED = 4096  # texts whose tokens, words and nearest name are remember
 # what WordPiece cuts off the end of a word
 ENDINGS = frozenset(("s", "es", "d", "ed", "r", "er", "ing", "y", "ly", "ish"))
 SHORTEST = 3  # letters of a word that others are made of: shorter pieces are found in any jumble of letters
+
+
+@dataclass(frozen=True)
+class Match:
+    """The known name that is nearest to a description.
+
+    Attributes:
+        name: the name.
+        similarity: its cosine to the description, whatever the style.
+    """
+
+    name: str
+    similarity: float
 
 
 class DescriptionEncoder(ModelMixin, ConfigMixin):
@@ -211,19 +225,19 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         nearest, _ = self._nearest(description)
         return [word for word, exists in zip(styles, self.name_styles[nearest].tolist()) if exists] or styles
 
-    def match(self, description: str) -> tuple[str, float]:
-        """The known name nearest to a description, a style that it names left out, and their cosine.
+    def match(self, description: str) -> Match | None:
+        """Find the known name nearest to a description, whatever the style.
 
         Returns:
-            Name and cosine; ("", 0.0) if no name is known or no word of the description.
+            The match; None for a description without a known token, and if no name is known.
         """
         if self.names_style(description):
             words = "|".join(map(re.escape, self.config.styles))
             description = re.sub(rf",?\s*\b({words}) style\b", "", description, flags=re.IGNORECASE)
         if not self.config.num_names or not self.token_ids(description):
-            return "", 0.0
+            return None
         row, cosine = self._nearest(description)
-        return self._derived.names[row], cosine
+        return Match(self._derived.names[row], cosine)
 
     def _nearest(self, description: str) -> tuple[int, float]:
         """The row of the known name nearest to a description, and their cosine."""

@@ -258,7 +258,7 @@ def draw(
     final = torch.cat(latents)
     accepted = (wording.accepted for wording in wordings for _ in range(seeds))
     right = np.array([name in names for name, names in zip(judge(final), accepted)])
-    similarity = np.array([pipe.description_encoder.match(wording.text)[1] for wording in wordings])
+    similarity = np.array(grading.similarities(pipe.description_encoder, [wording.text for wording in wordings]))
     return Drawn(list(wordings), seeds, texts, heads, similarity, final, right)
 
 

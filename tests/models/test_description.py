@@ -7,6 +7,7 @@ from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast import DescriptionEncoder
 from coalescer_fast.folders import WEIGHTS
+from coalescer_fast.models.description import Match
 
 TOKENS = (
     "[PAD]",
@@ -234,14 +235,14 @@ def test_style_words_are_no_patterns():
 
 def test_the_nearest_name_and_its_cosine():
     model = encoder(names=("octopus", "cat red"), exists=None)
-    assert model.match("octopus") == ("octopus", pytest.approx(1))
+    assert model.match("octopus") == Match("octopus", pytest.approx(1))
     assert model.match("octopus, 3d style") == model.match("octopus flat style") == model.match("octopus")
-    name, cosine = model.match("red")
     vectors = model(["red", "octopus", "cat red"])
     cosines = (vectors[1:] * vectors[:1]).mean(1)
-    assert (name, cosine) == (("octopus", "cat red")[int(cosines.argmax())], pytest.approx(float(cosines.max())))
-    assert model.match("") == model.match("zzz") == ("", 0.0)
-    assert encoder(names=(), exists=None).match("octopus") == ("", 0.0)
+    nearest = ("octopus", "cat red")[int(cosines.argmax())]
+    assert model.match("red") == Match(nearest, pytest.approx(float(cosines.max())))
+    assert model.match("") is model.match("zzz") is None
+    assert encoder(names=(), exists=None).match("octopus") is None
 
 
 def test_styles_of_the_nearest_name():
