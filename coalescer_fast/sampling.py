@@ -122,7 +122,7 @@ def _sample_until_arrival(
     call: Call,
 ) -> torch.Tensor:
     """`sample` with "auto": each step is computed for the pictures that have not arrived."""
-    rows = torch.arange(len(sample), device=sample.device)
+    rows = torch.arange(len(sample), dtype=torch.int64, device=sample.device)
     evaluations = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
     last, sample = len(scheduler.timesteps) - 1, sample.clone()
     for i in scheduler.timesteps.tolist():
