@@ -76,7 +76,7 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: float = 1.0,
         guided_steps: str = "last",
         eps: float = 1e-6,
-        arrival_distance: float = 1.4,
+        arrival_distance: float = 1.3,
         grading: Grading | None = None,
     ):
         if guided_steps not in ("last", "all"):

@@ -67,4 +67,4 @@ def test_rows_of_auto(pipe, monkeypatch):
     assert [row["evaluations"] for row in rows] == [2, 3, 4, 5, 2, 2, 9, 9]
     assert rows[4]["fd_name"] == rows[0]["fd_name"]
     assert rows[5]["name_top1"] == rows[0]["name_top1"]
-    assert pipe.scheduler.config.arrival_distance == 1.4
+    assert pipe.scheduler.config.arrival_distance == 1.3
