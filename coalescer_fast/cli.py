@@ -227,12 +227,13 @@ def sample(args: argparse.Namespace) -> None:
         found = receipt(pipe, prompts, noise, pictures, args.steps, args.guidance, args.negative)
         files.write_text(args.receipt, json.dumps(found, indent=2) + "\n")
     if not args.quiet:
-        if output.quality is not None:  # a line for each prompt
-            grades = [f"{quality:.2f}" for quality in output.quality]
+        grades = [f"{quality:.2f}" for quality in output.quality or []]
+        if len(grades) > 1:  # a line for each prompt
             lines = [(text, " ".join(grades[i * args.n : (i + 1) * args.n])) for i, text in enumerate(args.prompts)]
             print(table([("prompt", "quality"), *lines]), file=sys.stderr)
-        how_many = f"{count} picture{'s' * (count > 1)}"
-        print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
+        drew = f"{count} picture{'s' * (count > 1)} in {drawn - loaded:.2f} s"
+        graded = f", quality {grades[0]}" if len(grades) == 1 else ""
+        print(f"{drew}{graded}, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
     print(out)
 
 
