@@ -90,9 +90,11 @@ def parser() -> Parser:
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
     text = (
         f"steps, the network evaluations without guidance, at most {MAX_STEPS:,}, for the model is made for 2 "
-        "(default: %(default)s)"
+        "(default: %(default)s); auto lets each picture take as many as it needs"
     )
-    sub.add_argument("--steps", type=up_to(MAX_STEPS), default=2, metavar="N", help=text)
+    sub.add_argument("--steps", type=step_count, default=2, metavar="N", help=text)
+    text = "draw so many for each picture and keep the best, by the model's own estimate (default: %(default)s)"
+    sub.add_argument("--best-of", type=up_to(MAX_IMAGES), default=1, metavar="K", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
     sub.add_argument(
         "--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)"
@@ -187,9 +189,12 @@ def parser() -> Parser:
 
 
 def sample(args: argparse.Namespace) -> None:
-    if (count := len(args.prompts) * args.n) > 4 * MAX_IMAGES:
-        too_many = f"{count:,} pictures are more than the {4 * MAX_IMAGES:,} that are drawn at once"
-        raise ValueError(f"{too_many}: ask for fewer prompts or -n")
+    count = len(args.prompts) * args.n
+    if (drawn_at_once := count * args.best_of) > 4 * MAX_IMAGES:
+        too_many = f"{drawn_at_once:,} pictures are more than the {4 * MAX_IMAGES:,} that are drawn at once"
+        raise ValueError(f"{too_many}: ask for fewer prompts or -n{', or a smaller --best-of' * (args.best_of > 1)}")
+    if args.receipt is not None and (args.best_of > 1 or args.steps == "auto"):
+        raise ValueError("--receipt is for pictures of one drawing and a number of steps: leave out --best-of and auto")
     from PIL import Image
 
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
@@ -214,7 +219,7 @@ def sample(args: argparse.Namespace) -> None:
 
     pipe = load(args)
     loaded = time.perf_counter()
-    noise = pipe.initial_noise(count, torch.Generator().manual_seed(seed))
+    noise = pipe.initial_noise(drawn_at_once, torch.Generator().manual_seed(seed))
     output: Any = pipe(
         args.prompts,
         num_images_per_prompt=args.n,
@@ -222,6 +227,7 @@ def sample(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         latents=noise,
         negative_prompt=args.negative,
+        best_of=args.best_of,
     )
     drawn = time.perf_counter()
     pictures = output.images
@@ -238,9 +244,19 @@ def sample(args: argparse.Namespace) -> None:
         found = receipt(pipe, prompts, noise, pictures, args.steps, args.guidance, args.negative)
         files.write_text(args.receipt, json.dumps(found, indent=2) + "\n")
     if not args.quiet:
-        how_many = f"{count} picture{'s' * (count > 1)}"
-        print(f"{how_many} in {drawn - loaded:.2f} s, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
+        grades = [f"{quality:.2f}" for quality in output.quality or []]
+        if len(grades) > 1:  # a line for each prompt
+            lines = [(text, " ".join(grades[i * args.n : (i + 1) * args.n])) for i, text in enumerate(args.prompts)]
+            print(table([("prompt", "quality"), *lines]), file=sys.stderr)
+        drew = f"{count} picture{'s' * (count > 1)} in {drawn - loaded:.2f} s"
+        graded = f", quality {grades[0]}" if len(grades) == 1 else ""
+        print(f"{drew}{graded}, loading {loaded - started:.1f} s, seed {seed}", file=sys.stderr)
     print(out)
+
+
+def step_count(text: str) -> int | str:
+    """The type of ``--steps``."""
+    return text if text == "auto" else up_to(MAX_STEPS)(text)
 
 
 def info(args: argparse.Namespace) -> None:

@@ -23,8 +23,8 @@ from diffusers.utils import BaseOutput, is_accelerate_available
 from PIL import Image
 from torch.torch_version import TorchVersion
 
-from . import folders, prompts, sampling
-from .finite import check_finite, check_readable, first_not_finite, is_finite
+from . import folders, grading, prompts, sampling
+from .finite import check_finite, check_readable, first_not_finite, is_finite, nan_where_not_finite
 from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from .models.description import Match
 from .models.unet import Conditioning
@@ -78,12 +78,19 @@ class CoalescerPipelineOutput(BaseOutput):
         warnings: about words that are not known and arguments without an effect, a sentence each.
         matched: of each prompt, what it was taken as, or None for a prompt that is drawn as it stands; None without
             `prompt_matching`.
+        quality: for each picture, an estimate of the chance that it shows what was asked, from what the network says
+            on the way to it, see `coalescer_fast.grading`. None for a model without a grading, for ``prompt_embeds``,
+            and where an exported generator runs the whole call.
+        num_evaluations: for each picture, evaluations of the network, those of guidance and of the pictures that
+            ``best_of`` dropped included; None where the runtime does not say.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     trace: list[TraceStep] | None = None
     warnings: list[str] = field(default_factory=list)
     matched: list[Match | None] | None = None
+    quality: list[float] | None = None
+    num_evaluations: list[int] | None = None
 
 
 class CoalescerPipeline(DiffusionPipeline):
@@ -253,7 +260,7 @@ class CoalescerPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 2,
+        num_inference_steps: int | str = 2,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -272,6 +279,7 @@ class CoalescerPipeline(DiffusionPipeline):
         negative_prompt_token_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         prompt_matching: bool = True,
+        best_of: int = 1,
     ) -> CoalescerPipelineOutput | tuple[Any, ...]:
         r"""Draw ``num_images_per_prompt`` pictures of each prompt.
 
@@ -280,12 +288,13 @@ class CoalescerPipeline(DiffusionPipeline):
                 what it names, chosen by the mean of its R. The empty description draws any picture. Emoji are read as
                 their names.
             num_images_per_prompt: pictures a prompt; the result is prompt-major.
-            num_inference_steps: network evaluations of the description; 2 is what the model is made for.
+            num_inference_steps: network evaluations of the description; 2 is what the model is made for. With "auto"
+                each picture takes steps until the distance says that it has arrived, see `CoalescerScheduler`.
             guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's
                 endpoint; None is the model's own. Applies to the steps that the scheduler says (the last one).
             generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every
                 device.
-            latents: R to start from, (pictures, C, h, w), instead of noise.
+            latents: R to start from, (pictures, C, h, w), instead of noise; best_of times as many with best_of.
             height: of the pictures, in pixels; the model's own if None. A model with an anchor has one size.
             width: of the pictures, as height.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
@@ -309,6 +318,8 @@ class CoalescerPipeline(DiffusionPipeline):
             prompt_matching: draw, in the place of a prompt, the known name that says what it says
                 (`DescriptionEncoder.match`); ``matched`` of the result tells which. A model whose encoder was not
                 trained for that draws the prompt as it stands.
+            best_of: draw so many for each picture and keep the one of the best ``quality``. Callbacks and the trace see
+                all of them.
 
         Returns:
             The pictures, with what the prompts were taken as, and with warnings about words that are not known; with
@@ -329,23 +340,31 @@ class CoalescerPipeline(DiffusionPipeline):
             self.unet.config,
         )
         prompts.check_count(num_images_per_prompt)
+        self._check_best_of(best_of, num_images_per_prompt)
+        each = num_images_per_prompt * best_of  # samples a prompt
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.scheduler.config.guidance_scale if guidance_scale is None else guidance_scale
         check_number("guidance_scale", scale)
         self.scheduler.set_timesteps(num_inference_steps)
+        if self.scheduler.is_auto and (return_trace or callback_on_step_end is not None):
+            what = "return_trace" if return_trace else "callback_on_step_end"
+            raise ValueError(
+                f"{what} is for a number of steps, the same for all pictures; num_inference_steps is 'auto'"
+            )
         scheduler = copy.copy(self.scheduler)  # of this call alone: another thread's may have other steps
         scheduler.set_timesteps(num_inference_steps)
         runtime = self.runtime  # once, for another thread may restore the pipeline meanwhile
         runtime.refresh()
         warnings = prompts.warnings(self.description_encoder, wanted, avoided, scale)
-        pictures = len(wanted) * num_images_per_prompt
-        shape = self._latent_shape(pictures, height, width)
+        shape = self._latent_shape(len(wanted) * each, height, width)
+        if isinstance(generator, list):
+            generator = [one for one in generator for _ in range(best_of)]
         sample = sampling.initial_sample(shape, runtime.device, generator, latents)
         with span("encode"):
             matched = self._match(wanted) if prompt_matching else None
-            described = prompts.repeat(prompts.as_matched(wanted, matched), num_images_per_prompt)
+            described = prompts.repeat(prompts.as_matched(wanted, matched), each)
             if not isinstance(described, Embeds):
                 described = self.with_styles(described, sample)
         with span("condition"):
@@ -353,9 +372,7 @@ class CoalescerPipeline(DiffusionPipeline):
             empty = None
             if scale != 1 or callback_on_step_end is not None:  # which may change the scale
                 away: Descriptions = [""] if avoided is None else avoided
-                empty = runtime.condition(
-                    away if len(away) == 1 else prompts.repeat(away, num_images_per_prompt), sample.device
-                )
+                empty = runtime.condition(away if len(away) == 1 else prompts.repeat(away, each), sample.device)
 
         trace: list[TraceStep] = []
         decodes = output_type != "latent"
@@ -363,9 +380,9 @@ class CoalescerPipeline(DiffusionPipeline):
         def check(found: torch.Tensor, step: int | None = None) -> None:
             if not self._checks_finite or is_finite(found):
                 return
-            if step is None:
+            if step is None and not scheduler.is_auto:
                 step = sampling.first_bad_step(runtime, scheduler, sample, conditioning, empty, scale)
-            row = (first_not_finite(found) or 0) // num_images_per_prompt
+            row = (first_not_finite(found) or 0) * len(wanted) // len(found)
             of = f"prompt_embeds[{row}]" if isinstance(wanted, Embeds) else f"prompt {wanted[row]!r:.80}"
             what = "the picture" if step is None else "R"
             when = "" if step is None else f" after step {step + 1} of {num_inference_steps}"
@@ -385,17 +402,36 @@ class CoalescerPipeline(DiffusionPipeline):
             return end
 
         watch = on_step if return_trace or callback_on_step_end is not None else None
-        with self.progress_bar(total=num_inference_steps) as bar:
-            call = Call(scale, num_inference_steps, progress=bar.update)
+        with self.progress_bar(total=scheduler.num_inference_steps) as bar:
+            call = Call(scale, scheduler.num_inference_steps, progress=bar.update)
             with self._calling(call):
-                images = runtime.generate(scheduler, sample, conditioning, empty, scale, decodes, watch, call)
+                whole = decodes and best_of == 1
+                images = runtime.generate(scheduler, sample, conditioning, empty, scale, whole, watch, call)
             check(images)
+        grades = self._grades(call, prompts.repeat(wanted, each))
+        if best_of > 1:
+            if not grades:  # a callback has ended the call before its first step
+                grades = [0.0] * len(sample)
+            best = [max(range(i, i + best_of), key=grades.__getitem__) for i in range(0, len(sample), best_of)]
+            images, grades = images[best], [grades[i] for i in best]
+            if decodes:
+                with span("decode"):
+                    images = nan_where_not_finite(runtime.decode(images), images)
+                check(images)
         if decodes:
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, trace) if return_trace else (images,)
-        return CoalescerPipelineOutput(images, trace if return_trace else None, warnings, matched)
+        quality = None
+        if call.heads and grades and not isinstance(wanted, Embeds):
+            quality = [
+                grading.probability(odds) if self.description_encoder.words(text) else 1.0  # any picture shows ""
+                for text, odds in zip((text for text in wanted for _ in range(num_images_per_prompt)), grades)
+            ]
+        evaluations = _evaluations(call, len(sample), best_of)
+        trace_given = trace if return_trace else None
+        return CoalescerPipelineOutput(images, trace_given, warnings, matched, quality, evaluations)
 
     def _match(self, descriptions: Descriptions) -> list[Match | None] | None:
         """What each description is taken as; None for embeddings and where the encoder was not trained for it."""
@@ -403,6 +439,30 @@ class CoalescerPipeline(DiffusionPipeline):
         if isinstance(descriptions, Embeds) or not encoder.config.match_dim:
             return None
         return [encoder.match(text) for text in descriptions]
+
+    def _check_best_of(self, best_of: Any, num_images_per_prompt: int) -> None:
+        if isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 1:
+            raise ValueError(f"best_of is {best_of!r}; expected a whole number from 1 up")
+        if best_of > 1:
+            if self.scheduler.config.grading is None:
+                raise ValueError(
+                    f"best_of is {best_of} and this model has no grading to choose by: fit one with "
+                    "coalescer_fast.training.grading"
+                )
+            if best_of * num_images_per_prompt > prompts.MAX_IMAGES_PER_PROMPT:
+                raise ValueError(
+                    f"best_of is {best_of}, and so many times num_images_per_prompt are more than "
+                    f"{prompts.MAX_IMAGES_PER_PROMPT:,}: make several calls"
+                )
+
+    def _grades(self, call: Call, described: Descriptions) -> list[float]:
+        """The log-odds that each sample shows what was asked, by the heads alone for embeddings; [] if nothing says."""
+        numbers = self.scheduler.config.grading
+        if numbers is None or not call.heads:
+            return []
+        if isinstance(described, Embeds):
+            return grading.log_odds(numbers, call.heads, [0.0] * len(described))
+        return grading.log_odds(numbers, call.heads, grading.similarities(self.description_encoder, described))
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[None]:
@@ -531,6 +591,17 @@ class CoalescerPipeline(DiffusionPipeline):
         means = torch.tensor([row.mean() for row in rows], dtype=torch.float64) * math.sqrt(sample[0].numel())
         return self.description_encoder.with_styles(prompts, torch.special.ndtr(means).clamp(0, 1 - 1e-9).tolist())
 
+    def as_drawn(self, texts: list[str], sample: torch.Tensor) -> list[str]:
+        """Turn prompts into the descriptions that a call draws: what they are taken as, with an art style.
+
+        Args:
+            texts: N prompts.
+            sample: R (N, C, h, w).
+        """
+        read = prompts.as_matched(texts, self._match(texts))
+        assert not isinstance(read, Embeds)
+        return self.with_styles(read, sample)
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy has a runtime and calls of its own
         return {
@@ -625,6 +696,13 @@ class CoalescerPipeline(DiffusionPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), float32, about in [-1, 1]."""
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+
+
+def _evaluations(call: Call, samples: int, best_of: int) -> list[int] | None:
+    """Evaluations of each picture, whose samples follow each other."""
+    if isinstance(call.evaluations, torch.Tensor):
+        return call.evaluations.view(-1, best_of).sum(1).tolist()
+    return [call.evaluations * best_of] * (samples // best_of) if call.evaluations else None
 
 
 def _replaced(given: Any, latents: torch.Tensor, largest: float | None) -> torch.Tensor:

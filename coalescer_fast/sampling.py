@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .finite import check_readable, is_finite
+from .grading import HEADS, Heads, direction_length
 from .models.unet import Conditioning
 from .nvtx_ranges import span
 from .scheduler import LARGEST, CoalescerScheduler, guide
@@ -41,12 +42,17 @@ class Call:
         num_timesteps: number of steps of the whole call.
         interrupt: whether the call ends here, with the R that it has.
         progress: called with the number of steps that have been done since it was called last.
+        heads: |direction| and distance of the first `HEADS` evaluations, before guidance, where the runtime sees them;
+            NaN for a picture that has arrived before.
+        evaluations: of the network so far, for each picture or all of them; 0 where the runtime does not say.
     """
 
     guidance_scale: float
     num_timesteps: int
     interrupt: bool = False
     progress: Callable[[int], object] = field(default=lambda steps: None, repr=False)
+    heads: list[Heads] = field(default_factory=list, repr=False)
+    evaluations: int | torch.Tensor = 0
 
 
 def sample(
@@ -58,6 +64,7 @@ def sample(
     guidance_scale: float | torch.Tensor,
     on_step: OnStep | None = None,
     call: Call | None = None,
+    heads: list[Heads] | None = None,
 ) -> torch.Tensor:
     """Run the steps: evaluate, guide where the scheduler says so, move.
 
@@ -70,13 +77,19 @@ def sample(
         guidance_scale: see `guide`. Where there is a call, its guidance scale counts instead.
         on_step: called after each step with (step, R before it, direction before guidance, distance, R after it);
             returns the R to go on from.
-        call: read before each step. Where its guidance scale is 1, ``empty`` is not evaluated.
+        call: read before each step, and told of it. Where its guidance scale is 1, ``empty`` is not evaluated.
+        heads: where there is no call, the list that takes the place of its ``heads``.
 
     Returns:
         R (N, C, h, w) after the last step.
     """
     if empty is not None:
         empty = empty.expand(sample.shape[0])
+    if scheduler.is_auto:
+        call = call or Call(float(guidance_scale), len(scheduler.timesteps))
+        return _sample_until_arrival(networks, scheduler, sample, conditioning, empty, call)
+    if call is not None:
+        heads = call.heads
     for i in scheduler.timesteps.tolist():
         if call is not None:
             if call.interrupt:
@@ -85,6 +98,8 @@ def sample(
         guided = scheduler.is_guided(i) and (call is None or call.guidance_scale != 1)
         with span(f"evaluate[{i}]"):
             direction, distance = networks.evaluate(sample, conditioning)
+        if heads is not None and len(heads) < HEADS:
+            heads.append((direction_length(direction), distance))
         towards = direction
         if guided and empty is not None:
             with span(f"evaluate_empty[{i}]"):
@@ -93,7 +108,48 @@ def sample(
         moved = scheduler.step(towards, distance, i, sample, return_dict=False, backend=networks.backend)[0]
         sample = moved if on_step is None else on_step(i, sample, direction, distance, moved)
         if call is not None:
+            call.evaluations += 1 + (guided and empty is not None)
             call.progress(1)
+    return sample
+
+
+def _sample_until_arrival(
+    networks: Networks,
+    scheduler: CoalescerScheduler,
+    sample: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning | None,
+    call: Call,
+) -> torch.Tensor:
+    """`sample` with "auto": each step is computed for the pictures that have not arrived."""
+    rows = torch.arange(len(sample), dtype=torch.int64, device=sample.device)
+    evaluations = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
+    last, sample = len(scheduler.timesteps) - 1, sample.clone()
+    for i in scheduler.timesteps.tolist():
+        if call.interrupt or not len(rows):
+            break
+        with span(f"evaluate[{i}]"):
+            direction, distance = networks.evaluate(sample[rows], conditioning.take(rows, len(sample)))
+        if i < HEADS:
+            heads = direction_length(direction), distance
+            call.heads.append(tuple(x.new_full((len(sample),), torch.nan).index_copy(0, rows, x) for x in heads))  # type: ignore[arg-type]
+        evaluations[rows] += 1
+        arrived = (distance < scheduler.config.arrival_distance) | (i == last)
+        for some, step in ((~arrived, i), (arrived, last)):
+            if not some.any():
+                continue
+            mine, towards = rows[some], direction[some]
+            if empty is not None and call.guidance_scale != 1 and scheduler.is_guided(step):
+                with span(f"evaluate_empty[{i}]"):
+                    away = networks.evaluate(sample[mine], empty.take(mine, len(sample)))
+                towards = guide(towards, distance[some], *away, call.guidance_scale)
+                evaluations[mine] += 1
+            sample[mine] = scheduler.step(
+                towards, distance[some], step, sample[mine], return_dict=False, backend=networks.backend
+            )[0]
+        rows = rows[~arrived]
+        call.progress(1)
+    call.evaluations = evaluations
     return sample
 
 

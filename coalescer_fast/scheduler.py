@@ -12,9 +12,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
 from . import ops
+from .grading import Grading, check_grading
 
 MAX_STEPS = 100_000  # of a call: a mistyped count is an error at once, and not after hours
 LARGEST = 1e6  # of etas, guidance scales and latents: far beyond any use, and far from where squares overflow float32
+MAX_AUTO_STEPS = 8  # of a picture with num_inference_steps="auto"
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -39,6 +41,9 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
     along the unit direction; other step counts have a row of their own in ``rows``, or go ``etas[0]`` of the distance
     at a time and then the whole.
 
+    With "auto" in the place of a step count, each picture takes such steps until the distance says that it has arrived:
+    the first step that begins nearer than ``arrival_distance``, or the `MAX_AUTO_STEPS`-th, is its last one.
+
     ``config`` holds lists for all sequences, before and after it is saved.
 
     Args:
@@ -48,6 +53,12 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: the model's own, used where the call gives none; 1 is no guidance.
         guided_steps: "last" guides the last step alone (one evaluation more a call), "all" every step.
         eps: smallest direction length to divide by.
+        arrival_distance: of "auto".
+        grading: what turns the network's heads into the quality of a picture, see `coalescer_fast.grading`; None for no
+            quality.
+
+    Attributes:
+        is_auto: whether the step count is "auto"; ``num_inference_steps`` is then the largest.
 
     Raises:
         ValueError: for anything that is no schedule or not finite.
@@ -65,10 +76,13 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: float = 1.0,
         guided_steps: str = "last",
         eps: float = 1e-6,
+        arrival_distance: float = 1.3,
+        grading: Grading | None = None,
     ):
         if guided_steps not in ("last", "all"):
             raise ValueError(f"guided_steps is {guided_steps!r}; use 'last' or 'all'")
         check_number("guidance_scale", guidance_scale)
+        check_number("arrival_distance", arrival_distance)
         if not is_number(eps) or eps < _TINY:
             raise ValueError(f"eps is {eps!r}; expected a number from {_TINY:.1e} up")
         etas, modes = _checked_row("", etas, modes)
@@ -79,18 +93,23 @@ class CoalescerScheduler(SchedulerMixin, ConfigMixin):
                     raise ValueError(f"rows[{n!r}] has {len(row_etas)} entries; expected {n}")
         # lists, as JSON gives them back
         as_lists = None if rows is None else {n: list(row) for n, row in rows.items()}
-        self.register_to_config(etas=etas, modes=modes, rows=as_lists)
+        if grading is not None:
+            grading = check_grading(grading, LARGEST)
+        self.register_to_config(etas=etas, modes=modes, rows=as_lists, grading=grading)
         self.set_timesteps(len(etas))
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the schedule of a step count. ``timesteps`` are then 0, 1, ..., on the CPU whatever the device."""
+    def set_timesteps(self, num_inference_steps: int | str, device: str | torch.device | None = None) -> None:
+        """Choose the schedule of a step count, or "auto". ``timesteps`` are then 0, 1, ..., on the CPU in any case."""
         given = num_inference_steps
-        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps is {given!r}; expected a whole number from 1 to {MAX_STEPS}")
-        n, config = num_inference_steps, self.config
-        if n == len(config.etas):
+        self.is_auto = given == "auto"
+        if not self.is_auto and (isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_STEPS):
+            raise ValueError(
+                f"num_inference_steps is {given!r}; expected a whole number from 1 to {MAX_STEPS}, or 'auto'"
+            )
+        n, config = MAX_AUTO_STEPS if self.is_auto else int(given), self.config
+        if n == len(config.etas) and not self.is_auto:
             self.etas, self.modes = tuple(config.etas), tuple(config.modes)
-        elif str(n) in (config.rows or {}):
+        elif str(n) in (config.rows or {}) and not self.is_auto:
             etas, modes = config.rows[str(n)]
             self.etas, self.modes = tuple(etas), tuple(modes)
         else:

@@ -428,10 +428,35 @@ def test_sample_accelerated(run, tmp_path):
 def test_sample_one(run, tmp_path):
     status, out, error = run("sample", "octopus", "--seed", "1", "-o", "one.png")
     assert (status, out) == (0, "one.png\n")
-    assert "1 picture in " in error
-    assert "seed 1" in error
+    assert re.fullmatch(r"1 picture in [\d.]+ s, quality [01]\.\d\d, loading [\d.]+ s, seed 1\n", error)
     with Image.open(tmp_path / "one.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (64, 64))
+
+
+def test_sample_the_best_of_several_in_as_many_steps_as_needed(run, tmp_path):
+    status, out, error = run(
+        "sample", "octopus", "owl", "-n", "2", "--best-of", "3", "--steps", "auto", "--seed", "1", "-o", "best.png"
+    )
+    assert (status, out) == (0, "best.png\n")
+    lines = [line.split() for line in error.splitlines() if line.startswith(("prompt", "octopus", "owl"))]
+    assert [line[0] for line in lines] == ["prompt", "octopus", "owl"]
+    pipe = coalescer_fast.CoalescerPipeline.from_pretrained("emoji-64")
+    noise = torch.randn(12, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = pipe(["octopus", "owl"], 2, num_inference_steps="auto", latents=noise, best_of=3)
+    assert np.allclose([float(cell) for line in lines[1:] for cell in line[1:]], found.quality, atol=0.006)
+
+
+@pytest.mark.parametrize("more", [("--best-of", "2"), ("--steps", "auto")])
+def test_no_receipt_of_the_best_and_of_auto(run, more):
+    status, _, error = run("sample", "octopus", "--receipt", "receipt.json", *more)
+    assert status == 1
+    assert_one_sentence(error, "--receipt is for pictures of one drawing", "leave out")
+
+
+def test_too_many_to_choose_from(run):
+    status, _, error = run("sample", "octopus", "-n", "1000", "--best-of", "5")
+    assert status == 1
+    assert_one_sentence(error, "5,000 pictures", "--best-of")
 
 
 def test_sample_repeats_and_names_its_file(run, tmp_path):

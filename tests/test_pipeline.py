@@ -1054,3 +1054,110 @@ def test_a_runtimes_numbers_that_are_not_finite_become_no_picture():
     fast.description_encoder.scale[0] = 1e38
     with pytest.raises(ValueError, match="R of prompt 'octopus' after step 1 of 2 is not finite"):
         fast("octopus")
+
+
+GRADING = {"1": [-1.0, 2.0, 0.5, 1.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0]}
+
+
+@pytest.fixture(scope="module")
+def graded() -> CoalescerPipeline:
+    return tiny_pipeline(grading=GRADING, guidance_scale=1.5, arrival_distance=1.0)
+
+
+def test_quality_by_hand(graded):
+    out = graded(["octopus", "cat, 3d style"], 2, latents=noise(4), return_trace=True)
+    similarity = [1.0, 1.0, 1.0, 1.0]  # both are known names
+    lengths, distances = ([getattr(step, name) for step in out.trace] for name in ("direction_length", "distance"))
+    bias, *weights = GRADING["2"]
+    features = [lengths[0], distances[0], lengths[1], distances[1], torch.tensor(similarity)]
+    odds = bias + sum(w * x for w, x in zip(weights, features))
+    torch.testing.assert_close(torch.tensor(out.quality), torch.sigmoid(odds), atol=1e-5, rtol=0)
+    assert out.num_evaluations == [3] * 4
+    one = graded("octopus", latents=noise(1), num_inference_steps=1, guidance_scale=1)
+    bias, *weights = GRADING["1"]
+    odds = bias + sum(w * x for w, x in zip(weights, [lengths[0][0], distances[0][0], 1.0]))
+    assert math.isclose(one.quality[0], float(torch.sigmoid(odds)), abs_tol=1e-5)
+    assert one.num_evaluations == [1]
+
+
+def test_quality_is_that_of_more_steps(graded):
+    two, four = (graded("octopus", latents=noise(1), num_inference_steps=n).quality for n in (2, 4))
+    assert two == four
+
+
+def test_where_there_is_no_quality(pipe, graded):
+    assert pipe("octopus").quality is None
+    assert pipe("octopus").num_evaluations == [2]
+    embeds = graded.encode_prompt("octopus", do_classifier_free_guidance=False)[0]
+    assert graded(prompt_embeds=embeds).quality is None
+    assert graded("").quality == [1.0]  # any picture shows it
+    assert graded("zzz").quality[0] < 1
+    out = graded("octopus", callback_on_step_end=lambda pipe, i, *_: setattr(pipe, "_interrupt", True) or {})
+    assert out.num_evaluations == [1]
+    assert out.quality is not None
+
+
+def test_quality_is_saved_with_the_model(graded, tmp_path):
+    graded.save_pretrained(tmp_path)
+    loaded = CoalescerPipeline.from_pretrained(tmp_path)
+    found, expected = (each("octopus", latents=noise(1)).quality[0] for each in (loaded, graded))
+    assert math.isclose(found, expected, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pt"])
+@pytest.mark.parametrize("prompt", [["octopus", "red dog"], "embeds"])
+def test_best_of_keeps_the_best(graded, output_type, prompt):
+    given = {"prompt": prompt}
+    if prompt == "embeds":
+        given = {"prompt_embeds": graded.encode_prompt(["octopus", "red dog"], do_classifier_free_guidance=False)[0]}
+    best = graded(**given, num_images_per_prompt=2, latents=noise(12), best_of=3, output_type=output_type)
+    every = graded(**given, num_images_per_prompt=6, latents=noise(12), output_type=output_type, return_trace=True)
+    odds = -1 + 2 * every.trace[0].direction_length + 0.5 * every.trace[0].distance
+    odds += -3 * every.trace[1].direction_length - 0.25 * every.trace[1].distance
+    kept = (odds.view(4, 3).argmax(1) + torch.arange(0, 12, 3)).tolist()
+    torch.testing.assert_close(best.images, every.images[kept], atol=1e-5, rtol=0)
+    assert len(set(kept)) == 4
+    assert kept != [0, 3, 6, 9]
+    assert best.num_evaluations == [9] * 4
+    if prompt != "embeds":
+        torch.testing.assert_close(best.quality, [every.quality[i] for i in kept])
+
+
+def test_generators_of_best_of_draw_for_one_picture_each(graded):
+    generators = [seed(3), seed(4)]
+    found = sample(graded, ["octopus", "cat"], generator=generators, best_of=2)
+    latents = torch.cat([torch.randn(2, 3, 4, 4, generator=seed(value)) for value in (3, 4)])
+    torch.testing.assert_close(found, sample(graded, ["octopus", "cat"], latents=latents, best_of=2))
+
+
+@pytest.mark.parametrize("best_of", [0, -1, 1.5, True, "4"])
+def test_a_best_of_that_is_no_count(graded, best_of):
+    with pytest.raises(ValueError, match=r"best_of is .*; expected a whole number from 1 up"):
+        graded("octopus", best_of=best_of)
+
+
+def test_best_of_needs_a_grading(pipe):
+    with pytest.raises(ValueError, match=r"best_of is 2 and this model has no grading to choose by: fit one"):
+        pipe("octopus", best_of=2)
+
+
+def test_auto_is_the_plain_call_with_as_many_steps(graded):
+    texts, start = ["octopus", "cat", "red dog", ""], noise(12)
+    counts = set()
+    for arrival in (0.6, 0.8, 1.0, 1.2):
+        graded.scheduler.register_to_config(arrival_distance=arrival)
+        auto = graded(texts, 3, latents=start, num_inference_steps="auto", output_type="latent")
+        for i, used in enumerate(auto.num_evaluations):
+            call = {"latents": start[i : i + 1], "num_inference_steps": used - 1, "output_type": "latent"}
+            plain = graded(texts[i // 3], **call)
+            torch.testing.assert_close(auto.images[i : i + 1], plain.images, atol=ATOL, rtol=1e-4)
+            assert math.isclose(auto.quality[i], plain.quality[0], abs_tol=1e-5)
+            counts.add(used - 1)
+    assert len(counts) > 2
+    graded.scheduler.register_to_config(arrival_distance=1.0)
+
+
+def test_auto_and_what_watches_every_step(graded):
+    for given in ({"return_trace": True}, {"callback_on_step_end": lambda *_: {}}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is for a number of steps"):
+            graded("octopus", num_inference_steps="auto", **given)

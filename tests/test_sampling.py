@@ -30,7 +30,7 @@ def conditioning(*numbers: float) -> Conditioning:
     return Conditioning([(column, column)], None, [])
 
 
-def scheduler(steps: int = 2, **config) -> CoalescerScheduler:
+def scheduler(steps: int | str = 2, **config) -> CoalescerScheduler:
     made = CoalescerScheduler(**config)
     made.set_timesteps(steps)
     return made
@@ -143,3 +143,51 @@ def test_a_scale_in_a_tensor_gives_the_bits_of_the_number(scale, dtype):
     found = guide(direction, distance, away, far, torch.tensor(scale, dtype=torch.float64))
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+class Shrinking(Networks):
+    """direction = 1 and distance = mean(a - R): what is left of the way to a."""
+
+    def evaluate(self, sample: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        a = conditioning.film[0][0][:, 0]
+        self.asked.append(tuple(a.tolist()))
+        return torch.ones_like(sample), (a[:, None, None, None] - sample).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("guided_steps", ["last", "all"])
+def test_auto_evaluates_those_that_have_not_arrived(guided_steps):
+    networks, call = Shrinking(), Call(1.5, 8)
+    auto = scheduler("auto", arrival_distance=1.0, guided_steps=guided_steps)
+    start, away = torch.zeros(3, 1, 2, 2), conditioning(0.25)
+    found = sampling.sample(networks, auto, start, conditioning(4.0, 0.5, 1.5), away, 1.5, call=call)
+    asked = [one for one in networks.asked if one[0] != 0.25]
+    if guided_steps == "last":  # 4 -> 2 -> 1 -> 0.5: the first distance below 1 is that of the last step
+        assert asked == [(4.0, 0.5, 1.5), (4.0, 1.5), (4.0,), (4.0,)]
+        assert call.evaluations.tolist() == [5, 2, 3]
+    counts = [sum(a in one for one in asked) for a in (4.0, 0.5, 1.5)]
+    assert call.evaluations.tolist() == [2 * n if guided_steps == "all" else n + 1 for n in counts]
+    lengths, distances = call.heads[1]
+    assert distances.isnan().tolist() == lengths.isnan().tolist() == [False, True, False]
+    for row, (a, steps) in enumerate(zip((4.0, 0.5, 1.5), counts)):
+        plain = scheduler(steps, guided_steps=guided_steps)
+        alone = sampling.sample(Shrinking(), plain, start[:1], conditioning(a), away, 1.5)
+        assert torch.equal(found[row : row + 1], alone)
+
+
+def test_auto_ends_at_the_most_steps():
+    networks, call = Networks(), Call(1.0, 8)
+    auto = scheduler("auto", arrival_distance=-1.0)
+    found = sampling.sample(networks, auto, R, DESCRIBED, None, 1.0, call=call)
+    assert call.evaluations.tolist() == [8, 8]
+    assert torch.equal(found, sampling.sample(Networks(), scheduler(8), R, DESCRIBED, None, 1.0))
+
+
+def test_a_call_is_told_of_heads_and_evaluations():
+    call = Call(1.5, 3)
+    sampling.sample(Networks(), scheduler(3), R, DESCRIBED, EMPTY, 1.5, call=call)
+    assert call.evaluations == 4
+    assert len(call.heads) == 2
+    length, distance = call.heads[0]
+    torch.testing.assert_close(distance, torch.tensor([0.5, 2.0]))
+    expected = (torch.tensor([0.5, 2.0]).view(2, 1, 1, 1) - R).square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(length, expected)

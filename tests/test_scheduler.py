@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coalescer_fast import CoalescerScheduler
-from coalescer_fast.scheduler import guide
+from coalescer_fast.scheduler import MAX_AUTO_STEPS, guide
 
 
 def batch(seed: int = 0, n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,3 +244,32 @@ def test_made_from_a_configuration():
     assert scheduler.config.guidance_scale == 1.5
     assert scheduler.config.eps == 1e-3
     assert scheduler.etas == (0.5, 1.0)
+
+
+def test_auto_is_the_schedule_of_many_steps():
+    scheduler = CoalescerScheduler(rows={str(MAX_AUTO_STEPS): [[1.0] * MAX_AUTO_STEPS, ["raw"] * MAX_AUTO_STEPS]})
+    scheduler.set_timesteps("auto")
+    assert scheduler.is_auto
+    assert scheduler.num_inference_steps == MAX_AUTO_STEPS
+    assert scheduler.etas == (0.5,) * (MAX_AUTO_STEPS - 1) + (1.0,)
+    assert scheduler.modes == ("raw",) * (MAX_AUTO_STEPS - 1) + ("unit",)
+    assert [scheduler.is_guided(i) for i in scheduler.timesteps] == [False] * (MAX_AUTO_STEPS - 1) + [True]
+    scheduler.set_timesteps(2)
+    assert not scheduler.is_auto
+    with pytest.raises(
+        ValueError, match=r"num_inference_steps is 'many'; expected a whole number from 1 to .*, or 'auto'"
+    ):
+        scheduler.set_timesteps("many")
+
+
+def test_a_grading_is_saved(tmp_path):
+    numbers = {"1": [1.0, 2.0, 3.0, 4.0], "2": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    CoalescerScheduler(grading=numbers, arrival_distance=0.7).save_pretrained(tmp_path)
+    loaded = CoalescerScheduler.from_pretrained(tmp_path)
+    assert loaded.config.grading == numbers
+    assert loaded.config.arrival_distance == 0.7
+    assert CoalescerScheduler().config.grading is None
+    with pytest.raises(ValueError, match=r"grading is \{\}"):
+        CoalescerScheduler(grading={})
+    with pytest.raises(ValueError, match="arrival_distance is nan"):
+        CoalescerScheduler(arrival_distance=math.nan)

@@ -215,7 +215,7 @@ def rival_sampler(
 
     def sample(prompts: list[str], noise: torch.Tensor) -> torch.Tensor:
         noise = noise.to(network.device)
-        description = pipe.description_encoder(pipe.with_styles(prompts, noise)).to(network.device)
+        description = pipe.description_encoder(pipe.as_drawn(prompts, noise)).to(network.device)
         drawn: torch.Tensor = draw_latents(network, noise, description, steps, guidance_scale)
         return drawn
 

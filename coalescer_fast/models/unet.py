@@ -121,6 +121,10 @@ class Conditioning:
         """Repeat the conditioning of one description for n samples, without a copy; one of n already is itself."""
         return self if self.film[0][0].shape[0] == n else self.map(lambda x: x.expand(n, *x.shape[1:]))
 
+    def take(self, rows: torch.Tensor, n: int) -> Conditioning:
+        """The conditioning of some of n samples, itself if ``rows`` are all of them."""
+        return self if len(rows) == n else self.map(lambda x: x[rows])
+
 
 def replace_empty(description: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
     """Replace every all-zero row of ``description`` (N, D) by the learned ``null`` (D,)."""

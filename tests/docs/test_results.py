@@ -164,6 +164,52 @@ def test_against_flow_matching(name, method, guidance):
     assert line(PAGE, name, "## Against flow matching") == [found.get(n, "–") for n in (1, 2, 4, 8, 50)]
 
 
+def digits(value: str, count: int = 3) -> str:
+    return "–" if value in ("", "nan") else f"{float(value):.{count}f}"
+
+
+def table_of(heading: str, after: str) -> list[list[str]]:
+    """The cells of a table of the page, without its heading."""
+    rest = PAGE[PAGE.index(heading, PAGE.index(after)) :].replace("\\|", "¦")
+    return [[cell.replace("¦", "|") for cell in cells(each)] for each in rest.split("\n\n")[0].splitlines()[2:]]
+
+
+def test_quality_of_each_picture():
+    columns = ("right", "quality", "auc", "auc_direction_length_1", "auc_direction_length_2", "auc_similarity")
+    expected = [
+        [row["wordings"], f"{int(row['pictures']):,}", *(digits(row[name]) for name in columns)]
+        for row in rows("grading.csv")
+        if not row["wordings"].startswith("reliability")
+    ]
+    assert table_of("| wordings |", "## Quality of each picture") == expected
+
+
+def test_the_best_of_four():
+    found = table_of("| signal |", "### The best of four")
+    made, free = (rows("best_of.csv", wordings=name) for name in ("made wordings", "free wordings"))
+    assert len(found) == len(made) == len(free)
+    for line, *pair in zip(found, made, free):
+        expected = [pair[0]["signal"]]
+        for row in pair:
+            gain = f"{float(row['gain']):+.3f} ± {digits(row['standard_error'])}"
+            expected += [digits(row["within_auc"], 2), digits(row["best_of_4"]), gain]
+        assert line == expected
+    shares = [digits(row[name]) for name in ("one", "any_of_4") for row in (made[0], free[0])]
+    assert "right in {} and {}; any of four is in {} and {}".format(*shares) in " ".join(PAGE.split())
+
+
+def test_as_many_steps_as_needed():
+    expected = []
+    for row, dealt in zip(rows("auto.csv"), [*rows("auto.csv")[1:], {}]):
+        if row["sampler"] != "chance":
+            auto = row["sampler"] == "auto"
+            name = f"auto, {float(row['arrival_distance']):g}" if auto else row["sampler"]
+            figures = [digits(row["evaluations"], 2), digits(row["fd_name"], 1)]
+            figures += [digits(row[column]) for column in ("name_top1", "keyword_top1")]
+            expected.append([name, *figures, digits(dealt["fd_name"], 1) if auto else "–"])
+    assert table_of("| | evaluations |", "## As many steps as needed") == expected
+
+
 @pytest.mark.parametrize("what", ["unet", "decoder", "generator"])
 def test_speed_of_exported_graphs(what):
     def speeds(threads: int) -> str:

@@ -7,6 +7,7 @@ from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast import DescriptionEncoder
 from coalescer_fast.folders import WEIGHTS
+from coalescer_fast.models.description import Match
 
 TOKENS = (
     "[PAD]",
@@ -230,6 +231,18 @@ def test_style_words_are_no_patterns():
     model = encoder(styles=("a.b", "c++"), exists=np.ones((3, 2)))
     assert model.names_style("cat, a.b style")
     assert not model.names_style("cat, axb style")
+
+
+def test_the_nearest_name_and_its_cosine():
+    model = encoder(names=("octopus", "cat red"), exists=None)
+    assert model.match("octopus") == Match("octopus", pytest.approx(1))
+    assert model.match("octopus, 3d style") == model.match("octopus flat style") == model.match("octopus")
+    vectors = model(["red", "octopus", "cat red"])
+    cosines = (vectors[1:] * vectors[:1]).mean(1)
+    nearest = ("octopus", "cat red")[int(cosines.argmax())]
+    assert model.match("red") == Match(nearest, pytest.approx(float(cosines.max())))
+    assert model.match("") is model.match("zzz") is None
+    assert encoder(names=(), exists=None).match("octopus") is None
 
 
 def test_styles_of_the_nearest_name():

@@ -268,3 +268,26 @@ def test_no_picture_of_latents_that_are_not_finite(fresh):
     pictures = fresh.runtime.generate(fresh.scheduler, sample, None, None, 1.0, decode=True)
     assert [bool(picture.isfinite().all()) for picture in pictures] == [True, False, True]
     assert pictures[1].isnan().all()
+
+
+def test_quality_and_evaluations_are_the_references(pipe):
+    call = {"latents": noise(3), "output_type": "pt"}
+    reference = pipe.twin()
+    found, expected = (each(["octopus", "fast food", "red heart"], **call) for each in (pipe, reference))
+    torch.testing.assert_close(found.quality, expected.quality, atol=0.01, rtol=0)
+    assert found.num_evaluations == expected.num_evaluations == [3] * 3
+    assert 0 < min(found.quality) < max(found.quality) < 1
+
+
+def test_auto_and_best_of(pipe):
+    auto = pipe(["octopus", "fast food"], latents=noise(2), num_inference_steps="auto", output_type="pt")
+    for i, used in enumerate(auto.num_evaluations):
+        plain = pipe(
+            ["octopus", "fast food"][i], latents=noise(2)[i : i + 1], num_inference_steps=used - 1, output_type="pt"
+        )
+        assert (auto.images[i] - plain.images[0]).square().mean() < 1e-3
+    best = pipe("octopus", latents=noise(2), best_of=2, output_type="pt")
+    each = pipe("octopus", 2, latents=noise(2), output_type="pt")
+    kept = max(range(2), key=each.quality.__getitem__)
+    torch.testing.assert_close(best.quality, each.quality[kept : kept + 1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(best.images, each.images[kept : kept + 1], atol=1e-3, rtol=0)

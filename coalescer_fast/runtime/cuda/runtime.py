@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ... import ops, sampling
 from ...finite import nan_where_not_finite
+from ...grading import Heads
 from ...models.unet import Conditioning
 from ...nvtx_ranges import span
 from ...ops.dispatch import preferred
@@ -144,8 +146,8 @@ class CudaRuntime(PipelineRuntime):
         on_step: OnStep | None = None,
         call: Call | None = None,
     ) -> Tensor:
-        """Run the call as one graph, on the caller's stream; step by step where ``on_step`` watches."""
-        if on_step is not None:
+        """Run the call as one graph, on the caller's stream; with "auto", or watched by ``on_step``, step by step."""
+        if on_step is not None or scheduler.is_auto:
             return super().generate(scheduler, sample, conditioning, empty, guidance_scale, decode, on_step, call)
         guided = () if empty is None else tuple(filter(scheduler.is_guided, range(len(scheduler.etas))))
         tokens = tuple(0 if c is None or c.mask is None else c.mask.shape[1] for c in (conditioning, empty))
@@ -154,15 +156,19 @@ class CudaRuntime(PipelineRuntime):
         schedule = scheduler.etas, scheduler.modes, scheduler.config.eps
         key = Key(batch, tuple(size), *schedule, guided, decode, tokens, empties)  # type: ignore[arg-type]
 
-        def draw(sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor) -> Tensor:
-            latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale)
-            if not decode:
-                return latents
-            return nan_where_not_finite(self.decode(latents), latents)
+        def draw(
+            sample: Tensor, conditioning: Conditioning, empty: Conditioning | None, scale: Tensor
+        ) -> tuple[Tensor, ...]:
+            heads: list[Heads] = []
+            latents = sampling.sample(self, scheduler, sample, conditioning, empty, scale, heads=heads)
+            images = nan_where_not_finite(self.decode(latents), latents) if decode else latents
+            return images, *itertools.chain(*heads)
 
         with span("graph"), quiet_torch():
-            found = self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)
+            found, *heads = self.graphs.run(key, (sample, conditioning, empty, float(guidance_scale)), draw)
         if call is not None:
+            call.heads = list(zip(heads[::2], heads[1::2]))
+            call.evaluations = len(scheduler.etas) + len(guided)
             call.progress(len(scheduler.etas))
         return found
 

@@ -48,6 +48,9 @@ class Described(Conditioning):
     def expand(self, n: int) -> Described:
         return Described.of(tuple(x.expand(n, *x.shape[1:]) for x in self.description))
 
+    def take(self, rows: Tensor, n: int) -> Described:
+        return self if len(rows) == n else Described.of(tuple(x[rows] for x in self.description))
+
 
 class ExportedRuntime(PipelineRuntime):
     """Runs exported artefacts.
@@ -127,16 +130,19 @@ class ExportedRuntime(PipelineRuntime):
             assert empty is None or isinstance(empty, Described)
             found = self.artefacts["generator"]
             wanted, made = Schedule.of(scheduler, guidance_scale), found.manifest.schedule
+            fits = wanted == made and not scheduler.is_auto
             # the empty description is a constant of the graph
             negative = empty is not None and bool(empty.description[0].any())
-            if decode and wanted == made and not negative:
+            if decode and fits and not negative:
                 with quiet_torch():
                     pictures = 2 * self._run("generator", sample, *conditioning.description)[0] - 1
                 if call is not None:
+                    call.evaluations = len(wanted.etas) + len(wanted.guided)
                     call.progress(len(scheduler.etas))
                 return pictures
             if "unet" not in self.runs:
-                asked = f"{wanted}{' with a negative prompt' * negative}" if decode else "latents"
+                steps = "as many steps as each needs" if scheduler.is_auto else wanted
+                asked = f"{steps}{' with a negative prompt' * negative}" if decode else "latents"
                 reason = f"{found.folder} is a generator of pictures in {made} and the call asks for {asked}"
                 fix = "export that with --steps and --guidance, or --what all, which serves every call"
                 raise ValueError(f"{reason}: {fix}")

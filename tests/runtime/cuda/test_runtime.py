@@ -102,6 +102,28 @@ def test_same_call_same_seed_same_pictures(pipe, capture, backend):
     assert torch.equal(draw(cf.restore(pipe)), reference)
 
 
+def test_quality_best_of_and_auto(fast):
+    """From a graph as step by step; "auto" has no graph."""
+    grading = {"1": [-1.0, 2.0, 0.5, 1.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0]}
+    fast.scheduler.register_to_config(grading=grading)
+    noise = fast.initial_noise(6, torch.Generator().manual_seed(0))
+    for given in ({"num_images_per_prompt": 3}, {"best_of": 3}, {"num_images_per_prompt": 3, "num_inference_steps": 1}):
+        call = dict(latents=noise, output_type="pt", **given)
+        found = fast(PROMPTS[:2], **call)
+        again = fast(PROMPTS[:2], **call)
+        expected = fast(PROMPTS[:2], **call, callback_on_step_end=lambda *_: {})
+        assert found.quality == again.quality == expected.quality
+        assert len({*found.quality}) == len(found.quality)
+        assert found.num_evaluations == expected.num_evaluations
+        assert torch.equal(found.images, expected.images)
+    captures = fast.runtime.graphs.captures
+    auto = fast(PROMPTS[:2], 3, latents=noise, num_inference_steps="auto", output_type="pt")
+    assert fast.runtime.graphs.captures == captures
+    for i, used in enumerate(auto.num_evaluations):
+        plain = fast(PROMPTS[i // 3], latents=noise[i : i + 1], num_inference_steps=used - 1, output_type="pt")
+        torch.testing.assert_close(plain.images[0], auto.images[i], atol=1e-4, rtol=0)
+
+
 def test_sizes_and_tokens(free):
     for size in (64, 32, 48):
         for _ in range(2):

@@ -74,6 +74,7 @@ def open_artefact(found):
 
 
 runs: list[str] = []
+GRADING = {"1": [-1.0, 2.0, 0.5, 1.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0]}
 
 
 @pytest.fixture
@@ -98,6 +99,31 @@ def test_a_call_is_one_run_of_the_generator(accelerated):
     drawn = draw(pipe)
     assert runs == ["generator"]
     torch.testing.assert_close(drawn, draw(load()), atol=1e-5, rtol=0)
+
+
+def test_a_generator_alone_says_nothing_of_quality(accelerated):
+    pipe = accelerated("generator")
+    pipe.scheduler.register_to_config(grading=GRADING)
+    out = pipe("octopus", output_type="pt")
+    assert out.quality is None
+    assert out.num_evaluations == [3]
+    for given, asked in (({"best_of": 2}, "latents"), ({"num_inference_steps": "auto"}, "as many steps as each needs")):
+        with pytest.raises(ValueError, match=f"the call asks for {asked}: export that with"):
+            pipe("octopus", output_type="pt", **given)
+
+
+def test_quality_best_of_and_auto_step_by_step(accelerated):
+    pipe, reference = accelerated("unet", "decoder"), load()
+    noise = reference.initial_noise(4, torch.Generator().manual_seed(0))
+    for each in (pipe, reference):
+        each.scheduler.register_to_config(grading=GRADING, arrival_distance=1.0)
+    for given in ({"best_of": 2}, {"num_images_per_prompt": 2, "num_inference_steps": "auto"}):
+        found, expected = (
+            each(["octopus", "cat"], latents=noise, output_type="pt", **given) for each in (pipe, reference)
+        )
+        torch.testing.assert_close(found.quality, expected.quality, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.images, expected.images, atol=1e-4, rtol=0)
+        assert found.num_evaluations == expected.num_evaluations
 
 
 def test_without_a_generator_the_networks_run_step_by_step(accelerated):

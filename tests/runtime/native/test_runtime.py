@@ -411,6 +411,31 @@ def test_bits_are_those_that_a_picture_has_alone(pipe, dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quality_and_auto_are_those_that_a_picture_has_alone(pipe, dtype):
+    cf.accelerate(pipe, dtype=dtype)
+    distances = pipe(NAMES[:5], latents=NOISE[:5], return_trace=True).trace[0].distance
+    pipe.scheduler.register_to_config(arrival_distance=float(distances.median()))  # between those of the pictures
+    for steps in (2, "auto"):
+        call = {"num_inference_steps": steps, "output_type": "pt"}
+        together = pipe(NAMES[:5], latents=NOISE[:5], **call)
+        for i in range(5):
+            alone = pipe(NAMES[i], latents=NOISE[i : i + 1], **call)
+            assert alone.quality == together.quality[i : i + 1]
+            assert alone.num_evaluations == together.num_evaluations[i : i + 1]
+            assert torch.equal(alone.images[0], together.images[i])
+            if steps == "auto":
+                plain = pipe(
+                    NAMES[i],
+                    latents=NOISE[i : i + 1],
+                    num_inference_steps=alone.num_evaluations[0] - 1,
+                    output_type="pt",
+                )
+                assert torch.equal(plain.images, alone.images)
+                assert plain.quality == alone.quality
+    assert len({*together.num_evaluations}) > 1
+
+
 def draw_alone(dtype: str, threads: int) -> bytes:
     """The fourth of five pictures, in a process of its own."""
     torch.set_num_threads(threads)

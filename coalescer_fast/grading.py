@@ -1,0 +1,89 @@
+"""How likely it is that a picture shows what was asked, from what the network's heads say on the way to it.
+
+    quality = 1 / (1 + exp(-(b + w . x)))
+
+with x = (|direction|, distance) of the first evaluation, or of the first two, before guidance, and then the cosine of
+the description and the known name nearest to it. b and w are fitted by `coalescer_fast.training.grading`. They are
+stored with the scheduler, for whose steps they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .models import DescriptionEncoder
+
+HEADS = 2  # evaluations that a grade is made of
+# by evaluations, what the numbers of `Grading` are multiplied with, after the first one
+FEATURES = {
+    "1": ("direction_length_1", "distance_1", "similarity"),
+    "2": ("direction_length_1", "distance_1", "direction_length_2", "distance_2", "similarity"),
+}
+# by evaluations, (b, *w)
+Grading = dict[str, list[float]]
+# |direction| (N,) and distance (N,) of an evaluation
+Heads = tuple[torch.Tensor, torch.Tensor]
+
+
+def check_grading(grading: Any, largest: float) -> dict[str, list[float]]:
+    """Return a grading as lists.
+
+    Raises:
+        ValueError: for anything that is none.
+    """
+    if not isinstance(grading, dict) or set(grading) != set(FEATURES):
+        raise ValueError(
+            f"grading is {grading!r:.80}; expected lists of numbers by evaluations, {' and '.join(FEATURES)}"
+        )
+    for count, names in FEATURES.items():
+        numbers = grading[count]
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != 1 + len(names):
+            raise ValueError(f"grading[{count!r}] is {numbers!r:.80}; expected {1 + len(names)} numbers")
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= largest:
+                raise ValueError(f"grading[{count!r}] has {number!r:.80}; expected finite numbers")
+    return {count: [float(number) for number in grading[count]] for count in FEATURES}
+
+
+def direction_length(direction: torch.Tensor) -> torch.Tensor:
+    """|direction| (N,) of directions (N, C, h, w), float32; on a CPU its bits do not depend on the other rows."""
+    if direction.device.type != "cpu":
+        return direction.float().square().mean((1, 2, 3)).sqrt()
+    # numpy sums each row by itself: torch's mean depends, in its last bit, on the number of rows and of threads
+    rows = direction.detach().float().flatten(1).numpy()
+    return torch.from_numpy(np.sqrt(np.square(rows).mean(1)))
+
+
+def similarities(encoder: DescriptionEncoder, texts: Sequence[str]) -> list[float]:
+    """The cosine of each text and the known name nearest to it, 0 where there is none."""
+    matches = {text: encoder.match(text) for text in dict.fromkeys(texts)}
+    return [0.0 if (match := matches[text]) is None else match.similarity for text in texts]
+
+
+def log_odds(grading: Grading, heads: Sequence[Heads], similarity: Sequence[float]) -> list[float]:
+    """Compute ``b + w . x`` of N pictures.
+
+    Args:
+        grading: the numbers.
+        heads: of the first evaluations, at least one. A picture that has had one evaluation less has NaN in the last.
+        similarity: (N,).
+    """
+    columns = [column.cpu().double().tolist() for one in heads[:HEADS] for column in one]
+    found = []
+    for *row, cosine in zip(*columns, similarity):
+        if len(row) == 2 * HEADS and math.isnan(row[2]) and math.isnan(row[3]):
+            row = row[:2]
+        bias, *weights = grading[str(len(row) // 2)]
+        found.append(bias + sum(w * x for w, x in zip(weights, (*row, cosine))))
+    return found
+
+
+def probability(log_odds: float) -> float:
+    """Turn log-odds into a probability."""
+    return 1 / (1 + math.exp(-log_odds)) if log_odds > 0 else 1 - 1 / (1 + math.exp(max(log_odds, -700.0)))
