@@ -100,6 +100,12 @@ def parser() -> Parser:
         "--negative", type=prompt, metavar="PROMPT", help="what guidance leads away from (default: any picture)"
     )
     sub.add_argument(
+        "--prompt-matching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw the known name that says what a prompt says (default: yes)",
+    )
+    sub.add_argument(
         "-o", "--out", type=Path, metavar="OUT.png", help="picture file (default: named after the first prompt)"
     )
     text = "also write hashes of weights, noise and pictures, by which two machines can tell whether they drew the same"
@@ -228,6 +234,7 @@ def sample(args: argparse.Namespace) -> None:
         latents=noise,
         negative_prompt=args.negative,
         best_of=args.best_of,
+        prompt_matching=args.prompt_matching,
     )
     drawn = time.perf_counter()
     pictures = output.images
@@ -244,6 +251,9 @@ def sample(args: argparse.Namespace) -> None:
         found = receipt(pipe, prompts, noise, pictures, args.steps, args.guidance, args.negative)
         files.write_text(args.receipt, json.dumps(found, indent=2) + "\n")
     if not args.quiet:
+        for match in output.matched or []:
+            if match is not None and match.description != match.prompt:
+                print(f"{match.prompt!r} is drawn as {match.name!r} ({match.similarity:.2f})", file=sys.stderr)
         grades = [f"{quality:.2f}" for quality in output.quality or []]
         if len(grades) > 1:  # a line for each prompt
             lines = [(text, " ".join(grades[i * args.n : (i + 1) * args.n])) for i, text in enumerate(args.prompts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_package_data_is_small():
     data = [
         p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and p.parent != PACKAGE / "lib"
     ]
-    assert sum(p.stat().st_size for p in data) <= 30e6
+    assert sum(p.stat().st_size for p in data) <= 45e6
     assert not [p.name for p in data if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
@@ -131,3 +132,44 @@ def test_saved_and_loaded(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = CoalescerPipeline.from_pretrained(tmp_path)
     assert draw(loaded)[0].tobytes() == draw(pipe)[0].tobytes()
+
+
+WORDINGS = ("hundred", "typed", "free")
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+def test_free_wordings_are_matched(pipe, name):
+    file = Path(__file__).parents[1] / "benchmarks" / "quality" / f"{name}_wordings.json"
+    accepted = json.loads(file.read_text("utf-8"))
+    found = [pipe.description_encoder.match(wording).name in names for wording, names in accepted.items()]
+    assert sum(found) / len(found) >= 0.85
+
+
+def test_names_are_matched_with_themselves(pipe):
+    encoder = pipe.description_encoder
+    for name in encoder.known_names:
+        match = encoder.match(f"{name.upper()}, 3d style")
+        assert (match.name, match.similarity) == (name, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("осьминог", "octopus"),
+        ("Katze", "cat"),
+        ("escargot", "snail"),
+        ("hot dog", "hot dog"),
+        ("blue heart", "blue heart"),
+        ("killer whale", "orca"),
+        ("beer", "beer mug"),
+    ],
+)
+def test_wordings_that_one_word_decides(pipe, prompt, name):
+    out = pipe(prompt, generator=torch.Generator().manual_seed(0))
+    assert out.matched[0].name == name
+    assert not out.warnings
+    assert difference(out.images[0], draw(pipe, name)[0]) == 0
+
+
+def test_color_goes_with_the_thing(pipe):
+    assert pipe.description_encoder.match("blue car").name in ("automobile", "oncoming automobile", "racing car")

@@ -11,10 +11,11 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, accelerate
+from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, DescriptionEncoder, accelerate
 from coalescer_fast.acceleration import unavailable
+from coalescer_fast.models.description import Entry
 
-from .helpers.pipelines import ANCHORED, FREE, SIZE, UNET, noise, seed, tiny_pipeline
+from .helpers.pipelines import ANCHORED, FREE, SIZE, STYLES, TOKENS, UNET, noise, seed, tiny_pipeline
 
 ATOL = 1e-5  # float32 sums in another order, on latents of size 1
 
@@ -1161,3 +1162,62 @@ def test_auto_and_what_watches_every_step(graded):
     for given in ({"return_trace": True}, {"callback_on_step_end": lambda *_: {}}):
         with pytest.raises(ValueError, match=f"{next(iter(given))} is for a number of steps"):
             graded("octopus", num_inference_steps="auto", **given)
+
+
+@pytest.fixture(scope="module")
+def matching() -> CoalescerPipeline:
+    """The tiny pipeline, with an encoder that takes "dog" as an octopus and "red" as a cat."""
+    plain = tiny_pipeline()
+    encoder = plain.description_encoder
+    table = np.zeros((len(TOKENS), 2), np.int8)
+    table[TOKENS.index("dog")], table[TOKENS.index("red")] = (100, 10), (10, 100)
+    matcher = table, np.ones(2, np.float32), np.array([[1, 0], [0, 1]], np.int8)
+    arrays = (encoder.table.numpy(), encoder.scale.numpy(), encoder.vocab.numpy())
+    styles = encoder.name_styles.numpy()
+    with_matcher = DescriptionEncoder.from_table(
+        *arrays, STYLES, encoder.known_names, styles, matcher, {"kraken": Entry(0, 1.0)}
+    )
+    plain.register_modules(description_encoder=with_matcher)
+    return plain
+
+
+def test_a_prompt_is_drawn_as_the_name_that_it_matches(matching):
+    asked = ["dog", "red, flat style", "kraken", "octopus", ""]
+    read = ["octopus", "cat, flat style", "octopus", "octopus", ""]
+    out = matching(asked, 2, latents=noise(10), output_type="latent")
+    assert torch.equal(out.images, sample(matching, read, num_images_per_prompt=2, latents=noise(10)))
+    assert [match and (match.prompt, match.name, match.description) for match in out.matched] == [
+        ("dog", "octopus", "octopus"),
+        ("red, flat style", "cat", "cat, flat style"),
+        ("kraken", "octopus", "octopus"),
+        ("octopus", "octopus", "octopus"),
+        None,
+    ]
+    assert 0.99 < out.matched[0].similarity < 1 == out.matched[3].similarity
+
+
+def test_matching_can_be_turned_off(matching, pipe):
+    out = matching("dog, 3d style", latents=noise(1), output_type="latent", prompt_matching=False)
+    assert out.matched is None
+    assert torch.equal(out.images, sample(pipe, "dog, 3d style", latents=noise(1)))
+    assert not torch.equal(out.images, sample(matching, "dog, 3d style", latents=noise(1)))
+
+
+def test_a_model_without_a_matcher_draws_the_words(pipe):
+    out = pipe("dog", latents=noise(1), output_type="latent")
+    assert out.matched is None
+    assert torch.equal(out.images, sample(pipe, "dog", latents=noise(1), prompt_matching=False))
+
+
+def test_embeddings_are_of_what_is_matched(matching):
+    embeds, _ = matching.encode_prompt("dog, 3d style")
+    assert torch.equal(embeds, matching.encode_prompt("octopus, 3d style")[0])
+    assert not torch.equal(embeds, matching.encode_prompt("dog, 3d style", prompt_matching=False)[0])
+    out = matching(prompt_embeds=embeds, latents=noise(1), output_type="latent")
+    assert out.matched is None
+    assert torch.equal(out.images, sample(matching, "dog, 3d style", latents=noise(1)))
+
+
+def test_a_negative_prompt_is_not_matched(matching, pipe):
+    call = {"latents": noise(1), "guidance_scale": 2.0, "negative_prompt": "dog"}
+    assert torch.equal(sample(matching, "cat", **call), sample(pipe, "cat", **call))

@@ -7,7 +7,7 @@ from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast import DescriptionEncoder
 from coalescer_fast.folders import WEIGHTS
-from coalescer_fast.models.description import Match
+from coalescer_fast.models.description import Entry, Match
 
 TOKENS = (
     "[PAD]",
@@ -233,16 +233,68 @@ def test_style_words_are_no_patterns():
     assert not model.names_style("cat, axb style")
 
 
-def test_the_nearest_name_and_its_cosine():
-    model = encoder(names=("octopus", "cat red"), exists=None)
-    assert model.match("octopus") == Match("octopus", pytest.approx(1))
-    assert model.match("octopus, 3d style") == model.match("octopus flat style") == model.match("octopus")
-    vectors = model(["red", "octopus", "cat red"])
+def test_match_by_the_table_of_descriptions():
+    model = encoder()
+    assert model.match("octopus") == Match("octopus", "octopus", 1.0, "octopus")
+    assert model.match(" Octopus, 3d style") == Match(" Octopus, 3d style", "octopus", 1.0, " Octopus, 3d style")
+    vectors = model(["red", "octopus", "red cat", "dog"])
     cosines = (vectors[1:] * vectors[:1]).mean(1)
-    nearest = ("octopus", "cat red")[int(cosines.argmax())]
-    assert model.match("red") == Match(nearest, pytest.approx(float(cosines.max())))
-    assert model.match("") is model.match("zzz") is None
+    nearest = NAMES[int(cosines.argmax())]
+    assert model.match("red, FLAT style") == Match(
+        "red, FLAT style", nearest, pytest.approx(float(cosines.max())), f"{nearest}, flat style"
+    )
+    assert model.match("") is model.match("zzz") is model.match("3d style") is None
     assert encoder(names=(), exists=None).match("octopus") is None
+
+
+def matching(names=((1, 0), (0, 1), (-1, 0)), lexicon=None) -> DescriptionEncoder:
+    """An encoder whose table for matching has "cat" near the first name and "red" near the second."""
+    plain = encoder()
+    table = np.zeros((len(TOKENS), 2), np.int8)
+    table[TOKENS.index("cat")] = 100, 10
+    table[TOKENS.index("red")] = -10, 40
+    vectors = np.array(names, np.int8) * 127
+    matcher = (table, np.array([0.5, 1.0], np.float32), vectors)
+    arrays = (plain.table.numpy(), plain.scale.numpy(), plain.vocab.numpy())
+    return DescriptionEncoder.from_table(*arrays, STYLES, NAMES, EXISTS, matcher, lexicon)
+
+
+def test_match_by_a_table_of_its_own():
+    model = matching()
+    found = model.match("cat")  # (50, 10) against (1, 0), (0, 1), (-1, 0)
+    assert (found.name, found.similarity) == ("octopus", pytest.approx(50 / (50**2 + 10**2) ** 0.5))
+    assert model.match("red").name == "red cat"
+    assert model.match("dog").name == "dog"  # a known name is itself, whatever its vector
+    assert model.styles_of("red") == ["noto"]
+    assert torch.equal(model(["cat"]), encoder()(["cat"]))  # the vectors of descriptions are as before
+
+
+def test_the_lexicon_goes_before_the_tables():
+    model = matching(lexicon={"kraken": Entry(0, 1.0), "cat": Entry(2, 0.5), "glass": Entry(1, 0.8)})
+    assert model.match("cat") == Match("cat", "dog", pytest.approx(0.5, abs=0.002), "dog")
+    for text in ("kraken", "a Kraken!", "the krakens", "Krakens"):
+        assert model.match(text).name == "octopus", text
+        assert all(model.words(text).values()), text
+    assert model.match("glasses, 3d style").description == "red cat, 3d style"
+    assert model.match("kraken red").name == "red cat"  # not an entry: by the table
+    assert not model.words("kraken red")["kraken"]
+
+
+def test_names_beyond_the_first_256_are_in_the_lexicon():
+    names = [f"name {i}" for i in range(700)]
+    plain = encoder()
+    matcher = (np.zeros((len(TOKENS), 2), np.int8), np.ones(2, np.float32), np.ones((700, 2), np.int8))
+    arrays = (plain.table.numpy(), plain.scale.numpy(), plain.vocab.numpy())
+    model = DescriptionEncoder.from_table(*arrays, (), names, None, matcher, {"far": Entry(699, 1.0)})
+    assert model.match("far").name == "name 699"
+
+
+def test_a_matcher_is_saved_and_loaded(tmp_path):
+    model = matching(lexicon={"kraken": Entry(0, 1.0)})
+    model.save_pretrained(tmp_path)
+    loaded = DescriptionEncoder.from_pretrained(tmp_path)
+    for text in ("kraken", "cat", "red", "cat red"):
+        assert loaded.match(text) == model.match(text)
 
 
 def test_styles_of_the_nearest_name():
