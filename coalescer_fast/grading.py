@@ -2,9 +2,9 @@
 
     quality = 1 / (1 + exp(-(b + w . x)))
 
-with x = (|direction|, distance) of the first evaluation, or of the first two, before guidance, and then the cosine of
-the description and the known name nearest to it. b and w are fitted by `coalescer_fast.training.grading`. They are
-stored with the scheduler, for whose steps they hold.
+with x = (|direction|, distance) of the first evaluation, or of the first two, before guidance, and then the similarity
+of the description to the known name that it is taken as. b and w are fitted by `coalescer_fast.training.grading`. They
+are stored with the scheduler, for whose steps they hold.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ def direction_length(direction: torch.Tensor) -> torch.Tensor:
 
 
 def similarities(encoder: DescriptionEncoder, texts: Sequence[str]) -> list[float]:
-    """The cosine of each text and the known name nearest to it, 0 where there is none."""
-    matches = {text: encoder.match(text) for text in dict.fromkeys(texts)}
-    return [0.0 if (match := matches[text]) is None else match.similarity for text in texts]
+    """How near each text is to the known name that it is taken as; 0 where there is none, or no word is known."""
+    found = {}
+    for text in dict.fromkeys(texts):
+        match = encoder.match(text)
+        found[text] = 0.0 if match is None or not any(encoder.words(text).values()) else match.similarity
+    return [found[text] for text in texts]
 
 
 def log_odds(grading: Grading, heads: Sequence[Heads], similarity: Sequence[float]) -> list[float]:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("free wordings", listed_wordings(wordings_of(args))),
     ):
         if wordings:
-            drawn = draw(pipe, judge, wordings, BEST_OF * ROUNDS, 3)
+            drawn = draw(pipe, judge, wordings, BEST_OF * ROUNDS, 3, prompt_matching=False)
             rows += [
                 {"wordings": name, "prompts": len(wordings), "signal": signal, **worth(drawn, score), **environment()}
                 for signal, score in signals(pipe, drawn, subset).items()

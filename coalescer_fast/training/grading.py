@@ -224,6 +224,7 @@ def draw(
     seeds: int = 4,
     seed: int = 0,
     progress: bool = True,
+    prompt_matching: bool = True,
     **options: Any,
 ) -> Drawn:
     """Draw pictures of wordings by two steps, and judge them.
@@ -235,7 +236,8 @@ def draw(
         seeds: pictures of each.
         seed: of the noise.
         progress: show a bar.
-        options: of the call.
+        prompt_matching: as in the call.
+        options: further ones of the call.
     """
     generator = torch.Generator().manual_seed(seed)
     asked = [wording.text for wording in wordings for _ in range(seeds)]
@@ -245,11 +247,13 @@ def draw(
         for i in range(0, len(asked), CHUNK):
             some = asked[i : i + CHUNK]
             noise = pipe.initial_noise(len(some), generator)
-            out: Any = pipe(some, latents=noise, output_type="latent", return_trace=True, **options)
+            out: Any = pipe(
+                some, latents=noise, output_type="latent", return_trace=True, prompt_matching=prompt_matching, **options
+            )
             latents.append(out.images.cpu())
             lengths.append([step.direction_length.cpu() for step in out.trace])
             distances.append([step.distance.cpu() for step in out.trace])
-            texts += pipe.as_drawn(some, noise)
+            texts += (pipe.as_drawn if prompt_matching else pipe.with_styles)(some, noise)
             bar.update(len(some))
     heads = [
         (torch.cat([part[i] for part in lengths]), torch.cat([part[i] for part in distances]))

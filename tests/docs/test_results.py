@@ -127,6 +127,7 @@ def test_quality():
             f"{value['keyword_top1']:.3f}",
             f"among the ten nearest: {value['keyword_top10']:.3f}",
         ),
+        "free wordings": (f"{value['free_wording']:.3f}", ""),
         "Fréchet distance": (
             f"{value['fd_name']:.1f} / {value['fd_name_style']:.1f}",
             f"autoencoder {value['fd_floor_autoencoder']:.1f}, real against real {value['fd_floor_real']:.1f}",

@@ -91,7 +91,7 @@ SENSIBLE = (
 )
 NONSENSE = (
     "xyzzy",
-    "осьминог",
+    "щукабрик",
     "asdf",
     "qwertyuiop",
     "blorp",
