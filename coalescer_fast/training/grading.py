@@ -17,9 +17,10 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 import torch
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from tqdm.auto import tqdm
 
-from .. import folders, grading
+from .. import files, folders, grading
 from ..pipeline import CoalescerPipeline
 from .autoencoder import encode
 from .data import PictureDataset
@@ -336,7 +337,7 @@ def calibrate(
 
 def store(pipe: CoalescerPipeline, folder: Path) -> None:
     """Write a pipeline's scheduler, with its grading, into the folder that the pipeline was loaded from."""
-    pipe.scheduler.save_pretrained(folder / "scheduler")
+    files.write_text(folder / "scheduler" / SCHEDULER_CONFIG_NAME, pipe.scheduler.to_json_string())
     if (folder / folders.CHECKSUMS).exists():
         folders.complete(folder, type(pipe))
 
