@@ -394,7 +394,7 @@ class CoalescerPipeline(DiffusionPipeline):
             i: int, start: torch.Tensor, direction: torch.Tensor, distance: torch.Tensor, end: torch.Tensor
         ) -> torch.Tensor:
             if return_trace:
-                trace.append(TraceStep(start, distance, direction.float().square().mean((1, 2, 3)).sqrt()))
+                trace.append(TraceStep(start, distance, grading.direction_length(direction)))
             if callback_on_step_end is not None:
                 check(end, i)
                 given = callback_on_step_end(self, i, i, {name: end for name in inputs})

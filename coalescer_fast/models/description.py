@@ -33,7 +33,7 @@ class Match:
     Attributes:
         prompt: the description.
         name: the known name nearest to it.
-        similarity: how near, the cosine of the two; 1 for the name itself.
+        similarity: how near, from -1 to 1: the cosine of the two, or what the lexicon says; 1 for the name itself.
         description: what is drawn: the name, with the art styles that the prompt names.
     """
 
@@ -150,7 +150,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             for name, array in zip(("match_table", "match_scale", "match_names"), matcher):
                 encoder.get_buffer(name).copy_(torch.from_numpy(array))
         if lexicon:
-            entries = sorted((_key(text), entry) for text, entry in lexicon.items())
+            entries = sorted({_key(text): entry for text, entry in lexicon.items()}.items())
             values = [(e.name % 256, e.name // 256, round(255 * e.similarity)) for _, e in entries]
             encoder.lexicon_keys.copy_(torch.tensor([key for key, _ in entries], dtype=torch.int64))
             encoder.lexicon_values.copy_(torch.tensor(values, dtype=torch.uint8))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline
+from coalescer_fast import CoalescerPipeline
 from coalescer_fast.training import rivals
 from coalescer_fast.training.coalescer import description_encoder, train_coalescer
 from coalescer_fast.training.loop import generator
@@ -345,14 +345,6 @@ def test_it_learns_two_points(name):
     share = float(((drawn - sides.sign().view(-1, 1, 1, 1)).square().mean((1, 2, 3)) < 0.1).float().mean())
     assert share > 0.6  # before the training: none
     assert 0.3 < float((sides > 0).float().mean()) < 0.7
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("autoencoder")
-    torch.manual_seed(0)
-    CoalescerAutoencoder(2, 4, 16, (1, 1), (1, 1)).save_pretrained(folder / "autoencoder")
-    return folder
 
 
 @pytest.fixture(scope="module")

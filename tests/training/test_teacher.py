@@ -19,7 +19,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerScheduler, CoalescerUNet
+from coalescer_fast import CoalescerPipeline, CoalescerScheduler, CoalescerUNet
 from coalescer_fast.training import config as training_config
 from coalescer_fast.training.coalescer import description_encoder, train_coalescer
 from coalescer_fast.training.items import Items
@@ -85,14 +85,6 @@ def stable_diffusion() -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("autoencoder")
-    torch.manual_seed(0)
-    CoalescerAutoencoder(2, 4, 16, (1, 1), (1, 1)).save_pretrained(folder / "autoencoder")
-    return folder
 
 
 @pytest.fixture(scope="module")
