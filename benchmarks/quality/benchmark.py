@@ -70,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.plot_only:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         check_writable(args.csv)
-        pipe = CoalescerPipeline.from_pretrained(args.model)
+        pipe = CoalescerPipeline.from_pretrained(args.model).to(args.device)
         methods = [open_training(folder) for folder in args.trainings] or [Method({"method": "coalescer"}, pipe)]
+        for method in methods:
+            method.sampler.to(args.device)
         options: dict[str, Any] = {"limit": QUICK_LIMIT if args.quick else None, "guided_steps": args.guided_steps}
         if args.wordings is not None:
             options["wordings"] = read_wordings(args.wordings)
@@ -123,6 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="step counts that are measured with guidance, too (default: as --steps)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare"
     )
