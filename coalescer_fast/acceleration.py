@@ -208,12 +208,19 @@ def accelerate(
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
     _check_bytes("winograd_memory", winograd_memory)
     if of_others:
-        if backend not in ("auto", "cpu") or artefact is not None:
+        device = networks.device(pipe)
+        if backend not in ("auto", *AUTO) or artefact is not None:
             given = "artefact" if artefact is not None else f"backend {backend!r}"
-            raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu'")
-        if backend == "cpu" and (reason := unavailable("cpu")):
-            raise ValueError(f"backend 'cpu' {reason}")
-        chosen = _dtype(dtype, "cpu", "cpu")
+            raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu' or 'cuda'")
+        name = AUTO[device.type]
+        if backend not in ("auto", name):
+            raise ValueError(
+                f"backend {backend!r} runs on {backend}, and the networks are on {device}: move them first"
+            )
+        if backend != "auto" and (reason := unavailable(name)):
+            raise ValueError(f"backend {backend!r} {reason}")
+        chosen = _dtype(dtype, name, device.type)
+        _check_bfloat16(chosen, dtype, device, name)
         auto = backend == "auto"
         networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, winograd_memory, call, auto)
         return pipe
@@ -235,9 +242,7 @@ def accelerate(
     if (make := RUNTIMES[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
     chosen = _dtype(dtype, name, device)
-    if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
-        able = native_dtype(device, RUNTIMES[name].dtypes[device])
-        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {able}")
+    _check_bfloat16(chosen, dtype, pipe.device, name)
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
     if prompts is not None and chosen != "int8":
@@ -273,6 +278,13 @@ def _dtype(dtype: str | torch.dtype, backend: str, device: str) -> str:
             f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {backend!r} on {device}"
         )
     return chosen
+
+
+def _check_bfloat16(chosen: str, given: str | torch.dtype, device: torch.device, backend: str) -> None:
+    """Raise ValueError for bfloat16 on a GPU that does not multiply it."""
+    if device.type == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16("cuda"):
+        able = native_dtype("cuda", RUNTIMES[backend].dtypes["cuda"])
+        raise ValueError(f"dtype is {given!r}, which {device} lacks: use {able}")
 
 
 def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:

@@ -34,8 +34,9 @@ class Key(NamedTuple):
 
 
 class CudaModuleRuntime(ModuleRuntime):
-    """Runs a module on a CUDA device: what it does is recorded as on a CPU, and run as a `CudaProgram`, in one CUDA graph
-    for every structure, shapes and dtypes of its arguments.
+    """Runs a module on a CUDA device, in one CUDA graph for every structure, shapes and dtypes of its arguments.
+
+    What the module does is recorded as on a CPU, and runs as a `CudaProgram`.
 
     Attributes:
         backend: of the fused ops, see `coalescer_fast.ops`.
@@ -48,6 +49,7 @@ class CudaModuleRuntime(ModuleRuntime):
         dtype: torch.dtype,
         backend: str = "auto",
         most_bytes: int | None = None,
+        device: torch.device | None = None,
         capture: GraphCapture | None = None,
     ):
         """Stand in for the module's forward from now on.
@@ -57,9 +59,10 @@ class CudaModuleRuntime(ModuleRuntime):
             dtype: float32, bfloat16 or float16.
             backend: of the fused ops; "auto" takes the fastest that can run each call.
             most_bytes: memory for graphs, 0 for none; see `graph_bytes` if None.
+            device: where the module is; found if None.
             capture: makes the graphs; a `CudaGraphCapture` if None.
         """
-        device = device_of(module)
+        device = device_of(module) if device is None else device
         self.backend, self.most_bytes = backend, most_bytes
         allowed = graph_bytes(device) if most_bytes is None else most_bytes
         self.graphs = Graphs(CudaGraphCapture(device) if capture is None else capture, MOST_GRAPHS, allowed)
@@ -68,7 +71,8 @@ class CudaModuleRuntime(ModuleRuntime):
 
     @property
     def _settings(self) -> tuple[Any, ...]:
-        return type(self), self.dtype, self.backend, self.most_bytes
+        # a copy is made before its parameters are
+        return type(self), self.dtype, self.backend, self.most_bytes, self.device
 
     def _no_weights(self, winograd_memory: int | None) -> TorchWeights:
         return TorchWeights(self.dtype)
@@ -97,7 +101,8 @@ class CudaModuleRuntime(ModuleRuntime):
             raise Unsupported("it is given no tensor")
         here = [x.to(self.device) for x in given]
         key = Key(program, tuple(x.dtype for x in here), dtype)
-        return self.graphs.run(key, here, partial(program, dtype=dtype))
+        results: tuple[Tensor, ...] = self.graphs.run(key, here, partial(program, dtype=dtype))
+        return results
 
     def _take_over(self) -> None:
         self.graphs.clear()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from ...ops.abi import cf_function, cf_form
+from ...ops.abi import cf_form, cf_function
 from ..native import steps as native
 from ..native.pack import Key, Weight, Weights
 from ..native.record import Recording
@@ -136,10 +136,10 @@ class CudaProgram:
         prologue: makes the inputs of what the module is given.
         described: for `explain`.
         bound: whatever a caller notes.
-        bytes: memory of its own beside weights: none.
+        memory_bytes: of its own beside weights: none.
     """
 
-    bytes = 0
+    memory_bytes = 0
 
     def __init__(self, recording: Recording, weights: TorchWeights, device: torch.device, backend: str = "auto"):
         """Choose ops and take over weights.
@@ -190,8 +190,7 @@ def _as_memory(x: Tensor, value: Value) -> Tensor:
 
 def _part(x: Tensor, like: Tensor) -> Tensor:
     """What a module gives of a value."""
-    x = x.contiguous()
-    return x.as_strided(like.shape, like.stride(), x.storage_offset() + int(like.storage_offset()))
+    return _strided(x, int(like.storage_offset()), like.stride(), like.shape)
 
 
 class Plan:
@@ -222,8 +221,7 @@ class Plan:
             alone = all(_is_plain_linear(step) and step.y.readers == [attention] for step in linear)
             alike = len({(id(step.x), step.bias is None) for step in linear}) == 1
             if alone and alike and len(set(linear)) == len(some):
-                self.merged |= dict.fromkeys(linear, [])
-                self.merged[linear[0]] = linear
+                self.merged |= {step: linear if step is linear[0] else [] for step in linear}
                 return
 
     def floats(self, tensor: Tensor | None) -> Tensor | None:
@@ -392,11 +390,10 @@ def _attention(step: native.Attention, plan: Plan) -> Run:
         if mask is not None:
             allowed = held.tensors[mask].view(n, 1, 1, -1)
         elif bias is not None and bias_view is not None:
-            allowed = _strided(held.rows(bias), bias_view, (n, heads, step_length, k_length))
+            allowed = _head_view(held.rows(bias), bias_view, (n, heads, *lengths[:2]))
         z = F.scaled_dot_product_attention(query, key, value, allowed, scale=scale)
         held.tensors[y] = z.transpose(1, 2).reshape(n, y.height, y.width, heads * width)
 
-    step_length, k_length = step.length, step.k_length
     return run
 
 
@@ -405,13 +402,19 @@ def _heads(x: Tensor, view: native.Heads, n: int, heads: int, length: int, width
     channels, begin = x.shape[-1], view.offset
     usual = (view.sample, view.head, view.row) == (length * channels, width, channels)
     if usual and begin + heads * width <= channels:
-        return x.flatten(1, 2)[..., begin : begin + heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
-    return _strided(x, view, (n, heads, length, width))
+        return x.flatten(1, 2)[..., begin : begin + heads * width].reshape(n, length, heads, width).transpose(1, 2)
+    return _head_view(x, view, (n, heads, length, width))
 
 
-def _strided(x: Tensor, view: native.Heads, shape: Sequence[int]) -> Tensor:
+def _head_view(x: Tensor, view: native.Heads, shape: Sequence[int]) -> Tensor:
+    return _strided(x, view.offset, (view.sample, view.head, view.row, 1), shape)
+
+
+def _strided(x: Tensor, offset: int, strides: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """A view of a value's memory."""
     x = x.contiguous()
-    return x.as_strided(tuple(shape), (view.sample, view.head, view.row, 1), x.storage_offset() + view.offset)
+    view: Tensor = x.as_strided(tuple(shape), tuple(strides), x.storage_offset() + offset)
+    return view
 
 
 def _dual_head(step: native.DualHead, plan: Plan) -> Run:
@@ -484,7 +487,7 @@ def _modulate(step: native.Modulate, plan: Plan) -> Run:
 
 
 def _replace_zero_rows(step: native.ReplaceZeroRows, plan: Plan) -> Run:
-    x, y, row = step.x, step.y, plan.floats(step.row)
+    x, y, row = step.x, step.y, step.row.detach().to(plan.weights.dtype)
 
     def run(held: Held) -> None:
         z = held.rows(x)

@@ -71,9 +71,11 @@ def no_programs(dtype: torch.dtype) -> str:
 class ModuleRuntime:
     """Runs a module on a CPU as native programs, one for every structure and shapes of its arguments.
 
-    runtime/cuda/module.py has that for a CUDA device, with other programs. This one stands in the module's ``__dict__`` as its ``forward``, so that hooks of the module itself run as before. What
+    It stands in the module's ``__dict__`` as its ``forward``, so that hooks of the module itself run as before. What
     the module does is recorded from its class's forward: the module's own code is the only description of it. That code
     itself runs where it does what no step does, where hooks or patches are inside, and where a gradient is wanted.
+
+    runtime/cuda/module.py has a subclass for CUDA devices, with programs of another kind.
 
     Attributes:
         device: of the module and its arguments.

@@ -157,7 +157,7 @@ class Program:
         return tuple(y.clone() for y in self.outputs)
 
     @property
-    def bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Of its values."""
         return self.memory.numel()
 
@@ -295,7 +295,7 @@ class ProgramCache:
         return next(reversed(self.programs.values()), None)
 
     def _bytes(self) -> int:
-        return sum(program.bytes for program in self.programs.values())
+        return sum(program.memory_bytes for program in self.programs.values())
 
 
 class Layout:
