@@ -187,7 +187,7 @@ def test_results_have_the_dtype_of_the_sample():
     expected = call(module, given)
     accelerated(module, torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
-        rounded = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
+        rounded = {key: x.to(dtype) if isinstance(x, Tensor) else x for key, x in given.items()}
         results = call(module, rounded)
         assert results[0].dtype == dtype
         assert results[0].is_contiguous()
@@ -299,7 +299,6 @@ def test_a_prologue_moves_to_a_device():
 def test_products_of_one_input_are_one():
     module = network("sd15")
     recording, _ = recorded(module, inputs(module, 2, timestep=torch.tensor(5)))
-    linear = sum(isinstance(step, Convolution) and step.linear for step in recording.steps)
 
     class Products(TorchDispatchMode):
         count = 0
@@ -315,7 +314,7 @@ def test_products_of_one_input_are_one():
     with torch.no_grad(), Products() as products:
         program(*given)
     # of self-attention q, k and v, of cross-attention k and v
-    assert attentions and linear
+    assert attentions
     assert products.count == matrices - attentions // 2 * 3
 
 
@@ -365,7 +364,7 @@ def test_hooks_and_gradients_are_for_torch():
     assert "needed a gradient" in runtimes(module)[0].refused
 
 
-def test_restore_refresh_and_copies():
+def test_restore_and_refresh():
     module, twin = network("sd15"), network("sd15")
     given = inputs(module, 1)
     expected = call(twin, given)
@@ -374,11 +373,6 @@ def test_restore_refresh_and_copies():
     cf.refresh(module)
     assert all(map(torch.equal, call(module, given), first))
     assert runtimes(module)[0].graphs.captures == 2
-    # their graphs would be a GPU's: without graphs they run here
-    CudaModuleRuntime(module, torch.float32, "reference", 0, CpuGraphCapture())
-    assert runtime_of(module)._settings == (CudaModuleRuntime, torch.float32, "reference", 0, torch.device("cpu"))
-    cf.restore(module)
-    assert isinstance(runtime_of(module), CudaModuleRuntime)  # that of before
     cf.restore(module)
     assert runtime_of(module) is None
     assert all(map(torch.equal, call(module, given), expected))
