@@ -9,7 +9,8 @@ added to a convolution's result is `coalescer_fast.ops.bias_residual`:
 - torch adds the bias of a convolution in a pass of its own. Where a norm or a residual connection follows, that op adds
   it: `pre_bias` of the one, `bias` of the other; with one sample also what is added for every channel, such as the
   embedding of a timestep.
-- q, k and v of one input are one product.
+- Linear layers of one input are one product if they give q, k or v, or what convolutions add for every channel, whose
+  own bias is then a part of it: the embedding of a timestep is projected for all blocks at once.
 
 Nothing here waits for the device or reads from the host's memory, so that all of it can be captured in a CUDA graph.
 All of it runs on a CPU, too, where it is tested.
@@ -17,7 +18,7 @@ All of it runs on a CPU, too, where it is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -60,6 +61,8 @@ class TorchWeights(Weights):
 
     def merged(self, weights: Sequence[Weight]) -> Tensor:
         """Those of several linear layers, (sum of Cout, Cin)."""
+        if len(weights) == 1:
+            return self.pack(weights[0])
         key = tuple(weight.key for weight in weights)
         if key not in self._merged:
             self._merged[key] = torch.cat([self._packed(weight, cf_form.CF_DIRECT) for weight in weights])
@@ -156,7 +159,7 @@ class CudaProgram:
         self._outputs = recording.outputs
         plan = Plan(recording, weights, backend)
         runs = [(step, _run_of(step, plan)) for step in recording.steps]
-        last = {value: n for n, (step, _) in enumerate(runs) for value in step.values}
+        last = {value: n for n, (step, _) in enumerate(runs) for value in (*step.outputs, *plan.reads(step))}
         for value, _ in recording.outputs:
             last.pop(value, None)
         self._runs = [(run, [value for value, at in last.items() if at == n]) for n, (_, run) in enumerate(runs)]
@@ -200,7 +203,9 @@ class Plan:
         weights: of the module.
         backend: of the fused ops.
         late: values that are written without the bias of their convolution, see `Held`.
+        same: values that are functions of the same value as an earlier one.
         merged: by linear layer, those that it multiplies for, itself among them; none for one of the others.
+        relieved: convolutions whose bias is in what they add for every channel of a sample.
     """
 
     def __init__(self, recording: Recording, weights: TorchWeights, backend: str):
@@ -208,21 +213,36 @@ class Plan:
         kept = {value for value, _ in recording.outputs}
         products = [step for step in recording.steps if isinstance(step, Convolution)]
         self.late = {step.y for step in products if step.y not in kept and _leaves_its_bias(step)}
-        self.merged: dict[Convolution, list[Convolution]] = {}
+        self.same: dict[Value, Value] = {}
+        functions: dict[Hashable, Value] = {}
         for step in recording.steps:
-            if isinstance(step, native.Attention):
-                self._merge(step, kept)
+            if isinstance(step, native.Pointwise) and step.is_pure:
+                first = functions.setdefault((self._first(step.x), step.function), step.y)
+                if first is not step.y:
+                    self.same[step.y] = first
+        groups: dict[Hashable, list[Convolution]] = {}
+        for step in products:
+            if step.y not in kept and (use := _use(step)):
+                groups.setdefault((self._first(step.x), step.bias is None, use), []).append(step)
+        self.merged = {step: group if step is group[0] else [] for group in groups.values() for step in group}
+        readers = {step.row: step for step in products if step.row is not None}
+        self.relieved = {readers[step.y] for step in self.merged if step.bias is not None and step.y in readers}
 
-    def _merge(self, attention: native.Attention, kept: set[Value]) -> None:
-        """Have q, k and v that are products of one input, or k and v, be one product."""
-        writers = [value.step for value in (attention.q, attention.k, attention.v)]
-        for some in (writers, writers[1:]):
-            linear = [step for step in some if isinstance(step, Convolution) and step.y not in kept]
-            alone = all(_is_plain_linear(step) and step.y.readers == [attention] for step in linear)
-            alike = len({(id(step.x), step.bias is None) for step in linear}) == 1
-            if alone and alike and len(set(linear)) == len(some):
-                self.merged |= {step: linear if step is linear[0] else [] for step in linear}
-                return
+    def _first(self, value: Value) -> Value:
+        return self.same.get(value, value)
+
+    def reads(self, step: Step) -> list[Value]:
+        """The values that a step reads."""
+        return step.inputs + [self.same[value] for value in step.outputs if value in self.same]
+
+    def bias(self, step: Convolution) -> Tensor | None:
+        """What a linear layer of `merged` adds: with its own bias that of the convolution that is relieved of it."""
+        if step.bias is None:
+            return None
+        (reader,) = step.y.readers
+        if isinstance(reader, Convolution) and reader in self.relieved and reader.bias is not None:
+            return step.bias.float() + reader.bias.float()
+        return step.bias.float()
 
     def floats(self, tensor: Tensor | None) -> Tensor | None:
         """A parameter in the program's dtype."""
@@ -233,9 +253,15 @@ def _is_matrix(step: Convolution) -> bool:
     return step.weight.shape[2:] == (1, 1)
 
 
-def _is_plain_linear(step: Convolution) -> bool:
-    plain = step.residual is step.row is None and step.gate is None and not step.relu
-    return plain and _is_matrix(step) and step.stride == 1
+def _use(step: Convolution) -> str:
+    """What a linear layer is for if it can be one with others of its input: "heads" or "row"; else ""."""
+    plain = step.residual is step.row is None and step.gate is None and not step.relu and step.stride == 1
+    if not plain or not _is_matrix(step) or len(step.y.readers) != 1:
+        return ""
+    (reader,) = step.y.readers
+    if isinstance(reader, native.Attention) and step.y in (reader.q, reader.k, reader.v):
+        return "heads"
+    return "row" if isinstance(reader, Convolution) and reader.row is step.y else ""
 
 
 def _leaves_its_bias(step: Convolution) -> bool:
@@ -264,7 +290,8 @@ def _convolution(step: Convolution, plan: Plan) -> Run:
     if step in plan.merged:
         return _merged(plan.merged[step], plan)
     x, y, residual, row, relu = step.x, step.y, step.residual, step.row, step.relu
-    bias, late, backend = plan.floats(step.bias), y in plan.late, plan.backend
+    bias = None if step in plan.relieved else plan.floats(step.bias)
+    late, backend = y in plan.late, plan.backend
     multiply = _product(step, plan)
     gate = None if step.gate is None else FUNCTIONS[step.gate]
     value_first, gate_first = step.weight.gated or (0, 0)
@@ -319,9 +346,9 @@ def _merged(linear: Sequence[Convolution], plan: Plan) -> Run:
     if not linear:
         return lambda held: None
     x, results = linear[0].x, [step.y for step in linear]
-    weight, bias = plan.weights.merged([step.weight for step in linear]), None
-    if linear[0].bias is not None:
-        bias = torch.cat([step.bias for step in linear if step.bias is not None]).detach().to(plan.weights.dtype)
+    weight = plan.weights.merged([step.weight for step in linear])
+    biases = [bias for bias in map(plan.bias, linear) if bias is not None]
+    bias = plan.floats(torch.cat(biases)) if biases else None
     sizes = [y.channels for y in results]
 
     def run(held: Held) -> None:
@@ -457,13 +484,16 @@ def _gate(step: native.Gate, plan: Plan) -> Run:
 
 def _pointwise(step: native.Pointwise, plan: Plan) -> Run:
     x, y, residual, function = step.x, step.y, step.residual, FUNCTIONS[step.function]
-    lines = (step.x_scale, step.x_shift), (step.y_scale, step.y_shift)
+    lines, same = ((step.x_scale, step.x_shift), (step.y_scale, step.y_shift)), plan.same.get(y)
 
     def line(z: Tensor, scale: float, shift: float) -> Tensor:
         z = z if scale == 1 else z * scale
         return z if shift == 0 else z + shift
 
     def run(held: Held) -> None:
+        if same is not None:
+            held.tensors[y] = held.tensors[same]
+            return
         z = line(function(line(held.rows(x), *lines[0])), *lines[1])
         held.tensors[y] = z if residual is None else z + held.rows(residual)
 
