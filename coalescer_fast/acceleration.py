@@ -161,21 +161,25 @@ def accelerate(
     ``copy.deepcopy`` or pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one
     thread, and the others ask to be accelerated again.
 
-    **Another diffusers pipeline**, or **a module**, runs on "cpu": of a pipeline the UNet, a ControlNet, and encoder
-    and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and decoder; any other module
-    itself, if it is made of operations that there are steps for, as UNet2DConditionModel and UNet2DModel are. The
-    module's own forward is recorded at the first call of every structure and shapes of its arguments, and runs as a
-    native program from then on. What has no step, and what has hooks inside, runs in torch; `explain` says why. So does
-    a call that needs a gradient: of an input, or of parameters in training mode. Outputs have the dtype of the
-    first image. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
-    next call.
+    **Another diffusers pipeline**, or **a module**, runs on "cpu" where it is on a CPU: of a pipeline the UNet, a
+    ControlNet, and encoder and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and
+    decoder; any other module itself, if it is made of operations that there are steps for, as UNet2DConditionModel and
+    UNet2DModel are. The module's own forward is recorded at the first call of every structure and shapes of its
+    arguments, and runs as a native program from then on. What has no step, and what has hooks inside, runs in torch;
+    `explain` says why. So does a call that needs a gradient: of an input, or of parameters in training mode. Outputs
+    have the dtype of the first image. Changes, such as adapters that are added, scaled, switched or fused, take effect
+    at the next call.
+
+    **On a CUDA device**, what would run natively on a CPU runs on "cuda", in bfloat16, float16 or float32: by torch's
+    convolutions, products and attention and our fused ops, channels innermost, in one CUDA graph for every structure,
+    shapes and dtypes of the arguments. Everything else is as on a CPU. Not yet run on a GPU.
 
     **On processors with AMX**, which torch's convolutions use and native ones do not, "auto" leaves to torch what is
     faster there: UNet and decoder of a CoalescerPipeline in bfloat16 or int8, as a copy in bfloat16, channels
     innermost; and a module whose weights are bfloat16, as it is. `explain` says so. "cpu" takes native programs.
 
     Args:
-        pipe: a pipeline or module on a CPU, or for "cuda" and "compile" a CoalescerPipeline on a CUDA device.
+        pipe: a pipeline or module on a CPU or a CUDA device; for "compile" and artefacts a CoalescerPipeline.
         backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
             `RUNTIMES`.
         dtype: "auto", which is bfloat16 where device and runtime have it (else float32, and float16 by "cuda"), or a
@@ -184,9 +188,9 @@ def accelerate(
         prompts: of a pipeline with int8, what its ranges are found with; there is a default.
         inputs: of a module with int8, what its ranges are found with: the arguments of some calls, each a tuple or a
             dict. The ranges serve images of all sizes.
-        keep_weights: False frees the weights of modules as they are packed, so that each is in memory once. The modules
-            can then neither be restored nor copied or saved.
-        cache: a folder where packed weights are kept for the next process, which maps them into its memory.
+        keep_weights: on a CPU, False frees the weights of modules as they are packed, so that each is in memory once.
+            The modules can then neither be restored nor copied or saved.
+        cache: on a CPU, a folder where packed weights are kept for the next process, which maps them into its memory.
         winograd_memory: bytes that weights of Winograd's convolutions, which are faster and have larger weights, may
             take beyond those of direct ones, for each network and size of images; `explain` shows what they take.
             Default: 512 MiB, or two fifths of all weights if that is more.
