@@ -145,6 +145,9 @@ def parser() -> Parser:
         default="reduce-overhead",
         help="of torch.compile on a GPU (default: %(default)s)",
     )
+    top.add_argument(
+        "--cudnn-benchmark", action="store_true", help="have cuDNN measure its algorithms for all, on a GPU"
+    )
     top.add_argument("--csv", "--out", type=Path, dest="csv", metavar="F.csv", help="add the results to a file")
     top.add_argument("--summary", type=Path, metavar="F.csv", help="print the table of a file, measure nothing")
     return top

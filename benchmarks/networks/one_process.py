@@ -73,6 +73,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     if args.csv is not None:
         open_csv(args.csv, COLUMNS)
     end = time.monotonic() + args.seconds if args.seconds else float("inf")
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     labels = {**environment(), "mode": "", "timestamp": machine.timestamp(), "metric_unit": "ms"}
     statuses = []
     for model in args.model:
@@ -109,7 +110,8 @@ def benchmark(args: argparse.Namespace, model: str, dtype: str, device: torch.de
         if left <= 0:
             yield row | {"status": "skipped: the time is over"}
             continue
-        row["mode"] = args.compile_mode if name == "compile" else ""
+        modes = [args.compile_mode] * (name == "compile") + ["cudnn.benchmark"] * args.cudnn_benchmark
+        row["mode"] = ", ".join(modes)
         provide = PROVIDERS[name]
         forget(device)
         try:
