@@ -161,21 +161,25 @@ def accelerate(
     ``copy.deepcopy`` or pickle, is accelerated again in the same way. After a fork, "cpu" goes on in the child with one
     thread, and the others ask to be accelerated again.
 
-    **Another diffusers pipeline**, or **a module**, runs on "cpu": of a pipeline the UNet, a ControlNet, and encoder
-    and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and decoder; any other module
-    itself, if it is made of operations that there are steps for, as UNet2DConditionModel and UNet2DModel are. The
-    module's own forward is recorded at the first call of every structure and shapes of its arguments, and runs as a
-    native program from then on. What has no step, and what has hooks inside, runs in torch; `explain` says why. So does
-    a call that needs a gradient: of an input, or of parameters in training mode. Outputs have the dtype of the
-    first image. Changes, such as adapters that are added, scaled, switched or fused, take effect at the
-    next call.
+    **Another diffusers pipeline**, or **a module**, runs on "cpu" where it is on a CPU: of a pipeline the UNet, a
+    ControlNet, and encoder and decoder of the autoencoder; of an AutoencoderKL or AutoencoderTiny its encoder and
+    decoder; any other module itself, if it is made of operations that there are steps for, as UNet2DConditionModel and
+    UNet2DModel are. The module's own forward is recorded at the first call of every structure and shapes of its
+    arguments, and runs as a native program from then on. What has no step, and what has hooks inside, runs in torch;
+    `explain` says why. So does a call that needs a gradient: of an input, or of parameters in training mode. Outputs
+    have the dtype of the first image. Changes, such as adapters that are added, scaled, switched or fused, take effect
+    at the next call.
+
+    **On a CUDA device**, what would run natively on a CPU runs on "cuda", in bfloat16, float16 or float32: by torch's
+    convolutions, products and attention and our fused ops, channels innermost, in one CUDA graph for every structure,
+    shapes and dtypes of the arguments. Everything else is as on a CPU. Not yet run on a GPU.
 
     **On processors with AMX**, which torch's convolutions use and native ones do not, "auto" leaves to torch what is
     faster there: UNet and decoder of a CoalescerPipeline in bfloat16 or int8, as a copy in bfloat16, channels
     innermost; and a module whose weights are bfloat16, as it is. `explain` says so. "cpu" takes native programs.
 
     Args:
-        pipe: a pipeline or module on a CPU, or for "cuda" and "compile" a CoalescerPipeline on a CUDA device.
+        pipe: a pipeline or module on a CPU or a CUDA device; for "compile" and artefacts a CoalescerPipeline.
         backend: "auto", which is "cpu" on a CPU and "cuda" on a CUDA device, or for an artefact what runs it; or one of
             `RUNTIMES`.
         dtype: "auto", which is bfloat16 where device and runtime have it (else float32, and float16 by "cuda"), or a
@@ -184,9 +188,9 @@ def accelerate(
         prompts: of a pipeline with int8, what its ranges are found with; there is a default.
         inputs: of a module with int8, what its ranges are found with: the arguments of some calls, each a tuple or a
             dict. The ranges serve images of all sizes.
-        keep_weights: False frees the weights of modules as they are packed, so that each is in memory once. The modules
-            can then neither be restored nor copied or saved.
-        cache: a folder where packed weights are kept for the next process, which maps them into its memory.
+        keep_weights: on a CPU, False frees the weights of modules as they are packed, so that each is in memory once.
+            The modules can then neither be restored nor copied or saved.
+        cache: on a CPU, a folder where packed weights are kept for the next process, which maps them into its memory.
         winograd_memory: bytes that weights of Winograd's convolutions, which are faster and have larger weights, may
             take beyond those of direct ones, for each network and size of images; `explain` shows what they take.
             Default: 512 MiB, or two fifths of all weights if that is more.
@@ -208,12 +212,19 @@ def accelerate(
         raise ValueError(f"backend is {backend!r}; use one of auto, {', '.join(RUNTIMES)}")
     _check_bytes("winograd_memory", winograd_memory)
     if of_others:
-        if backend not in ("auto", "cpu") or artefact is not None:
+        device = networks.device(pipe)
+        if backend not in ("auto", *AUTO) or artefact is not None:
             given = "artefact" if artefact is not None else f"backend {backend!r}"
-            raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu'")
-        if backend == "cpu" and (reason := unavailable("cpu")):
-            raise ValueError(f"backend 'cpu' {reason}")
-        chosen = _dtype(dtype, "cpu", "cpu")
+            raise ValueError(f"{given} is for CoalescerPipelines: a {type(pipe).__name__} runs on 'cpu' or 'cuda'")
+        name = AUTO[device.type]
+        if backend not in ("auto", name):
+            raise ValueError(
+                f"backend {backend!r} runs on {backend}, and the networks are on {device}: move them first"
+            )
+        if backend != "auto" and (reason := unavailable(name)):
+            raise ValueError(f"backend {backend!r} {reason}")
+        chosen = _dtype(dtype, name, device.type)
+        _check_bfloat16(chosen, dtype, device, name)
         auto = backend == "auto"
         networks.accelerate(pipe, DTYPES[chosen], prompts, inputs, keep_weights, cache, winograd_memory, call, auto)
         return pipe
@@ -235,9 +246,7 @@ def accelerate(
     if (make := RUNTIMES[name].make) is None:
         raise ValueError(f"backend {name!r} runs artefacts alone: give artefact=DIR, of coalescer-export engine")
     chosen = _dtype(dtype, name, device)
-    if device == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16(device):
-        able = native_dtype(device, RUNTIMES[name].dtypes[device])
-        raise ValueError(f"dtype is {dtype!r}, which {pipe.device} lacks: use {able}")
+    _check_bfloat16(chosen, dtype, pipe.device, name)
     if backend != "auto" and (reason := unavailable(name)):
         raise ValueError(f"backend {name!r} {reason}")
     if prompts is not None and chosen != "int8":
@@ -273,6 +282,13 @@ def _dtype(dtype: str | torch.dtype, backend: str, device: str) -> str:
             f"dtype is {dtype!r}; use one of auto, {', '.join(dtypes)} with backend {backend!r} on {device}"
         )
     return chosen
+
+
+def _check_bfloat16(chosen: str, given: str | torch.dtype, device: torch.device, backend: str) -> None:
+    """Raise ValueError for bfloat16 on a GPU that does not multiply it."""
+    if device.type == "cuda" and chosen == "bfloat16" and not multiplies_bfloat16("cuda"):
+        able = native_dtype("cuda", RUNTIMES[backend].dtypes["cuda"])
+        raise ValueError(f"dtype is {given!r}, which {device} lacks: use {able}")
 
 
 def _load(pipe: CoalescerPipeline, backend: str, dtype: str | torch.dtype, artefact: str | Path) -> CoalescerPipeline:

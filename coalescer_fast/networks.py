@@ -19,10 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .prompts import check_batch_sizes
 from .runtime.base import Part
+from .runtime.cuda.module import CudaModuleRuntime, device_of
+from .runtime.cuda.runtime import graph_bytes
 from .runtime.native.module import Arguments, ModuleRuntime, as_arguments, no_programs, runtime_of
 from .runtime.native.runtime import VOCABULARY
 
-# Components of diffusers' pipelines that run natively.
+# Components of diffusers' pipelines that are accelerated.
 COMPONENTS = ("unet", "controlnet", "vae")
 CALIBRATION = 4  # prompts and steps that ranges of int8 are found with, where nothing else is said
 # Networks that are accelerated: modules, and pipelines of them, of which we know only that they are.
@@ -31,7 +33,7 @@ Networks = Any
 
 
 def parts(x: Networks) -> dict[str, nn.Module]:
-    """The modules of x that run natively, by name.
+    """The modules of x that are accelerated, by name.
 
     Of an autoencoder these are its encoder and its decoder, which its methods call; of another module itself; of a
     pipeline those of its `COMPONENTS`. Raises ValueError if a pipeline has none of these.
@@ -64,6 +66,22 @@ def _kind(x: Networks) -> str:
     return "module" if isinstance(x, nn.Module) else "pipeline"
 
 
+def device(x: Networks) -> torch.device:
+    """Where the modules of x are that are accelerated.
+
+    Raises:
+        ValueError: they are on several devices, or on one where nothing runs them.
+    """
+    where = {name: device_of(network) for name, network in parts(x).items()}
+    name, found = next(iter(where.items()))
+    for other, place in where.items():
+        if place != found:
+            raise ValueError(f"{name} is on {found} and {other} on {place}: move all of them to one device first")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {found}, and is accelerated on a CPU or a CUDA device: move it there first")
+    return found
+
+
 def accelerate(
     x: Networks,
     dtype: torch.dtype,
@@ -75,11 +93,7 @@ def accelerate(
     call: Mapping[str, Any],
     auto: bool,
 ) -> None:
-    networks = parts(x)
-    for name, network in networks.items():
-        where = next((p.device for p in network.parameters() if p.device.type != "cpu"), None)
-        if where is not None:
-            raise ValueError(f"{name} is on {where}, and runs natively on a CPU alone: move it there first")
+    networks, where = parts(x), device(x)
     if not isinstance(keep_weights, bool):
         raise TypeError(f"keep_weights is {keep_weights!r:.80}; expected True or False")
     if cache is not None and (not isinstance(cache, (str, Path)) or Path(cache).is_file()):
@@ -100,6 +114,11 @@ def accelerate(
         raise ValueError("prompts are what dtype 'int8' finds its ranges with: leave them out")
     if dtype == torch.int8 and (reason := no_programs(torch.uint8)):
         raise ValueError(f"dtype 'int8' cannot run: {reason}")
+    if where.type == "cuda":
+        cached, winograd = cache is not None, winograd_memory is not None
+        only_on_cpu = {"keep_weights=False": not keep_weights, "cache": cached, "winograd_memory": winograd}
+        if unwanted := [name for name, is_given in only_on_cpu.items() if is_given]:
+            raise ValueError(f"{unwanted[0]} is for a CPU alone, and the {_kind(x)} is on {where}: leave it out")
     given = calls(inputs or ())
     if inputs is not None and not given:
         raise ValueError("inputs is empty: dtype 'int8' needs the arguments of some calls")
@@ -108,6 +127,11 @@ def accelerate(
     for network in networks.values():
         if (before := runtime_of(network)) is not None:
             before.remove()
+    if where.type == "cuda":
+        share = graph_bytes(where) // len(networks)
+        for network in networks.values():
+            CudaModuleRuntime(network, dtype, most_bytes=share)
+        return
     folder, itself = None if cache is None else str(cache), list(networks.values()) == [x]
     made = [
         ModuleRuntime(network, dtype, given if itself else (), keep_weights, folder, auto, winograd_memory)

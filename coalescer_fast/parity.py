@@ -285,7 +285,7 @@ def _verify_networks(
         ]
         count = len(drawn)
     unit = "call" if isinstance(x, nn.Module) else "picture"
-    return Verification("torch" if refused else "cpu", runtime.precision, count, tuple(rows), unit=unit)
+    return Verification("torch" if refused else runtime.device.type, runtime.precision, count, tuple(rows), unit=unit)
 
 
 def receipt(

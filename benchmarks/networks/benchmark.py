@@ -4,6 +4,9 @@
     python -m benchmarks.networks --model sd-turbo --isa avx2 --csv benchmarks/results/cpu/networks.csv
     python -m benchmarks.networks --summary benchmarks/results/cpu/networks.csv
     python -m benchmarks.networks --model sd-turbo --dtypes bf16,int8 --profile
+    python -m benchmarks.networks --device cuda --model sd-turbo --peers eager,compile --seconds 120 --csv F.csv
+
+On a GPU `one_process` measures, which says how; the rest of this is about a CPU.
 
 Weights are random and the same for all; nothing is downloaded. Each provider runs in a process of its own:
 
@@ -56,7 +59,7 @@ from ..harness.arguments import Parser, command, listed, positive
 from ..harness.peers import OK, Missing, attempt
 from ..harness.results import Row, append, as_text, open_csv, read
 from . import isa as instruction_sets
-from . import models, report
+from . import models, one_process, report
 from .providers import OURS, PROVIDERS, network
 from .providers import coalescer_fast as coalescer_fast_call
 from .task import DTYPES, INPUTS, Task
@@ -110,9 +113,8 @@ def parser() -> Parser:
     top.add_argument(
         "--peers",
         type=listed(*peers, "none"),
-        default=list(DEFAULT),
         metavar="P,P",
-        help=f"of {', '.join(peers)}, none (default: {','.join(DEFAULT)})",
+        help=f"of {', '.join(peers)}, none (default: {','.join(DEFAULT)}; of these on a GPU eager, compile)",
     )
     top.add_argument("--isa", choices=sorted(instruction_sets.CAPS), default="", help="cap all to this instruction set")
     top.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own choice)")
@@ -135,6 +137,17 @@ def parser() -> Parser:
         action="store_true",
         help="measure instead the steps of coalescer_fast's own programs, one by one, by kind, form and shape",
     )
+    top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    top.add_argument("--seconds", type=float, metavar="S", help="start nothing more after so many")
+    top.add_argument(
+        "--compile-mode",
+        choices=["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "default"],
+        default="reduce-overhead",
+        help="of torch.compile on a GPU (default: %(default)s)",
+    )
+    top.add_argument(
+        "--cudnn-benchmark", action="store_true", help="have cuDNN measure its algorithms for all, on a GPU"
+    )
     top.add_argument("--csv", "--out", type=Path, dest="csv", metavar="F.csv", help="add the results to a file")
     top.add_argument("--summary", type=Path, metavar="F.csv", help="print the table of a file, measure nothing")
     return top
@@ -152,8 +165,12 @@ def fraction(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     if args.summary is not None:
-        print("\n".join(report.tables(read(args.summary))))
+        found = read(args.summary)
+        print("\n".join((one_process if found and "latency_ms" in found[0] else report).tables(found)))
         return 0
+    if args.device == "cuda":
+        return one_process.run(for_a_gpu(args), torch.device("cuda", 0))
+    args.peers = list(DEFAULT) if args.peers is None else args.peers
     args.dtypes = args.dtypes or [dtype for dtype in DTYPES if dtype != "bf16" or not args.isa]
     peaks: dict[str, float] = {}
     if args.profile:
@@ -162,8 +179,9 @@ def run(args: argparse.Namespace) -> int:
         open_csv(args.csv, COLUMNS)
     rows: list[Row] = []
     labels = environment(args)
+    end = time.monotonic() + args.seconds if args.seconds else float("inf")
     for model in args.model:
-        for row in benchmark(args, model, peaks):
+        for row in benchmark(args, model, peaks, end):
             rows.append({**dict.fromkeys(COLUMNS, ""), **labels, **row})
             if args.csv is not None:
                 append(args.csv, rows[-1:], COLUMNS)
@@ -171,6 +189,18 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(report.tables(as_text(rows))))
     ran = any(row["status"] == OK for row in rows if row["provider"] == OURS)
     return 1 if any(str(row["status"]).startswith("FAIL") for row in rows) or not ran else 0
+
+
+def for_a_gpu(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the defaults of a GPU. Raises ValueError for those that are for a CPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device: leave --device out")
+    peers = list(one_process.PEERS) if args.peers is None else [name for name in args.peers if name != "none"]
+    dtypes = args.dtypes or ["bf16"]
+    for wanted, known in ((peers, one_process.PEERS), (dtypes, one_process.DTYPES)):
+        if unknown := [name for name in wanted if name not in known]:
+            raise ValueError(f"{unknown[0]} is for a CPU: use some of {', '.join(known)} with --device cuda")
+    return argparse.Namespace(**{**vars(args), "peers": peers, "dtypes": dtypes})
 
 
 def profile(args: argparse.Namespace, peaks: dict[str, float]) -> int:
@@ -293,8 +323,10 @@ class Process:
         self.process.communicate()
 
 
-def benchmark(args: argparse.Namespace, model: str, peaks: dict[str, float]) -> Iterator[Row]:
-    """The rows of a model, each printed as soon as it is known."""
+def benchmark(
+    args: argparse.Namespace, model: str, peaks: dict[str, float], end: float = float("inf")
+) -> Iterator[Row]:
+    """The rows of a model, each printed as soon as it is known; no provider is started after the time ``end``."""
     size = args.size or models.NETWORKS[model].size
     count = models.parameters(models.on_meta(model, args.scale))
     gflop = models.gflop(model, args.batch, size, args.scale)
@@ -311,6 +343,9 @@ def benchmark(args: argparse.Namespace, model: str, peaks: dict[str, float]) -> 
         conversions: dict[str, tuple[Row, str]] = {}
         try:
             for each in found:
+                if time.monotonic() > end:
+                    each.row["status"] = "skipped: the time is over"
+                    continue
                 start(each, conversions, base)
                 if not together:
                     measure([each], args.rounds)

@@ -173,17 +173,24 @@ def on_meta(name: str, scale: float = 1.0) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def make(name: str, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The network with random weights: the same numbers in every process, rounded to ``dtype``.
+def make(
+    name: str,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The network with random weights: the same numbers in every process on one kind of device, rounded to ``dtype``.
 
     Args:
         name: a key of `NETWORKS`.
         scale: see `config`.
         dtype: of the weights, in which they are made one by one: there is never a copy of all in float32.
         seed: of the weights.
+        device: where they are drawn.
     """
     module = nn.Module.to(on_meta(name, scale), dtype)  # diffusers' own to() warns of layers that none of these have
-    return fill(module.to_empty(device="cpu"), seed)
+    return fill(module.to_empty(device=device), seed)
 
 
 def fill(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -193,8 +200,8 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            drawn = torch.randn(parameter.shape, dtype=torch.float32, generator=generator)
+            generator = torch.Generator(parameter.device).manual_seed(seed + zlib.crc32(name.encode()))
+            drawn = torch.randn(parameter.shape, dtype=torch.float32, generator=generator, device=parameter.device)
             if parameter.ndim > 1:
                 drawn *= parameter[0].numel() ** -0.5
             else:

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 NUMBERS = ("timestep", "timesteps")
 # What else a module may be given or return, beside tensors: a program is made for what they are.
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+_META = torch.device("meta")
 MOST_CALLS = 32  # whose arguments are kept to find ranges with
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -74,7 +75,10 @@ class ModuleRuntime:
     the module does is recorded from its class's forward: the module's own code is the only description of it. That code
     itself runs where it does what no step does, where hooks or patches are inside, and where a gradient is wanted.
 
+    runtime/cuda/module.py has a subclass for CUDA devices, with programs of another kind.
+
     Attributes:
+        device: of the module and its arguments.
         quantised: whether products multiply in 8 bits, where that pays.
         dtype: of the programs; with 8 bits that of all other values, see `floats_of`.
         refused: why the last call did not run as a program, or "".
@@ -105,6 +109,7 @@ class ModuleRuntime:
             auto: whether calls go to torch where its convolutions are faster.
             winograd_memory: see `Weights`.
         """
+        self.device = torch.device("cpu")
         self.quantised = dtype == torch.int8
         self.dtype = floats_of(dtype)
         self.inputs = [as_arguments(each) for each in inputs]
@@ -118,7 +123,7 @@ class ModuleRuntime:
         parameters = inspect.signature(self._forward).parameters.values()
         self._positional = [each.name for each in parameters if each.kind in positional][1:]
         self._watch: Watch | None = None
-        self._weights = Weights(self.dtype, winograd_memory)
+        self._weights = self._no_weights(winograd_memory)
         self._fingerprints: dict[str, Any] = {}
         self._left: dict[str, nn.Parameter] = {}  # in the place of parameters that were freed
         self._weights.is_freed = self._left.__contains__
@@ -135,6 +140,39 @@ class ModuleRuntime:
         self._observers: ProgramCache | None = None
         lock_anew_after_fork(self)
         module.__dict__["forward"] = self
+
+    # What depends on the device.
+
+    def _no_weights(self, winograd_memory: int | None) -> Weights:
+        """What will hold the weights of programs."""
+        return Weights(self.dtype, winograd_memory)
+
+    def _unavailable(self) -> str:
+        """Why there are no programs here, or ""."""
+        return no_programs(torch.uint8 if self.quantised else self.dtype)
+
+    def _is_here(self, x: Tensor) -> bool:
+        """Whether a program can be given a tensor that is where this is."""
+        return x.device.type == "cpu"
+
+    def _number(self, value: int) -> Tensor:
+        """A number as a program takes it."""
+        return torch.tensor(value, dtype=torch.int64)
+
+    def _made(self, recording: Recording, threads: int, ranges: Ranges | None) -> Any:
+        """A program of what was recorded."""
+        return Program(recording, self._weights, threads, ranges)
+
+    def _outputs(self, program: Any, given: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        """What a program gives for the tensors among a call's arguments, in a dtype and in memory of their own."""
+        for mine, x in zip(program.inputs, program.prologue(given)):
+            mine.copy_(x)
+        if self._observers is not None:
+            assert self.ranges is not None
+            program.observe(self.ranges)
+        else:
+            program.run()
+        return [x.to(dtype, copy=True) for x in program.outputs]
 
     @property
     def module(self) -> nn.Module:
@@ -180,12 +218,13 @@ class ModuleRuntime:
 
     @property
     def _settings(self) -> tuple[Any, ...]:
+        """The class and its arguments after the module."""
         if self.freed:
             raise ValueError(
                 f"{self.name} cannot be copied: its weights were freed, by keep_weights=False; load it anew"
             )
         dtype = torch.int8 if self.quantised else self.dtype
-        return dtype, self.inputs, self.keep_weights, self.cache, self.auto, self._weights.winograd_memory
+        return type(self), dtype, self.inputs, self.keep_weights, self.cache, self.auto, self._weights.winograd_memory
 
     @property
     def name(self) -> str:
@@ -242,7 +281,7 @@ class ModuleRuntime:
         if _get_current_dispatch_mode() is not None:
             return "the last call was traced"
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if any(type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" for x in tensors):
+        if any(type(x) not in (Tensor, nn.Parameter) or not self._is_here(x) for x in tensors):
             return "the last call had tensors of another kind or device"
         if any(x.numel() == 0 for x in tensors):
             return "the last call had an empty tensor"
@@ -258,28 +297,20 @@ class ModuleRuntime:
         args, kwargs = self._numbers_as_tensors(args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        observing = self._observers is not None
         if self.quantised and self.inputs and self.collected is None and self.ranges is None:
             self._find_ranges()
         program, out_spec, out_leaves = self._program(leaves, spec)
-        for mine, x in zip(program.inputs, program.prologue(tensors)):
-            mine.copy_(x)
-        if observing:
-            assert self.ranges is not None
-            program.observe(self.ranges)
-        else:
-            program.run()
         floats = [x.dtype for x in sorted(tensors, key=lambda x: x.ndim != 4) if x.is_floating_point()]
         dtype = floats[0] if floats else next((p.dtype for p in self.module.parameters()), torch.float32)
-        results = [program.outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
-        results = [x.to(dtype, copy=True) if isinstance(x, Tensor) else x for x in results]
+        outputs = self._outputs(program, tensors, dtype)
+        results = [outputs[leaf.number] if isinstance(leaf, _Output) else leaf for leaf in out_leaves]
         return tree_unflatten(results, out_spec)
 
     def _numbers_as_tensors(self, args: Any, kwargs: Any) -> Arguments:
         def tensor(name: str, value: Any) -> Any:
             # a fraction is rounded by some modules and not by others
             whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
-            return torch.tensor(int(value), dtype=torch.int64) if name in NUMBERS and whole else value
+            return self._number(int(value)) if name in NUMBERS and whole else value
 
         named = zip(self._positional, args)
         args = (*(tensor(name, value) for name, value in named), *args[len(self._positional) :])
@@ -317,7 +348,7 @@ class ModuleRuntime:
                 if not recording.steps:
                     raise Unsupported("there is no step for any of it")
                 with self._freeing(recording, frees=not (self.keep_weights or observing or self.collected is not None)):
-                    program = Program(recording, self._weights, threads, ranges)
+                    program = self._made(recording, threads, ranges)
             except Unsupported as reason:
                 self._refusals[key] = str(reason)
                 raise
@@ -397,8 +428,9 @@ class ModuleRuntime:
 
     def _take_over(self) -> None:
         module = self.module
-        if other := next((p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")), None):
-            raise ValueError(f"{self.name} was accelerated on the CPU and is on {other}: move it back, or restore it")
+        if other := next((p.device for p in module.parameters() if p.device not in (self.device, _META)), None):
+            where = "the CPU" if self.device.type == "cpu" else self.device
+            raise ValueError(f"{self.name} was accelerated on {where} and is on {other}: move it back, or restore it")
         self._watch = None  # until all of it is taken over
         self.programs, self._refusals = ProgramCache(), {}
         there = dict(module.named_parameters())
@@ -423,7 +455,7 @@ class ModuleRuntime:
         else:
             self._weights.drop(now.keys() - self._left.keys())
             self._open_file(module, now)
-        self._has_own_code = no_programs(torch.uint8 if self.quantised else self.dtype)
+        self._has_own_code = self._unavailable()
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             self._has_own_code = "there are hooks of all modules"
         elif self._previous is not None:
@@ -515,7 +547,7 @@ class ModuleRuntime:
 
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
-    logger.warning("%s runs in torch, not as a native program: %s", name, reason)
+    logger.warning("%s runs in torch, as it is: %s", name, reason)
 
 
 def _refuse_to_be_saved(module: nn.Module, *others: Any) -> None:
@@ -566,8 +598,8 @@ def as_arguments(inputs: Any) -> Arguments:
     return inputs, {}
 
 
-def _again(module: nn.Module, *settings: Any) -> ModuleRuntime:
-    return ModuleRuntime(module, *settings)
+def _again(module: nn.Module, kind: type[ModuleRuntime], *settings: Any) -> ModuleRuntime:
+    return kind(module, *settings)
 
 
 def _description(leaf: Any) -> Hashable:

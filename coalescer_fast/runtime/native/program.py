@@ -157,6 +157,11 @@ class Program:
         return tuple(y.clone() for y in self.outputs)
 
     @property
+    def memory_bytes(self) -> int:
+        """Of its values."""
+        return self.memory.numel()
+
+    @property
     def described(self) -> str:
         """For `explain`: how many products multiply in 8 bits, the forms of 3x3 convolutions, and what torch does."""
         in_8_bits = f"{self.quantised} of {self.products} products in int8" if self.quantised else ""
@@ -290,7 +295,7 @@ class ProgramCache:
         return next(reversed(self.programs.values()), None)
 
     def _bytes(self) -> int:
-        return sum(program.memory.numel() for program in self.programs.values())
+        return sum(program.memory_bytes for program in self.programs.values())
 
 
 class Layout:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -83,6 +83,15 @@ class Prologue:
             return ""
         more = ", ..." if len(some) > SHOWN else ""
         return f", {len(names)} operations in torch before it ({', '.join(some[:SHOWN])}{more})"
+
+    def on(self, device: torch.device) -> Prologue:
+        """The same on another device: constants are moved there, and ops make tensors there, also those of the CPU."""
+
+        def moved(leaf: Any) -> Any:
+            return device if isinstance(leaf, torch.device) else leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        calls = [replace(call, leaves=[moved(leaf) for leaf in call.leaves]) for call in self.calls]
+        return replace(self, constants={number: moved(x) for number, x in self.constants.items()}, calls=calls)
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
         """The program's inputs. Floating-point numbers are computed in float32."""
@@ -575,8 +584,10 @@ class MetaCopy:
         if name in self._freed:
             raise ValueError(f"{name} was freed")
         own = self._own[name].detach()
+        if not own.is_neg():
+            return own
         # a lazy negation has no memory of its own
-        return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype).copy_(own) if own.is_neg() else own
+        return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device).copy_(own)
 
     def free(self, name: str) -> None:
         """Forget a parameter, which is never read again."""
