@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.picture [--device cuda] [--out picture.png]
 
-The pictures must be as near as `coalescer_fast.verify` asks; the second call with the same seed must give the same bits
-and, on a GPU, capture no other CUDA graph, also on a stream that is not the default one. The upper row of the PNG is the
-reference's. Exit status: 0, or 1 with what is wrong.
+The pictures must be as near as `coalescer_fast.verify` asks; the second call with the same seed must give the same
+bits and, on a GPU, capture no other CUDA graph, also on a stream that is not the default one. The upper row of the PNG
+is the reference's. Exit status: 0, or 1 with what is wrong.
 """
 
 from __future__ import annotations
@@ -74,15 +74,12 @@ def run(args: argparse.Namespace) -> int:
     ):
         if not value >= limit:  # NaN is wrong, too
             wrong.append(f"the {what} PSNR is {value:.1f} dB; expected at least {limit:g}")
-    for part in coalescer_fast.explain(pipe).splitlines():
-        print(part)
+    print(coalescer_fast.explain(pipe))
     print("\n".join(f"FAIL {words}" for words in wrong), end="\n" * bool(wrong))
-    graphs = f", {captures} CUDA graph" if args.device == "cuda" else ""
-    print(
-        f"{len(images)} pictures, {len(wrong)} faults, PSNR {float(psnr.median()):.1f} dB (least {float(psnr.min()):.1f}); "
-        f"first call {first:.2f} s, then {1e3 * second:.1f} ms{graphs}",
-        flush=True,
-    )
+    nearness = f"PSNR {float(psnr.median()):.1f} dB (least {float(psnr.min()):.1f})"
+    times = f"first call {first:.2f} s, then {1e3 * second:.1f} ms"
+    graphs = f", CUDA graphs captured: {captures}" if args.device == "cuda" else ""
+    print(f"{len(images)} pictures, {len(wrong)} faults, {nearness}; {times}{graphs}", flush=True)
     return 1 if wrong else 0
 
 

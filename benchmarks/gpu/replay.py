@@ -32,8 +32,8 @@ def run(path: Path) -> int:
     status = 0
     for each in kept:
         trial = Trial(each["backend"], each["number"], each["dtype"], each["layout"])
-        if trial.wrong := untestable(trial.backend, trial.dtype):
-            here = f"cannot run here: {trial.wrong}"
+        if refusal := untestable(trial.backend, trial.dtype):
+            here = f"cannot run here: {refusal}"
         else:
             trial.run(trial.inputs() if each["inputs"] is None else each["inputs"])
             here = f"here: {trial.wrong}" if trial.wrong else "right here"

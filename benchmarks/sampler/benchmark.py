@@ -13,7 +13,8 @@ their times mean something, their latents nothing. The providers of a part are m
 - ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched
   kernel by kernel;
 - ours_int8: the same with dtype="int8", on the CPU; its error is larger, so it is compared with openvino_int8 alone;
-- eager: the reference in float32, as users have it, on a GPU timed if --peers names it; eager_channels_last: channels_last, float32 and bfloat16;
+- eager: the reference in float32, as users have it; on a GPU it is timed if --peers names it. eager_channels_last:
+  channels_last, float32 and bfloat16;
 - compile: torch.compile of the reference, channels_last, weights frozen, static shapes; on a GPU max-autotune;
   compile_graphs, on a GPU alone: the same in mode reduce-overhead, which also makes CUDA graphs and compiles sooner;
 - onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for
@@ -369,7 +370,7 @@ def measure(
     budget: float,
     time_reference: bool = True,
 ) -> Iterator[Row]:
-    """A row for each provider, and one for the convolutions alone in each dtype. The first provider is the reference."""
+    """A row for each provider, of which the first is the reference, and for the convolutions alone in each dtype."""
     reference = found[0].engine
     assert reference is not None
     # the truth; the providers run as users have them
@@ -377,7 +378,7 @@ def measure(
         expected = tuple(y.clone() for y in part.prepare(reference)())
     with torch.inference_mode(False), torch.no_grad():
         once = part.prepare(reference)
-        # attention by matmuls, which are counted, where the CPU's fused kernel is not; a GPU's are, and take less memory
+        # attention by matmuls, which are counted, where the CPU's fused kernel is not; a GPU's fused kernels are, too
         kernels = sdpa_kernel(SDPBackend.MATH) if expected[0].is_cpu else nullcontext()
         with FlopCounterMode(display=False) as flops, kernels:
             once()
