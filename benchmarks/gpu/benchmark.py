@@ -375,6 +375,7 @@ def measure(csv: Path, device: str, arguments: Sequence[str], margin: float, lim
     able = [name for name, (can, _) in states.items() if can]
     if not able:
         return "failed", "; ".join(f"{name} cannot run: {reason}" for name, (_, reason) in states.items())
+    mend(csv)
     before = len(whole(csv))
     argv = [sys.executable, "-m", "benchmarks.kernels", "--device", device, "--backends", *able, "--csv", str(csv)]
     status, output = command([*argv, "--again", "--seconds", f"{max(1.0, limit - margin):.0f}", *arguments], limit)
@@ -401,6 +402,7 @@ def networks(csv: Path, device: str, arguments: Sequence[str], limit: float) -> 
 
 def timed(csv: Path, argv: Sequence[str], limit: float, own: str) -> tuple[str, str]:
     """A command that adds rows to the file; cut where time ran out after the provider of ours was measured."""
+    mend(csv)
     before = len(whole(csv))
     status, output = command(argv, limit)
     rows = whole(csv)[before:]
@@ -425,6 +427,14 @@ def judged(status: str, output: str, rows: Sequence[Text], own: Callable[[Text],
 def whole(csv: Path) -> list[Text]:
     """The rows that there are, without one that a kill has cut short."""
     return [row for row in (read(csv) if csv.exists() else []) if None not in row.values()]
+
+
+def mend(csv: Path) -> None:
+    """Cut off what a killed process has left of its last row, so that rows can be added."""
+    if csv.exists():
+        content = csv.read_bytes()
+        with csv.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def tool_path(name: str) -> str | None:

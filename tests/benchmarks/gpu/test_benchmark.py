@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -100,40 +101,188 @@ def test_time_that_is_left_goes_to_the_parts_to_come():
     assert limits[-1] >= 1
 
 
-def test_every_part_of_both_plans_asks_for_what_exists(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: asked.append([*argv]) or ("ok", ""))
+@pytest.fixture
+def asked(monkeypatch):
+    """The command lines that a plan runs, none of them in fact."""
+    found = []
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: found.append([*argv]) or ("ok", ""))
     monkeypatch.setattr(gpu, "tool_path", lambda name: name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n: (9, 0))
-    monkeypatch.setitem(gpu.BACKENDS, "cuda", Backend("cuda", "cuda"))
-    for quick in (False, True):
-        results = list(gpu.execute(gpu.parts(tmp_path, quick), gpu.QUICK_SECONDS if quick else gpu.SECONDS))
-        assert {result.status for result in results} <= {"ok", "left out"}
-        assert len(results) == 12
-    measured = [argv[3:] for argv in asked if argv[1:3] == ["-m", "benchmarks.kernels"]]
-    assert len(measured) == 5
-    for argv in measured:
+    monkeypatch.setattr(ops, "backends", lambda op: dict.fromkeys(("cpu", "triton", "cuda"), (True, "")))
+    return found
+
+
+def of(asked: list[list[str]], module: str) -> list[list[str]]:
+    return [argv[3:] for argv in asked if argv[1:3] == ["-m", module]]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_part_of_a_plan_asks_for_what_exists(quick, device, tmp_path, asked):
+    plan = gpu.parts(tmp_path, quick, device)
+    results = list(gpu.execute(plan, gpu.QUICK_SECONDS if quick else 2 * gpu.SECONDS))
+    assert {result.status for result in results} <= {"ok", "failed", "left out"}
+    # nothing was measured and built, of which the parts are judged
+    assert {result.part for result in results if result.status == "failed"} <= {"build"}
+    assert {result.stage for result in results} == set("abcde" if quick else gpu.STAGES)
+    assert len({part.name for part in plan}) == len(plan)
+    for argv in of(asked, "benchmarks.kernels"):
         args = kernels.parser().parse_args(argv)
-        assert args.seconds > 5
+        assert (args.device, args.again, args.seconds > 5) == (device, True, True)
         assert {cell.call.op for cell in kernels.cells(args)} >= {"group_norm_silu", "bias_residual", "coalesce_step"}
         assert args.budget * len(kernels.CACHES) < 1
-    assert any(cell.batch * cell.call.elements * 2 >= gpu_report.LARGE for cell in kernels.cells(args))
-    assert sum("benchmarks.gpu.calls" in argv for argv in asked) == 5
-    drawn = [sampler.parser().parse_args(argv[3:]) for argv in asked if argv[1:3] == ["-m", "benchmarks.sampler"]]
-    assert [args.model for args in drawn] == [["emoji-64"], ["m"], ["l"]]
-    for args in drawn:
-        assert set(map(str, args.batch)) >= set(gpu_report.OVER_COMPILE)
-        assert (args.device, "compile" in args.peers, args.seconds > 20) == ("cuda", True, True)
+    if device == "cuda" and not quick:
+        large = [cell for cell in kernels.cells(args) if cell.batch * cell.call.elements * 2 >= gpu_report.LARGE]
+        assert large
+    drawn = [sampler.parser().parse_args(argv) for argv in of(asked, "benchmarks.sampler")]
+    assert {args.device for args in drawn} == {device}
+    if device == "cuda" and not quick:
+        ours = [args for args in drawn if not {"compile", "compile_graphs"} & set(args.peers)]
+        assert [args.model for args in ours] == [["emoji-64"], ["m"], ["l"]]
+        assert drawn[: len(ours)] == ours  # ours first, so that it is measured whatever happens
+        for args in ours:
+            assert set(map(str, args.batch)) >= {"16", *gpu_report.OVER_COMPILE}
+        for model in ("emoji-64", "m", "l"):
+            assert any(args.model == [model] and "compile_graphs" in args.peers for args in drawn)
+    for argv in of(asked, "benchmarks.gpu.picture"):
+        assert argv[:2] == ["--device", device]
+    assert len(of(asked, "benchmarks.networks")) == 1
+    checked = [argv for argv in asked if "benchmarks.gpu.calls" in argv]
+    assert len(checked) == (2 if quick else 3)
+    assert all(("--emulated" in argv) == (device == "cpu") for argv in checked[:1])
 
 
-def test_only_some_parts(monkeypatch, tmp_path):
+def test_only_some_stages_and_parts(monkeypatch, tmp_path):
     plans = []
     monkeypatch.setattr(gpu, "run", lambda plan, out, seconds, facts: plans.append([part.name for part in plan]) or 0)
-    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setattr(gpu, "environment", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main(["--out", str(tmp_path), "--only", "build,sampler"]) == 0
-    assert plans == [["build", "sampler emoji-64", "sampler m", "sampler l"]]
+    assert gpu.main(["--out", str(tmp_path), "--stages", "e,a"]) == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "g"])
+    assert plans == [
+        ["build", "sampler emoji-64", "sampler m", "sampler l"],
+        ["build", "calls", "picture", "networks"],
+    ]
+
+
+PARTS = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import benchmark as gpu
+
+out = Path(sys.argv[1])
+
+
+def note(name, seconds=0.0):
+    def work(limit):
+        with (out / "log").open("a") as file:
+            print(name, file=file)
+        time.sleep(seconds)
+        return "ok", f"{name} is done"
+
+    return work
+
+
+parts = [
+    gpu.Part("build", 1, note("build"), "a", always=True),
+    gpu.Part("calls", 1, note("calls"), "a"),
+    gpu.Part("tests", 1, note("tests", float(sys.argv[2])), "b"),
+    gpu.Part("kernels", 1, lambda limit: ("cut" if float(sys.argv[2]) else "ok", "3 times"), "c"),
+]
+sys.exit(gpu.run(parts, out, 60.0, {"GPU": "a GPU"}))
+"""
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    def start(seconds: float) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-c", PARTS, str(tmp_path), str(seconds)]
+        return subprocess.Popen(argv, cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True)
+
+    log = tmp_path / "log"
+    first = start(60)
+    while not (log.exists() and "tests" in log.read_text()):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    known = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [(part["part"], part["status"]) for part in known] == [("build", "ok"), ("calls", "ok")]
+    second = start(0)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert log.read_text().split() == ["build", "calls", "tests", "build", "tests"]
+    assert "a calls                done before" in said
+    known = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [(part["part"], part["stage"]) for part in known] == [
+        ("build", "a"),
+        ("calls", "a"),
+        ("tests", "b"),
+        ("kernels", "c"),
+    ]
+    assert "calls is done" in said  # the screen has what was done before, too
+
+
+def test_what_was_cut_or_failed_is_run_again(tmp_path):
+    for status in ("cut", "failed", "timed out", "left out"):
+        run([gpu.Part("part", 1, lambda limit: (status, ""))], tmp_path)  # noqa: B023 (it runs at once)
+        ran = []
+        run([gpu.Part("part", 1, lambda limit: ran.append(1) or ("ok", ""))], tmp_path)  # noqa: B023
+        assert ran, status
+        (tmp_path / "report.json").unlink()
+    assert gpu.earlier(tmp_path) == {}
+    (tmp_path / "report.json").write_text('{"parts": [{"part": "of another version"}]}')
+    assert gpu.earlier(tmp_path) == {}
+
+
+def test_a_part_without_enough_time_is_left_out():
+    ran = []
+    parts = [gpu.Part("long", 1, lambda limit: ran.append(limit) or ("ok", ""), least=30)]
+    (result,) = gpu.execute(parts, 20.0)
+    assert (result.status, result.output, ran) == ("left out", "20 s are too few, it needs 30", [])
+    (result,) = gpu.execute(parts, 40.0)
+    assert (result.status, len(ran)) == ("ok", 1)
+
+
+def test_a_signal_ends_what_was_started(tmp_path):
+    mark = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import sys
+from benchmarks.gpu import benchmark as gpu
+with gpu.ended_by_signals():
+    gpu.command([sys.executable, "-c", {child!r}], 60.0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT)
+    while not (mark.exists() and mark.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_rows_of_a_killed_process_are_mended(tmp_path):
+    csv = tmp_path / "kernels.csv"
+    common.append(csv, [row("cuda", 1.0)], kernels.COLUMNS)
+    with csv.open("a") as file:
+        file.write("group_norm_silu,cuda")
+    gpu.mend(csv)
+    common.append(csv, [row("triton", 1.0)], kernels.COLUMNS)
+    assert [each["kernel_provider"] for each in gpu.whole(csv)] == ["cuda", "triton"]
+    gpu.mend(tmp_path / "none.csv")
+
+
+def test_a_build_without_the_library_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: ("ok", "no nvcc"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.build("cpu", 1.0) == ("failed", "no nvcc\n0 libraries, 0 of them compiled before")
+    (tmp_path / "coalescer_fast" / "lib").mkdir(parents=True)
+    (tmp_path / "coalescer_fast" / "lib" / "libcoalescer_fast_cuda.so").touch()
+    assert gpu.build("cpu", 1.0)[0] == "ok"
 
 
 def test_sanitizer(monkeypatch, tmp_path):
@@ -164,7 +313,7 @@ def test_counts_of_the_tests(tmp_path):
 @pytest.mark.parametrize(
     ("provider", "output", "status"),
     [
-        ("compile", "done", "ok"),
+        ("compile", "done", "cut"),
         ("eager", "Traceback (most recent call last)", "failed"),
         ("triton", "done", "failed"),
         ("", "", "failed"),
@@ -180,20 +329,20 @@ def test_a_peer_may_fail_and_a_backend_may_not(provider, output, status, tmp_pat
 
     monkeypatch.setattr(gpu, "command", command)
     monkeypatch.setattr(gpu.ops, "backends", lambda op: {"triton": (True, "")})
-    found, said = gpu.measure(csv, [], 1.0, 30.0)
+    found, said = gpu.measure(csv, "cuda", [], 1.0, 30.0)
     assert found == status
     assert said.splitlines()[-1].endswith("3 of 9 calls are left out, the first of them this one")
     monkeypatch.setattr(gpu.ops, "backends", lambda op: {"triton": (False, "there is no CUDA device")})
-    assert gpu.measure(csv, [], 1.0, 30.0) == ("failed", "triton cannot run: there is no CUDA device")
+    assert gpu.measure(csv, "cuda", [], 1.0, 30.0) == ("failed", "triton cannot run: there is no CUDA device")
 
 
 @pytest.mark.parametrize(
     ("ended", "own", "status"),
     [
-        ("ok", "ok", "ok"),
-        ("failed", "ok", "ok"),
+        ("ok", "ok", "cut"),
+        ("failed", "ok", "cut"),
         ("failed", "FAIL: error", "failed"),
-        ("timed out", "ok", "ok"),
+        ("timed out", "ok", "cut"),
         ("timed out", "", "timed out"),
     ],
 )
@@ -206,13 +355,13 @@ def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, mo
         return ended, "LEFT OUT m batch 64"
 
     monkeypatch.setattr(gpu, "command", command)
-    found, said = gpu.sample(csv, "m", 30.0)
+    found, said = gpu.sample(csv, "cuda", ["--model", "m"], 30.0)
     assert found == status
     assert said.splitlines()[-1].startswith(f"{len(rows)} times, ")
     assert "; LEFT OUT m batch 64" in said.splitlines()[-1]
-    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "ok")
+    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "cut")
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    assert gpu.sample(csv, "m", 30.0) == ("not installed", "the sampler needs diffusers")
+    assert gpu.sample(csv, "cuda", ["--model", "m"], 30.0) == ("not installed", "the sampler needs diffusers")
 
 
 def sampled(provider: str, ms: float, batch: int = 1, part: str = "sampler", status: str = "ok") -> common.Row:
@@ -335,9 +484,11 @@ def test_calls_are_right_and_repeat(backend, capsys):
 def test_calls_reach_every_op_dtype_and_layout(monkeypatch):
     found = []
     monkeypatch.setattr(
-        gpu_calls, "fault", lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or ""
+        gpu_calls,
+        "fault",
+        lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or ("", 0.0),
     )
-    assert not any(gpu_calls.check("reference", False))
+    assert not any(trial.wrong for trial in gpu_calls.check("reference", False))
     assert len(found) == len(gpu_calls.CALLS)
     assert {(op, dtype) for op, dtype, _ in found} == {
         (op, dtype) for op in kernels.peers.EAGER for dtype in kernels.DTYPES
