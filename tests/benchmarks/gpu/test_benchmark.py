@@ -11,17 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks
 from benchmarks.gpu import benchmark as gpu
 from benchmarks.gpu import calls as gpu_calls
+from benchmarks.gpu import picture as gpu_picture
+from benchmarks.gpu import replay as gpu_replay
 from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import refcheck
 from benchmarks.harness import results as common
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.kernels import shapes
+from benchmarks.networks import benchmark as networks
 from benchmarks.sampler import benchmark as sampler
 from coalescer_fast import ops
+from coalescer_fast.ops import cuda_library
 from coalescer_fast.ops.dispatch import Backend
 
 FACTS = {"GPU": "a GPU", "driver": "1.2"}
@@ -472,6 +477,7 @@ def test_targets_and_summary_of_a_csv_file(tmp_path, monkeypatch):
     )
 
 
+emulated = pytest.mark.skipif(not cuda_library.INTERPRETED, reason="needs the emulation of CUDA")
 NATIVE = ["reference", *(["cpu"] if ops.backends("bias_residual")["cpu"][0] else [])]
 
 
@@ -513,6 +519,106 @@ def test_calls_that_are_wrong(broken, monkeypatch, capsys):
     assert "\nFAIL reference bias_residual 7x3x3 batch 3 fp32 channels_last: " in out
     assert sum(words in line for line in out.splitlines()) == len(gpu_calls.CALLS)
     assert f"reference: {len(gpu_calls.CALLS)} calls, {len(gpu_calls.CALLS)} wrong" in out
+
+
+def test_failures_are_kept_and_replayed(monkeypatch, tmp_path, capsys):
+    """One element is wrong: its place is named, and the replay finds nothing wrong, for the kernel is right."""
+    path = tmp_path / "failures.pt"
+
+    def several(result):
+        (first, *rest) = refcheck.several(result)
+        if first.shape == (5, 3, 7, 7):
+            first = first.clone()
+            first[3, 2, 1, 0] = 7.0
+        if first.shape == (1, 640, 32, 32):
+            first = first + 1
+        return (first, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_calls, "several", several)
+        assert gpu_calls.main(["--backends", "reference", "--failures", str(path)]) == 1
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if "FAIL reference coalesce_step 3x7x7 raw batch 5" in line)
+    assert ", first at (3, 2, 1, 0): 7, expected " in line
+    assert path.stat().st_size < 2 * gpu_calls.KEPT_BYTES
+    large, small = torch.load(path, weights_only=True)
+    assert large["inputs"] is None  # drawn again
+    assert small["call"] in line
+    assert small["inputs"]["sample"].shape == (5, 3, 7, 7)
+    if not cuda_library.INTERPRETED:
+        return
+    assert gpu_replay.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "on the GPU: error " in out
+    assert out.count("  right here") == 2
+    small["inputs"]["distance"] = torch.full((5,), torch.nan)
+    torch.save([small], path)
+    assert gpu_replay.main([str(path)]) == 1
+    assert "  here: " in capsys.readouterr().out
+    assert gpu_replay.main([str(tmp_path / "none.pt")]) == 1
+
+
+def test_only_the_first_failures_are_kept(tmp_path):
+    trials = [gpu_calls.Trial("cuda", 12, "fp32", "contiguous", "wrong")] * 20
+    gpu_calls.keep(trials, tmp_path / "failures.pt")
+    assert len(torch.load(tmp_path / "failures.pt", weights_only=True)) == gpu_calls.KEPT
+
+
+@emulated
+def test_calls_on_the_stand_in_for_a_gpu(capsys):
+    assert gpu_calls.main(["--emulated", "--backends", "cuda"]) == 0
+    assert capsys.readouterr().out.startswith(f"cuda: {len(gpu_calls.CALLS)} calls, 0 wrong, worst error 0.")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_picture(wrong, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "picture.png"
+    if wrong:
+        drawn = iter([torch.zeros(6, 3, 8, 8), torch.full((6, 3, 8, 8), 0.5), torch.ones(6, 3, 8, 8)])
+        monkeypatch.setattr(gpu_picture, "draw", lambda pipe: next(drawn))
+    argv = ["--device", "cpu", "--dtype", "float32", "--out", str(path)]
+    assert gpu_picture.main(argv) == wrong
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    if wrong:
+        assert (
+            "FAIL the second call differs by up to 0.5\nFAIL the median PSNR is 6.0 dB; expected at least 60\n" in out
+        )
+        assert last.startswith("6 pictures, 3 faults, PSNR 6.0 dB")
+    else:
+        assert last.startswith("6 pictures, 0 faults, PSNR ")
+        assert Image.open(path).size == (6 * 64, 2 * 64)
+
+
+def test_the_screen(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_report.BACKENDS, "cuda", Backend("cuda", "cuda"))
+    rows = [row("copy", 100.0), row("eager", 400.0), row("chunked", 250.0), row("cuda", 200.0)]
+    rows += [row("copy", 1.0, SMALL, 1), row("eager", 3.0, SMALL, 1), row("cuda", 2.0, SMALL, 1)]
+    common.append(tmp_path / "kernels.csv", rows, kernels.COLUMNS)
+    drawn = [sampled("ours", 2.0), sampled("compile_graphs", 3.0), sampled("compile", 4.0, 16)]
+    common.append(tmp_path / "sampler.csv", drawn, sampler.COLUMNS)
+    net = dict.fromkeys(networks.COLUMNS, "") | {"model": "sd-turbo", "batch": 1, "dtype": "bf16", "metric_unit": "ms"}
+    nets = [
+        {**net, "provider": "coalescer_fast", "y_value_50": 12.5, "status": "ok"},
+        {**net, "provider": "compile", "status": "FAIL: no such thing"},
+    ]
+    common.append(tmp_path / "networks.csv", nets, networks.COLUMNS)
+    results = [
+        gpu_report.Result("calls", "ok", 1, 2, "said\ncuda: 45 calls, 0 wrong\n", "a"),
+        gpu_report.Result("kernels", "ok", 1, 2, "not shown", "c"),
+        gpu_report.Result("networks", "failed", 1, 2, "no such option", "e"),
+    ]
+    read = (gpu.whole(tmp_path / f"{name}.csv") for name in ("kernels", "sampler", "networks"))
+    lines = list(gpu_report.screen(FACTS, results, *read))
+    assert lines[1:] == [
+        "a calls              ok            cuda: 45 calls, 0 wrong",
+        "e networks           failed        no such option",
+        "c group_norm_silu bf16 cuda: 1.75 x eager (least 1.50, 2 times); 1.25 x chunked (least 1.25, 1 times); "
+        f"from 64 MB up {100 * LARGE.moved * 128 / 200 / COPY:.0f} - {100 * LARGE.moved * 128 / 200 / COPY:.0f} % of "
+        f"copy, up to {LARGE.moved * 128 / 200 / 1e3:.0f} GB/s",
+        "d m sampler: b1 2.00 ms 1.50 x compile_graphs, b16 ours not measured",
+        "e sd-turbo scale  size  batch 1: coalescer_fast bf16 12.50 ms, compile bf16 FAIL: no such thing",
+    ]
 
 
 def test_calls_on_a_backend_that_cannot_run(capsys, monkeypatch):
