@@ -202,9 +202,8 @@ def build(folder: Path, keep: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     missing = {}
     known = written(folder).get("sources", {}) if keep else {}
-    targets = []
-    if chosen() not in ("off", "cpu") and (nvcc() or (keep and "TORCH_CUDA_ARCH_LIST" in os.environ)):
-        targets = architectures()
+    named = nvcc() or "TORCH_CUDA_ARCH_LIST" in os.environ
+    targets = architectures() if named and chosen() not in ("off", "cpu") else []
     sources = {part: digest(part, targets) for part in ("cpu", "cuda")}
     for part in ("cpu", "cuda"):
         target = folder / f"libcoalescer_fast_{part}.so"

@@ -233,6 +233,8 @@ def network_lines(nets: Sequence[report.Text]) -> Iterator[str]:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in nets:
         times = f"{float(row['y_value_50']):.2f} {row['metric_unit']}" if row["y_value_50"] else row["status"][:80]
+        if alone := row.get("latency_ms"):
+            times += f" ({float(alone):.2f} alone)"
         cell = found.setdefault((row["model"], row["scale"], row["size"], row["batch"]), {})
         cell[f"{row['provider']} {row['dtype']}"] = times
     for (model, scale, size, batch), cell in found.items():

@@ -369,6 +369,25 @@ def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, mo
     assert gpu.sample(csv, "cuda", ["--model", "m"], 30.0) == ("not installed", "the sampler needs diffusers")
 
 
+def test_networks_whose_time_was_over(tmp_path, monkeypatch):
+    rows = [
+        {"provider": "coalescer_fast", "status": "ok", "y_value_50": 1.0},
+        {"provider": "compile", "status": "skipped: the time is over"},
+    ]
+
+    def command(argv, limit, **variables):
+        common.append(tmp_path / "networks.csv", rows, ("provider", "status", "y_value_50"))
+        return "ok", "done"
+
+    monkeypatch.setattr(gpu, "command", command)
+    status, said = gpu.networks(tmp_path / "networks.csv", "cuda", [], 30.0)
+    assert status == "cut"
+    assert said == "done\n2 times, 0 wrong results; compile skipped: the time is over"
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: ("failed", "no such option\n"))
+    status, said = gpu.networks(tmp_path / "networks.csv", "cuda", [], 30.0)
+    assert (status, said.splitlines()[-1]) == ("failed", "no such option; 0 times, 0 wrong results")
+
+
 def sampled(provider: str, ms: float, batch: int = 1, part: str = "sampler", status: str = "ok") -> common.Row:
     """A row as benchmarks.sampler writes it."""
     found: common.Row = dict.fromkeys(sampler.COLUMNS, "")
