@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 from coalescer_fast.ops import cuda_library, triton_launch
 
@@ -16,7 +17,6 @@ def use() -> None:
     """
     if not triton_launch.INTERPRETED:  # read when the package is imported
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
-    from tests import conftest  # noqa: F401 (it builds the emulation, and sets it up)
-
+    import_module("tests.conftest")  # it builds the emulation, and sets it up
     if not cuda_library.INTERPRETED:
         raise ValueError("the emulation of CUDA needs Linux and a C++ compiler: install g++ or set CXX")
