@@ -177,9 +177,9 @@ def build_cuda(target: Path, architectures: list[int]) -> str:
 
 def digest(part: str, targets: list[int]) -> str:
     """A hash of all that the library of this part is compiled of."""
-    sources = [ROOT / "setup.py", ROOT / "csrc" / "abi.h", *sorted((ROOT / "csrc" / part).iterdir())]
-    found = hashlib.sha256(repr(targets if part == "cuda" else platform.machine()).encode())
-    for source in sources:
+    how = (NVCC_FLAGS, targets) if part == "cuda" else (FLAGS, X86_FLAGS, platform.machine())
+    found = hashlib.sha256(repr(how).encode())
+    for source in (ROOT / "csrc" / "abi.h", *sorted((ROOT / "csrc" / part).iterdir())):
         found.update(source.read_bytes())
     return found.hexdigest()
 

@@ -60,6 +60,7 @@ from .report import Result, goals, screen, slower, summary, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, QUICK_SECONDS = 550.0, 140.0
+NEEDED = 120.0
 GRACE = 5.0  # seconds from the interrupt to the kill
 TAIL = 6000  # characters of a part's output that are kept
 SHOWN = 1200  # characters of a failed part's output that are printed
@@ -97,7 +98,8 @@ class Part:
         run: does it in so many seconds, gives status and output.
         stage: one of `STAGES`.
         least: seconds that it needs; with fewer it is left out.
-        always: it is run though an earlier run has done it, on another machine perhaps.
+        always: all else needs it: it is run though an earlier run has done it, on another machine perhaps, and has at
+            least `NEEDED` seconds.
     """
 
     name: str
@@ -206,6 +208,8 @@ def execute(parts: Sequence[Part], seconds: float) -> Iterator[Result]:
     for n, part in enumerate(parts):
         begun = time.monotonic()
         limit = max(1.0, (seconds - (begun - start)) * part.share / (sum(other.share for other in parts[n:]) or 1.0))
+        if part.always:
+            limit = max(limit, NEEDED)
         try:
             if limit < part.least:
                 status, output = "left out", f"{limit:.0f} s are too few, it needs {part.least:g}"

@@ -104,6 +104,9 @@ def test_time_that_is_left_goes_to_the_parts_to_come():
     assert limits == pytest.approx([25, 200 / 3, 100], rel=0.01)
     list(gpu.execute([gpu.Part("", 0, note)], 100.0))
     assert limits[-1] >= 1
+    list(gpu.execute([gpu.Part("", 1, note, always=True), gpu.Part("", 9, note)], 50.0))
+    assert limits[-2] == gpu.NEEDED  # all else needs it
+    assert limits[-1] == pytest.approx(50, rel=0.01)
 
 
 @pytest.fixture
