@@ -59,7 +59,7 @@ from ..kernels import benchmark as kernels
 from .report import Result, goals, screen, slower, summary, targets
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS, QUICK_SECONDS = 550.0, 140.0
+SECONDS, QUICK_SECONDS = 550.0, 135.0
 NEEDED = 120.0
 GRACE = 5.0  # seconds from the interrupt to the kill
 TAIL = 6000  # characters of a part's output that are kept
@@ -358,7 +358,7 @@ def tests(junit: Path, limit: float) -> tuple[str, str]:
     argv += ["--continue-on-collection-errors", "--tb=short", f"--junitxml={junit}"]
     # most of their time is Triton's compiler's
     argv += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    argv += ["--timeout=60"] if find_spec("pytest_timeout") else []
+    argv += ["--timeout=120"] if find_spec("pytest_timeout") else []
     argv += TESTS if find_spec("diffusers") else ["tests/ops"]  # all the others need it
     status, output = command(argv, limit)
     return status, output + counts(junit)
