@@ -9,8 +9,12 @@ what is built:
   line says why, and `coalescer_fast.ops.backends` repeats it. With ``require``, which is ``cuda`` otherwise, the
   installation fails instead.
 - TORCH_CUDA_ARCH_LIST: the compute capabilities that CUDA kernels are compiled for, such as ``8.0;9.0``.
+
+``python setup.py build_native --keep`` compiles only what is not there yet: build.json says of what sources, and for
+which GPUs, each library is. So a library that was compiled elsewhere, without a GPU, is used as it is.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -171,13 +175,42 @@ def build_cuda(target: Path, architectures: list[int]) -> str:
     return f"nvcc cannot compile it: {failures[0].splitlines()[0]}" if failures[0] else ""
 
 
-def build(folder: Path) -> None:
-    """Build the libraries that are asked for into the folder, and write to build.json why others are missing."""
+def digest(part: str, targets: list[int]) -> str:
+    """A hash of all that the library of this part is compiled of."""
+    how = (NVCC_FLAGS, targets) if part == "cuda" else (FLAGS, X86_FLAGS, platform.machine())
+    found = hashlib.sha256(repr(how).encode())
+    for source in (ROOT / "csrc" / "abi.h", *sorted((ROOT / "csrc" / part).iterdir())):
+        found.update(source.read_bytes())
+    return found.hexdigest()
+
+
+def written(folder: Path) -> dict:
+    """What build.json says, nothing if there is none."""
+    try:
+        return json.loads((folder / "build.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def build(folder: Path, keep: bool = False) -> None:
+    """Build the libraries that are asked for into the folder, and write to build.json why others are missing.
+
+    Args:
+        folder: of the libraries.
+        keep: leave those that are there and were compiled of the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     missing = {}
-    targets = architectures() if nvcc() and chosen() not in ("off", "cpu") else []
+    known = written(folder).get("sources", {}) if keep else {}
+    named = nvcc() or "TORCH_CUDA_ARCH_LIST" in os.environ
+    targets = architectures() if named and chosen() not in ("off", "cpu") else []
+    sources = {part: digest(part, targets) for part in ("cpu", "cuda")}
     for part in ("cpu", "cuda"):
         target = folder / f"libcoalescer_fast_{part}.so"
+        if target.is_file() and known.get(part) == sources[part]:
+            missing[part] = ""
+            print(f"coalescer_fast: the library of {part.upper()} kernels was compiled of these sources already")
+            continue
         target.unlink(missing_ok=True)
         if chosen() == "off" or (part, chosen()) == ("cuda", "cpu"):
             missing[part] = f"COALESCER_FAST_BUILD={chosen()} when it was installed"
@@ -194,7 +227,8 @@ def build(folder: Path) -> None:
             raise SystemExit(f"coalescer_fast: {what}: {missing[part]}")
         if missing[part]:
             print(f"coalescer_fast: installed without the {part.upper()} kernels: {missing[part]}", file=sys.stderr)
-    (folder / "build.json").write_text(json.dumps(missing) + "\n", encoding="utf-8")
+    sources = {part: sources[part] for part, reason in missing.items() if not reason}
+    (folder / "build.json").write_text(json.dumps({**missing, "sources": sources}) + "\n", encoding="utf-8")
 
 
 class BuildPy(build_py):
@@ -206,14 +240,16 @@ class BuildPy(build_py):
 class BuildNative(Command):
     """Build the native libraries in this checkout, for use without an installation."""
 
-    user_options: ClassVar[list[tuple[str, str, str]]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [("keep", None, "compile only what is not there yet")]
+    boolean_options: ClassVar[list[str]] = ["keep"]
 
-    def initialize_options(self) -> None: ...
+    def initialize_options(self) -> None:
+        self.keep = False
 
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        build(ROOT / "coalescer_fast" / "lib")
+        build(ROOT / "coalescer_fast" / "lib", bool(self.keep))
 
 
 class BdistWheel(bdist_wheel):

@@ -143,7 +143,7 @@ def cpu_name() -> str:
 def build() -> Facts:
     """Read what the installation wrote about each library, in build.json."""
     reasons = json.loads((LIBRARIES / "build.json").read_text("utf-8"))
-    return {part: f"not built: {reason}" if reason else "built" for part, reason in reasons.items()}
+    return {part: f"not built: {reasons[part]}" if reasons[part] else "built" for part in ("cpu", "cuda")}
 
 
 def gpu() -> list[Facts]:

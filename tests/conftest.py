@@ -20,6 +20,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the package's ops are imported
+
 try:
     from hypothesis import settings
 except ImportError:  # tests/helpers/drawn.py
@@ -38,7 +41,7 @@ sys.path.append(str(ROOT / "tests" / "csrc"))
 import emulate  # noqa: E402
 
 import coalescer_fast  # noqa: E402
-from coalescer_fast.ops import native_library  # noqa: E402
+from coalescer_fast.ops import cuda_library, native_library  # noqa: E402
 from tests.helpers.isa import available, using  # noqa: E402
 
 if importlib.util.find_spec("coalescer_fast.export") is None:  # in a checkout, not installed
@@ -72,12 +75,8 @@ def emulated_library() -> Path:
     return library
 
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
-    if sys.platform == "linux" and shutil.which(os.environ.get("CXX", "c++")):
-        from coalescer_fast.ops import cuda_library
-
-        cuda_library.PATH, cuda_library.INTERPRETED = emulated_library(), True
+if not torch.cuda.is_available() and sys.platform == "linux" and shutil.which(os.environ.get("CXX", "c++")):
+    cuda_library.PATH, cuda_library.INTERPRETED = emulated_library(), True
 
 
 def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -50,6 +51,48 @@ def quick(tmp_path_factory) -> str:
             (folder / name).write_text(f'#!/bin/sh\nexec {real} "$@" {flags}\n')
             (folder / name).chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_what_was_compiled_of_the_same_sources_is_kept(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("setup_of_the_package", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    compiled = []
+
+    def compile_part(part):
+        def work(target, *targets):
+            compiled.append((part, *targets))
+            target.write_text(part)
+            return ""
+
+        return work
+
+    monkeypatch.setattr(setup, "build_cpu", compile_part("cpu"))
+    monkeypatch.setattr(setup, "build_cuda", compile_part("cuda"))
+    monkeypatch.setattr(setup, "nvcc", lambda: "")  # as where the libraries are used
+    monkeypatch.setenv("COALESCER_FAST_BUILD", "cuda")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    setup.build(tmp_path)
+    assert compiled == [("cpu",), ("cuda", [90])]
+    for keep, changed in ((True, []), (False, ["cpu", "cuda"])):
+        del compiled[:]
+        setup.build(tmp_path, keep)
+        assert [part for part, *_ in compiled] == changed
+    setup.build(tmp_path, keep=True)
+    digest = setup.digest
+    monkeypatch.setattr(setup, "digest", lambda part, targets: digest(part, targets) + "new" * (part == "cpu"))
+    (tmp_path / "libcoalescer_fast_cuda.so").unlink()
+    del compiled[:]
+    setup.build(tmp_path, keep=True)  # other sources of one, and the other is not there
+    assert [part for part, *_ in compiled] == ["cpu", "cuda"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    del compiled[:]
+    setup.build(tmp_path, keep=True)
+    assert compiled == [("cuda", [80])]
+    (tmp_path / "build.json").write_text("not JSON")
+    del compiled[:]
+    setup.build(tmp_path, keep=True)
+    assert [part for part, *_ in compiled] == ["cpu", "cuda"]
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -1,17 +1,27 @@
-"""All that is to be known of the package on a CUDA machine, by one command, from a plain checkout, in under ten
-minutes.
+"""All that is to be known of the package on a CUDA machine, by one command, from a plain checkout, in ten minutes.
 
-    python -m benchmarks.gpu [--quick] [--seconds S] --out DIR
+    python -m benchmarks.gpu [--quick] [--stages a,b] [--seconds S] --out DIR
+    python -m benchmarks.gpu --rehearse --out DIR            # the same plan on a CPU, with smaller calls
 
-Its parts: the native libraries, built for the GPUs present; the tests that need a GPU; `benchmarks.gpu.calls` by itself
-and under compute-sanitizer; `benchmarks.kernels`, with inductor on a few calls alone, for it compiles for long;
-`benchmarks.sampler` for each model, beside torch.compile as far as the time goes. What fails is reported, and the rest
-still runs. A part has its share of the time that is left; what was not measured in it is said. Needs torch, Triton,
-nvcc and, for the tests, pytest and numpy (without hypothesis, those that draw calls are skipped), for the sampler
-diffusers. Written to DIR in place of earlier ones: kernels.csv, sampler.csv, report.json, summary.md, and pytest.xml.
---only PART,PART runs these alone: "--only build,sampler" gives all the time to the sampler.
+The stages, the most valuable first; each has its share of the time that is left:
 
-Exit status: 0, 1 if a part failed or took too long, 2 without a CUDA device. A missed target is no failure.
+- a: the native libraries, compiled only if coalescer_fast/lib has none of these sources for these GPUs; every op in
+  every dtype against float64 (`benchmarks.gpu.calls`); pictures from a CUDA graph (`benchmarks.gpu.picture`);
+- b: the tests that need a GPU; the calls under compute-sanitizer's memcheck;
+- c: `benchmarks.kernels` in bfloat16 beside eager PyTorch, and a few calls beside inductor and a chunked GroupNorm;
+- d: `benchmarks.sampler` of each model, first ours beside eager, then beside torch.compile with CUDA graphs;
+- e: `benchmarks.networks`, diffusers' own UNet of SD-Turbo's size;
+- f: what is left of the time: racecheck, torch.compile with max-autotune, float32 and float16.
+
+--quick is a short look at everything, in under 150 seconds. DIR keeps what was done: parts that its report.json has as
+"ok" are not run again, and rows of CSV files are added to. So a run that was cut goes on with the same command. What
+fails is reported, and the rest still runs. Written to DIR: report.json, summary.md, kernels.csv, sampler.csv,
+networks.csv, pytest.xml, picture.png, and failures.pt for `benchmarks.gpu.replay`. Needs torch, Triton, nvcc unless the
+libraries are there and, for the tests, pytest and numpy (without hypothesis, those that draw calls are skipped), for
+pictures diffusers. --only PART,PART runs these alone: "--only build,sampler" gives all the time to the sampler.
+
+Exit status: 0, 1 if a part failed or took too long, 2 without a CUDA device. A missed target is no failure, nor is what
+was cut ("cut").
 """
 
 from __future__ import annotations
@@ -42,15 +52,20 @@ from coalescer_fast import files, ops
 from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness.arguments import Parser
-from ..harness.results import read
+from ..harness import environment as machine
+from ..harness.arguments import Parser, listed
+from ..harness.results import Text, read
 from ..kernels import benchmark as kernels
-from .report import Result, goals, slower, summary, targets
+from .report import Result, goals, screen, slower, summary, targets
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS, QUICK_SECONDS = 550.0, 100.0
+SECONDS, QUICK_SECONDS = 550.0, 135.0
+NEEDED = 120.0
 GRACE = 5.0  # seconds from the interrupt to the kill
 TAIL = 6000  # characters of a part's output that are kept
+SHOWN = 1200  # characters of a failed part's output that are printed
+STAGES = tuple("abcdef")
+COMPILED = Path(tempfile.gettempdir()) / "coalescer_fast-inductor"  # what inductor has compiled, for later parts
 
 # for inductor: of the network l, which stand for the others; not dual_head, for whose convolution it searches longest
 FEW = [
@@ -60,27 +75,48 @@ FEW = [
     "320x64x64 g32",
     "320x64x64 g32 film pre_bias",
     "320+320x64x64 g32",
+    "1280x8x8 g32 film pre_bias",
     "320x64x64",
     "4x64x64 unit",
 ]
+FEW_REHEARSED = ["--shapes", "emoji-64", "--calls", "96x8x8 g8 film pre_bias", "96x8x8", "16x8x8 unit"]
 ALL = ["--shapes", "l,m,emoji-64"]
 EAGER = ["--peers", "eager,eager_contiguous"]
-SAMPLED = {"emoji-64": 35, "m": 45, "l": 40}  # models, and the share of each
+EAGER_SAMPLER = "eager_channels_last"
+TESTS = ["tests/runtime/cuda", "tests/models/test_description.py", "tests/benchmarks/harness", "tests/ops"]
+
+Work = Callable[[float], tuple[str, str]]
 
 
 @dataclass
 class Part:
-    """share: of the time that is left, against those of the parts after it; run: does it in so many seconds, gives
-    status and output."""
+    """A part of the plan.
+
+    Attributes:
+        name: as in the report.
+        share: of the time that is left, against those of the parts after it.
+        run: does it in so many seconds, gives status and output.
+        stage: one of `STAGES`.
+        least: seconds that it needs; with fewer it is left out.
+        always: all else needs it: it is run though an earlier run has done it, on another machine perhaps, and has at
+            least `NEEDED` seconds.
+    """
 
     name: str
     share: float
-    run: Callable[[float], tuple[str, str]]
+    run: Work
+    stage: str = "a"
+    least: float = 0.0
+    always: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     top = Parser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    top.add_argument("--quick", action="store_true", help="in under two minutes: no tests, no racecheck, few calls")
+    top.add_argument("--quick", action="store_true", help="a short look at everything, in under 150 seconds")
+    top.add_argument("--rehearse", action="store_true", help="the same plan on a CPU, with smaller calls")
+    top.add_argument(
+        "--stages", type=listed(*STAGES), default=list(STAGES), metavar="S,S", help="of a to f (default: all)"
+    )
     top.add_argument(
         "--only",
         type=lambda text: tuple(text.split(",")),
@@ -95,38 +131,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     top.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = top.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("python -m benchmarks.gpu: there is no CUDA device: run it on a machine that has one", file=sys.stderr)
+    if not args.rehearse and not torch.cuda.is_available():
+        print(f"{top.prog}: there is no CUDA device: run it on a machine that has one", file=sys.stderr)
         return 2
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        for name in ("kernels.csv", "sampler.csv", "report.json", "summary.md", "pytest.xml"):
-            (args.out / name).unlink(missing_ok=True)
+        files.check_writable(args.out / "report.json")
     except OSError as error:
-        print(f"python -m benchmarks.gpu: {sentence(error)}", file=sys.stderr)
+        print(f"{top.prog}: {sentence(error)}", file=sys.stderr)
         return 1
+    device = "cpu" if args.rehearse else "cuda"
     plan = [
-        part for part in parts(args.out.resolve(), args.quick) if args.only is None or part.name.startswith(args.only)
+        part
+        for part in parts(args.out.resolve(), args.quick, device)
+        if part.stage in args.stages and (args.only is None or part.name.startswith(args.only))
     ]
-    return run(plan, args.out, args.seconds or (QUICK_SECONDS if args.quick else SECONDS), environment())
+    with ended_by_signals():
+        return run(plan, args.out, args.seconds or (QUICK_SECONDS if args.quick else SECONDS), environment(device))
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM end the process as an exception does, so that what it has started ends with it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(parts: Sequence[Part], out: Path, seconds: float, facts: dict[str, str]) -> int:
-    """Run the parts, the report written anew after each."""
-    results: list[Result] = []
-    for result in execute(parts, seconds):
-        results.append(result)
-        print(f"{result.part:20} {result.status:14} {result.seconds:5.0f} s of {result.limit:.0f} s", flush=True)
-        rows, drawn = whole(out / "kernels.csv"), whole(out / "sampler.csv")
-        everything = {"environment": facts, "parts": [asdict(each) for each in results]}
-        if rows:
-            everything |= {"targets": targets(rows), "slower": slower(rows)}
-        if drawn:
-            everything |= {"goals": goals(drawn)}
-        files.write_text(out / "report.json", json.dumps(everything, indent=1) + "\n")
-        files.write_text(out / "summary.md", "\n".join(summary(facts, results, rows, drawn)) + "\n")
-    print(out / "summary.md")
-    return 1 if any(result.failed for result in results) else 0
+    """Run the parts that were not done before, the report written anew after each."""
+    results = earlier(out)
+    done = {name for name, result in results.items() if result.status == "ok"}
+    left = [part for part in parts if part.always or part.name not in done]
+    for part in parts:
+        if part not in left:
+            print(f"{part.stage} {part.name:20} done before", flush=True)
+    for result in execute(left, seconds):
+        results[result.part] = result
+        line = f"{result.stage} {result.part:20} {result.status:14} {result.seconds:5.0f} s of {result.limit:.0f} s"
+        print(line, flush=True)
+        if result.failed:
+            print(result.output.strip()[-SHOWN:], flush=True)
+        report(out, facts, list(results.values()))
+    mine = [results[part.name] for part in parts if part.name in results]
+    print()
+    print("\n".join(screen(facts, mine, *(whole(out / f"{name}.csv") for name in ("kernels", "sampler", "networks")))))
+    return 1 if any(result.failed for result in mine) else 0
+
+
+def earlier(out: Path) -> dict[str, Result]:
+    """What the report in the folder says of each part, nothing if there is none."""
+    try:
+        found = json.loads((out / "report.json").read_text("utf-8"))["parts"]
+        return {each["part"]: Result(**each) for each in found}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def report(out: Path, facts: dict[str, str], results: Sequence[Result]) -> None:
+    """Write report.json and summary.md."""
+    rows, drawn = whole(out / "kernels.csv"), whole(out / "sampler.csv")
+    everything = {"environment": facts, "parts": [asdict(each) for each in results]}
+    if rows:
+        everything |= {"targets": targets(rows), "slower": slower(rows)}
+    if drawn:
+        everything |= {"goals": goals(drawn)}
+    files.write_text(out / "report.json", json.dumps(everything, indent=1) + "\n")
+    nets = whole(out / "networks.csv")
+    files.write_text(out / "summary.md", "\n".join(summary(facts, results, rows, drawn, nets)) + "\n")
 
 
 def execute(parts: Sequence[Part], seconds: float) -> Iterator[Result]:
@@ -134,18 +208,24 @@ def execute(parts: Sequence[Part], seconds: float) -> Iterator[Result]:
     for n, part in enumerate(parts):
         begun = time.monotonic()
         limit = max(1.0, (seconds - (begun - start)) * part.share / (sum(other.share for other in parts[n:]) or 1.0))
+        if part.always:
+            limit = max(limit, NEEDED)
         try:
-            status, output = part.run(limit)
+            if limit < part.least:
+                status, output = "left out", f"{limit:.0f} s are too few, it needs {part.least:g}"
+            else:
+                status, output = part.run(limit)
         except Exception:  # whatever it is, the other parts are still to run
             status, output = "failed", traceback.format_exc()
-        yield Result(part.name, status, time.monotonic() - begun, limit, output[-TAIL:])
+        yield Result(part.name, status, time.monotonic() - begun, limit, output[-TAIL:], part.stage)
 
 
 def command(argv: Sequence[str], limit: float, **variables: str) -> tuple[str, str]:
     """Run it in the checkout, with these variables of the environment; interrupted after ``limit`` seconds, and killed
     soon after."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **variables}
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), **os.environ, "PYTHONPATH": path}
+    env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", **variables}
     with tempfile.TemporaryFile(
         "w+", encoding="utf-8", errors="replace"
     ) as output:  # a pipe would wait for whoever else has it open
@@ -167,52 +247,97 @@ def command(argv: Sequence[str], limit: float, **variables: str) -> tuple[str, s
         return status, output.read()
 
 
-def parts(out: Path, quick: bool) -> list[Part]:
-    def measured(dtype: str, budget: float, margin: float, *arguments: str) -> Callable[[float], tuple[str, str]]:
-        argv = ["--dtypes", dtype, "--budget", str(budget), "--batch", "1,64", *arguments]
-        return partial(measure, out / "kernels.csv", argv, margin)
+def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
+    """The plan; on "cpu" that of a rehearsal."""
+    rehearsal = device == "cpu"
+    few = FEW_REHEARSED if rehearsal else FEW
+    every = ["--shapes", "emoji-64"] if rehearsal else ALL
 
+    def measured(dtype: str, batch: str, budget: float, margin: float, *arguments: str) -> Work:
+        argv = ["--dtypes", dtype, "--budget", str(budget), "--batch", batch, *arguments]
+        return partial(measure, out / "kernels.csv", device, argv, margin)
+
+    def sampled(model: str, batch: str, peers: str, *arguments: str) -> Work:
+        argv = ["--model", model, "--batch", batch, "--peers", peers, "--dtypes", "bf16", *arguments]
+        return partial(sample, out / "sampler.csv", device, argv)
+
+    def drawn(*arguments: str) -> Work:
+        return partial(networks, out / "networks.csv", device, list(arguments))
+
+    failures = ["--failures", str(out / "failures.pt")]
+    build_part = Part("build", 20, partial(build, device), always=True)
     if quick:
+        tiny = ["--parts", "unet,sampler,pipeline", "--budget", "0.05"]
         return [
-            Part("build", 42, build),
-            Part("calls", 15, partial(calls, [])),
-            Part("memcheck", 20, partial(sanitize, "memcheck", [])),
-            Part("kernels bf16", 23, measured("bf16", 0.05, 12, *EAGER, *FEW)),
-            *(
-                Part(name, 0, left_out)
-                for name in ("tests", "racecheck", "kernels inductor", "kernels fp32", "kernels fp16")
+            build_part,
+            Part("calls quick", 25, partial(calls, device, failures)),
+            Part("picture", 20, partial(picture, device, out / "picture.png")),
+            Part("memcheck quick", 20, partial(sanitize, "memcheck", []), "b"),
+            Part("kernels quick", 17, measured("bf16", "1,64", 0.05, 10, *EAGER, *few), "c"),
+            Part(
+                "sampler quick", 22, sampled("emoji-64" if rehearsal else "emoji-64,m", "1", EAGER_SAMPLER, *tiny), "d"
             ),
-            *(Part(f"sampler {model}", 0, left_out) for model in SAMPLED),
+            Part("networks quick", 22, drawn("--peers", "eager", "--scale", "0.25", "--rounds", "2"), "e"),
         ]
+    small = ["--parts", "sampler,pipeline", "--budget", "0.3"]
+    graphs = f"{EAGER_SAMPLER},{'compile' if rehearsal else 'compile_graphs'}"
+    batches = "1,4" if rehearsal else "1,64,16"
+    large = left_out if rehearsal else None
+    chunked = ["--peers", "eager,eager_contiguous,compile" + ",chunked" * (not rehearsal)]
     return [
-        Part("build", 60, build),
-        Part("calls", 30, partial(calls, ["--all"])),
-        Part("tests", 95, partial(tests, out / "pytest.xml")),
-        Part("memcheck", 30, partial(sanitize, "memcheck", ["--all"])),
-        Part("racecheck", 30, partial(sanitize, "racecheck", ["--all"])),
-        Part("kernels bf16", 65, measured("bf16", 0.1, 15, *EAGER, *ALL)),
-        Part("kernels inductor", 70, measured("bf16", 0.1, 25, *FEW)),
-        Part("kernels fp32", 35, measured("fp32", 0.05, 12, *EAGER, *ALL)),
-        Part("kernels fp16", 15, measured("fp16", 0.05, 12, *EAGER, *ALL)),
-        *(
-            Part(f"sampler {model}", share, partial(sample, out / "sampler.csv", model))
-            for model, share in SAMPLED.items()
-        ),
+        build_part,
+        Part("calls", 30, partial(calls, device, ["--all", *failures])),
+        Part("picture", 15, partial(picture, device, out / "picture.png")),
+        Part("tests", 80, partial(tests, out / "pytest.xml"), "b"),
+        Part("memcheck", 25, partial(sanitize, "memcheck", ["--all"]), "b"),
+        Part("kernels bf16", 65, measured("bf16", "1,64", 0.1, 15, *EAGER, *every), "c"),
+        Part("kernels few", 60, measured("bf16", "64", 0.1, 20, *chunked, *few), "c"),
+        Part("sampler emoji-64", 22, sampled("emoji-64", batches, EAGER_SAMPLER, *small), "d"),
+        Part("sampler m", 20, sampled("m", "1" if rehearsal else batches, EAGER_SAMPLER, *small), "d"),
+        Part("sampler l", 50, large or sampled("l", batches, EAGER_SAMPLER, *small), "d"),
+        Part("networks", 55, drawn("--peers", "eager,compile"), "e"),
+        Part("compile emoji-64", 35, sampled("emoji-64", batches, graphs, *small), "d", 15),
+        Part("compile m", 35, large or sampled("m", "1,64,16", graphs, *small), "d", 15),
+        Part("compile l", 50, large or sampled("l", "1,64", graphs, *small), "d", 25),
+        Part("racecheck", 10, partial(sanitize, "racecheck", ["--all"]), "f", 20),
+        Part("autotune emoji-64", 10, large or sampled("emoji-64", "1,64", f"{graphs},compile", *small), "f", 40),
+        Part("autotune m", 10, large or sampled("m", "1,64", f"{graphs},compile", *small), "f", 60),
+        Part("autotune l", 10, large or sampled("l", "1", f"{graphs},compile", *small), "f", 60),
+        Part("kernels fp32", 5, measured("fp32", "1,64", 0.05, 12, *EAGER, *every), "f", 20),
+        Part("kernels fp16", 5, measured("fp16", "1,64", 0.05, 12, *EAGER, *every), "f", 20),
     ]
 
 
 def left_out(limit: float) -> tuple[str, str]:
-    return "left out", "by --quick"
+    return "left out", "by --rehearse: it is too large for a CPU"
 
 
-def build(limit: float) -> tuple[str, str]:
-    architectures = {"{}.{}".format(*torch.cuda.get_device_capability(n)) for n in range(torch.cuda.device_count())}
-    argv = [sys.executable, "setup.py", "-q", "build_native"]
-    return command(argv, limit, COALESCER_FAST_BUILD="cuda", TORCH_CUDA_ARCH_LIST=";".join(sorted(architectures)))
+def build(device: str, limit: float) -> tuple[str, str]:
+    """The libraries, unless they are there already; a rehearsal builds them for an H100."""
+    architectures = {"9.0"}
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        architectures = {"{}.{}".format(*torch.cuda.get_device_capability(n)) for n in range(count)}
+    argv = [sys.executable, "setup.py", "-q", "build_native", "--keep"]
+    variables = {"COALESCER_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ";".join(sorted(architectures))}
+    status, output = command(argv, limit, **variables)
+    made = [path.name for path in sorted((ROOT / "coalescer_fast" / "lib").glob("*.so"))]
+    if status == "ok" and "libcoalescer_fast_cuda.so" not in made:
+        status = "failed"  # installed without them, which is no failure of an installation
+    kept = output.count("was compiled of these sources already")
+    return status, f"{output}\n{len(made)} libraries, {kept} of them compiled before"
 
 
-def calls(arguments: Sequence[str], limit: float) -> tuple[str, str]:
-    return command([sys.executable, "-m", "benchmarks.gpu.calls", *arguments], limit)
+def calls(device: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
+    emulated = ["--emulated"] if device == "cpu" else []
+    status, output = command([sys.executable, "-m", "benchmarks.gpu.calls", *emulated, *arguments], limit)
+    return status, output + "; ".join(re.findall(r"^\w+: \d+ calls, .*", output, re.MULTILINE))
+
+
+def picture(device: str, png: Path, limit: float) -> tuple[str, str]:
+    if find_spec("diffusers") is None:
+        return "not installed", "pictures need diffusers"
+    return command([sys.executable, "-m", "benchmarks.gpu.picture", "--device", device, "--out", str(png)], limit)
 
 
 def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
@@ -226,24 +351,16 @@ def sanitize(check: str, arguments: Sequence[str], limit: float) -> tuple[str, s
 
 
 def tests(junit: Path, limit: float) -> tuple[str, str]:
+    """Those that need a GPU, the runtimes' first."""
     if missing := [name for name in ("pytest", "numpy") if find_spec(name) is None]:
         return "not installed", f"the tests need {', '.join(missing)}"
-    argv = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
-    argv += (
-        ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    )  # most of their time is Triton's compiler's
-    argv += [] if find_spec("diffusers") else ["tests/ops"]  # all the others need it
-    status, output = command([*argv, f"--junitxml={junit}"], limit)
+    argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    argv += ["--continue-on-collection-errors", "--tb=short", f"--junitxml={junit}"]
+    # most of their time is Triton's compiler's
+    argv += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    argv += ["--timeout=120"] if find_spec("pytest_timeout") else []
+    argv += TESTS if find_spec("diffusers") else ["tests/ops"]  # all the others need it
+    status, output = command(argv, limit)
     return status, output + counts(junit)
 
 
@@ -256,57 +373,73 @@ def counts(junit: Path) -> str:
     )
 
 
-def measure(csv: Path, arguments: Sequence[str], margin: float, limit: float) -> tuple[str, str]:
-    """benchmarks.kernels, whose start and last call take up to ``margin`` seconds."""
-    states = {name: state for name, state in ops.backends("bias_residual").items() if BACKENDS[name].device == "cuda"}
+def measure(csv: Path, device: str, arguments: Sequence[str], margin: float, limit: float) -> tuple[str, str]:
+    """benchmarks.kernels of what the file lacks; its start and last call take up to ``margin`` seconds."""
+    states = {name: state for name, state in ops.backends("bias_residual").items() if BACKENDS[name].device == device}
     able = [name for name, (can, _) in states.items() if can]
     if not able:
         return "failed", "; ".join(f"{name} cannot run: {reason}" for name, (_, reason) in states.items())
+    mend(csv)
     before = len(whole(csv))
-    argv = [sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", "--backends", *able, "--csv", str(csv)]
-    status, output = command([*argv, "--seconds", f"{max(1.0, limit - margin):.0f}", *arguments], limit)
+    argv = [sys.executable, "-m", "benchmarks.kernels", "--device", device, "--backends", *able, "--csv", str(csv)]
+    status, output = command([*argv, "--again", "--seconds", f"{max(1.0, limit - margin):.0f}", *arguments], limit)
     return judged(status, output, whole(csv)[before:], lambda row: bool(row["backend"]))
 
 
-def sample(csv: Path, model: str, limit: float) -> tuple[str, str]:
-    """benchmarks.sampler of one model. A compiler that is not done when the time is over is no failure, if ours has
-    been measured."""
+def sample(csv: Path, device: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
+    """benchmarks.sampler. A compiler that is not done when the time is over is no failure, if ours was measured."""
     if find_spec("diffusers") is None:
         return "not installed", "the sampler needs diffusers"
+    argv = [sys.executable, "-m", "benchmarks.sampler", "--device", device, "--seconds", f"{limit:.0f}"]
+    return timed(csv, [*argv, "--csv", str(csv), *arguments], limit, "ours")
+
+
+def networks(csv: Path, device: str, arguments: Sequence[str], limit: float) -> tuple[str, str]:
+    """benchmarks.networks of SD-Turbo's UNet; in a rehearsal a small autoencoder."""
+    if find_spec("diffusers") is None:
+        return "not installed", "the networks are diffusers'"
+    argv = [sys.executable, "-m", "benchmarks.networks", "--device", device, "--csv", str(csv)]
+    argv += ["--model", "sd-turbo" if device == "cuda" else "tiny-vae", "--seconds", f"{max(1.0, limit - 5):.0f}"]
+    argv += arguments if device == "cuda" else ["--peers", "eager", "--size", "8", "--rounds", "2"]
+    return timed(csv, argv, limit, "coalescer_fast")
+
+
+def timed(csv: Path, argv: Sequence[str], limit: float, own: str) -> tuple[str, str]:
+    """A command that adds rows to the file; cut where time ran out after the provider of ours was measured."""
+    mend(csv)
     before = len(whole(csv))
-    argv = [sys.executable, "-m", "benchmarks.sampler", "--device", "cuda", "--model", model, "--batch", "1,64,16"]
-    argv += [
-        "--parts",
-        "sampler,pipeline",
-        "--peers",
-        "eager,eager_channels_last,compile",
-        "--dtypes",
-        "bf16",
-        "--budget",
-        "0.5",
-    ]
-    status, output = command([*argv, "--seconds", f"{limit:.0f}", "--csv", str(csv)], limit)
+    status, output = command(argv, limit)
     rows = whole(csv)[before:]
-    if status == "timed out" and any(row["provider"] == "ours" and row["y_value_50"] for row in rows):
+    if status == "timed out" and any(row["provider"] == own and row["y_value_50"] for row in rows):
         status, output = "ok", f"{output}\nLEFT OUT what was not done after {limit:.0f} s"
-    return judged(status, output, rows, lambda row: row["provider"] == "ours")
+    return judged(status, output, rows, lambda row: row["provider"] == own)
 
 
-def judged(
-    status: str, output: str, rows: Sequence[dict[str, str]], own: Callable[[dict[str, str]], bool]
-) -> tuple[str, str]:
-    """The status where a peer that fails is no failure of the package's; and the output, ending in what was measured
-    and what was not."""
-    wrong = [row for row in rows if row["status"] != "ok"]
+def judged(status: str, output: str, rows: Sequence[Text], own: Callable[[Text], bool]) -> tuple[str, str]:
+    """The status where a peer that fails is no failure of the package's, "cut" where something was left out; and the
+    output, ending in what was measured and what was not."""
+    wrong = [row for row in rows if row["status"] != "ok" and not row["status"].startswith("skipped")]
     if status == "failed" and wrong and not any(map(own, wrong)) and "Traceback" not in output:
         status = "ok"
-    cut = [line for line in output.splitlines() if re.search(r"calls are left out|^LEFT OUT ", line)]
-    return status, "\n".join([output, "; ".join([f"{len(rows)} times, {len(wrong)} wrong results", *cut])])
+    left = [line for line in output.splitlines() if re.search(r"calls are left out|^LEFT OUT ", line)]
+    left += [f"{row['provider']} {row['status']}" for row in rows if row["status"].startswith("skipped: the time")]
+    if status == "ok" and left:
+        status = "cut"
+    said = output.strip().splitlines()[-1:] if status == "failed" and not rows else []
+    return status, "\n".join([output, "; ".join([*said, f"{len(rows)} times, {len(wrong)} wrong results", *left])])
 
 
-def whole(csv: Path) -> list[dict[str, str]]:
+def whole(csv: Path) -> list[Text]:
     """The rows that there are, without one that a kill has cut short."""
     return [row for row in (read(csv) if csv.exists() else []) if None not in row.values()]
+
+
+def mend(csv: Path) -> None:
+    """Cut off what a killed process has left of its last row, so that rows can be added."""
+    if csv.exists():
+        content = csv.read_bytes()
+        with csv.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def tool_path(name: str) -> str | None:
@@ -316,8 +449,16 @@ def tool_path(name: str) -> str | None:
     )
 
 
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """The first GPU, as found, and what is installed."""
+    installed = {
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "Python": platform.python_version(),
+        "coalescer_fast": coalescer_fast.__version__,
+        "date": machine.timestamp(),
+    }
+    if device == "cpu":
+        return {"GPU": "none, this is a rehearsal on a CPU", **installed}
     names = {
         "clocks.sm": "SM clock as found",
         "clocks.max.sm": "SM clock, largest",
@@ -334,13 +475,10 @@ def environment() -> dict[str, str]:
         "GPU": str(found["gpu_name"]) + (f", the first of {n}" if (n := torch.cuda.device_count()) > 1 else ""),
         "driver": str(found["driver"]),
         **dict(zip(names.values(), said(query).strip().split(", "))),
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
         "Triton": str(found["triton"]) or "none",
         "CUDA toolkit": release[0] if release else "none",
-        "Python": platform.python_version(),
         "CPU": str(found["device"]),
-        "coalescer_fast": coalescer_fast.__version__,
-        "date": str(found["timestamp"]),
+        **installed,
     }
 
 

@@ -1,30 +1,37 @@
 """The ops on small, awkward calls: right by the rule of `benchmarks.harness.refcheck`, and the same bits when asked
 again.
 
-    python -m benchmarks.gpu.calls [--backends cuda triton] [--all]
+    python -m benchmarks.gpu.calls [--backends cuda triton] [--all] [--failures F.pt]
     compute-sanitizer --error-exitcode 1 python -m benchmarks.gpu.calls --backends cuda --all
+    python -m benchmarks.gpu.calls --emulated       # on a CPU: CUDA's emulation, Triton's interpreter
 
 The reference runs on the CPU, so that under compute-sanitizer the GPU has the backend's own kernels and torch's copies
-to run, no more.
+to run, no more. What is wrong with a call ends in the first wrong element; the first few such calls are kept with their
+inputs in the file of --failures, which `benchmarks.gpu.replay` runs on a CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from coalescer_fast import ops
+from coalescer_fast import files, ops
 from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness.arguments import Parser
+from ..harness.arguments import Parser, command
 from ..harness.refcheck import several
 from ..kernels import shapes
 from ..kernels.grid import DTYPES, Cell
 from ..kernels.providers import Check
+from . import emulated
 
 # with their batches: vectors with a rest, groups that are no power of two, one group and C groups, several tiles
 CALLS: tuple[tuple[shapes.Call, int], ...] = (
@@ -45,6 +52,44 @@ CALLS: tuple[tuple[shapes.Call, int], ...] = (
     (shapes.CoalesceStep(4, size=64, mode="unit"), 1),
 )
 LAYOUTS = ("channels_last", "contiguous", "sliced")
+KEPT, KEPT_BYTES = 8, 1 << 20  # failures that are kept, and the most that the inputs of one may take
+
+
+@dataclass
+class Trial:
+    """A call on a backend.
+
+    Attributes:
+        backend: that runs it.
+        number: of the call in `CALLS`.
+        dtype: a key of `DTYPES`.
+        layout: of its images, one of `LAYOUTS`.
+        wrong: what is wrong with the result, or "".
+        worst: its error as a share of what is allowed.
+    """
+
+    backend: str
+    number: int
+    dtype: str
+    layout: str
+    wrong: str = ""
+    worst: float = 0.0
+
+    def __str__(self) -> str:
+        call, batch = CALLS[self.number]
+        return f"{self.backend} {call.op} {call} batch {batch} {self.dtype} {self.layout}"
+
+    def inputs(self) -> shapes.Inputs:
+        """On the CPU, the same on every machine."""
+        call, batch = CALLS[self.number]
+        return call.inputs(batch, DTYPES[self.dtype], torch.device("cpu"))
+
+    def run(self, inputs: shapes.Inputs) -> None:
+        call, batch = CALLS[self.number]
+        try:
+            self.wrong, self.worst = fault(self.backend, Cell("", call, 1, batch, self.dtype), inputs, self.layout)
+        except Exception as error:  # whatever a backend raises is its result
+            self.wrong = sentence(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,49 +104,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"default: {' '.join(on_gpu)}",
     )
     top.add_argument("--all", action="store_true", help="every call in every dtype (default: in one)")
+    top.add_argument("--emulated", action="store_true", help="on a CPU: CUDA's emulation, Triton's interpreter")
+    top.add_argument("--failures", type=Path, metavar="F.pt", help="keep the first calls that are wrong")
     args = top.parse_args(argv)
-    failures = 0
+    return command(top.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.emulated:
+        emulated.use()
+    failures: list[Trial] = []
+    refused = 0
     for backend in args.backends:
         able, reason = ops.backends("bias_residual")[backend]
-        start, results = (
-            time.perf_counter(),
-            list(check(backend, args.all)) if able else [f"FAIL {backend} cannot run: {reason}"],
-        )
-        wrong = [line for line in results if line]
-        print(
-            "\n".join(
-                [*wrong, f"{backend}: {len(results)} calls, {len(wrong)} wrong, {time.perf_counter() - start:.1f} s"]
-            ),
-            flush=True,
-        )
-        failures += len(wrong)
-    return 1 if failures else 0
+        if not able:
+            refused += 1
+            print(f"FAIL {backend} cannot run: {reason}", flush=True)
+            continue
+        start = time.perf_counter()
+        trials = list(check(backend, args.all))
+        wrong = [trial for trial in trials if trial.wrong]
+        failures += wrong
+        if args.failures is not None and failures:
+            keep(failures, args.failures)
+        worst = max((trial.worst for trial in trials), key=lambda share: (share != share, share))
+        line = f"{backend}: {len(trials)} calls, {len(wrong)} wrong, worst error {worst:.2f} of what is allowed"
+        print("\n".join([*(f"FAIL {trial}: {trial.wrong}" for trial in wrong), line]), end=", ")
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    return 1 if failures or refused else 0
 
 
 @torch.inference_mode()
-def check(backend: str, every_dtype: bool) -> Iterator[str]:
-    """What is wrong with each call, or ""."""
-    for n, (call, batch) in enumerate(CALLS):
-        for m, (name, dtype) in enumerate(DTYPES.items()):
+def check(backend: str, every_dtype: bool) -> Iterator[Trial]:
+    """Every call, run; in one dtype, or in all."""
+    for n in range(len(CALLS)):
+        for m, name in enumerate(DTYPES):
             if m != n % len(DTYPES) and not every_dtype:
                 continue
-            layout = LAYOUTS[(n + m) % len(LAYOUTS)]
-            try:
-                wrong = fault(
-                    backend, Cell("", call, 1, batch, name), call.inputs(batch, dtype, torch.device("cpu")), layout
-                )
-            except Exception as error:  # whatever a backend raises is its result
-                wrong = sentence(error)
-            yield f"FAIL {backend} {call.op} {call} batch {batch} {name} {layout}: {wrong}" if wrong else ""
+            trial = Trial(backend, n, name, LAYOUTS[(n + m) % len(LAYOUTS)])
+            if refusal := untestable(backend, name):
+                print(f"left out {trial}: {refusal}", file=sys.stderr)
+                continue
+            trial.run(trial.inputs())
+            yield trial
 
 
-def fault(backend: str, cell: Cell, inputs: shapes.Inputs, layout: str) -> str:
-    device = BACKENDS[backend].device or "cpu"
+def untestable(backend: str, dtype: str) -> str:
+    """Why the stand-in for a GPU cannot run this dtype, or ""."""
+    support = BACKENDS[backend].support
+    probe = torch.empty(0, dtype=DTYPES[dtype])
+    return support.refusal(probe) if support is not None and support.INTERPRETED else ""
+
+
+def fault(backend: str, cell: Cell, inputs: shapes.Inputs, layout: str) -> tuple[str, float]:
+    """What is wrong with a call, or "", and its error as a share of what is allowed."""
+    support = BACKENDS[backend].support
+    device = "cpu" if support is None or support.INTERPRETED else BACKENDS[backend].device or "cpu"
     there = {key: arranged(x.to(device), layout) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     first, second = (several(getattr(ops, cell.call.op)(**there, backend=backend)) for _ in range(2))
-    if any(not torch.equal(bits(a), bits(b)) for a, b in zip(first, second)):
-        return "other bits when asked again"
-    return Check(cell, inputs)(tuple(x.cpu() for x in first))[1]
+    unsteady = any(not torch.equal(bits(a), bits(b)) for a, b in zip(first, second))
+    rule = Check(cell, inputs)
+    wrong = rule(tuple(x.cpu() for x in first))[1]
+    return "; ".join(filter(None, ["other bits when asked again" * unsteady, wrong])), rule.worst
 
 
 def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -117,6 +181,17 @@ def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.cpu().contiguous().view(torch.uint8)
+
+
+def keep(failures: Sequence[Trial], path: Path) -> None:
+    """Write the first of them, with their inputs unless they are large: those can be drawn again."""
+    kept: list[dict[str, Any]] = []
+    for trial in failures[:KEPT]:
+        inputs = trial.inputs()
+        size = sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
+        kept.append({**vars(trial), "call": str(trial), "inputs": inputs if size <= KEPT_BYTES else None})
+    with files.writing(path) as file:
+        torch.save(kept, file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,8 +65,11 @@ def attempt(work: Callable[[], T], *passed_on: type[Exception]) -> tuple[T | Non
 
 
 def fresh_compiler_cache(needed: bool) -> AbstractContextManager[Any]:
-    """Hide results of earlier compilations, if needed, so that the seconds to compile are those of a first time."""
-    if not needed:
+    """Hide results of earlier compilations, if needed, so that the seconds to compile are those of a first time.
+
+    A cache that TORCHINDUCTOR_CACHE_DIR names is used all the same.
+    """
+    if not needed or "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return nullcontext()
     from torch._inductor.utils import fresh_cache
 

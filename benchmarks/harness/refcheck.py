@@ -35,12 +35,16 @@ class Refcheck:
         truth: outputs of the reference in float64.
         plain: outputs of the reference in the dtype that is checked, computed in several ways; the largest of their
             errors counts, since torch has other algorithms for other memory formats.
+
+    Attributes:
+        worst: the largest error of the last result, as a share of what is allowed.
     """
 
     def __init__(self, truth: Tensors, plain: Sequence[Tensors]):
         self.truth = truth
         self.dtypes = [output.dtype for output in plain[0]]
         self.plain = [max(largest(y - exact) for y in ways) for *ways, exact in zip(*plain, truth)]
+        self.worst = 0.0
 
     def __call__(self, result: torch.Tensor | Tensors, peer: bool = False) -> tuple[float, str]:
         """The largest error, and what is wrong or "".
@@ -50,6 +54,7 @@ class Refcheck:
             peer: whether it need only be below the cap, as torch itself, whose errors set the rule.
         """
         errors, wrong = [], []
+        self.worst = 0.0
         for output, truth, plain, dtype in zip(several(result), self.truth, self.plain, self.dtypes):
             if output.shape != truth.shape or output.dtype != dtype:
                 expected = f"{dtype} {tuple(truth.shape)}"
@@ -58,10 +63,20 @@ class Refcheck:
             ulp = torch.finfo(output.dtype).eps * max(1.0, largest(truth))
             cap = CAP_ULPS[output.dtype] * ulp
             limit = cap if peer else min(2 * plain + ulp, cap)
+            self.worst = max(self.worst, error / limit, key=lambda share: (share != share, share))
             if not error <= limit:  # NaN is wrong, too
-                wrong.append(f"error {error:.3g} is above {limit:.3g}")
+                wrong.append(f"error {error:.3g} is above {limit:.3g}, {self.first_wrong(output, truth, limit)}")
             errors.append(error)
         return max(errors, key=lambda e: (e != e, e)), "; ".join(wrong)
+
+    def first_wrong(self, output: torch.Tensor, truth: torch.Tensor, limit: float) -> str:
+        """The first element, in the order of its indices, whose error is above the limit, in words."""
+        index = tuple(((output - truth).abs() <= limit).logical_not().nonzero()[0].tolist())
+        return f"first at {self.place(index)}: {float(output[index]):.6g}, expected {float(truth[index]):.6g}"
+
+    def place(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """Where an element of what is checked is in the whole result."""
+        return index
 
 
 def relative_errors(result: Tensors, expected: Tensors) -> list[float]:

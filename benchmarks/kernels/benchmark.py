@@ -9,6 +9,8 @@ The providers of a call are measured in turn, in one run: the backends that can 
 - eager: plain torch as an expert writes it (`benchmarks.kernels.peers`), channels_last, as the backends get it;
 - eager_contiguous: the same on contiguous tensors;
 - compile: eager under torch.compile, for the very shapes (on a GPU: max-autotune); seconds to compile have a column;
+- chunked: group_norm_silu on contiguous tensors by two Triton kernels, as SGLang has it (`benchmarks.kernels.chunked`);
+  on a GPU, if --peers names it;
 - copy: y.copy_(x) of the main tensor (`shapes.Call.elements`), the rate that memory gives. ``percent_of_copy`` is the
   bytes that a call must read and write, each once, over its time, as a share of the copy's;
 - empty: on a GPU, a kernel that has nothing to do (fill_ of one element): the least time that a call can take.
@@ -39,6 +41,7 @@ import coalescer_fast
 from coalescer_fast import ops
 from coalescer_fast.collect_env import cpu_name
 from coalescer_fast.console import sentence
+from coalescer_fast.ops import triton_launch
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from ..harness import timing
@@ -58,7 +61,7 @@ from ..harness.tables import Table
 from . import peers, report, shapes
 from .grid import DTYPES, Cell, cells, in_turn
 from .plot import draw
-from .providers import PEERS, YARDSTICKS, Provider, compiled, providers_of
+from .providers import OPS_OF, PEERS, YARDSTICKS, Provider, compiled, providers_of
 
 try:
     from tqdm.auto import tqdm
@@ -68,6 +71,7 @@ except ImportError:  # this benchmark needs torch alone
 Timer = timing.CpuTimer | timing.CudaTimer
 
 CACHES = ("warm", "cold")
+DEFAULT = ("eager", "eager_contiguous", "compile")
 BUDGET, QUICK_BUDGET = 0.5, 0.05
 
 COLUMNS = (
@@ -94,7 +98,11 @@ def parser() -> Parser:
         "--backends", nargs="+", choices=names, metavar="B", help=f"of {', '.join(names)} (default: all that can run)"
     )
     top.add_argument(
-        "--peers", type=listed(*PEERS, "none"), default=list(PEERS), metavar="P,P", help=f"default: {','.join(PEERS)}"
+        "--peers",
+        type=listed(*PEERS, "none"),
+        default=list(DEFAULT),
+        metavar="P,P",
+        help=f"of {', '.join(PEERS)}, none (default: {','.join(DEFAULT)})",
     )
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     top.add_argument(
@@ -165,6 +173,8 @@ def check(args: argparse.Namespace) -> None:
             if not able or BACKENDS[name].device not in (None, args.device):
                 reason = reason or f"it is made for a {BACKENDS[name].device} device"
                 raise ValueError(f"--backends {name} cannot run {op} here: {reason}")
+    if "chunked" in args.peers and (reason := triton_launch.unavailable()):
+        raise ValueError(f"--peers chunked cannot run here: {reason}")
     if args.again and args.csv is None:
         raise ValueError("--again needs --csv: name the file whose gaps are to be filled")
 
@@ -237,7 +247,14 @@ def finished(path: Path, caches: Sequence[str], common: Row, columns: Sequence[s
     undisturbed time of every provider that can run here.
     """
     here = [str(common[name]) for name in report.MACHINE]
-    wanted = {op: {name for name in columns if name not in BACKENDS or ops.backends(op)[name][0]} for op in peers.EAGER}
+    wanted = {
+        op: {
+            name
+            for name in columns
+            if op in OPS_OF.get(name, (op,)) and (name not in BACKENDS or ops.backends(op)[name][0])
+        }
+        for op in peers.EAGER
+    }
     count: Counter[tuple[str, ...]] = Counter()
     for group in report.groups(read(path)) if path.stat().st_size else []:
         labels = group.labels

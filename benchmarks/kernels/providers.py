@@ -20,6 +20,7 @@ from . import peers, shapes
 from .grid import DTYPES, Cell
 
 YARDSTICKS = ("copy", "empty")
+OPS_OF = {"chunked": ("group_norm_silu",)}  # peers that have some of the ops alone
 CHECKED_ELEMENTS = 2**23  # the first sample, the last one, and as many between them as this allows
 
 PEERS = Peers()
@@ -57,6 +58,13 @@ def inductor(op: str, inputs: shapes.Inputs, device: torch.device) -> Callable[[
     return partial(compiled(peers.EAGER[op], device), **inputs)
 
 
+@PEERS.register("chunked", *DTYPES)
+def chunked(op: str, inputs: shapes.Inputs, device: torch.device) -> Callable[[], Any]:
+    from . import chunked  # Triton is needed for this peer alone
+
+    return partial(chunked.group_norm_silu, **{key: contiguous(value) for key, value in inputs.items()})
+
+
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """torch.compile with dynamo reset, so that no shape becomes dynamic and no limit on recompilations is reached."""
     torch._dynamo.reset()
@@ -92,7 +100,7 @@ def listed(
     if device.type == "cuda":
         yield "empty", Provider(partial(torch.zeros(1, device=device).fill_, 0))
     for name in args.peers:
-        if name in PEERS:
+        if name in PEERS and op in OPS_OF.get(name, (op,)):
             yield name, Provider(PEERS[name].prepare(op, inputs, device))
     for name, (able, _) in ops.backends(op, **inputs).items():
         # Triton's interpreter runs on the CPU, but its time says nothing
@@ -130,6 +138,9 @@ class Check(refcheck.Refcheck):
         """The samples that are checked."""
         rows = x.index_select(0, self.samples)
         return rows.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else rows
+
+    def place(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        return (int(self.samples[index[0]]), *index[1:])
 
     def __call__(self, result: torch.Tensor | refcheck.Tensors, peer: bool = False) -> tuple[float, str]:
         return super().__call__(tuple(self.select(output) for output in refcheck.several(result)), peer)

@@ -13,7 +13,7 @@ from ..harness.results import Text
 from ..harness.tables import Table
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-PEERS = ("eager", "eager_contiguous", "compile")
+PEERS = ("eager", "eager_contiguous", "compile", "chunked")
 MACHINE = ("gpu_name", "device", "threads", "torch")
 TARGET_SPEEDUP, TARGET_OF_COPY, TARGET_OVERHEAD = 3.0, 60.0, 12.0
 

@@ -13,8 +13,10 @@ their times mean something, their latents nothing. The providers of a part are m
 - ours: `coalescer_fast.accelerate`; on a GPU sampler and pipeline are one CUDA graph, unet and decoder are launched
   kernel by kernel;
 - ours_int8: the same with dtype="int8", on the CPU; its error is larger, so it is compared with openvino_int8 alone;
-- eager: the reference in float32, as users have it; eager_channels_last: channels_last, float32 and bfloat16;
+- eager: the reference in float32, as users have it; on a GPU it is timed if --peers names it. eager_channels_last:
+  channels_last, float32 and bfloat16;
 - compile: torch.compile of the reference, channels_last, weights frozen, static shapes; on a GPU max-autotune;
+  compile_graphs, on a GPU alone: the same in mode reduce-overhead, which also makes CUDA graphs and compiles sooner;
 - onnxruntime: float32, all optimisations; its CPU provider has no bfloat16. openvino: float32 and bfloat16, for
   latency; openvino_int8: the UNet by NNCF's post-training quantization, of ranges in calls with the measured texts and
   other noise, the rest in bfloat16. All on the CPU;
@@ -23,9 +25,9 @@ their times mean something, their latents nothing. The providers of a part are m
 
 Conditioning is computed before the clock starts, except in the pipeline. Every result is compared with the reference in
 float32 by the relative error of the direction and of the distance, or of the whole result; a provider whose error is
-above a tenth has no time. compile_s is the first preparation of a network, without the export to ONNX. --cold measures
-new processes instead, from start to first picture. On a GPU times are by the clock, launches included, as a user waits
-for them; not yet run on one.
+above a tenth has no time. compile_s is the first preparation of a network, without the export to ONNX; what
+TORCHINDUCTOR_CACHE_DIR names is kept and used, where it is set. --cold measures new processes instead, from start to
+first picture. On a GPU times are by the clock, launches included, as a user waits for them; not yet run on one.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,9 +164,7 @@ def parser() -> Parser:
     top.add_argument(
         "--peers", type=listed(*PEERS, "none"), default=list(PEERS), metavar="P,P", help=f"default: {','.join(PEERS)}"
     )
-    top.add_argument(
-        "--dtypes", type=listed(*DTYPES), default=list(DTYPES), metavar="D,D", help="of the peers (default: fp32,bf16)"
-    )
+    top.add_argument("--dtypes", type=listed(*DTYPES), default=list(DTYPES), metavar="D,D", help="default: fp32,bf16")
     top.add_argument(
         "--parts", type=listed(*PARTS), default=list(PARTS), metavar="P,P", help=f"default: {','.join(PARTS)}"
     )
@@ -288,7 +289,8 @@ def benchmark_batch(
             guided = f" w={part.guidance_scale:g}" if part.guidance_scale != "" else ""
             print(f"{model} ({weights}), {part.name}{guided}, batch {batch}", flush=True)
             rows: list[Row] = []
-            for row in measure(part, found, batch, timer, args.budget or BUDGET):
+            timed = args.device == "cpu" or "eager" in args.peers
+            for row in measure(part, found, batch, timer, args.budget or BUDGET, timed):
                 print(line(row), flush=True)
                 rows.append({**row, "model": model, "batch": batch, "weights": weights})
             yield rows
@@ -303,7 +305,7 @@ def prepared(
     folder: Path,
 ) -> Iterator[Provider]:
     """The providers that are asked for, with an engine where they can run; the first is the reference in any case."""
-    wanted = [("eager", "fp32"), ("ours", "auto"), ("ours", "fp32")]
+    wanted = [("eager", "fp32"), ("ours", "auto"), *[("ours", "fp32")] * ("fp32" in args.dtypes)]
     wanted += [("ours_int8", "int8")] if args.device == "cpu" else []
     wanted += [
         (name, dtype)
@@ -311,6 +313,7 @@ def prepared(
         if name in PEERS
         for dtype in PEERS[name].dtypes
         if dtype in args.dtypes or (dtype == "int8" and args.device == "cpu")
+        if name != "compile_graphs" or args.device == "cuda"
     ]
     known: set[tuple[str, str]] = set()
     for name, dtype in wanted:
@@ -359,17 +362,27 @@ def parts_of(pipe: CoalescerPipeline, model: str, sample: torch.Tensor, texts: l
         yield Part("pipeline", own, 2 if own == 1 else 2 + guided, lambda engine: partial(draw, engine))
 
 
-def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.CpuTimer, budget: float) -> Iterator[Row]:
-    """A row for each provider, and two for the convolutions alone."""
+def measure(
+    part: Part,
+    found: Sequence[Provider],
+    batch: int,
+    timer: timing.CpuTimer,
+    budget: float,
+    time_reference: bool = True,
+) -> Iterator[Row]:
+    """A row for each provider, of which the first is the reference, and for the convolutions alone in each dtype."""
     reference = found[0].engine
     assert reference is not None
-    with torch.backends.cudnn.flags(allow_tf32=False):  # the truth; the providers run as users have them
+    # the truth; the providers run as users have them
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = tuple(y.clone() for y in part.prepare(reference)())
     with torch.inference_mode(False), torch.no_grad():
         once = part.prepare(reference)
-        # attention by matmuls, which are counted, where the CPU's fused kernel is not
-        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        # attention by matmuls, which are counted, where the CPU's fused kernel is not; a GPU's fused kernels are, too
+        kernels = sdpa_kernel(SDPBackend.MATH) if expected[0].is_cpu else nullcontext()
+        with FlopCounterMode(display=False) as flops, kernels:
             once()
+    found = found if time_reference else found[1:]
     gflop = flops.get_total_flops() / 1e9
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
@@ -404,7 +417,9 @@ def measure(part: Part, found: Sequence[Provider], batch: int, timer: timing.Cpu
         if key in taken:
             median = medians[key]
             row |= {**timing.columns(taken[key], 1e3), "images_per_s": batch / median}
-            row |= {"speedup_over_eager": medians["eager fp32"] / median, "gflop_per_s": gflop / median}
+            row["gflop_per_s"] = gflop / median
+            if "eager fp32" in medians:
+                row["speedup_over_eager"] = medians["eager fp32"] / median
             row["percent_of_floor"] = 100 * floors.get(str(row["dtype"]), min(floors.values())) / median
         yield row
 

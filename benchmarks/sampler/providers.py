@@ -134,12 +134,25 @@ def samples_of(pipe: CoalescerPipeline, sample: torch.Tensor, texts: list[str]) 
     return runtime.kept
 
 
+def run_compiled_graphs(pipe: CoalescerPipeline, dtype: torch.dtype) -> None:
+    """Compile the networks as the backend "compile" does, but without its search for the fastest kernels.
+
+    Raises:
+        Missing: there is no CUDA device.
+    """
+    if pipe.device.type != "cuda":
+        raise Missing("CUDA graphs need a CUDA device")
+    prepare = partial(compiled.prepare, mode="reduce-overhead")
+    pipe.runtime = PerShapeRuntime(pipe, "compile_graphs", prepare, dtype)
+
+
 PEERS = Peers()
 PEERS.register("eager", "fp32")(partial(run_eagerly, "eager", eager))
 PEERS.register("eager_channels_last", *DTYPES)(partial(run_eagerly, "eager_channels_last", eager_channels_last))
 COMPILERS = ("compile", "onnxruntime", "openvino")
 for _name in COMPILERS:
     PEERS.register(_name, *DTYPES)(partial(run_accelerated, _name))
+PEERS.register("compile_graphs", *DTYPES)(run_compiled_graphs)
 PEERS.register("openvino_int8", "int8")(run_quantized)
 
 
@@ -181,8 +194,9 @@ def peer(
     """
     mine: Any = twin(pipe)
     PEERS[name].prepare(mine, samples_of(pipe, sample, texts) if dtype == "int8" else DTYPES[dtype])
-    compiles = name in (*COMPILERS, "openvino_int8")
-    exports = compiles and "onnx" in RUNTIMES[name.removesuffix("_int8")].packages
+    compiles = name in (*COMPILERS, "compile_graphs", "openvino_int8")
+    known = RUNTIMES.get(name.removesuffix("_int8"))
+    exports = compiles and known is not None and "onnx" in known.packages
     prepare, seconds = mine.runtime.prepare, {}
 
     def timed(module: nn.Module, args: Tensors, dtype: torch.dtype, _: Path) -> Bind:
@@ -226,7 +240,7 @@ def twin(pipe: CoalescerPipeline) -> CoalescerPipeline:
 
 
 class Convolutions(TorchDispatchMode):
-    """Keeps the arguments of every convolution."""
+    """Keeps the arguments of every convolution, of images only what they are: all of them would fill a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +248,7 @@ class Convolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
-            self.found.append(args)
+            self.found.append((args[0].to("meta"), *args[1:]))
         return func(*args, **(kwargs or {}))
 
 
@@ -250,16 +264,17 @@ def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable
     calls: list[Callable[[], object]] = []
     for x, weight, bias, stride, padding, dilation, _, _, groups in made.found:
         if x.shape not in inputs:
-            inputs[x.shape] = torch.randn_like(x).to(dtype, memory_format=torch.channels_last)
+            drawn = torch.randn(x.shape, device=weight.device)
+            inputs[x.shape] = drawn.to(dtype, memory_format=torch.channels_last)
         bias, key = None if bias is None else bias.to(dtype), (weight.data_ptr(), weight.shape, x.shape)
         if key not in packed:
             weight = weight.to(dtype, memory_format=torch.channels_last)
-            if x.is_cpu and torch.backends.mkldnn.is_available():
+            if weight.is_cpu and torch.backends.mkldnn.is_available():
                 weight = torch.ops.mkldnn._reorder_convolution_weight(
                     weight, padding, stride, dilation, groups, list(x.shape)
                 )
             packed[key] = weight
-        if x.is_cpu and torch.backends.mkldnn.is_available():
+        if weight.is_cpu and torch.backends.mkldnn.is_available():
             run = torch.ops.mkldnn._convolution_pointwise
             calls.append(
                 partial(run, inputs[x.shape], packed[key], bias, padding, stride, dilation, groups, "none", [], "")
@@ -271,7 +286,7 @@ def convolutions(function: Callable[[], object], dtype: torch.dtype) -> Callable
         for call in calls:
             call()
 
-    if not made.found or made.found[0][0].is_cpu:
+    if not made.found or made.found[0][1].is_cpu:
         return run_all
     graph = timing.CudaTimer().capture(run_all, 1)
 

@@ -18,6 +18,7 @@ COLOURS = {  # of the providers in a plot, and their order
     "openvino": "C0",
     "openvino_int8": "C5",
     "compile": "C1",
+    "compile_graphs": "C6",
     "onnxruntime": "C2",
     "eager_channels_last": "0.6",
     "eager": "0.8",

@@ -46,6 +46,10 @@ def test_splits(monkeypatch, n, spatial, multiprocessors, memory):
     )
 
 
+def test_without_a_gpu_the_tests_run_in_the_interpreter():
+    assert triton_launch.INTERPRETED is not torch.cuda.is_available()
+
+
 def test_parts_are_never_empty():
     for blocks in range(1, 70):
         for wanted in range(70):

@@ -18,14 +18,14 @@ def channels_last(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return,unused-ignore]
 
 
-def prepare(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path) -> Bind:
-    """A `per_shape.Prepare`: static shapes, frozen and packed weights; on a GPU max-autotune with CUDA graphs."""
+def prepare(module: nn.Module, args: Tensors, dtype: torch.dtype, folder: Path, mode: str = "max-autotune") -> Bind:
+    """A `per_shape.Prepare`: static shapes, frozen and packed weights; on a GPU in this mode, with CUDA graphs."""
     import torch._inductor.config as config
     from torch._dynamo import reset_code  # type: ignore[attr-defined,unused-ignore]
 
     cuda = args[0].is_cuda
     module = with_own_code(channels_last(module, dtype))
-    function = torch.compile(module, dynamic=False, fullgraph=True, mode="max-autotune" if cuda else None)
+    function = torch.compile(module, dynamic=False, fullgraph=True, mode=mode if cuda else None)
     weakref.finalize(function, reset_code, module.forward.__code__)
 
     def bind(rest: Sequence[Tensor]) -> Call:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,17 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks
 from benchmarks.gpu import benchmark as gpu
 from benchmarks.gpu import calls as gpu_calls
+from benchmarks.gpu import picture as gpu_picture
+from benchmarks.gpu import replay as gpu_replay
 from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import refcheck
 from benchmarks.harness import results as common
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.kernels import shapes
+from benchmarks.networks import benchmark as networks
 from benchmarks.sampler import benchmark as sampler
 from coalescer_fast import ops
+from coalescer_fast.ops import cuda_library
 from coalescer_fast.ops.dispatch import Backend
 
 FACTS = {"GPU": "a GPU", "driver": "1.2"}
@@ -98,42 +104,193 @@ def test_time_that_is_left_goes_to_the_parts_to_come():
     assert limits == pytest.approx([25, 200 / 3, 100], rel=0.01)
     list(gpu.execute([gpu.Part("", 0, note)], 100.0))
     assert limits[-1] >= 1
+    list(gpu.execute([gpu.Part("", 1, note, always=True), gpu.Part("", 9, note)], 50.0))
+    assert limits[-2] == gpu.NEEDED  # all else needs it
+    assert limits[-1] == pytest.approx(50, rel=0.01)
 
 
-def test_every_part_of_both_plans_asks_for_what_exists(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: asked.append([*argv]) or ("ok", ""))
+@pytest.fixture
+def asked(monkeypatch):
+    """The command lines that a plan runs, none of them in fact."""
+    found = []
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: found.append([*argv]) or ("ok", ""))
     monkeypatch.setattr(gpu, "tool_path", lambda name: name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n: (9, 0))
-    monkeypatch.setitem(gpu.BACKENDS, "cuda", Backend("cuda", "cuda"))
-    for quick in (False, True):
-        results = list(gpu.execute(gpu.parts(tmp_path, quick), gpu.QUICK_SECONDS if quick else gpu.SECONDS))
-        assert {result.status for result in results} <= {"ok", "left out"}
-        assert len(results) == 12
-    measured = [argv[3:] for argv in asked if argv[1:3] == ["-m", "benchmarks.kernels"]]
-    assert len(measured) == 5
-    for argv in measured:
+    monkeypatch.setattr(ops, "backends", lambda op: dict.fromkeys(("cpu", "triton", "cuda"), (True, "")))
+    return found
+
+
+def of(asked: list[list[str]], module: str) -> list[list[str]]:
+    return [argv[3:] for argv in asked if argv[1:3] == ["-m", module]]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_part_of_a_plan_asks_for_what_exists(quick, device, tmp_path, asked):
+    plan = gpu.parts(tmp_path, quick, device)
+    results = list(gpu.execute(plan, gpu.QUICK_SECONDS if quick else 2 * gpu.SECONDS))
+    assert {result.status for result in results} <= {"ok", "failed", "left out"}
+    # nothing was measured and built, of which the parts are judged
+    assert {result.part for result in results if result.status == "failed"} <= {"build"}
+    assert {result.stage for result in results} == set("abcde" if quick else gpu.STAGES)
+    assert len({part.name for part in plan}) == len(plan)
+    for argv in of(asked, "benchmarks.kernels"):
         args = kernels.parser().parse_args(argv)
-        assert args.seconds > 5
+        assert (args.device, args.again, args.seconds > 5) == (device, True, True)
         assert {cell.call.op for cell in kernels.cells(args)} >= {"group_norm_silu", "bias_residual", "coalesce_step"}
         assert args.budget * len(kernels.CACHES) < 1
-    assert any(cell.batch * cell.call.elements * 2 >= gpu_report.LARGE for cell in kernels.cells(args))
-    assert sum("benchmarks.gpu.calls" in argv for argv in asked) == 5
-    drawn = [sampler.parser().parse_args(argv[3:]) for argv in asked if argv[1:3] == ["-m", "benchmarks.sampler"]]
-    assert [args.model for args in drawn] == [["emoji-64"], ["m"], ["l"]]
-    for args in drawn:
-        assert set(map(str, args.batch)) >= set(gpu_report.OVER_COMPILE)
-        assert (args.device, "compile" in args.peers, args.seconds > 20) == ("cuda", True, True)
+    if device == "cuda" and not quick:
+        large = [cell for cell in kernels.cells(args) if cell.batch * cell.call.elements * 2 >= gpu_report.LARGE]
+        assert large
+    drawn = [sampler.parser().parse_args(argv) for argv in of(asked, "benchmarks.sampler")]
+    assert {args.device for args in drawn} == {device}
+    if device == "cuda" and not quick:
+        ours = [args for args in drawn if not {"compile", "compile_graphs"} & set(args.peers)]
+        assert [args.model for args in ours] == [["emoji-64"], ["m"], ["l"]]
+        assert drawn[: len(ours)] == ours  # ours first, so that it is measured whatever happens
+        for args in ours:
+            assert set(map(str, args.batch)) >= {"16", *gpu_report.OVER_COMPILE}
+        for model in ("emoji-64", "m", "l"):
+            assert any(args.model == [model] and "compile_graphs" in args.peers for args in drawn)
+    for argv in of(asked, "benchmarks.gpu.picture"):
+        assert argv[:2] == ["--device", device]
+    assert len(of(asked, "benchmarks.networks")) == 1
+    checked = [argv for argv in asked if "benchmarks.gpu.calls" in argv]
+    assert len(checked) == (2 if quick else 3)
+    assert all(("--emulated" in argv) == (device == "cpu") for argv in checked[:1])
 
 
-def test_only_some_parts(monkeypatch, tmp_path):
+def test_only_some_stages_and_parts(monkeypatch, tmp_path):
     plans = []
     monkeypatch.setattr(gpu, "run", lambda plan, out, seconds, facts: plans.append([part.name for part in plan]) or 0)
-    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setattr(gpu, "environment", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main(["--out", str(tmp_path), "--only", "build,sampler"]) == 0
-    assert plans == [["build", "sampler emoji-64", "sampler m", "sampler l"]]
+    assert gpu.main(["--out", str(tmp_path), "--stages", "e,a"]) == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "g"])
+    assert plans == [
+        ["build", "sampler emoji-64", "sampler m", "sampler l"],
+        ["build", "calls", "picture", "networks"],
+    ]
+
+
+PARTS = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import benchmark as gpu
+
+out = Path(sys.argv[1])
+
+
+def note(name, seconds=0.0):
+    def work(limit):
+        with (out / "log").open("a") as file:
+            print(name, file=file)
+        time.sleep(seconds)
+        return "ok", f"{name} is done"
+
+    return work
+
+
+parts = [
+    gpu.Part("build", 1, note("build"), "a", always=True),
+    gpu.Part("calls", 1, note("calls"), "a"),
+    gpu.Part("tests", 1, note("tests", float(sys.argv[2])), "b"),
+    gpu.Part("kernels", 1, lambda limit: ("cut" if float(sys.argv[2]) else "ok", "3 times"), "c"),
+]
+sys.exit(gpu.run(parts, out, 60.0, {"GPU": "a GPU"}))
+"""
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    def start(seconds: float) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-c", PARTS, str(tmp_path), str(seconds)]
+        return subprocess.Popen(argv, cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True)
+
+    log = tmp_path / "log"
+    first = start(60)
+    while not (log.exists() and "tests" in log.read_text()):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    known = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [(part["part"], part["status"]) for part in known] == [("build", "ok"), ("calls", "ok")]
+    second = start(0)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert log.read_text().split() == ["build", "calls", "tests", "build", "tests"]
+    assert "a calls                done before" in said
+    known = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [(part["part"], part["stage"]) for part in known] == [
+        ("build", "a"),
+        ("calls", "a"),
+        ("tests", "b"),
+        ("kernels", "c"),
+    ]
+    assert "calls is done" in said  # the screen has what was done before, too
+
+
+def test_what_was_cut_or_failed_is_run_again(tmp_path):
+    for status in ("cut", "failed", "timed out", "left out"):
+        run([gpu.Part("part", 1, lambda limit: (status, ""))], tmp_path)  # noqa: B023 (it runs at once)
+        ran = []
+        run([gpu.Part("part", 1, lambda limit: ran.append(1) or ("ok", ""))], tmp_path)  # noqa: B023
+        assert ran, status
+        (tmp_path / "report.json").unlink()
+    assert gpu.earlier(tmp_path) == {}
+    (tmp_path / "report.json").write_text('{"parts": [{"part": "of another version"}]}')
+    assert gpu.earlier(tmp_path) == {}
+
+
+def test_a_part_without_enough_time_is_left_out():
+    ran = []
+    parts = [gpu.Part("long", 1, lambda limit: ran.append(limit) or ("ok", ""), least=30)]
+    (result,) = gpu.execute(parts, 20.0)
+    assert (result.status, result.output, ran) == ("left out", "20 s are too few, it needs 30", [])
+    (result,) = gpu.execute(parts, 40.0)
+    assert (result.status, len(ran)) == ("ok", 1)
+
+
+def test_a_signal_ends_what_was_started(tmp_path):
+    mark = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"""
+import sys
+from benchmarks.gpu import benchmark as gpu
+with gpu.ended_by_signals():
+    gpu.command([sys.executable, "-c", {child!r}], 60.0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT)
+    while not (mark.exists() and mark.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_rows_of_a_killed_process_are_mended(tmp_path):
+    csv = tmp_path / "kernels.csv"
+    common.append(csv, [row("cuda", 1.0)], kernels.COLUMNS)
+    with csv.open("a") as file:
+        file.write("group_norm_silu,cuda")
+    gpu.mend(csv)
+    common.append(csv, [row("triton", 1.0)], kernels.COLUMNS)
+    assert [each["kernel_provider"] for each in gpu.whole(csv)] == ["cuda", "triton"]
+    gpu.mend(tmp_path / "none.csv")
+
+
+def test_a_build_without_the_library_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: ("ok", "no nvcc"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.build("cpu", 1.0) == ("failed", "no nvcc\n0 libraries, 0 of them compiled before")
+    (tmp_path / "coalescer_fast" / "lib").mkdir(parents=True)
+    (tmp_path / "coalescer_fast" / "lib" / "libcoalescer_fast_cuda.so").touch()
+    assert gpu.build("cpu", 1.0)[0] == "ok"
 
 
 def test_sanitizer(monkeypatch, tmp_path):
@@ -164,7 +321,7 @@ def test_counts_of_the_tests(tmp_path):
 @pytest.mark.parametrize(
     ("provider", "output", "status"),
     [
-        ("compile", "done", "ok"),
+        ("compile", "done", "cut"),
         ("eager", "Traceback (most recent call last)", "failed"),
         ("triton", "done", "failed"),
         ("", "", "failed"),
@@ -180,20 +337,20 @@ def test_a_peer_may_fail_and_a_backend_may_not(provider, output, status, tmp_pat
 
     monkeypatch.setattr(gpu, "command", command)
     monkeypatch.setattr(gpu.ops, "backends", lambda op: {"triton": (True, "")})
-    found, said = gpu.measure(csv, [], 1.0, 30.0)
+    found, said = gpu.measure(csv, "cuda", [], 1.0, 30.0)
     assert found == status
     assert said.splitlines()[-1].endswith("3 of 9 calls are left out, the first of them this one")
     monkeypatch.setattr(gpu.ops, "backends", lambda op: {"triton": (False, "there is no CUDA device")})
-    assert gpu.measure(csv, [], 1.0, 30.0) == ("failed", "triton cannot run: there is no CUDA device")
+    assert gpu.measure(csv, "cuda", [], 1.0, 30.0) == ("failed", "triton cannot run: there is no CUDA device")
 
 
 @pytest.mark.parametrize(
     ("ended", "own", "status"),
     [
-        ("ok", "ok", "ok"),
-        ("failed", "ok", "ok"),
+        ("ok", "ok", "cut"),
+        ("failed", "ok", "cut"),
         ("failed", "FAIL: error", "failed"),
-        ("timed out", "ok", "ok"),
+        ("timed out", "ok", "cut"),
         ("timed out", "", "timed out"),
     ],
 )
@@ -206,13 +363,32 @@ def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, mo
         return ended, "LEFT OUT m batch 64"
 
     monkeypatch.setattr(gpu, "command", command)
-    found, said = gpu.sample(csv, "m", 30.0)
+    found, said = gpu.sample(csv, "cuda", ["--model", "m"], 30.0)
     assert found == status
     assert said.splitlines()[-1].startswith(f"{len(rows)} times, ")
     assert "; LEFT OUT m batch 64" in said.splitlines()[-1]
-    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "ok")
+    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "cut")
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    assert gpu.sample(csv, "m", 30.0) == ("not installed", "the sampler needs diffusers")
+    assert gpu.sample(csv, "cuda", ["--model", "m"], 30.0) == ("not installed", "the sampler needs diffusers")
+
+
+def test_networks_whose_time_was_over(tmp_path, monkeypatch):
+    rows = [
+        {"provider": "coalescer_fast", "status": "ok", "y_value_50": 1.0},
+        {"provider": "compile", "status": "skipped: the time is over"},
+    ]
+
+    def command(argv, limit, **variables):
+        common.append(tmp_path / "networks.csv", rows, ("provider", "status", "y_value_50"))
+        return "ok", "done"
+
+    monkeypatch.setattr(gpu, "command", command)
+    status, said = gpu.networks(tmp_path / "networks.csv", "cuda", [], 30.0)
+    assert status == "cut"
+    assert said == "done\n2 times, 0 wrong results; compile skipped: the time is over"
+    monkeypatch.setattr(gpu, "command", lambda argv, limit, **variables: ("failed", "no such option\n"))
+    status, said = gpu.networks(tmp_path / "networks.csv", "cuda", [], 30.0)
+    assert (status, said.splitlines()[-1]) == ("failed", "no such option; 0 times, 0 wrong results")
 
 
 def sampled(provider: str, ms: float, batch: int = 1, part: str = "sampler", status: str = "ok") -> common.Row:
@@ -323,6 +499,7 @@ def test_targets_and_summary_of_a_csv_file(tmp_path, monkeypatch):
     )
 
 
+emulated = pytest.mark.skipif(not cuda_library.INTERPRETED, reason="needs the emulation of CUDA")
 NATIVE = ["reference", *(["cpu"] if ops.backends("bias_residual")["cpu"][0] else [])]
 
 
@@ -335,9 +512,11 @@ def test_calls_are_right_and_repeat(backend, capsys):
 def test_calls_reach_every_op_dtype_and_layout(monkeypatch):
     found = []
     monkeypatch.setattr(
-        gpu_calls, "fault", lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or ""
+        gpu_calls,
+        "fault",
+        lambda backend, cell, inputs, layout: found.append((cell.call.op, cell.dtype, layout)) or ("", 0.0),
     )
-    assert not any(gpu_calls.check("reference", False))
+    assert not any(trial.wrong for trial in gpu_calls.check("reference", False))
     assert len(found) == len(gpu_calls.CALLS)
     assert {(op, dtype) for op, dtype, _ in found} == {
         (op, dtype) for op in kernels.peers.EAGER for dtype in kernels.DTYPES
@@ -362,6 +541,106 @@ def test_calls_that_are_wrong(broken, monkeypatch, capsys):
     assert "\nFAIL reference bias_residual 7x3x3 batch 3 fp32 channels_last: " in out
     assert sum(words in line for line in out.splitlines()) == len(gpu_calls.CALLS)
     assert f"reference: {len(gpu_calls.CALLS)} calls, {len(gpu_calls.CALLS)} wrong" in out
+
+
+def test_failures_are_kept_and_replayed(monkeypatch, tmp_path, capsys):
+    """One element is wrong: its place is named, and the replay finds nothing wrong, for the kernel is right."""
+    path = tmp_path / "failures.pt"
+
+    def several(result):
+        (first, *rest) = refcheck.several(result)
+        if first.shape == (5, 3, 7, 7):
+            first = first.clone()
+            first[3, 2, 1, 0] = 7.0
+        if first.shape == (1, 640, 32, 32):
+            first = first + 1
+        return (first, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_calls, "several", several)
+        assert gpu_calls.main(["--backends", "reference", "--failures", str(path)]) == 1
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if "FAIL reference coalesce_step 3x7x7 raw batch 5" in line)
+    assert ", first at (3, 2, 1, 0): 7, expected " in line
+    assert path.stat().st_size < 2 * gpu_calls.KEPT_BYTES
+    large, small = torch.load(path, weights_only=True)
+    assert large["inputs"] is None  # drawn again
+    assert small["call"] in line
+    assert small["inputs"]["sample"].shape == (5, 3, 7, 7)
+    if not cuda_library.INTERPRETED:
+        return
+    assert gpu_replay.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "on the GPU: error " in out
+    assert out.count("  right here") == 2
+    small["inputs"]["distance"] = torch.full((5,), torch.nan)
+    torch.save([small], path)
+    assert gpu_replay.main([str(path)]) == 1
+    assert "  here: " in capsys.readouterr().out
+    assert gpu_replay.main([str(tmp_path / "none.pt")]) == 1
+
+
+def test_only_the_first_failures_are_kept(tmp_path):
+    trials = [gpu_calls.Trial("cuda", 12, "fp32", "contiguous", "wrong")] * 20
+    gpu_calls.keep(trials, tmp_path / "failures.pt")
+    assert len(torch.load(tmp_path / "failures.pt", weights_only=True)) == gpu_calls.KEPT
+
+
+@emulated
+def test_calls_on_the_stand_in_for_a_gpu(capsys):
+    assert gpu_calls.main(["--emulated", "--backends", "cuda"]) == 0
+    assert capsys.readouterr().out.startswith(f"cuda: {len(gpu_calls.CALLS)} calls, 0 wrong, worst error 0.")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_picture(wrong, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "picture.png"
+    if wrong:
+        drawn = iter([torch.zeros(6, 3, 8, 8), torch.full((6, 3, 8, 8), 0.5), torch.ones(6, 3, 8, 8)])
+        monkeypatch.setattr(gpu_picture, "draw", lambda pipe: next(drawn))
+    argv = ["--device", "cpu", "--dtype", "float32", "--out", str(path)]
+    assert gpu_picture.main(argv) == wrong
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    if wrong:
+        assert (
+            "FAIL the second call differs by up to 0.5\nFAIL the median PSNR is 6.0 dB; expected at least 60\n" in out
+        )
+        assert last.startswith("6 pictures, 3 faults, PSNR 6.0 dB")
+    else:
+        assert last.startswith("6 pictures, 0 faults, PSNR ")
+        assert Image.open(path).size == (6 * 64, 2 * 64)
+
+
+def test_the_screen(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_report.BACKENDS, "cuda", Backend("cuda", "cuda"))
+    rows = [row("copy", 100.0), row("eager", 400.0), row("chunked", 250.0), row("cuda", 200.0)]
+    rows += [row("copy", 1.0, SMALL, 1), row("eager", 3.0, SMALL, 1), row("cuda", 2.0, SMALL, 1)]
+    common.append(tmp_path / "kernels.csv", rows, kernels.COLUMNS)
+    drawn = [sampled("ours", 2.0), sampled("compile_graphs", 3.0), sampled("compile", 4.0, 16)]
+    common.append(tmp_path / "sampler.csv", drawn, sampler.COLUMNS)
+    net = dict.fromkeys(networks.COLUMNS, "") | {"model": "sd-turbo", "batch": 1, "dtype": "bf16", "metric_unit": "ms"}
+    nets = [
+        {**net, "provider": "coalescer_fast", "y_value_50": 12.5, "status": "ok"},
+        {**net, "provider": "compile", "status": "FAIL: no such thing"},
+    ]
+    common.append(tmp_path / "networks.csv", nets, networks.COLUMNS)
+    results = [
+        gpu_report.Result("calls", "ok", 1, 2, "said\ncuda: 45 calls, 0 wrong\n", "a"),
+        gpu_report.Result("kernels", "ok", 1, 2, "not shown", "c"),
+        gpu_report.Result("networks", "failed", 1, 2, "no such option", "e"),
+    ]
+    read = (gpu.whole(tmp_path / f"{name}.csv") for name in ("kernels", "sampler", "networks"))
+    lines = list(gpu_report.screen(FACTS, results, *read))
+    assert lines[1:] == [
+        "a calls              ok            cuda: 45 calls, 0 wrong",
+        "e networks           failed        no such option",
+        "c group_norm_silu bf16 cuda: 1.75 x eager (least 1.50, 2 times); 1.25 x chunked (least 1.25, 1 times); "
+        f"from 64 MB up {100 * LARGE.moved * 128 / 200 / COPY:.0f} - {100 * LARGE.moved * 128 / 200 / COPY:.0f} % of "
+        f"copy, up to {LARGE.moved * 128 / 200 / 1e3:.0f} GB/s",
+        "d m sampler: b1 2.00 ms 1.50 x compile_graphs, b16 ours not measured",
+        "e sd-turbo scale  size  batch 1: coalescer_fast bf16 12.50 ms, compile bf16 FAIL: no such thing",
+    ]
 
 
 def test_calls_on_a_backend_that_cannot_run(capsys, monkeypatch):

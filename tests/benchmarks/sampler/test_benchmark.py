@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 import coalescer_fast
+from benchmarks.harness import peers, timing
 from benchmarks.harness import results as common
-from benchmarks.harness import timing
 from benchmarks.sampler import benchmark as sampler
 from benchmarks.sampler import providers as sampler_peers
 from benchmarks.sampler import report as sampler_report
@@ -20,6 +20,7 @@ from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
+from coalescer_fast.runtime.engines import compiled
 from coalescer_fast.runtime.native.module import no_programs
 from coalescer_fast.scheduler import CoalescerScheduler
 
@@ -188,6 +189,62 @@ def test_ours_as_it_is(tmp_path):
     mine = [row for row in rows if row["provider"] == "ours"]
     assert {row["part"] for row in mine if row["dtype"] == "fp32"} == {"unet", "sampler", "decoder", "pipeline"}
     assert all(row["status"] == "ok" and row["y_value_50"] for row in mine)
+
+
+def test_on_a_gpu_the_reference_is_timed_if_it_is_asked_for(accelerated):
+    """Float32 in torch, which is slow, takes no time from the others; results are held against it all the same."""
+    pipe = sampler_peers.load("m", torch.device("cpu"))
+    sample, texts = torch.randn(2, 12, 4, 4), ["cat", "dog"]
+    found = [
+        sampler.Provider("eager", "fp32", sampler_peers.Engine(sampler_peers.twin(pipe), "fp32")),
+        sampler.Provider("ours", "bf16", sampler_peers.ours("auto", pipe)),
+    ]
+    with torch.inference_mode():
+        part = next(sampler.parts_of(pipe, "m", sample, texts))
+        rows = list(sampler.measure(part, found, 2, timing.CpuTimer(), 0.001, time_reference=False))
+    assert [(row["provider"], row["dtype"]) for row in rows] == [("ours", "bf16"), ("convolutions", "bf16")]
+    assert all("speedup_over_eager" not in row and row["gflop_per_s"] > 0 for row in rows)
+    assert rows[0]["direction_error"] < 1e-5
+
+
+def test_one_dtype(tmp_path, accelerated):
+    _, rows = run(tmp_path, "--batch", "2", "--dtypes", "bf16", "--peers", "eager_channels_last", "--parts", "unet")
+    assert {(row["provider"], row["dtype"]) for row in rows} == {
+        ("eager", "fp32"),
+        ("ours", "bf16"),
+        ("ours_int8", "int8"),
+        ("eager_channels_last", "bf16"),
+        ("convolutions", "fp32"),
+        ("convolutions", "bf16"),
+    }
+
+
+def test_compiled_graphs(tmp_path, accelerated, monkeypatch):
+    """They need a GPU; on one torch is asked for another mode than by the backend."""
+    pipe = sampler_peers.load("m", torch.device("cpu"))
+    with pytest.raises(peers.Missing, match="CUDA graphs need a CUDA device"):
+        sampler_peers.PEERS["compile_graphs"].prepare(pipe, torch.float32)
+    _, rows = run(tmp_path, "--batch", "2", "--peers", "compile_graphs", "--parts", "unet")
+    assert not any(row["provider"] == "compile_graphs" for row in rows)
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode, **options: modes.append(mode) or module)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    module = nn.Sequential(nn.Conv2d(3, 3, 1))
+    for given in ({}, {"mode": "reduce-overhead"}):
+        with torch.no_grad():
+            compiled.prepare(module, (torch.ones(1, 3, 2, 2).as_subclass(OnGpu),), torch.float32, tmp_path, **given)
+    assert modes == ["max-autotune", "reduce-overhead"]
+
+
+def test_what_convolutions_keep_of_images_is_no_memory():
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    with torch.no_grad(), sampler_peers.Convolutions() as made:
+        layer(torch.ones(2, 3, 8, 8))
+    ((x, weight, *_),) = made.found
+    assert (x.device.type, x.shape, weight is layer.weight) == ("meta", (2, 3, 8, 8), True)
 
 
 def test_a_runtime_that_draws_at_once_is_measured_so(tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def on_gpu(dtype="auto"):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_gpu_same_pictures_within_the_budget(dtype):
     pipe = on_gpu(dtype)
-    with torch.backends.cudnn.flags(allow_tf32=False):  # of the reference, too
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of the reference, too
         verification = cf.verify(pipe)
         assert verification.passed, str(verification)
         for n in (1, 2, 5):
