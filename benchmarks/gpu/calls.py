@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.emulated:
         emulated.use()
+    if args.failures is not None:
+        args.failures.unlink(missing_ok=True)  # those of an earlier run
     failures: list[Trial] = []
     refused = 0
     for backend in args.backends:
