@@ -367,7 +367,7 @@ def test_the_sampler_is_judged_by_our_own_times(ended, own, status, tmp_path, mo
     assert found == status
     assert said.splitlines()[-1].startswith(f"{len(rows)} times, ")
     assert "; LEFT OUT m batch 64" in said.splitlines()[-1]
-    assert ("LEFT OUT what was not done after 30 s" in said) == (ended == "timed out" and status == "cut")
+    assert ("LEFT OUT what was not done in time" in said) == (ended == "timed out" and status == "cut")
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     assert gpu.sample(csv, "cuda", ["--model", "m"], 30.0) == ("not installed", "the sampler needs diffusers")
 
