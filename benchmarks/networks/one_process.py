@@ -240,7 +240,7 @@ def truth(module: nn.Module, given: dict[str, Any]) -> Tensor:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return models.evaluate(twin, exact)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

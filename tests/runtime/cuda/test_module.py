@@ -455,7 +455,7 @@ def test_gpu_every_network_gives_its_own_results(name, dtype):
     calls += [inputs(module, 1, small, 3, seed=5)]
     expected = [call(module, given) for given in calls]
     cf.accelerate(module.cuda(), dtype=dtype)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for given, own in zip(calls, expected):
             results = call(module, on_gpu(given))
             assert error([y.cpu() for y in results], own) < GPU_BUDGET[dtype]
@@ -468,7 +468,7 @@ def test_gpu_changed_weights_are_seen_in_the_next_call():
     module = cf.accelerate(network("sd15").cuda(), dtype="float32")
     twin = network("sd15").cuda()
     given = on_gpu(inputs(module, 1))
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         before = call(module, given)
         for each in (module, twin):
             with torch.no_grad():
@@ -486,7 +486,7 @@ def test_gpu_streams_and_timesteps_of_all_kinds():
     module = cf.accelerate(network("sd15").cuda(), dtype="float32")
     twin = network("sd15").cuda()
     stream = torch.cuda.Stream()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for timestep in (999, torch.tensor(500), torch.tensor(20, device="cuda"), torch.tensor([3, 4], device="cuda")):
             given = {**on_gpu(inputs(module, 2)), "timestep": timestep}
             expected = call(twin, given)
@@ -551,7 +551,7 @@ def test_gpu_a_pipeline():
     pipe = pipeline("StableDiffusionPipeline")
     expected = draw(pipe)
     cf.accelerate(pipe.to("cuda"), dtype="float32")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(2):
             assert psnr(draw(pipe).cpu(), expected) > 50
     for name in ("unet", "vae.decoder"):
