@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +12,8 @@ from typing import NoReturn
 from coalescer_fast.console import sentence
 
 from .results import Text, read
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,9 +30,17 @@ def command(prog: str, work: Callable[[], int]) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"{prog}: {sentence(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted {where(error)}", file=sys.stderr)
         return 130
+
+
+def where(error: BaseException) -> str:
+    """Where it was raised: the last line of the package's or the benchmarks' own, and the innermost."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
+    shown = [f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in (*own[-1:], *frames[-1:])]
+    return "in " + ", ".join(dict.fromkeys(shown))
 
 
 def listed(*allowed: str) -> Callable[[str], list[str]]:

@@ -84,14 +84,22 @@ def test_speed_of_the_ops(op):
     assert line(PAGE, f"`{op}`") == expected
 
 
-H100 = "nvidia-h100-80gb-hbm3/kernels.csv"
+# headings of docs/results.md, and folders of results
+GPUS = {"Speed of the ops on an H100": "nvidia-h100-80gb-hbm3", "On an H200": "nvidia-h200"}
 
 
+def section(heading: str) -> str:
+    return PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize(("heading", "folder"), GPUS.items())
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", ["group_norm_silu", "bias_residual", "dual_head", "coalesce_step"])
-def test_speed_of_the_ops_on_an_h100(op, backend):
+def test_speed_of_the_ops_on_a_gpu(op, backend, heading, folder):
     found: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in rows(H100, kernel_name=op, dtype="bf16", cache="warm", metric_name="time", status="ok"):
+    for row in rows(
+        f"{folder}/kernels.csv", kernel_name=op, dtype="bf16", cache="warm", metric_name="time", status="ok"
+    ):
         call = (row["shapes"], row["batch"], row["extra_benchmark_config_str"])
         found.setdefault(call, {})[row["kernel_provider"]] = float(row["y_value_50"])
 
@@ -100,18 +108,33 @@ def test_speed_of_the_ops_on_an_h100(op, backend):
         speeds = [min(others) / times[backend] for times, others in pairs if others and backend in times]
         return f"{statistics.median(speeds):.2f} ({min(speeds):.2f} – {max(speeds):.2f})" if speeds else "–"
 
-    section = PAGE[PAGE.index("## Speed of the ops on an H100") :]
-    table = [cells(each) for each in section.splitlines() if each.startswith(f"| `{op}` | `{backend}` |")]
-    assert table == [[f"`{op}`", f"`{backend}`", ratios("eager", "eager_contiguous"), ratios("compile")]]
+    table = [cells(each) for each in section(heading).splitlines() if each.startswith(f"| `{op}` | `{backend}` |")]
+    expected = [ratios("eager", "eager_contiguous"), ratios("compile"), ratios("chunked")]
+    assert table == [[f"`{op}`", f"`{backend}`", *expected[: len(table[0]) - 2]]]
 
 
-def test_share_of_the_copy_on_an_h100():
-    large = [
-        float(row["percent_of_copy"])
-        for row in rows(H100, kernel_name="group_norm_silu", kernel_provider="cuda", dtype="bf16", cache="warm")
-        if float(row["x_value"]) >= 64e6
-    ]
-    assert f"reaches {min(large):.0f} to {max(large):.0f} %" in " ".join(PAGE.split())
+@pytest.mark.parametrize(("heading", "folder"), GPUS.items())
+def test_share_of_the_copy_on_a_gpu(heading, folder):
+    wanted = {"kernel_name": "group_norm_silu", "kernel_provider": "cuda", "dtype": "bf16", "cache": "warm"}
+    found = [row for row in rows(f"{folder}/kernels.csv", **wanted) if float(row["x_value"]) >= 64e6]
+    large = [float(row["percent_of_copy"]) for row in found]
+    assert f"reaches {min(large):.0f} to {max(large):.0f} %" in " ".join(section(heading).split())
+
+
+def test_networks_on_an_h200():
+    named = {"sd-turbo, latents 64×64, batch 1, one evaluation": "networks", "`l`, batch 1, two evaluations": "sampler"}
+    for name, file in named.items():
+        times = {row["provider"]: f"{float(row['y_value_50']):.3g}" for row in rows(f"nvidia-h200/{file}.csv")}
+        ours = times.get("coalescer_fast") or times["ours"]
+        assert line(PAGE, name) == [ours, times.get("eager_graph", "–"), times["eager_channels_last"]]
+    [ours], [graph] = (rows("nvidia-h200/networks.csv", provider=name) for name in ("coalescer_fast", "eager_graph"))
+    told = " ".join(section("On an H200").split())
+    assert f"{float(graph['y_value_50']) / float(ours['y_value_50']):.2f} times as fast" in told
+    assert (
+        f"a relative error of {100 * float(ours['error']):.1f} %, where eager's is {100 * float(graph['error']):.1f} %"
+        in told
+    )
+    assert f"takes {float(ours['latency_ms']):.2f} ms" in told
 
 
 def test_quality():
