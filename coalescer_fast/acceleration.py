@@ -172,7 +172,7 @@ def accelerate(
 
     **On a CUDA device**, what would run natively on a CPU runs on "cuda", in bfloat16, float16 or float32: by torch's
     convolutions, products and attention and our fused ops, channels innermost, in one CUDA graph for every structure,
-    shapes and dtypes of the arguments. Everything else is as on a CPU. Not yet run on a GPU.
+    shapes and dtypes of the arguments. Everything else is as on a CPU. Run on an H200 alone.
 
     **On processors with AMX**, which torch's convolutions use and native ones do not, "auto" leaves to torch what is
     faster there: UNet and decoder of a CoalescerPipeline in bfloat16 or int8, as a copy in bfloat16, channels

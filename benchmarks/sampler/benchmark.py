@@ -27,7 +27,7 @@ Conditioning is computed before the clock starts, except in the pipeline. Every 
 float32 by the relative error of the direction and of the distance, or of the whole result; a provider whose error is
 above a tenth has no time. compile_s is the first preparation of a network, without the export to ONNX; what
 TORCHINDUCTOR_CACHE_DIR names is kept and used, where it is set. --cold measures new processes instead, from start to
-first picture. On a GPU times are by the clock, launches included, as a user waits for them; not yet run on one.
+first picture. On a GPU times are by the clock, launches included, as a user waits for them.
 """
 
 from __future__ import annotations
