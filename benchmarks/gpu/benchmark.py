@@ -284,6 +284,7 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
     graphs = f"{EAGER_SAMPLER},{'compile' if rehearsal else 'compile_graphs'}"
     batches = "1,4" if rehearsal else "1,64,16"
     large = left_out if rehearsal else None
+    first = "emoji-64,m" if rehearsal else "emoji-64,m,l"
     chunked = ["--peers", "eager,eager_contiguous,compile" + ",chunked" * (not rehearsal)]
     return [
         build_part,
@@ -293,9 +294,8 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
         Part("memcheck", 25, partial(sanitize, "memcheck", ["--all"]), "b"),
         Part("kernels bf16", 65, measured("bf16", "1,64", 0.1, 15, *EAGER, *every), "c"),
         Part("kernels few", 60, measured("bf16", "64", 0.1, 20, *chunked, *few), "c"),
-        Part("sampler emoji-64", 45, sampled("emoji-64", batches, EAGER_SAMPLER, *small), "d"),
-        Part("sampler m", 45, sampled("m", "1" if rehearsal else batches, EAGER_SAMPLER, *small), "d"),
-        Part("sampler l", 80, large or sampled("l", batches, EAGER_SAMPLER, *small), "d"),
+        # one process: to start one takes as long as a model
+        Part("sampler", 160, sampled(first, "1" if rehearsal else batches, EAGER_SAMPLER, *small), "d"),
         Part("networks", 130, drawn("--peers", "eager,compile"), "e"),
         Part("compile emoji-64", 70, sampled("emoji-64", batches, graphs, *small), "d", 15),
         Part("compile m", 80, large or sampled("m", "1,64,16", graphs, *small), "d", 15),

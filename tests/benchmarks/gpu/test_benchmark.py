@@ -147,7 +147,7 @@ def test_every_part_of_a_plan_asks_for_what_exists(quick, device, tmp_path, aske
     assert {args.device for args in drawn} == {device}
     if device == "cuda" and not quick:
         ours = [args for args in drawn if not {"compile", "compile_graphs"} & set(args.peers)]
-        assert [args.model for args in ours] == [["emoji-64"], ["m"], ["l"]]
+        assert [args.model for args in ours] == [["emoji-64", "m", "l"]]
         assert drawn[: len(ours)] == ours  # ours first, so that it is measured whatever happens
         for args in ours:
             assert set(map(str, args.batch)) >= {"16", *gpu_report.OVER_COMPILE}
@@ -171,7 +171,7 @@ def test_only_some_stages_and_parts(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "g"])
     assert plans == [
-        ["build", "sampler emoji-64", "sampler m", "sampler l"],
+        ["build", "sampler"],
         ["build", "calls", "picture", "networks"],
     ]
 
@@ -424,7 +424,7 @@ def test_goals_of_the_sampler(tmp_path):
     assert (every["status"], every["figures"]) == ("missed", "2 of 3 cases; from 0.9 to 1.4, median 1.2")
     common.append(csv, [sampled("ours", 1.0, 64), sampled("compile", 1.15, 64)], sampler.COLUMNS)
     assert gpu_report.goals(common.read(csv))[1]["status"] == "met"
-    _, report, summary = run([gpu.Part("sampler m", 1, lambda limit: ("ok", ""))], tmp_path)
+    _, report, summary = run([gpu.Part("sampler", 1, lambda limit: ("ok", ""))], tmp_path)
     assert [goal["status"] for goal in report["goals"]] == ["missed", "met", "missed"]
     assert "| sampler: at least 1.15 x as fast as compile at batch 64 | met | 1 of 1 cases" in summary
     assert "SLOWER, 1.11x the time: m sampler batch 16" in summary
