@@ -2,9 +2,10 @@
 
     quality = 1 / (1 + exp(-(b + w . x)))
 
-with x = (|direction|, distance) of the first evaluation, or of the first two, before guidance, and then the similarity
-of the description to the known name that it is taken as. b and w are fitted by `coalescer_fast.training.grading`. They
-are stored with the scheduler, for whose steps they hold.
+with x = (|direction|, distance) of the first evaluation, or of the first two, before guidance, and then three numbers
+of the description: its similarity to the known name that it is taken as, the cosine of the two in the table of words,
+and how much more that is than the cosine with the next name. b and w are fitted by `coalescer_fast.training.grading`.
+They are stored with the scheduler, for whose steps they hold.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 HEADS = 2  # evaluations that a grade is made of
 # by evaluations, what the numbers of `Grading` are multiplied with, after the first one
+WORDS = ("similarity", "cosine", "margin")
 FEATURES = {
-    "1": ("direction_length_1", "distance_1", "similarity"),
-    "2": ("direction_length_1", "distance_1", "direction_length_2", "distance_2", "similarity"),
+    "1": ("direction_length_1", "distance_1", *WORDS),
+    "2": ("direction_length_1", "distance_1", "direction_length_2", "distance_2", *WORDS),
 }
+NO_WORDS = (0.0,) * len(WORDS)
 # by evaluations, (b, *w)
 Grading = dict[str, list[float]]
 # |direction| (N,) and distance (N,) of an evaluation
@@ -60,30 +63,33 @@ def direction_length(direction: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.sqrt(np.square(rows).mean(1)))
 
 
-def similarities(encoder: DescriptionEncoder, texts: Sequence[str]) -> list[float]:
-    """How near each text is to the known name that it is taken as; 0 where there is none, or no word is known."""
-    found = {}
+def of_words(encoder: DescriptionEncoder, texts: Sequence[str]) -> list[tuple[float, ...]]:
+    """`WORDS` of each text; `NO_WORDS` where it is taken as no name, or no word is known."""
+    found: dict[str, tuple[float, ...]] = {}
     for text in dict.fromkeys(texts):
         match = encoder.match(text)
-        found[text] = 0.0 if match is None or not any(encoder.words(text).values()) else match.similarity
+        if match is None or not any(encoder.words(text).values()):
+            found[text] = NO_WORDS
+        else:
+            found[text] = (match.similarity, *encoder.closeness(text))
     return [found[text] for text in texts]
 
 
-def log_odds(grading: Grading, heads: Sequence[Heads], similarity: Sequence[float]) -> list[float]:
+def log_odds(grading: Grading, heads: Sequence[Heads], words: Sequence[Sequence[float]]) -> list[float]:
     """Compute ``b + w . x`` of N pictures.
 
     Args:
         grading: the numbers.
         heads: of the first evaluations, at least one. A picture that has had one evaluation less has NaN in the last.
-        similarity: (N,).
+        words: `WORDS` of each description, (N, 3).
     """
     columns = [column.cpu().double().tolist() for one in heads[:HEADS] for column in one]
     found = []
-    for *row, cosine in zip(*columns, similarity):
+    for *row, said in zip(*columns, words):
         if len(row) == 2 * HEADS and math.isnan(row[2]) and math.isnan(row[3]):
             row = row[:2]
         bias, *weights = grading[str(len(row) // 2)]
-        found.append(bias + sum(w * x for w, x in zip(weights, (*row, cosine))))
+        found.append(bias + sum(w * x for w, x in zip(weights, (*row, *said))))
     return found
 
 

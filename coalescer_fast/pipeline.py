@@ -461,8 +461,8 @@ class CoalescerPipeline(DiffusionPipeline):
         if numbers is None or not call.heads:
             return []
         if isinstance(described, Embeds):
-            return grading.log_odds(numbers, call.heads, [0.0] * len(described))
-        return grading.log_odds(numbers, call.heads, grading.similarities(self.description_encoder, described))
+            return grading.log_odds(numbers, call.heads, [grading.NO_WORDS] * len(described))
+        return grading.log_odds(numbers, call.heads, grading.of_words(self.description_encoder, described))
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[None]:

@@ -1057,7 +1057,7 @@ def test_a_runtimes_numbers_that_are_not_finite_become_no_picture():
         fast("octopus")
 
 
-GRADING = {"1": [-1.0, 2.0, 0.5, 1.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0]}
+GRADING = {"1": [-1.0, 2.0, 0.5, 1.0, 0.5, 2.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0, 0.5, 2.0]}
 
 
 @pytest.fixture(scope="module")

@@ -295,16 +295,44 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             return Match(description, derived.names[row], 1.0, description)
         entry = self._look_up(said)
         if entry is None:
-            ids = self.token_ids(text)
-            if not ids:
+            cosines = self._cosines(text)
+            if cosines is None:
                 return None
-            # not a matrix product, whose bits depend on the number of threads
-            similarity = (derived.name_vectors(self) * self._match_vector(ids)).sum(1)
-            row = int(similarity.argmax())
-            entry = Entry(row, min(1.0, float(similarity[row])))
+            row = int(cosines.argmax())
+            entry = Entry(row, min(1.0, float(cosines[row])))
         name = derived.names[entry.name]
         drawn = ", ".join([name, *(f"{word} style" for word in styles)])
         return Match(description, name, entry.similarity, drawn)
+
+    def closeness(self, description: str) -> tuple[float, float]:
+        """Compare a description with the name that it is taken as, by the table of words alone.
+
+        The table knows nothing of `Match.similarity` where that is 1 or the lexicon's, and may contradict it.
+
+        Returns:
+            The cosine of the two, and how much more that is than the largest cosine with any other known name. Both are
+            0 for a description without a known token, and if no name is known.
+        """
+        derived = self._derived
+        return derived.remembered(derived.closeness, description, lambda: self._closeness(description))
+
+    def _closeness(self, description: str) -> tuple[float, float]:
+        match = self.match(description)
+        cosines = None if match is None else self._cosines(self._split(description)[0])
+        if match is None or cosines is None:
+            return 0.0, 0.0
+        row = self._derived.name_rows[plain(match.name)]
+        others = np.delete(cosines, row)
+        return float(cosines[row]), float(cosines[row] - others.max()) if len(others) else 0.0
+
+    def _cosines(self, text: str) -> NDArray[np.float32] | None:
+        """Those of a text and all known names, by the table that `match` uses; None without a known token."""
+        ids = self.token_ids(text)
+        if not ids:
+            return None
+        # not a matrix product, whose bits depend on the number of threads
+        found: NDArray[np.float32] = (self._derived.name_vectors(self) * self._match_vector(ids)).sum(1)
+        return found
 
     def _look_up(self, said: str) -> Entry | None:
         """The entry of the lexicon for a text as `plain` leaves it, without an article or an ending of the plural."""
@@ -376,10 +404,11 @@ class _Derived:
         self.name_words = frozenset(re.findall(r"\w+", "\n".join((*encoder.known_names, *config.styles)).lower()))
         self.names = encoder.known_names
         self.name_rows = {plain(name): row for row, name in reversed([*enumerate(self.names)])}
-        # of each text, its token ids, its words, and what it matches
+        # of each text, its token ids, its words, what it matches, and how close that is
         self.ids: dict[str, list[int]] = {}
         self.words: dict[str, dict[str, bool]] = {}
         self.matches: dict[str, tuple[Match | None]] = {}
+        self.closeness: dict[str, tuple[float, float]] = {}
         self._vectors: NDArray[np.float32] | None = None
 
     @staticmethod

@@ -58,7 +58,7 @@ class Drawn:
         seeds: pictures of a wording.
         texts: as they were encoded, with an art style.
         heads: of two evaluations.
-        similarity: of each wording and its known name.
+        words: `grading.WORDS` of each wording, (W, 3).
         latents: R after the last step, (N, C, h, w).
         right: whether the picture is right, (N,) bool.
     """
@@ -67,18 +67,18 @@ class Drawn:
     seeds: int
     texts: list[str]
     heads: list[grading.Heads]
-    similarity: np.ndarray
+    words: np.ndarray
     latents: torch.Tensor
     right: np.ndarray
 
     def features(self, evaluations: int = 2) -> np.ndarray:
         """Columns `grading.FEATURES`, (N, F) float64."""
         columns = [column.double().numpy() for one in self.heads[:evaluations] for column in one]
-        return np.stack([*columns, np.repeat(self.similarity, self.seeds)], 1)
+        return np.column_stack([*columns, self.words.repeat(self.seeds, 0)])
 
     def quality(self, numbers: grading.Grading) -> np.ndarray:
         """What a grading says of each picture, (N,)."""
-        odds = grading.log_odds(numbers, self.heads, np.repeat(self.similarity, self.seeds).tolist())
+        odds = grading.log_odds(numbers, self.heads, self.words.repeat(self.seeds, 0).tolist())
         return np.array([grading.probability(each) for each in odds])
 
     def kinds(self) -> np.ndarray:
@@ -263,8 +263,8 @@ def draw(
     final = torch.cat(latents)
     accepted = (wording.accepted for wording in wordings for _ in range(seeds))
     right = np.array([name in names for name, names in zip(judge(final), accepted)])
-    similarity = np.array(grading.similarities(pipe.description_encoder, [wording.text for wording in wordings]))
-    return Drawn(list(wordings), seeds, texts, heads, similarity, final, right)
+    words = np.array(grading.of_words(pipe.description_encoder, [wording.text for wording in wordings]))
+    return Drawn(list(wordings), seeds, texts, heads, words, final, right)
 
 
 def fit(drawn: Drawn) -> grading.Grading:

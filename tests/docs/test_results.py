@@ -199,7 +199,8 @@ def table_of(heading: str, after: str) -> list[list[str]]:
 
 
 def test_quality_of_each_picture():
-    columns = ("right", "quality", "auc", "auc_direction_length_1", "auc_direction_length_2", "auc_similarity")
+    alone = ("direction_length_1", "direction_length_2", "similarity", "margin")
+    columns = ("right", "quality", "auc", *(f"auc_{feature}" for feature in alone))
     expected = [
         [row["wordings"], f"{int(row['pictures']):,}", *(digits(row[name]) for name in columns)]
         for row in rows("grading.csv")

@@ -269,6 +269,18 @@ def test_match_by_a_table_of_its_own():
     assert torch.equal(model(["cat"]), encoder()(["cat"]))  # the vectors of descriptions are as before
 
 
+def test_closeness_is_of_the_table_alone():
+    model = matching(lexicon={"kraken": Entry(0, 1.0), "cat": Entry(2, 0.5)})
+    cosines = [50 / (50**2 + 10**2) ** 0.5, 10 / (50**2 + 10**2) ** 0.5, -50 / (50**2 + 10**2) ** 0.5]
+    # the lexicon says "dog", which the table has opposite
+    assert model.closeness("cat, 3d style") == (pytest.approx(cosines[2]), pytest.approx(cosines[2] - cosines[0]))
+    assert matching().closeness("cat") == (pytest.approx(cosines[0]), pytest.approx(cosines[0] - cosines[1]))
+    for text in ("", "zzz", "kraken", "3d style"):  # no token is known
+        assert model.closeness(text) == (0.0, 0.0)
+    one = encoder(names=NAMES[:1], exists=EXISTS[:1])
+    assert one.closeness(NAMES[0]) == (pytest.approx(1.0), 0.0)
+
+
 def test_the_lexicon_goes_before_the_tables():
     model = matching(lexicon={"kraken": Entry(0, 1.0), "cat": Entry(2, 0.5), "glass": Entry(1, 0.8)})
     assert model.match("cat") == Match("cat", "dog", pytest.approx(0.5, abs=0.002), "dog")

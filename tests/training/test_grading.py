@@ -81,7 +81,7 @@ def test_a_model_is_calibrated_and_stored(pipe, tmp_path):
     numbers, unseen = grading.calibrate(pipe, tiny_data(), 8, 2, progress=False)
     assert unseen.right.any()
     assert not unseen.right.all()
-    assert unseen.features().shape == (2 * len(unseen.wordings), 5)
+    assert unseen.features().shape == (2 * len(unseen.wordings), 7)
     quality = unseen.quality(numbers)
     assert len({*quality.tolist()}) > len(quality) / 2
     name = unseen.wordings[0].text

@@ -104,7 +104,7 @@ def test_same_call_same_seed_same_pictures(pipe, capture, backend):
 
 def test_quality_best_of_and_auto(fast):
     """From a graph as step by step; "auto" has no graph."""
-    grading = {"1": [-1.0, 2.0, 0.5, 1.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0]}
+    grading = {"1": [-1.0, 2.0, 0.5, 1.0, 0.5, 2.0], "2": [-1.0, 2.0, 0.5, -3.0, -0.25, 1.0, 0.5, 2.0]}
     fast.scheduler.register_to_config(grading=grading)
     noise = fast.initial_noise(6, torch.Generator().manual_seed(0))
     for given in ({"num_images_per_prompt": 3}, {"best_of": 3}, {"num_images_per_prompt": 3, "num_inference_steps": 1}):
