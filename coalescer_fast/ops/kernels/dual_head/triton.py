@@ -145,8 +145,8 @@ def finish_kernel(
                     sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
                 ).to(tl.float32)
                 squares += (to - at) * (to - at)
-        # Triton takes a size of 1 for a constant, which has no .to
-        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * latent * 1.0))
+        # Triton takes a size of 1 for a constant, which has no .to; the product may have more than 32 bits
+        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * 1.0 * latent))
         result *= length
         divisor = tl.where(length < 1e-6, 1e-6, length)  # NaN is kept
         for c in range(0, latent, BLOCK_O):
