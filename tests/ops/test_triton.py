@@ -3,6 +3,7 @@ refusals."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 
@@ -310,6 +311,45 @@ def test_float64_is_refused():
 def test_samples_beyond_32_bit_indices_are_refused(shape, is_refused):
     x = torch.empty(1, dtype=torch.float16).expand(shape)
     assert ("which are too large for the 32-bit indices" in triton_launch.refusal(x)) == is_refused
+
+
+def test_a_head_with_weights_beyond_32_bit_indices_is_refused():
+    h, few = torch.zeros(1, 2**13, 1, 1), torch.zeros(1)
+    weight = few.expand(2**15, 2**13, 3, 3)
+    with pytest.raises(ValueError, match="direction_weight has 2415919104 elements"):
+        head.dual_head(h, weight, few, few, few, None, None)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch, current, fails):
+    """On torch as it is spelled. Triton launches on the current device, on torch's current stream of it."""
+    devices, launched = [current], []
+
+    @contextlib.contextmanager
+    def device(place):
+        devices.append(place.index)
+        try:
+            yield
+        finally:
+            devices.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                launched.append((grid, devices[-1]))
+                if fails:
+                    raise RuntimeError("out of resources")
+
+            return run
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    with pytest.raises(RuntimeError, match="out of resources") if fails else contextlib.nullcontext():
+        triton_launch.launch(Kernel(), 5, torch.device("cuda", 1), 1, None)
+    triton_launch.launch(Kernel(), 0, torch.device("cuda", 1), 1, None)
+    assert launched == [((5,), 1)]
+    assert devices == [current]
 
 
 def test_old_gpus_are_refused(monkeypatch):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ... import layout
-from ...triton_launch import cdiv, configuration, launch
+from ...triton_launch import MOST_POSITIONS, cdiv, configuration, launch
 from . import direction_dtype
 
 
@@ -188,6 +188,11 @@ def dual_head(
     n, channels, height, width = h.shape
     latent = direction_weight.shape[0]
     positions = height * width
+    if direction_weight.numel() > MOST_POSITIONS:
+        raise ValueError(
+            f"direction_weight has {direction_weight.numel()} elements; expected {MOST_POSITIONS} at most on triton, "
+            "whose indices of it have 32 bits"
+        )
     channels_last = layout.is_channels_last(h)
     direction = layout.empty(h, latent, direction_dtype(h, sample))
     distance = torch.empty(n, dtype=torch.float32, device=h.device)
