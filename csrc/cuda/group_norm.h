@@ -155,7 +155,8 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     // Every tiling, with its rows in every number of parts: the one that should take least time.
     constexpr int64_t RUNS[] = {256, 128, 64, 32, 16, 1};              // bytes of a tile's rows
     const int64_t* const runs_end = RUNS + (p.channels_last ? 6 : 1);  // contiguous, there is one tiling
-    const int64_t most_clustered = device.capability >= 90 ? 8 : 1;
+    // a part of a GPU with fewer multiprocessors has no clusters of eight
+    const int64_t most_clustered = device.capability < 90 ? 1 : device.multiprocessors < 8 ? device.multiprocessors : 8;
     const int64_t stride = p.channels_last ? channels : a.spatial;  // of rows, in elements
     const int64_t least = p.channels_last ? 1 : cdiv(p.rows, MOST_ROWS_OF_CHANNELS);
     Plan best = {};
