@@ -254,7 +254,7 @@ def test_weights_of_a_head_are_counted_in_32_bits(runtime, channels):
         assert status == cf_status.CF_OK
     else:
         assert status == cf_status.CF_INVALID_ARGUMENT
-        with pytest.raises(RuntimeError, match="dual_head on cuda reports .* sizes beyond its 32-bit indices"):
+        with pytest.raises(RuntimeError, match=r"dual_head on cuda reports .* sizes beyond its 32-bit indices"):
             cuda_library.plan("dual_head", packed, DEVICES[0])
 
 
