@@ -151,8 +151,10 @@ def _function(name: str, arguments: int) -> Callable[..., int]:
 
 def _check(op: str, status: int) -> None:
     if status:
-        is_cuda = status >= abi.cf_status.CF_CUDA_ERROR
-        error = _library().cf_cuda_error(status).decode() if is_cuda else native_library.STATUS[status]
+        if status >= abi.cf_status.CF_CUDA_ERROR:
+            error = _library().cf_cuda_error(status).decode()
+        else:
+            error = f"{native_library.STATUS[status]}, or sizes beyond its 32-bit indices"
         raise RuntimeError(f"{op} on cuda reports {error}")
 
 

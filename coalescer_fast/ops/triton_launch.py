@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ from .op import missing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CONFIGURATIONS = Path(__file__).with_name("triton_configs.json")
+
+
+# Kernels count the positions of a sample, and the elements of a tile with a row of the image around it, in 32 bits, and
+# all else in 64: 2^31 less the last block, and less what workspaces take for each channel.
+MOST_POSITIONS, MOST_IN_A_TILE = 2**31 - 2**16, 2**28
+TILE = 256  # positions, at most
 
 
 @functools.cache
@@ -39,7 +47,21 @@ def refusal(tensor: torch.Tensor) -> str:
         )
     if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < (8, 0):
         return f"is on {tensor.device} of compute capability {'.'.join(map(str, capability))}; expected 8.0 or newer"
-    return ""
+    return _too_large(tensor.shape[1:])
+
+
+def _too_large(shape: Sequence[int]) -> str:
+    """Why kernels have no indices for samples of this shape, channels first, or ""."""
+    if not shape:
+        return ""
+    channels, *size = shape
+    positions, elements = math.prod(size), math.prod(shape)
+    in_a_tile = channels * min(positions, TILE + (size[-1] if size else 0))
+    # a loop over so many elements would not end
+    is_last_block = MOST_POSITIONS < elements < 2**31
+    if positions <= MOST_POSITIONS and in_a_tile <= MOST_IN_A_TILE and not is_last_block:
+        return ""
+    return f"has samples of shape {tuple(shape)}, which are too large for the 32-bit indices of Triton's kernels"
 
 
 @functools.cache

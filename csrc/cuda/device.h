@@ -215,7 +215,10 @@ int enqueue(const cf_cuda_device& device, void* stream, const Launch& launch, Ar
         config.numAttrs = launch.cluster > 1 ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    if (elsewhere) cudaSetDevice(current);
+    if (elsewhere) {
+        const cudaError_t restored = cudaSetDevice(current);
+        if (!error) error = restored;
+    }
     if (error) cudaGetLastError();  // it is reported here, and nowhere else
     return error ? CF_CUDA_ERROR + static_cast<int>(error) : static_cast<int>(CF_OK);
 }

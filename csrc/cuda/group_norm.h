@@ -147,6 +147,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         p.columns = static_cast<int>(round_up(cdiv(a.spatial, pieces), p.vector));
         p.tiles_per_group = static_cast<int>(cdiv(a.spatial, p.columns));
         p.groups_per_tile = 1;
+        if (a.groups * p.tiles_per_group > LARGEST) return CF_INVALID_ARGUMENT;
         p.tiles = static_cast<int>(a.groups) * p.tiles_per_group;
         p.vectors = p.columns / p.vector;
     }
@@ -154,7 +155,9 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     // Every tiling, with its rows in every number of parts: the one that should take least time.
     constexpr int64_t RUNS[] = {256, 128, 64, 32, 16, 1};              // bytes of a tile's rows
     const int64_t* const runs_end = RUNS + (p.channels_last ? 6 : 1);  // contiguous, there is one tiling
-    const int64_t most_clustered = device.capability >= 90 ? 8 : 1;
+    // a part of a GPU with fewer multiprocessors has no clusters of eight
+    const int64_t most_clustered = device.capability < 90 ? 1 : device.multiprocessors < 8 ? device.multiprocessors : 8;
+    const int64_t stride = p.channels_last ? channels : a.spatial;  // of rows, in elements
     const int64_t least = p.channels_last ? 1 : cdiv(p.rows, MOST_ROWS_OF_CHANNELS);
     Plan best = {};
     double best_time = 0;
@@ -163,6 +166,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
         for (int64_t parts = least; parts <= (least > MOST_SPLITS ? least : MOST_SPLITS); parts *= 2) {
             split(p, parts);
             if (parts > least && p.splits != parts) break;
+            if (p.rows_per_split * stride > LARGEST * p.vector) continue;  // kernels count vectors in 32 bits
             for (const bool fused : {true, false}) {
                 const bool whole_groups = p.tiles_per_group == 1 && p.splits <= most_clustered;
                 // rows of less than 32 bytes waste what memory gives
@@ -179,8 +183,6 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     if (!best.blocks) return CF_INVALID_ARGUMENT;
     p = best;
     if (p.fused) return CF_OK;
-    if (int64_t{p.rows_per_split} * (p.channels_last ? channels : a.spatial) > LARGEST * p.vector)
-        return CF_INVALID_ARGUMENT;
     p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
     return CF_OK;
 }

@@ -34,7 +34,8 @@ inline int make_plan(const cf_dual_head_args& a, const cf_cuda_device& device, P
         return CF_INVALID_ARGUMENT;
     if (!is_dtype(a.distance_weight.dtype) || !is_dtype(a.distance_bias.dtype) || !is_dtype(a.direction.dtype))
         return CF_INVALID_ARGUMENT;
-    if (a.n < 0 || a.c < 1 || a.c > LARGEST / 9 || a.cz < 1 || a.cz > LARGEST) return CF_INVALID_ARGUMENT;
+    // the weights of OUTPUTS channels are counted in 32 bits
+    if (a.n < 0 || a.c < 1 || a.c > LARGEST / (9 * OUTPUTS) || a.cz < 1 || a.cz > LARGEST) return CF_INVALID_ARGUMENT;
     if (a.height < 0 || a.width < 0 || a.height > LARGEST || a.width > LARGEST) return CF_INVALID_ARGUMENT;
     if (a.height * (a.width + PIXELS) > LARGEST / (a.cz + OUTPUTS)) return CF_INVALID_ARGUMENT;
     p = {};

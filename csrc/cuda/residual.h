@@ -29,7 +29,7 @@ inline int make_plan(const cf_bias_residual_args& a, Plan& p) {
     const int64_t wide = 16 / size_of(a.dtype);
     p.vector = static_cast<int>(p.columns % wide ? 1 : wide);
     const int64_t all = p.columns / p.vector;
-    if (all > int64_t{THREADS} << 22) return CF_INVALID_ARGUMENT;  // a row of 2^30 vectors
+    if (cdiv(all, THREADS) > 0x7fffffff) return CF_INVALID_ARGUMENT;
     p.column_tiles = static_cast<int>(cdiv(all, THREADS));
     p.vectors = static_cast<int>(p.column_tiles ? cdiv(all, p.column_tiles) : 1);
     p.lanes = THREADS / p.vectors;

@@ -31,6 +31,7 @@ def compile_all(sources: list[Path], folder: Path, *flags: str) -> list[Path]:
     objects = [folder / f"{source.stem}.o" for source in sources]
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fPIC", "-g"]
     device = ["-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", f"-I{EMULATION}"]
+    device += ["-fsanitize=alignment"]  # without its library: emulation.cpp has what it calls
     device += [*(flag for flag in flags if flag != "-pie"), "-x", "c++"]
     commands = [
         [*compiler, *(device if s.suffix == ".cu" else ["-O2"]), "-c", s, "-o", o] for s, o in zip(sources, objects)

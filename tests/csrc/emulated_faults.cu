@@ -89,6 +89,21 @@ KERNEL(misaligned_copy) {
     right[i] = shared[t] == x[i];
 }
 
+KERNEL(misaligned_load) {
+    POSITION
+    const float* const from = x + i - t % 4 + (faulty ? t % 4 : 0);
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    right[i] = four.x == *from;
+}
+
+KERNEL(misaligned_store) {
+    POSITION
+    if (t % 4) return;
+    const uint2 ones = make_uint2(0x3f800000, 0x3f800000);
+    __stcg(reinterpret_cast<uint2*>(right + i + faulty), ones);
+    right[i + 2 - 2 * faulty] = right[i + 3] = 1;
+}
+
 KERNEL(set_static) {
     POSITION
     __shared__ float value[THREADS];
@@ -161,9 +176,10 @@ const struct {
     Kernel kernels[2];
 } cases[] = {
     CASE(sync_block),          CASE(sync_block_again), CASE(sync_warp),       CASE(sync_cluster),
-    CASE(sync_cluster_at_end), CASE(wait_for_copy),    CASE(misaligned_copy), CASE(set_static),
-    CASE(write_shared),        CASE(read_shared),      CASE(read_global),     CASE(write_same),
-    CASE(divergent_sync),      CASE(two_syncs),        CASE(sync_or_warp),    CASE(sync_some_blocks),
+    CASE(sync_cluster_at_end), CASE(wait_for_copy),    CASE(misaligned_copy), CASE(misaligned_load),
+    CASE(misaligned_store),    CASE(set_static),       CASE(write_shared),    CASE(read_shared),
+    CASE(read_global),         CASE(write_same),       CASE(divergent_sync),  CASE(two_syncs),
+    CASE(sync_or_warp),        CASE(sync_some_blocks),
 };
 
 }  // namespace

@@ -202,6 +202,8 @@ SHOWN = {
     "set_static": "256 wrong; no error",
     "read_shared": "4 wrong; no error",
     "misaligned_copy": "__pipeline_memcpy_async of 16 bytes, 0 of them zero, from",
+    "misaligned_load": "a misaligned access of 16 bytes at",
+    "misaligned_store": "a misaligned access of 8 bytes at",
     "write_shared": "a write at byte 256 of shared memory, which has 256",
     "divergent_sync": "threads 0-39 at __syncthreads (FILE:LINE), threads 40-63 ended",
     "two_syncs": "while others are at FILE:LINE",
@@ -210,6 +212,7 @@ SHOWN = {
     "sync_some_blocks": "block (2,0,0) ended; block (3,0,0) threads 0-63 at cluster_group.sync",
 }
 ADDRESS = ["sync_cluster_at_end", "write_shared", "read_shared", "read_global"]
+UNDEFINED = ["misaligned_load", "misaligned_store"]  # found by UBSan as well
 RACES = ["sync_block", "sync_block_again", "sync_warp", "sync_cluster", "sync_cluster_at_end", "write_same"]
 ALL = sorted({*SHOWN, *ADDRESS, *RACES})
 
@@ -248,7 +251,7 @@ def test_address_sanitizer_finds(address, name):
 
 def test_address_sanitizer_passes_sound_kernels_and_failed_launches(address):
     for name, kind in itertools.product(ALL, ("sound", "faulty")):
-        if kind == "sound" or name not in ADDRESS:
+        if kind == "sound" or name not in (*ADDRESS, *UNDEFINED):
             result = address.run(name, kind)
             assert result.returncode == 0, result.stderr
 

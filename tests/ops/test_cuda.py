@@ -278,6 +278,43 @@ def test_tensors_off_the_16_byte_grid_are_copied_to_it():
             torch.testing.assert_close(ops.bias_residual(x, None, x, backend="cuda"), 2 * x)
 
 
+def at_an_offset(x: torch.Tensor, start: int) -> torch.Tensor:
+    """A copy with the same strides, so many elements behind a multiple of 16 bytes."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    place = torch.zeros(start + extent, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride(), start)
+    assert place.data_ptr() % 16 == start * x.itemsize % 16
+    return place.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_AT_MOST_32, ids=str)
+@pytest.mark.parametrize("channels", [1, 15, 16])
+@pytest.mark.parametrize(
+    "make_call",
+    [
+        lambda channels: shapes.GroupNorm(channels, size=3, groups=1, skip=channels, film=True, pre_bias=True),
+        lambda channels: shapes.BiasResidual(channels, size=3),
+        lambda channels: shapes.DualHead(channels, latent=3, size=3, anchored=True),
+        lambda channels: shapes.CoalesceStep(channels, size=4, mode="unit"),
+    ],
+    ids=["group_norm_silu", "bias_residual", "dual_head", "coalesce_step"],
+)
+def test_any_argument_may_begin_anywhere_in_a_word_of_16_bytes(make_call, channels, dtype):
+    """The emulation fails at a vector at an address that is no multiple of its size, as a GPU does."""
+    call = make_call(channels)
+    inputs = call.inputs(2, dtype, torch.device("cpu" if INTERPRETED else "cuda"))
+    op = getattr(ops, call.op)
+    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+    with torch.no_grad():
+        expected = op(**inputs, backend="cuda")
+        for start in range(1, 16 // dtype.itemsize):
+            for names in ([name] for name in tensors) if start == 1 else [tensors]:
+                moved = inputs | {name: at_an_offset(inputs[name], start) for name in names}
+                torch.testing.assert_close(op(**moved, backend="cuda"), expected, rtol=0, atol=0)
+        # every other channel of wider tensors, whose copies may have another layout
+        wide = {name: inputs[name].repeat_interleave(2, 1)[:, ::2] for name in tensors if inputs[name].ndim == 4}
+        torch.testing.assert_close(op(**inputs | wide, backend="cuda"), expected)
+
+
 def test_a_prepared_call_is_used_again():
     x = randn(1, 8, 4, 4).to("cpu" if INTERPRETED else "cuda")
     dispatch.forget()

@@ -3,9 +3,11 @@ refusals."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from coalescer_fast import ops  # noqa: E402
 from coalescer_fast.ops import dispatch, layout, triton_launch  # noqa: E402
 from coalescer_fast.ops.kernels.bias_residual import triton as residual  # noqa: E402
 from coalescer_fast.ops.kernels.coalesce_step import triton as step  # noqa: E402
+from coalescer_fast.ops.kernels.dual_head import triton as head  # noqa: E402
 from coalescer_fast.ops.kernels.group_norm_silu import triton as group_norm  # noqa: E402
 
 from ..helpers.numerics import INTERPRETED, ON_GPU, arrange, make, randn  # noqa: E402
@@ -137,10 +140,42 @@ def test_tile_beyond_2_to_the_31_elements(sparse, channels_last, n):
     assert torch.equal(out, tile.float())
 
 
+@pytest.fixture
+def no_overflow(monkeypatch):
+    """Makes it an error if a sum, a difference or a product of a kernel does not fit its integers."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    original = builder.binary_op
+
+    def binary_op(lhs, rhs, op):
+        result = original(lhs, rhs, op)
+        if op in (np.add, np.subtract, np.multiply) and result.data.dtype == np.int32:
+            exact = op(lhs.data.astype(np.int64), rhs.data.astype(np.int64))
+            assert (result.data == exact).all(), f"{op.__name__} of 32 bits gives {exact.min()} to {exact.max()}"
+        return result
+
+    monkeypatch.setattr(builder, "binary_op", binary_op)
+
+
+@triton.jit
+def multiply(x, y, out):
+    tl.store(out, tl.load(x) * y)
+
+
+@interpreted
+def test_an_overflow_is_found(no_overflow):
+    x, out = torch.tensor([2**16], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    multiply[(1,)](x, 2**14, out)
+    assert out.item() == 2**30
+    with pytest.raises(Exception, match=r"multiply of 32 bits gives 2147483648"):
+        multiply[(1,)](x, 2**15, out)
+
+
 @interpreted
 @pytest.mark.parametrize("memory", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("op", ["bias_residual", "coalesce_step", "group_norm_silu"])
-def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory):
+@pytest.mark.parametrize("op", ["bias_residual", "coalesce_step", "dual_head", "group_norm_silu"])
+def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, no_overflow, sparse, op, memory):
     """Of each launch only the last program runs, which works on the last sample."""
     from triton.runtime import interpreter
 
@@ -160,7 +195,7 @@ def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory
         monkeypatch.setattr(builder, "set_grid_dim", lambda *dims: setattr(builder, "grid_dim", (programs, 1, 1)))
         kernel[(1,)](*args, **options)
 
-    for module in (group_norm, residual, step):
+    for module in (group_norm, head, residual, step):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(layout, "empty", lambda *args: y)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(*size, **options))
@@ -170,6 +205,10 @@ def test_last_sample_beyond_2_to_the_31_elements(monkeypatch, sparse, op, memory
     elif op == "coalesce_step":
         step.coalesce_step(x, x, torch.ones(1).expand(n), 1.0, "raw", 1e-6)
         expected = last + last
+    elif op == "dual_head":
+        weights = dual_head.parameters(16, 16, torch.float16)
+        head.dual_head(x, *weights, None, None)
+        expected = ops.dual_head(last, *weights, backend="reference")[0]
     else:
         group_norm.group_norm_silu(x, 1, None, None, 1e-5, None, None, None, None, None)
         expected = torch.nn.functional.group_norm(last.float(), 1).half()
@@ -252,9 +291,70 @@ def test_float64_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_refused"),
+    [
+        ((1, 256, 4096, 4096), False),  # of a decoder, 4096 pixels wide: 2^32 elements, but few in a tile
+        ((2**22, 16, 8, 8), False),
+        ((1, 1, 2**16, 2**15 - 1), False),
+        ((1, 1, 2**16, 2**15), True),  # positions
+        ((2, 3, 2**31 + 5), True),
+        ((1, 2**20, 16, 16), False),
+        ((1, 2**20 + 1, 16, 16), True),  # a tile of all positions
+        ((1, 2**16, 1, 2**15), True),  # a row of the image
+        ((1, 127, 2**24 + 132_000), True),  # the last block of a sample's elements ends behind 2^31
+        ((1, 2**29), True),
+        ((2**31,), False),
+    ],
+    ids=str,
+)
+def test_samples_beyond_32_bit_indices_are_refused(shape, is_refused):
+    x = torch.empty(1, dtype=torch.float16).expand(shape)
+    assert ("which are too large for the 32-bit indices" in triton_launch.refusal(x)) == is_refused
+
+
+def test_a_head_with_weights_beyond_32_bit_indices_is_refused():
+    h, few = torch.zeros(1, 2**13, 1, 1), torch.zeros(1)
+    weight = few.expand(2**15, 2**13, 3, 3)
+    with pytest.raises(ValueError, match="direction_weight has 2415919104 elements"):
+        head.dual_head(h, weight, few, few, few, None, None)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch, current, fails):
+    """On torch as it is spelled. Triton launches on the current device, on torch's current stream of it."""
+    devices, launched = [current], []
+
+    @contextlib.contextmanager
+    def device(place):
+        devices.append(place.index)
+        try:
+            yield
+        finally:
+            devices.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                launched.append((grid, devices[-1]))
+                if fails:
+                    raise RuntimeError("out of resources")
+
+            return run
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    with pytest.raises(RuntimeError, match="out of resources") if fails else contextlib.nullcontext():
+        triton_launch.launch(Kernel(), 5, torch.device("cuda", 1), 1, None)
+    triton_launch.launch(Kernel(), 0, torch.device("cuda", 1), 1, None)
+    assert launched == [((5,), 1)]
+    assert devices == [current]
+
+
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(triton_launch, "_capability", lambda device: (7, 5))
-    old = types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16)
+    old = types.SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16, shape=(1, 2, 3))
     assert triton_launch.refusal(old) == "is on cuda:1 of compute capability 7.5; expected 8.0 or newer"
     monkeypatch.setattr(triton_launch, "_capability", lambda device: (8, 0))
     assert triton_launch.refusal(old) == ""

@@ -191,6 +191,13 @@ struct Machine {
 };
 Machine& machine = *new Machine;  // never destroyed: its threads outlive main
 __thread cudaError_t last_error;
+__thread int current_device;
+
+struct Recording {
+    int devices = 0;  // 0: nothing is noted
+    std::string calls, taken, failing;
+};
+Recording& recording = *new Recording;
 __thread Block* block;
 __thread Thread* current;
 
@@ -516,7 +523,30 @@ cudaError_t record(cudaError_t error) {
     return error;
 }
 
+// Notes a call of the runtime; whether it is to fail.
+template <class... A>
+bool noted(const char* name, const char* text, A... arguments) {
+    if (!recording.devices) return false;
+    recording.calls += format("%s on %d:", name, current_device) + format(text, arguments...) + "\n";
+    return recording.failing == name;
+}
+
 }  // namespace
+
+// What code compiled with -fsanitize=alignment calls, in the place of UBSan's own: of LLVM's and GCC's
+// ubsan_handlers.h.
+struct MisalignedAccess {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char alignment, kind;  // alignment: its logarithm
+};
+extern "C" WEAK void __ubsan_handle_type_mismatch_v1(MisalignedAccess* access, uintptr_t address) {
+    const unsigned size = 1u << access->alignment;
+    if (!current || address % size == 0) return;  // else on the host, which takes any
+    fail_here("a misaligned access of %u bytes at %p (%s:%u)", size, reinterpret_cast<void*>(address), access->file,
+              access->line);
+}
 
 namespace emulation {
 
@@ -606,6 +636,15 @@ void wait_copies(size_t prior) {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*run)(void*), void* call) {
     std::lock_guard<std::mutex> lock(machine.launching);
+    if (recording.devices) {
+        unsigned cluster = 1;
+        for (unsigned i = 0; i < config.numAttrs; ++i) cluster *= config.attrs[i].val.clusterDim.x;
+        const bool fails =
+            noted("cudaLaunchKernelEx", " grid %u %u %u block %u %u %u cluster %u shared %zu stream %zu",
+                  config.gridDim.x, config.gridDim.y, config.gridDim.z, config.blockDim.x, config.blockDim.y,
+                  config.blockDim.z, cluster, config.dynamicSmemBytes, reinterpret_cast<size_t>(config.stream));
+        return fails ? record(cudaErrorInvalidValue) : cudaSuccess;
+    }
     Job job{run, call, config.gridDim, config.blockDim, {}, config.dynamicSmemBytes, 0, 0};
     for (unsigned i = 0; i < config.numAttrs; ++i)
         if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
@@ -637,6 +676,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
     std::lock_guard<std::mutex> lock(machine.launching);
+    if (noted("cudaFuncSetAttribute", " %d to %d", static_cast<int>(attribute), value))
+        return record(cudaErrorInvalidValue);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || static_cast<size_t>(value) > machine.shared_memory) return record(cudaErrorInvalidValue);
     machine.shared_limit[kernel] = std::max<size_t>(static_cast<size_t>(value), 48 << 10);
@@ -647,8 +688,15 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return record(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaGetDevice(int* device) {
+    if (noted("cudaGetDevice", "")) return record(cudaErrorInvalidValue);
+    return *device = current_device, cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+    if (noted("cudaSetDevice", " to %d", device)) return record(cudaErrorInvalidValue);
+    if (device < 0 || device >= std::max(recording.devices, 1)) return record(cudaErrorInvalidDevice);
+    return current_device = device, cudaSuccess;
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
@@ -690,6 +738,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     }
     return record(cudaErrorInvalidValue);
 }
+
+void emulation_record(int devices) { recording = {devices, {}, {}, {}}; }
+
+const char* emulation_recorded() {
+    recording.taken = std::exchange(recording.calls, {});
+    return recording.taken.c_str();
+}
+
+void emulation_fail(const char* name) { recording.failing = name ? name : ""; }
 
 void emulation_seed(uint64_t seed) { machine.random = seed; }
 

@@ -9,10 +9,13 @@
 // printed, and the launch returns cudaErrorLaunchFailure with cudaGetErrorString telling it. As barriers are strict
 // here, a thread must not return before a barrier that others reach, though recent devices let it.
 //
+// Every access of a .cu file that was compiled with -fsanitize=alignment, as ../emulate.py does, is checked: one of a
+// vector at an address that is no multiple of its size is such a fault. emulation_record notes the calls of the runtime
+// in the place of launches, for tests of the host's side.
+//
 // Limits: dynamic shared memory is `extern __shared__ __align__(16) unsigned char cf_shared[]`, declared at global
 // scope. Every pointer is a host pointer and a launch returns when the kernel has ended. No <<<>>>, atomics, textures,
-// mma, or split barriers of clusters. Misaligned float4 and the like and indices past a __shared__ array of fixed size
-// are for -fsanitize=undefined to find.
+// mma, or split barriers of clusters. Indices past a __shared__ array of fixed size are for -fsanitize=undefined to find.
 #pragma once
 
 #include <math.h>
@@ -116,6 +119,12 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaPeekAtLastEr
 extern "C" {
 void emulation_seed(uint64_t seed);                              // of the order in which threads and blocks run
 void emulation_device(int capability, int shared_memory_bytes);  // 90 and 232448 unless told; clusters need 90
+// Until `devices` is 0 again there are so many devices, launches do not run, and calls of the runtime are noted.
+void emulation_record(int devices);
+// What was noted since the last time, a line a call: its name, the device that is current, its arguments.
+const char* emulation_recorded();
+// While calls are noted, every call of this name returns cudaErrorInvalidValue; null for none.
+void emulation_fail(const char* name);
 }
 
 namespace emulation {

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ... import layout
-from ...triton_launch import cdiv, configuration, launch
+from ...triton_launch import MOST_POSITIONS, cdiv, configuration, launch
 from . import direction_dtype
 
 
@@ -145,8 +145,8 @@ def finish_kernel(
                     sample + (c + o) * sample_channel + (start + p) * sample_position, mask=inside, other=0
                 ).to(tl.float32)
                 squares += (to - at) * (to - at)
-        # Triton takes a size of 1 for a constant, which has no .to
-        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * latent * 1.0))
+        # Triton takes a size of 1 for a constant, which has no .to; the product may have more than 32 bits
+        length = tl.sqrt_rn(tl.div_rn(tl.sum(squares), positions * 1.0 * latent))
         result *= length
         divisor = tl.where(length < 1e-6, 1e-6, length)  # NaN is kept
         for c in range(0, latent, BLOCK_O):
@@ -188,6 +188,11 @@ def dual_head(
     n, channels, height, width = h.shape
     latent = direction_weight.shape[0]
     positions = height * width
+    if direction_weight.numel() > MOST_POSITIONS:
+        raise ValueError(
+            f"direction_weight has {direction_weight.numel()} elements; expected {MOST_POSITIONS} at most on triton, "
+            "whose indices of it have 32 bits"
+        )
     channels_last = layout.is_channels_last(h)
     direction = layout.empty(h, latent, direction_dtype(h, sample))
     distance = torch.empty(n, dtype=torch.float32, device=h.device)
