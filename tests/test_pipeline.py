@@ -1067,16 +1067,17 @@ def graded() -> CoalescerPipeline:
 
 def test_quality_by_hand(graded):
     out = graded(["octopus", "cat, 3d style"], 2, latents=noise(4), return_trace=True)
-    similarity = [1.0, 1.0, 1.0, 1.0]  # both are known names
+    closeness = torch.tensor([graded.description_encoder.closeness(text) for text in ("octopus", "cat")])
+    words = [torch.ones(4), *closeness.repeat_interleave(2, 0).T]  # both are known names: their similarity is 1
     lengths, distances = ([getattr(step, name) for step in out.trace] for name in ("direction_length", "distance"))
     bias, *weights = GRADING["2"]
-    features = [lengths[0], distances[0], lengths[1], distances[1], torch.tensor(similarity)]
+    features = [lengths[0], distances[0], lengths[1], distances[1], *words]
     odds = bias + sum(w * x for w, x in zip(weights, features))
     torch.testing.assert_close(torch.tensor(out.quality), torch.sigmoid(odds), atol=1e-5, rtol=0)
     assert out.num_evaluations == [3] * 4
     one = graded("octopus", latents=noise(1), num_inference_steps=1, guidance_scale=1)
     bias, *weights = GRADING["1"]
-    odds = bias + sum(w * x for w, x in zip(weights, [lengths[0][0], distances[0][0], 1.0]))
+    odds = bias + sum(w * x for w, x in zip(weights, [lengths[0][0], distances[0][0], 1.0, *closeness[0]]))
     assert math.isclose(one.quality[0], float(torch.sigmoid(odds)), abs_tol=1e-5)
     assert one.num_evaluations == [1]
 
