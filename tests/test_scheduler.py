@@ -263,7 +263,7 @@ def test_auto_is_the_schedule_of_many_steps():
 
 
 def test_a_grading_is_saved(tmp_path):
-    numbers = {"1": [1.0, 2.0, 3.0, 4.0], "2": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    numbers = {"1": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "2": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}
     CoalescerScheduler(grading=numbers, arrival_distance=0.7).save_pretrained(tmp_path)
     loaded = CoalescerScheduler.from_pretrained(tmp_path)
     assert loaded.config.grading == numbers
