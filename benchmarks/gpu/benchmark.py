@@ -381,7 +381,7 @@ def measure(csv: Path, device: str, arguments: Sequence[str], margin: float, lim
     able = [name for name, (can, _) in states.items() if can]
     if not able:
         return "failed", "; ".join(f"{name} cannot run: {reason}" for name, (_, reason) in states.items())
-    mend(csv)
+    drop_partial_row(csv)
     before = len(whole(csv))
     argv = [sys.executable, "-m", "benchmarks.kernels", "--device", device, "--backends", *able, "--csv", str(csv)]
     status, output = command([*argv, "--again", "--seconds", f"{max(1.0, limit - margin):.0f}", *arguments], limit)
@@ -408,7 +408,7 @@ def networks(csv: Path, device: str, arguments: Sequence[str], limit: float) -> 
 
 def timed(csv: Path, argv: Sequence[str], limit: float, own: str) -> tuple[str, str]:
     """A command that adds rows to the file, those of the provider ``own`` among them."""
-    mend(csv)
+    drop_partial_row(csv)
     before = len(whole(csv))
     status, output = command(argv, limit)
     return judged(status, output, whole(csv)[before:], lambda row: row["provider"] == own)
@@ -439,7 +439,7 @@ def whole(csv: Path) -> list[Text]:
     return [row for row in (read(csv) if csv.exists() else []) if None not in row.values()]
 
 
-def mend(csv: Path) -> None:
+def drop_partial_row(csv: Path) -> None:
     """Cut off what a killed process has left of its last row, so that rows can be added."""
     if csv.exists():
         content = csv.read_bytes()

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import peers
+
 BLOCK = 2048  # elements that a program holds at a time
 CHUNK = 4 * BLOCK  # elements of a chunk, at least
 MOST_CHUNKS = 256  # of a group, which the second kernel adds up
@@ -91,9 +93,7 @@ def group_norm_silu(
     pre_bias: Tensor | None = None,
 ) -> Tensor:
     """The arguments of the op, its images contiguous."""
-    z = x if skip is None else torch.cat([x, skip], 1)
-    if pre_bias is not None:
-        z = z + pre_bias.view(-1, 1, 1)
+    z = peers.joined(x, skip, pre_bias)
     n, channels = z.shape[:2]
     spatial = z[0, 0].numel()
     size = channels // num_groups * spatial

@@ -27,9 +27,7 @@ def group_norm_silu(
     skip: Tensor | None = None,
     pre_bias: Tensor | None = None,
 ) -> Tensor:
-    z = x if skip is None else torch.cat([x, skip], 1)
-    if pre_bias is not None:
-        z = z + per_channel(pre_bias)
+    z = joined(x, skip, pre_bias)
     y = F.group_norm(z, num_groups, weight, bias, eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(per_channel(shift), y, 1 + per_channel(scale))
@@ -65,6 +63,12 @@ def coalesce_step(sample: Tensor, direction: Tensor, distance: Tensor, mode: str
     if mode == "unit":
         distance = distance / (torch.linalg.vector_norm(v, dim=(1, 2, 3)) * v[0].numel() ** -0.5).clamp_min(1e-6)
     return torch.addcmul(sample.float(), v, distance.view(-1, 1, 1, 1)).to(sample.dtype)
+
+
+def joined(x: Tensor, skip: Tensor | None, pre_bias: Tensor | None) -> Tensor:
+    """What a GroupNorm normalises."""
+    z = x if skip is None else torch.cat([x, skip], 1)
+    return z if pre_bias is None else z + per_channel(pre_bias)
 
 
 def per_channel(v: Tensor) -> Tensor:

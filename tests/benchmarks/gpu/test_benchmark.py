@@ -273,15 +273,15 @@ with gpu.ended_by_signals():
         os.kill(int(mark.read_text()), 0)
 
 
-def test_rows_of_a_killed_process_are_mended(tmp_path):
+def test_the_partial_row_of_a_killed_process_is_dropped(tmp_path):
     csv = tmp_path / "kernels.csv"
     common.append(csv, [row("cuda", 1.0)], kernels.COLUMNS)
     with csv.open("a") as file:
         file.write("group_norm_silu,cuda")
-    gpu.mend(csv)
+    gpu.drop_partial_row(csv)
     common.append(csv, [row("triton", 1.0)], kernels.COLUMNS)
     assert [each["kernel_provider"] for each in gpu.whole(csv)] == ["cuda", "triton"]
-    gpu.mend(tmp_path / "none.csv")
+    gpu.drop_partial_row(tmp_path / "none.csv")
 
 
 def test_a_build_without_the_library_has_failed(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@
 //
 // Limits: dynamic shared memory is `extern __shared__ __align__(16) unsigned char cf_shared[]`, declared at global
 // scope. Every pointer is a host pointer and a launch returns when the kernel has ended. No <<<>>>, atomics, textures,
-// mma, or split barriers of clusters. Indices past a __shared__ array of fixed size are for -fsanitize=undefined to find.
+// mma, or split barriers of clusters. Indices past a __shared__ array of fixed size are found by -fsanitize=undefined.
 #pragma once
 
 #include <math.h>

@@ -38,14 +38,6 @@ BUDGET = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 BACKENDS = ["reference", *([] if native_library.unavailable() else ["cpu"]), *EMULATED]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def accelerated(module: Any, dtype: torch.dtype = torch.float32, backend: str = "reference", **kwargs: Any) -> Any:
     """The module, with graphs that are captured on the CPU."""
     for part in parts(module).values():

@@ -21,15 +21,6 @@ PROMPTS = ["octopus", "pizza", "rocket", "owl, 3d style", "red apple"]
 PLENTY = 10**9
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny calls on the CPU: a second thread would only be waited for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def pipe():
     pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
