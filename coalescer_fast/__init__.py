@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import ops
     from .acceleration import accelerate, explain, refresh, restore, warmup
     from .models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
+    from .noise import PhiloxGenerator
     from .parity import receipt, verify
     from .pipeline import CoalescerPipeline
     from .scheduler import CoalescerScheduler
@@ -23,6 +24,7 @@ __all__ = [
     "CoalescerScheduler",
     "CoalescerUNet",
     "DescriptionEncoder",
+    "PhiloxGenerator",
     "__version__",
     "accelerate",
     "explain",
@@ -40,6 +42,7 @@ _MODULES = {
     "CoalescerScheduler": ".scheduler",
     "CoalescerUNet": ".models",
     "DescriptionEncoder": ".models",
+    "PhiloxGenerator": ".noise",
     "accelerate": ".acceleration",
     "explain": ".acceleration",
     "ops": ".ops",

@@ -89,6 +89,11 @@ def parser() -> Parser:
     sub.add_argument("-n", type=up_to(MAX_IMAGES), default=1, metavar="N", help=text)
     sub.add_argument("--seed", type=natural, help="repeats a drawing (default: a random one, which is said)")
     text = (
+        "how a seed is turned into noise: torch's generator, or philox, by which a page of coalescer-export web and "
+        "coalescer-fast serve draw the same picture (default: %(default)s)"
+    )
+    sub.add_argument("--noise", choices=["torch", "philox"], default="torch", help=text)
+    text = (
         f"steps, the network evaluations without guidance, at most {MAX_STEPS:,}, for the model is made for 2 "
         "(default: %(default)s); auto lets each picture take as many as it needs"
     )
@@ -221,11 +226,13 @@ def sample(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     import torch
 
+    from .noise import PhiloxGenerator
     from .training.pictures import sheet
 
     pipe = load(args)
     loaded = time.perf_counter()
-    noise = pipe.initial_noise(drawn_at_once, torch.Generator().manual_seed(seed))
+    generator = PhiloxGenerator(seed) if args.noise == "philox" else torch.Generator().manual_seed(seed)
+    noise = pipe.initial_noise(drawn_at_once, generator)
     output: Any = pipe(
         args.prompts,
         num_images_per_prompt=args.n,

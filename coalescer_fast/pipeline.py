@@ -262,7 +262,7 @@ class CoalescerPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         num_inference_steps: int | str = 2,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: sampling.Generators = None,
         latents: torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -292,8 +292,8 @@ class CoalescerPipeline(DiffusionPipeline):
                 each picture takes steps until the distance says that it has arrived, see `CoalescerScheduler`.
             guidance_scale: as in diffusers, 1 is none and 1.5 extrapolates half of the way from the empty description's
                 endpoint; None is the model's own. Applies to the steps that the scheduler says (the last one).
-            generator: a torch.Generator, or a list of one a picture. A CPU generator draws the same noise for every
-                device.
+            generator: a torch.Generator or a `PhiloxGenerator`, or a list of one a picture. One on the CPU, and a
+                `PhiloxGenerator`, draws the same noise for every device.
             latents: R to start from, (pictures, C, h, w), instead of noise; best_of times as many with best_of.
             height: of the pictures, in pixels; the model's own if None. A model with an anchor has one size.
             width: of the pictures, as height.
@@ -542,7 +542,7 @@ class CoalescerPipeline(DiffusionPipeline):
     def initial_noise(
         self,
         batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: sampling.Generators = None,
         height: int | None = None,
         width: int | None = None,
     ) -> torch.Tensor:

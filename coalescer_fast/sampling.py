@@ -12,10 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from .finite import check_readable, is_finite
 from .grading import HEADS, Heads, direction_length
 from .models.unet import Conditioning
+from .noise import PhiloxGenerator, draw
 from .nvtx_ranges import span
 from .scheduler import LARGEST, CoalescerScheduler, guide
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generator = torch.Generator | PhiloxGenerator
+Generators = Generator | list[Generator] | None
 # (step, R before it, direction before guidance, distance, R after it) -> the R to go on from
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -199,6 +201,12 @@ def initial_sample(
     """
     if latents is None:
         _check_generator(generator, shape[0])
+        several = generator if isinstance(generator, list) else [generator] * shape[0]
+        philox = [one for one in several if isinstance(one, PhiloxGenerator)]
+        if philox:
+            if len(philox) != len(several):
+                raise TypeError("generator is a list of two kinds; expected all of torch or all PhiloxGenerator")
+            return draw(philox, shape, device)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
@@ -215,8 +223,11 @@ def initial_sample(
 
 def _check_generator(generator: object, batch_size: int) -> None:
     for one in generator if isinstance(generator, list) else [generator]:
+        if isinstance(one, PhiloxGenerator):
+            continue
         if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
-            raise TypeError(f"generator is {generator!r:.80}; expected a torch.Generator or a list of one a picture")
+            expected = "a torch.Generator, a PhiloxGenerator, or a list of one a picture"
+            raise TypeError(f"generator is {generator!r:.80}; expected {expected}")
         if one is not None and one.device.type == "meta":
             raise ValueError("generator is on device meta, which draws nothing; expected one on the CPU")
     if isinstance(generator, list) and len(generator) != batch_size:
