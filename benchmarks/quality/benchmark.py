@@ -46,6 +46,7 @@ from coalescer_fast.training.rivals import RIVALS, TimeConditionedUNet
 from ..harness.environment import environment
 from ..harness.results import Row, read, write
 from .plot import draw
+from .report import tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
 RIVALS_GUIDANCE = (1.0, 1.5)
@@ -67,6 +68,9 @@ class Method:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.summary is not None:
+        print("\n".join(tables(read(args.summary))))
+        return 0
     if not args.plot_only:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         check_writable(args.csv)
@@ -132,10 +136,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE.csv", help="results (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument("--plot-only", action="store_true", help="draw the results that the CSV holds, measure nothing")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE.csv", help="print the tables of a CSV file, measure nothing"
+    )
     args = parser.parse_args(argv)
     if args.plot_only and args.plot is None:
         parser.error("--plot-only needs --plot FILE.png")
-    if not args.plot_only and args.data is None:
+    if not args.plot_only and args.summary is None and args.data is None:
         parser.error("--data is missing: give the data set that the model was trained on")
     return args
 
