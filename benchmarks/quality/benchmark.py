@@ -49,7 +49,7 @@ from .plot import draw
 from .report import tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
-RIVALS_GUIDANCE = (1.0, 1.5)
+RIVALS_GUIDANCE = 1.5
 QUICK_LIMIT = 40
 
 
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         methods = [open_training(folder) for folder in args.trainings] or [Method({"method": "coalescer"}, pipe)]
         for method in methods:
             method.sampler.to(args.device)
-        options: dict[str, Any] = {"limit": QUICK_LIMIT if args.quick else None, "guided_steps": args.guided_steps}
+        options: dict[str, Any] = {"limit": QUICK_LIMIT if args.quick else None}
+        options |= {"guided_steps": args.guided_steps, "guidance_scales": args.guidance}
         if args.wordings is not None:
             options["wordings"] = read_wordings(args.wordings)
         rows: list[Row] = []
@@ -128,6 +129,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N,N",
         help="step counts that are measured with guidance, too (default: as --steps)",
     )
+    parser.add_argument(
+        "--guidance",
+        type=scales,
+        metavar="W,W",
+        help=f"guidance scales (default: 1, and the model's own; {RIVALS_GUIDANCE:g} for a rival)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     parser.add_argument(
@@ -147,6 +154,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def scales(text: str) -> tuple[float, ...]:
+    """The type of ``--guidance``."""
+    return tuple(map(float, text.split(",")))
+
+
 def compare(
     pipe: CoalescerPipeline,
     data: PictureDataset,
@@ -156,6 +168,7 @@ def compare(
     limit: int | None = None,
     progress: bool = True,
     guided_steps: Sequence[int] | None = None,
+    guidance_scales: Sequence[float] | None = None,
     **options: Any,
 ) -> Iterator[Row]:
     """Measure the samplers.
@@ -169,13 +182,14 @@ def compare(
         limit: at most so many prompts of each kind.
         progress: show bars.
         guided_steps: step counts with guidance; None for ``steps``.
+        guidance_scales: None for 1, and the model's own or `RIVALS_GUIDANCE`.
         options: further arguments of `RealPictures`.
 
     Yields:
         A row for each method, guidance scale and step count.
     """
     options.setdefault("without", exclusions(pipe.description_encoder, data))
-    runs = [run for method in methods for run in samplers(pipe, method, steps, guided_steps)]
+    runs = [run for method in methods for run in samplers(pipe, method, steps, guided_steps, guidance_scales)]
     real = RealPictures(data, pipe.vae, limit=limit, progress=progress, **options)
     total = len(runs) * real.prompts.count
     with (
@@ -197,17 +211,20 @@ def compare(
 
 
 def samplers(
-    pipe: CoalescerPipeline, method: Method, steps: Sequence[int], guided_steps: Sequence[int] | None = None
+    pipe: CoalescerPipeline,
+    method: Method,
+    steps: Sequence[int],
+    guided_steps: Sequence[int] | None = None,
+    guidance_scales: Sequence[float] | None = None,
 ) -> Iterator[tuple[Row, Sampler, FirstStep | None]]:
     """A method's samplers: labels with the network evaluations for a picture, sampler and a coalescer's first step."""
     mine = method.sampler
     guided_steps = steps if guided_steps is None else guided_steps
     if isinstance(mine, CoalescerPipeline):
-        scales = sorted({1.0, float(mine.scheduler.config.guidance_scale)})
-        all_guided = mine.scheduler.config.guided_steps == "all"
+        own, all_guided = float(mine.scheduler.config.guidance_scale), mine.scheduler.config.guided_steps == "all"
     else:
-        scales, all_guided = [*RIVALS_GUIDANCE], True
-    for scale in scales:
+        own, all_guided = RIVALS_GUIDANCE, True
+    for scale in sorted({1.0, own}) if guidance_scales is None else guidance_scales:
         for n in steps if scale == 1 else guided_steps:
             guided = 0 if scale == 1 else n if all_guided else 1
             labels: Row = {**method.labels, "steps": n, "guidance_scale": scale, "evaluations": n + guided}

@@ -74,6 +74,16 @@ def test_all_steps_guided_and_no_guidance():
     assert [labels["evaluations"] for labels, *_ in quality.samplers(pipe, method, (2, 4))] == [2, 4, 4, 8]
 
 
+def test_other_guidance_scales():
+    pipe = pipeline_for(tiny_data())
+    for method in methods(pipe, "shortcut"):
+        found = [
+            (labels["guidance_scale"], labels["steps"])
+            for labels, *_ in quality.samplers(pipe, method, (1, 2), (2,), (1.0, 1.7, 2.0))
+        ]
+        assert found == [(1.0, 1), (1.0, 2), (1.7, 2), (2.0, 2)]
+
+
 def test_the_counted_evaluations_are_those_that_run():
     pipe = pipeline_for(tiny_data())
     count = 0
