@@ -98,7 +98,7 @@ def parser() -> Parser:
         "(default: %(default)s); auto lets each picture take as many as it needs"
     )
     sub.add_argument("--steps", type=step_count, default=2, metavar="N", help=text)
-    text = "draw so many for each picture and keep the best, by the model's own estimate (default: %(default)s)"
+    text = "draw so many for each picture and keep the best, by what the network says (default: %(default)s)"
     sub.add_argument("--best-of", type=up_to(MAX_IMAGES), default=1, metavar="K", help=text)
     sub.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's own)")
     sub.add_argument(

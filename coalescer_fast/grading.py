@@ -93,6 +93,19 @@ def log_odds(grading: Grading, heads: Sequence[Heads], words: Sequence[Sequence[
     return found
 
 
+def among_seeds(heads: Sequence[Heads]) -> list[float]:
+    """What the best of several pictures of one prompt is chosen by, (N,), more is better; [] without an evaluation.
+
+    The distance of the second evaluation, or of the first one, where some pictures have had no more. Between pictures
+    of one prompt, of the embedded model, it tells right from wrong better than the quality, which is made to compare
+    prompts (`python -m benchmarks.quality.best_of`).
+    """
+    if not heads:
+        return []
+    (_, first), (_, last) = heads[0], heads[min(len(heads), HEADS) - 1]
+    return (first if last.isnan().any() else last).cpu().double().tolist()
+
+
 def probability(log_odds: float) -> float:
     """Turn log-odds into a probability."""
     return 1 / (1 + math.exp(-log_odds)) if log_odds > 0 else 1 - 1 / (1 + math.exp(max(log_odds, -700.0)))

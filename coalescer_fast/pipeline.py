@@ -318,8 +318,8 @@ class CoalescerPipeline(DiffusionPipeline):
             prompt_matching: draw, in the place of a prompt, the known name that says what it says
                 (`DescriptionEncoder.match`); ``matched`` of the result tells which. A model whose encoder was not
                 trained for that draws the prompt as it stands.
-            best_of: draw so many for each picture and keep the one of the best ``quality``. Callbacks and the trace see
-                all of them.
+            best_of: draw so many for each picture and keep the one that the network says is best, by
+                `grading.among_seeds`. Callbacks and the trace see all of them.
 
         Returns:
             The pictures, with what the prompts were taken as, and with warnings about words that are not known; with
@@ -410,10 +410,10 @@ class CoalescerPipeline(DiffusionPipeline):
             check(images)
         grades = self._grades(call, prompts.repeat(wanted, each))
         if best_of > 1:
-            if not grades:  # a callback has ended the call before its first step
-                grades = [0.0] * len(sample)
-            best = [max(range(i, i + best_of), key=grades.__getitem__) for i in range(0, len(sample), best_of)]
-            images, grades = images[best], [grades[i] for i in best]
+            # nothing says which where a callback has ended the call before its first step
+            signal = grading.among_seeds(call.heads) or [0.0] * len(sample)
+            best = [max(range(i, i + best_of), key=signal.__getitem__) for i in range(0, len(sample), best_of)]
+            images, grades = images[best], [grades[i] for i in best if grades]
             if decodes:
                 with span("decode"):
                     images = nan_where_not_finite(runtime.decode(images), images)
@@ -443,17 +443,11 @@ class CoalescerPipeline(DiffusionPipeline):
     def _check_best_of(self, best_of: Any, num_images_per_prompt: int) -> None:
         if isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 1:
             raise ValueError(f"best_of is {best_of!r}; expected a whole number from 1 up")
-        if best_of > 1:
-            if self.scheduler.config.grading is None:
-                raise ValueError(
-                    f"best_of is {best_of} and this model has no grading to choose by: fit one with "
-                    "coalescer_fast.training.grading"
-                )
-            if best_of * num_images_per_prompt > prompts.MAX_IMAGES_PER_PROMPT:
-                raise ValueError(
-                    f"best_of is {best_of}, and so many times num_images_per_prompt are more than "
-                    f"{prompts.MAX_IMAGES_PER_PROMPT:,}: make several calls"
-                )
+        if best_of * num_images_per_prompt > prompts.MAX_IMAGES_PER_PROMPT and best_of > 1:
+            raise ValueError(
+                f"best_of is {best_of}, and so many times num_images_per_prompt are more than "
+                f"{prompts.MAX_IMAGES_PER_PROMPT:,}: make several calls"
+            )
 
     def _grades(self, call: Call, described: Descriptions) -> list[float]:
         """The log-odds that each sample shows what was asked, by the heads alone for embeddings; [] if nothing says."""

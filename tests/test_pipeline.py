@@ -1114,9 +1114,7 @@ def test_best_of_keeps_the_best(graded, output_type, prompt):
         given = {"prompt_embeds": graded.encode_prompt(["octopus", "red dog"], do_classifier_free_guidance=False)[0]}
     best = graded(**given, num_images_per_prompt=2, latents=noise(12), best_of=3, output_type=output_type)
     every = graded(**given, num_images_per_prompt=6, latents=noise(12), output_type=output_type, return_trace=True)
-    odds = -1 + 2 * every.trace[0].direction_length + 0.5 * every.trace[0].distance
-    odds += -3 * every.trace[1].direction_length - 0.25 * every.trace[1].distance
-    kept = (odds.view(4, 3).argmax(1) + torch.arange(0, 12, 3)).tolist()
+    kept = (every.trace[1].distance.view(4, 3).argmax(1) + torch.arange(0, 12, 3)).tolist()
     torch.testing.assert_close(best.images, every.images[kept], atol=1e-5, rtol=0)
     assert len(set(kept)) == 4
     assert kept != [0, 3, 6, 9]
@@ -1138,9 +1136,22 @@ def test_a_best_of_that_is_no_count(graded, best_of):
         graded("octopus", best_of=best_of)
 
 
-def test_best_of_needs_a_grading(pipe):
-    with pytest.raises(ValueError, match=r"best_of is 2 and this model has no grading to choose by: fit one"):
-        pipe("octopus", best_of=2)
+@pytest.mark.parametrize("steps", [1, "auto"])
+def test_best_of_by_the_evaluations_that_all_have_had(graded, steps):
+    best = graded("octopus", 1, steps, latents=noise(8), best_of=8, output_type="latent").images
+    every = graded("octopus", 8, steps, latents=noise(8), output_type="latent")
+    first = graded("octopus", 8, 1, latents=noise(8), output_type="latent", return_trace=True).trace[0].distance
+    if steps == "auto":
+        assert len(set(every.num_evaluations)) > 1
+    torch.testing.assert_close(best[0], every.images[int(first.argmax())], atol=1e-5, rtol=0)
+
+
+def test_best_of_without_a_grading(pipe):
+    best = pipe("octopus", latents=noise(3), best_of=3, output_type="latent")
+    every = pipe("octopus", 3, latents=noise(3), output_type="latent", return_trace=True)
+    kept = int(every.trace[1].distance.argmax())
+    torch.testing.assert_close(best.images[0], every.images[kept], atol=1e-5, rtol=0)
+    assert best.quality is None
 
 
 def test_auto_is_the_plain_call_with_as_many_steps(graded):

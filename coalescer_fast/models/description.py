@@ -199,8 +199,12 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return {**found}
 
     def _words(self, text: str) -> dict[str, bool]:
+        is_entry = self._look_up(plain(self._split(spell(text))[0])) is not None
+        return {word: is_entry or known for word, known in self._words_of_table(text).items()}
+
+    def _words_of_table(self, text: str) -> dict[str, bool]:
+        """`words`, without what the lexicon knows."""
         encoding, spelled = self._encode(text), spell(text)
-        is_entry = self._look_up(plain(self._split(spelled)[0])) is not None
         pieces: dict[int | None, list[tuple[str, int, int]]] = {}
         for word, token, i, (start, end) in zip(encoding.word_ids, encoding.tokens, encoding.ids, encoding.offsets):
             if token == "[UNK]" or i not in self._derived.special_ids:
@@ -210,7 +214,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             name, tokens = spelled[parts[0][1] : parts[-1][2]].lower(), [token for token, _, _ in parts]
             symbol = tokens == ["[UNK]"] and unicodedata.category(name[0]).startswith("S")
             if name not in found and (symbol or any(map(str.isalnum, name))):
-                found[name] = is_entry or self._knows(name, tokens)
+                found[name] = self._knows(name, tokens)
         return found
 
     def _knows(self, word: str, tokens: Sequence[str]) -> bool:
@@ -307,7 +311,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     def closeness(self, description: str) -> tuple[float, float]:
         """Compare a description with the name that it is taken as, by the table of words alone.
 
-        The table knows nothing of `Match.similarity` where that is 1 or the lexicon's, and may contradict it.
+        The table knows nothing of `Match.similarity` where that is 1 or the lexicon's, and may contradict it. Where the
+        lexicon says what a description means and the table knows none of its words, such as one of another language,
+        it is the name that is compared.
 
         Returns:
             The cosine of the two, and how much more that is than the largest cosine with any other known name. Both are
@@ -317,8 +323,11 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
         return derived.remembered(derived.closeness, description, lambda: self._closeness(description))
 
     def _closeness(self, description: str) -> tuple[float, float]:
-        match = self.match(description)
-        cosines = None if match is None else self._cosines(self._split(description)[0])
+        match, text = self.match(description), self._split(description)[0]
+        is_entry = self._look_up(plain(spell(text))) is not None
+        if match is not None and is_entry and not any(self._words_of_table(text).values()):
+            text = match.name
+        cosines = None if match is None else self._cosines(text)
         if match is None or cosines is None:
             return 0.0, 0.0
         row = self._derived.name_rows[plain(match.name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 from pathlib import Path
@@ -15,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/results.md"))
 MODELS = ("emoji-64", "m")
+GUIDANCE = json.loads((ROOT / "coalescer_fast/weights/emoji-64/scheduler/scheduler_config.json").read_text())[
+    "guidance_scale"
+]
 PROVIDERS = (
     ("eager", "fp32"),
     ("ours", "bf16"),
@@ -186,6 +190,16 @@ def test_against_flow_matching(name, method, guidance):
         if float(row["guidance_scale"]) == guidance
     }
     assert line(PAGE, name, "## Against flow matching") == [found.get(n, "–") for n in (1, 2, 4, 8, 50)]
+
+
+def test_guidance():
+    columns = {"fd_name": 1, "fd_name_style": 1, "name_top1": 3, "keyword_top1": 3, "free_wording": 3, "below_q5": 2}
+    expected = []
+    for row in rows("guidance.csv"):
+        scale = float(row["guidance_scale"])
+        name = "1, none" if scale == 1 else f"{scale:g}, the default" * (scale == GUIDANCE) or f"{scale:g}"
+        expected.append([name, row["evaluations"], *(digits(row[column], count) for column, count in columns.items())])
+    assert table_of("| guidance |", "## Guidance") == expected
 
 
 def digits(value: str, count: int = 3) -> str:

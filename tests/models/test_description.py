@@ -281,6 +281,13 @@ def test_closeness_is_of_the_table_alone():
     assert one.closeness(NAMES[0]) == (pytest.approx(1.0), 0.0)
 
 
+def test_closeness_of_a_word_that_the_table_does_not_know():
+    model = matching(lexicon={"katze": Entry(1, 0.9), "cat": Entry(1, 0.9)})
+    assert model.closeness("katze") == model.closeness("katze, 3d style") == model.closeness("red cat")
+    assert model.closeness("red cat")[0] > 0.5
+    assert model.closeness("cat") != model.closeness("red cat")  # the table has a say in what it knows
+
+
 def test_the_lexicon_goes_before_the_tables():
     model = matching(lexicon={"kraken": Entry(0, 1.0), "cat": Entry(2, 0.5), "glass": Entry(1, 0.8)})
     assert model.match("cat") == Match("cat", "dog", pytest.approx(0.5, abs=0.002), "dog")
