@@ -128,12 +128,12 @@ def compiler() -> list[str]:
 
 
 def link_flags() -> list[str]:
-    """The C++ library inside, hidden: the functions of abi.h are the only symbols."""
+    """Without a C++ library, which the kernels do not use, and with the functions of abi.h as the only symbols."""
     if for_macos():
         return []
     script = ROOT / "csrc" / "cpu" / "exports.map"
-    stripped = ["-s"] if target() else []  # of zig's C++ library, there is more debug information than code
-    return ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={script}", *stripped]
+    stripped = ["-s"] if target() else []
+    return ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={script}", "-lm", "-pthread", *stripped]
 
 
 def silently_slow(library: Path) -> str:
@@ -165,8 +165,8 @@ def build_cpu(library: Path) -> str:
     extra = {name: flags.get(name, ()) for name in names if name in flags or name not in X86_FLAGS}
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(*arguments: str) -> str:
-            result = subprocess.run([*cxx, *arguments], capture_output=True, text=True)
+        def run(*arguments: str, command: list[str] = cxx) -> str:
+            result = subprocess.run([*command, *arguments], capture_output=True, text=True)
             return (result.stderr.strip() or f"{cxx[0]} failed") if result.returncode else ""
 
         if "avx2_vnni" in extra and run("-mavxvnni", "-E", "-x", "c++", os.devnull):  # GCC has it from version 11 on
@@ -182,7 +182,9 @@ def build_cpu(library: Path) -> str:
             failures = list(filter(None, pool.map(compile_one, extra)))
         if not failures:
             objects = (f"{scratch}/{name}.o" for name in extra)
-            failures = [run("-shared", *link_flags(), "-o", str(library), *objects)]
+            # zig would compile its C++ library first
+            linker = ["cc" if word == "c++" else word for word in cxx] if target() else cxx
+            failures = [run("-shared", *link_flags(), "-o", str(library), *objects, command=linker)]
     if failures[0]:
         return f"{cxx[0]} cannot compile it: {failures[0].splitlines()[0]}"
     return silently_slow(library)
