@@ -130,7 +130,7 @@ def compiler() -> list[str]:
 def link_flags() -> list[str]:
     """Without a C++ library, which the kernels do not use, and with the functions of abi.h as the only symbols."""
     if for_macos():
-        return []
+        return ["-Wl,-install_name,@rpath/libcoalescer_fast_cpu.so"]  # else the path of the build
     script = ROOT / "csrc" / "cpu" / "exports.map"
     stripped = ["-s"] if target() else []
     return ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={script}", "-lm", "-pthread", *stripped]
@@ -294,7 +294,7 @@ def build(folder: Path, keep: bool = False) -> None:
         if part == "cpu":
             missing[part] = build_cpu(library)
         elif target():
-            missing[part] = "it comes with installations from source alone (pip install --no-binary coalescer_fast)"
+            missing[part] = "wheels have none, pip install --no-binary coalescer_fast coalescer_fast builds it with nvcc"
             continue
         elif chosen() == "auto" and not gpus():
             missing[part] = "there was no GPU when it was installed; without a GPU, set COALESCER_FAST_BUILD=cuda"
