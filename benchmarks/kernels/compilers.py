@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -49,13 +50,12 @@ def loaded(path: Path) -> ctypes.CDLL:
 @contextmanager
 def using(path: Path) -> Iterator[None]:
     """Inside, the package calls the library at the path, and so do programs that are made inside."""
-    before, library = native_library._load, loaded(path)
-    native_library._load = lambda: (library, "")
+    library = loaded(path)
     native_library.function.cache_clear()
     try:
-        yield
+        with patch.object(native_library, "_load", lambda: (library, "")):
+            yield
     finally:
-        native_library._load = before
         native_library.function.cache_clear()
 
 
