@@ -294,7 +294,7 @@ def build(folder: Path, keep: bool = False) -> None:
         if part == "cpu":
             missing[part] = build_cpu(library)
         elif target():
-            missing[part] = "wheels have none, pip install --no-binary coalescer_fast coalescer_fast builds it with nvcc"
+            missing[part] = "wheels have none; pip install --no-binary coalescer_fast coalescer_fast builds it"
             continue
         elif chosen() == "auto" and not gpus():
             missing[part] = "there was no GPU when it was installed; without a GPU, set COALESCER_FAST_BUILD=cuda"
