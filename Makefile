@@ -1,7 +1,7 @@
 PYTHON ?= python
 CXX_SOURCES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install test versions lint format types docs bench ci
+.PHONY: help install test versions lint format types docs bench wheels ci
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ docs:  ## build the documentation into site/
 
 bench:  ## run the kernel benchmark briefly, to see that it works
 	$(PYTHON) -m benchmarks.kernels --quick
+
+wheels:  ## build into dist/ what is published: the source distribution, and a wheel for each platform
+	.ci/wheels
 
 ci:  ## run everything that a submission must pass
 	.ci/run

@@ -10,11 +10,16 @@ what is built:
   installation fails instead.
 - TORCH_CUDA_ARCH_LIST: the compute capabilities that CUDA kernels are compiled for, such as ``8.0;9.0``.
 
+A third one, COALESCER_FAST_TARGET, builds a wheel for another platform, or for every Linux of this one, on any machine:
+one of `TARGETS`. Its CPU kernels are compiled by zig, which pip fetches, and without them there is no wheel; it holds
+no CUDA kernels. docs/building.md has the commands.
+
 ``python setup.py build_native --keep`` compiles only what is not there yet: build.json says of what sources, and for
 which GPUs, each library is. So a library that was compiled elsewhere, without a GPU, is used as it is.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +31,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -68,6 +73,45 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fv
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capabilities times ten
 
 
+class Target(NamedTuple):
+    """A platform that a wheel is built for by zig, wherever it is built.
+
+    Attributes:
+        zig: zig's name of it, with the oldest version of its C library or system.
+        machine: Python's name of its processor.
+        tag: the wheel's platform tag.
+    """
+
+    zig: str
+    machine: str
+    tag: str
+
+
+TARGETS = {
+    "x86_64-linux": Target("x86_64-linux-gnu.2.17", "x86_64", "manylinux2014_x86_64.manylinux_2_17_x86_64"),
+    "aarch64-linux": Target("aarch64-linux-gnu.2.17", "aarch64", "manylinux2014_aarch64.manylinux_2_17_aarch64"),
+    "aarch64-macos": Target("aarch64-macos.11.0", "arm64", "macosx_11_0_arm64"),
+}
+ZIG = "ziglang==0.17.1"
+
+
+def target() -> Target | None:
+    """What COALESCER_FAST_TARGET names; None: this machine, with its own compiler."""
+    name = os.environ.get("COALESCER_FAST_TARGET")
+    if name and name not in TARGETS:
+        raise SystemExit(f"COALESCER_FAST_TARGET is {name!r}; use one of {', '.join(TARGETS)}")
+    return TARGETS[name] if name else None
+
+
+def machine() -> str:
+    """The processor that is compiled for."""
+    return found.machine if (found := target()) else platform.machine()
+
+
+def for_macos() -> bool:
+    return "macos" in found.zig if (found := target()) else sys.platform == "darwin"
+
+
 def chosen() -> str:
     value = os.environ.get("COALESCER_FAST_BUILD", "auto")
     if value not in CHOICES:
@@ -76,25 +120,53 @@ def chosen() -> str:
 
 
 def compiler() -> list[str]:
+    if found := target():
+        return [sys.executable, "-m", "ziglang", "c++", "-target", found.zig]
     if "CXX" in os.environ:
         return shlex.split(os.environ["CXX"])
     return [next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")]
 
 
-def build_cpu(target: Path) -> str:
-    """Compile csrc/cpu into the shared library ``target``; returns why that cannot be done, or ""."""
-    if os.name != "posix":
+def link_flags() -> list[str]:
+    """Without a C++ library, which the kernels do not use, and with the functions of abi.h as the only symbols."""
+    if for_macos():
+        return ["-Wl,-install_name,@rpath/libcoalescer_fast_cpu.so"]  # else the path of the build
+    script = ROOT / "csrc" / "cpu" / "exports.map"
+    stripped = ["-s"] if target() else []
+    return ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script={script}", "-lm", "-pthread", *stripped]
+
+
+def silently_slow(library: Path) -> str:
+    """Why the CPU kernels would run on portable code though this processor has better, or "" if they would not."""
+    try:
+        known = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+    except OSError:
+        known = set()
+    if not known >= {"avx2", "fma", "f16c"} or machine() != platform.machine() or for_macos():
+        return ""
+    code = (
+        "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).cf_cpu_isa; f.restype = ctypes.c_char_p; print(f().decode())"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(library)], capture_output=True, text=True).stdout
+    return "it does not see that this processor has AVX2" if said.strip() == "portable" else ""
+
+
+def build_cpu(library: Path) -> str:
+    """Compile csrc/cpu into the shared library; returns why that cannot be done, or ""."""
+    if not target() and os.name != "posix":
         return f"it is not built on {platform.system()}"
     cxx = compiler()
     if not shutil.which(cxx[0]):
         return f"there is no C++ compiler{' ' + cxx[0] if cxx[0] else ''}: install g++ or set CXX"
+    if target() and importlib.util.find_spec("ziglang") is None:
+        return f"there is no zig: run pip install {ZIG}"
     names = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    flags = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
+    flags = X86_FLAGS if machine() in ("x86_64", "AMD64") else {}
     extra = {name: flags.get(name, ()) for name in names if name in flags or name not in X86_FLAGS}
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(*arguments: str) -> str:
-            result = subprocess.run([*cxx, *arguments], capture_output=True, text=True)
+        def run(*arguments: str, command: list[str] = cxx) -> str:
+            result = subprocess.run([*command, *arguments], capture_output=True, text=True)
             return (result.stderr.strip() or f"{cxx[0]} failed") if result.returncode else ""
 
         if "avx2_vnni" in extra and run("-mavxvnni", "-E", "-x", "c++", os.devnull):  # GCC has it from version 11 on
@@ -109,9 +181,13 @@ def build_cpu(target: Path) -> str:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = list(filter(None, pool.map(compile_one, extra)))
         if not failures:
-            static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
-            failures = [run("-shared", *static, "-o", str(target), *(f"{scratch}/{name}.o" for name in extra))]
-    return f"{cxx[0]} cannot compile it: {failures[0].splitlines()[0]}" if failures[0:1] and failures[0] else ""
+            objects = (f"{scratch}/{name}.o" for name in extra)
+            # zig would compile its C++ library first
+            linker = ["cc" if word == "c++" else word for word in cxx] if target() else cxx
+            failures = [run("-shared", *link_flags(), "-o", str(library), *objects, command=linker)]
+    if failures[0]:
+        return f"{cxx[0]} cannot compile it: {failures[0].splitlines()[0]}"
+    return silently_slow(library)
 
 
 def nvcc() -> str:
@@ -150,8 +226,8 @@ def architectures() -> list[int]:
     return [each for each in ARCHITECTURES if f"sm_{each}" in known]
 
 
-def build_cuda(target: Path, architectures: list[int]) -> str:
-    """Compile csrc/cuda into the shared library ``target``; returns why that cannot be done, or ""."""
+def build_cuda(library: Path, architectures: list[int]) -> str:
+    """Compile csrc/cuda into the shared library; returns why that cannot be done, or ""."""
     if not nvcc():
         return "there is no nvcc: install the CUDA toolkit, or set CUDA_HOME or NVCC"
     codes = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
@@ -171,13 +247,13 @@ def build_cuda(target: Path, architectures: list[int]) -> str:
         if not failures:
             # the runtime inside, its symbols to itself: beside torch's own, and without a link to the driver
             flags = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL")
-            failures = [run(*flags, *codes, "-o", str(target), *(f"{scratch}/{source.stem}.o" for source in sources))]
+            failures = [run(*flags, *codes, "-o", str(library), *(f"{scratch}/{source.stem}.o" for source in sources))]
     return f"nvcc cannot compile it: {failures[0].splitlines()[0]}" if failures[0] else ""
 
 
 def digest(part: str, targets: list[int]) -> str:
     """A hash of all that the library of this part is compiled of."""
-    how = (NVCC_FLAGS, targets) if part == "cuda" else (FLAGS, X86_FLAGS, platform.machine())
+    how = (NVCC_FLAGS, targets) if part == "cuda" else (FLAGS, X86_FLAGS, target() or platform.machine())
     found = hashlib.sha256(repr(how).encode())
     for source in (ROOT / "csrc" / "abi.h", *sorted((ROOT / "csrc" / part).iterdir())):
         found.update(source.read_bytes())
@@ -203,27 +279,31 @@ def build(folder: Path, keep: bool = False) -> None:
     missing = {}
     known = written(folder).get("sources", {}) if keep else {}
     named = nvcc() or "TORCH_CUDA_ARCH_LIST" in os.environ
-    targets = architectures() if named and chosen() not in ("off", "cpu") else []
+    targets = architectures() if named and chosen() not in ("off", "cpu") and not target() else []
     sources = {part: digest(part, targets) for part in ("cpu", "cuda")}
     for part in ("cpu", "cuda"):
-        target = folder / f"libcoalescer_fast_{part}.so"
-        if target.is_file() and known.get(part) == sources[part]:
+        library = folder / f"libcoalescer_fast_{part}.so"
+        if library.is_file() and known.get(part) == sources[part]:
             missing[part] = ""
             print(f"coalescer_fast: the library of {part.upper()} kernels was compiled of these sources already")
             continue
-        target.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
         if chosen() == "off" or (part, chosen()) == ("cuda", "cpu"):
             missing[part] = f"COALESCER_FAST_BUILD={chosen()} when it was installed"
             continue
         if part == "cpu":
-            missing[part] = build_cpu(target)
+            missing[part] = build_cpu(library)
+        elif target():
+            missing[part] = "wheels have none; pip install --no-binary coalescer_fast coalescer_fast builds it"
+            continue
         elif chosen() == "auto" and not gpus():
             missing[part] = "there was no GPU when it was installed; without a GPU, set COALESCER_FAST_BUILD=cuda"
             continue
         else:
-            missing[part] = build_cuda(target, targets)
-        if missing[part] and chosen() == "require":
-            what = f"the {part.upper()} kernels cannot be built, which COALESCER_FAST_BUILD=require asks for"
+            missing[part] = build_cuda(library, targets)
+        if missing[part] and (chosen() == "require" or target()):
+            asks = "COALESCER_FAST_TARGET" if target() else "COALESCER_FAST_BUILD=require"
+            what = f"the {part.upper()} kernels cannot be built, which {asks} asks for"
             raise SystemExit(f"coalescer_fast: {what}: {missing[part]}")
         if missing[part]:
             print(f"coalescer_fast: installed without the {part.upper()} kernels: {missing[part]}", file=sys.stderr)
@@ -263,7 +343,8 @@ class BdistWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3: nothing in the wheel links to it."""
-        return ("py3", "none", super().get_tag()[2])
+        found = target() if self.distribution.native else None
+        return ("py3", "none", found.tag if found else super().get_tag()[2])
 
 
 class NativeDistribution(Distribution):
@@ -282,4 +363,5 @@ def packages() -> list[str]:
 
 if __name__ == "__main__":
     commands = {"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel}
-    setup(packages=packages(), distclass=NativeDistribution, cmdclass=commands)
+    needed = [ZIG] if target() else []  # beside those of pyproject.toml; pip installs them into the build's environment
+    setup(packages=packages(), distclass=NativeDistribution, cmdclass=commands, setup_requires=needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -245,6 +246,86 @@ def test_the_tag_of_a_wheel_says_whether_it_holds_a_library(tmp_path, quick, var
     } <= set(names)
     assert {name.partition("/")[0] for name in names} == {"coalescer_fast", names[-1].partition("/")[0]}
     assert f"Root-Is-Purelib: {'false' if tag == 'linux' else 'true'}" in facts
+
+
+ZIG = """
+import pathlib, shutil, sys
+if "-o" in sys.argv:
+    target = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+    ready = pathlib.Path(__file__).with_name("ready.so")
+    shutil.copy(ready, target) if "-shared" in sys.argv and ready.exists() else target.write_text(" ".join(sys.argv))
+"""
+
+
+@pytest.fixture
+def zig(tmp_path) -> Path:
+    """A folder with a package `ziglang` that compiles nothing: a library is the command that would link it."""
+    folder = tmp_path / "packages"
+    (folder / "ziglang").mkdir(parents=True)
+    (folder / "ziglang" / "__init__.py").touch()
+    (folder / "ziglang" / "__main__.py").write_text(ZIG)
+    [version] = re.findall(r"^ZIG = \"ziglang==(.*)\"$", (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
+    (folder / f"ziglang-{version}.dist-info").mkdir()
+    (folder / f"ziglang-{version}.dist-info" / "METADATA").write_text(f"Name: ziglang\nVersion: {version}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("target", "compiles_for", "platforms"),
+    [
+        ("x86_64-linux", "x86_64-linux-gnu.2.17", ["manylinux2014_x86_64", "manylinux_2_17_x86_64"]),
+        ("aarch64-linux", "aarch64-linux-gnu.2.17", ["manylinux2014_aarch64", "manylinux_2_17_aarch64"]),
+        ("aarch64-macos", "aarch64-macos.11.0", ["macosx_11_0_arm64"]),
+    ],
+)
+def test_a_wheel_for_another_platform(tmp_path, zig, target, compiles_for, platforms):
+    folders = ("bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist"))
+    environment = {"COALESCER_FAST_TARGET": target, "PYTHONPATH": str(zig), "CXX": "no-such-compiler"}
+    result = build(tmp_path, "build", "--build-base", str(tmp_path / "build"), *folders, **environment)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(rf"coalescer_fast-[\d.]+-py3-none-{re.escape('.'.join(platforms))}\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as file:
+        facts = next(file.read(name).decode() for name in file.namelist() if name.endswith(".dist-info/WHEEL"))
+        linked = file.read("coalescer_fast/lib/libcoalescer_fast_cpu.so").decode().split()
+        reasons = json.loads(file.read("coalescer_fast/lib/build.json"))
+    assert re.findall(r"^Tag: py3-none-(.*)$", facts, re.MULTILINE) == platforms
+    assert linked[linked.index("-target") + 1] == compiles_for
+    assert ("avx2.o" in {Path(word).name for word in linked}) == (target == "x86_64-linux")
+    assert ("-s" in linked and "-Wl,--version-script=" in " ".join(linked)) == ("linux" in target)
+    assert reasons["cpu"] == ""
+    assert reasons["cuda"].startswith("wheels have none")
+
+
+def test_no_wheel_for_another_platform_without_its_library(tmp_path, zig):
+    (zig / "ziglang" / "__main__.py").write_text("raise SystemExit('error: no')")
+    result = build(tmp_path, COALESCER_FAST_TARGET="aarch64-linux", PYTHONPATH=str(zig))
+    assert result.returncode != 0
+    asked = "coalescer_fast: the CPU kernels cannot be built, which COALESCER_FAST_TARGET asks for: "
+    assert result.stderr.splitlines()[-1] == f"{asked}{sys.executable} cannot compile it: error: no"
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_a_library_that_would_be_slow_without_a_word_is_none(tmp_path, zig, isa):
+    flags = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not flags.exists() or not {"avx2", "fma"} <= set(flags.read_text().split()):
+        pytest.skip("needs a processor with AVX2")
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    source = f'extern "C" const char* cf_cpu_isa() {{ return "{isa}"; }}'
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", zig / "ziglang" / "ready.so"]
+    subprocess.run(command, input=source, text=True, check=True)
+    result = build(tmp_path, COALESCER_FAST_TARGET="x86_64-linux", PYTHONPATH=str(zig))
+    assert (result.returncode == 0) == (isa == "avx2"), result.stderr
+    if isa == "portable":
+        assert result.stderr.splitlines()[-1].endswith("it does not see that this processor has AVX2")
+
+
+def test_an_unknown_target(tmp_path):
+    result = build(tmp_path, COALESCER_FAST_TARGET="riscv64-linux")
+    assert result.returncode != 0
+    said = "COALESCER_FAST_TARGET is 'riscv64-linux'; use one of x86_64-linux, aarch64-linux, aarch64-macos"
+    assert result.stderr.splitlines()[-1] == said
 
 
 def requirements(extra: str = "") -> dict[str, str]:
