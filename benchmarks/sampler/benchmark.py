@@ -53,15 +53,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.errors import relative_errors
+from coalescer_fast.bench.peers import OK, attempt, fresh_compiler_cache
 from coalescer_fast.ops import native_library
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.native.module import no_programs
 from coalescer_fast.runtime.native.runtime import NativeRuntime
 
-from ..harness import environment as machine
 from ..harness import profile as profiles
-from ..harness import refcheck, timing
 from ..harness.arguments import (
     Parser,
     add_report_options,
@@ -71,7 +73,6 @@ from ..harness.arguments import (
     positive_list,
     reported,
 )
-from ..harness.peers import OK, attempt, fresh_compiler_cache
 from ..harness.results import Row, append, as_text, open_csv
 from ..networks import isa as instruction_sets
 from ..networks.providers import peak as products_peak
@@ -443,7 +444,7 @@ def rested(sample: timing.Sample) -> timing.Sample:
 def errors_of(part: str, result: Tensors, expected: Tensors) -> Row:
     """Relative errors of the outputs of a part, and the cosine of the first. Raises ValueError for other shapes."""
     names = ("direction_error", "distance_error") if part == "unet" else ("result_error",)
-    errors = dict(zip(names, refcheck.relative_errors(result, expected)))
+    errors = dict(zip(names, relative_errors(result, expected)))
     first = (result[0].double().flatten(), expected[0].double().flatten())
     return {**errors, "cosine": float(torch.cosine_similarity(*first, dim=0))}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .results import Row
+from . import Row
 
 Function = Callable[[], object]
 
