@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, files
+from .bench import command as bench
 from .collect_env import cpu_name
 from .console import (
     MAX_IMAGES,
@@ -131,6 +132,9 @@ def parser() -> Parser:
     sub.add_argument(
         "--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)"
     )
+
+    sub = command("bench", bench.run, "measure what this machine gains over plain PyTorch and other engines")
+    bench.add_arguments(sub)
 
     sub = command("train", train, "train a model on pictures with descriptions")
     sub.add_argument("kind", choices=["autoencoder", "coalescer"])

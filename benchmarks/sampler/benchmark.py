@@ -87,7 +87,6 @@ PROMPTS = ("octopus", "red apple", "dog", "pizza", "rocket", "umbrella", "tiger"
 BUDGET = 3.0
 PROFILED = 20  # rounds through all steps of a profile
 LOOSE = 0.1  # largest relative error of a provider that has a time
-REST = 5e-3  # seconds until the idle threads of the provider before have stopped spinning
 COLD = {  # what a new process does between loading and drawing, and how many processes there are
     "eager": ("", 5),
     "ours": ("coalescer_fast.accelerate(pipe)", 5),
@@ -409,7 +408,7 @@ def measure(
         key = f"convolutions {name}"
         runs[key] = providers.convolutions(once, DTYPES[name])
         rows[key] = {"provider": "convolutions", "dtype": name, "status": OK}
-    taken = timing.interleave({key: rested(timer.warm(run)) for key, run in runs.items()}, budget)
+    taken = timing.interleave({key: timing.rested(timer.warm(run)) for key, run in runs.items()}, budget)
     medians = {key: timing.quantiles(mine)[0] for key, mine in taken.items()}
     floors = {name: medians[f"convolutions {name}"] for name in alone}
     what = {"part": part.name, "guidance_scale": part.guidance_scale, "evaluations": part.evaluations, "gflop": gflop}
@@ -429,16 +428,6 @@ def try_out(part: Part, engine: Engine, expected: Tensors) -> tuple[Callable[[],
     """What is timed, run once, and its errors."""
     run = part.prepare(engine)
     return run, errors_of(part.name, run(), expected)
-
-
-def rested(sample: timing.Sample) -> timing.Sample:
-    """Wait before a measurement until the threads of the provider before, which spin for a while, are idle."""
-
-    def measure() -> timing.Measurement:
-        time.sleep(REST)
-        return sample()
-
-    return measure
 
 
 def errors_of(part: str, result: Tensors, expected: Tensors) -> Row:
