@@ -146,6 +146,8 @@ def parser() -> Parser:
         required=True,
         help="an .npz file made by build-data, a folder of captioned pictures, or the word digits or fashion",
     )
+    text = "side in pixels that the pictures of a folder are brought to, that of the configuration's networks"
+    sub.add_argument("--size", type=positive, metavar="S", help=f"{text} (default: 64)")
     sub.add_argument(
         "--out",
         type=Path,
@@ -353,7 +355,7 @@ def train(args: argparse.Namespace) -> None:
     with logging_to_stderr(args.quiet):
         out = args.out or Path("runs") / Path(args.config).stem
         options: Any = {"allow_changes": args.allow_changes, "progress": not args.quiet}
-        options |= {"init": args.init, "teacher": args.teacher, "changes": args.changes}
+        options |= {"size": args.size, "init": args.init, "teacher": args.teacher, "changes": args.changes}
         run(args.kind, args.config, args.data, out, **options)
 
 
