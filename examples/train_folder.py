@@ -26,7 +26,9 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 folder = Path("digits")
 folder.mkdir(exist_ok=True)
 for i, (pixels, label) in enumerate(zip(*mnist_data())):
-    Image.fromarray(255 - pixels.reshape(28, 28).astype("uint8")).save(folder / f"{i:04}.png")
+    picture = Image.new("L", (32, 32), 255)
+    picture.paste(Image.fromarray(255 - pixels.reshape(28, 28).astype("uint8")), (2, 2))
+    picture.save(folder / f"{i:04}.png")
     (folder / f"{i:04}.txt").write_text(f"{WORDS[label]}\n")
 
 # The same as: coalescer-fast train coalescer --config digits --data digits --size 32 --out runs/digits

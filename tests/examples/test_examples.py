@@ -70,9 +70,9 @@ def test_a_folder_of_digits_becomes_a_model_that_draws_them(tmp_path, monkeypatc
     for path in (tmp_path / "digits").glob("*.png"):
         kinds.setdefault(path.with_suffix(".txt").read_text().strip(), []).append(pixels(path))
     typical = np.stack([np.mean(kinds[word], axis=0) for word in names["WORDS"]])
-    drawn = pixels(tmp_path / "digits.png").reshape(32, 10, 32).transpose(1, 0, 2)[:, 2:-2, 2:-2]
+    drawn = pixels(tmp_path / "digits.png").reshape(32, 10, 32).transpose(1, 0, 2)
     nearest = np.square(drawn[:, None] - typical).mean((2, 3)).argmin(1)
-    assert (nearest == np.arange(10)).sum() >= 7  # 82 of 100 real digits are nearest to the mean of their own kind
+    assert (nearest == np.arange(10)).sum() >= 7  # of the real digits, 81 % are nearest to the mean of their own kind
 
 
 def pixels(path: Path) -> np.ndarray:
