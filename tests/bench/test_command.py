@@ -164,7 +164,7 @@ def test_a_pipeline(run, tmp_path):
     exact = next(row for row in ours if row["dtype"] == "float32")
     assert exact["status"] == "ok"
     assert exact["psnr_min_db"] > 60
-    assert exact["samples"] >= 3
+    assert 3 <= exact["samples"] <= 10
 
 
 @pytest.fixture(scope="module")
