@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, files
+from .bench import command as bench
 from .collect_env import cpu_name
 from .console import (
     MAX_IMAGES,
@@ -132,6 +133,9 @@ def parser() -> Parser:
         "--batch-sizes", type=counts, default=(1, 4), metavar="1,4", help="pictures a call, one row each (default: 1,4)"
     )
 
+    sub = command("bench", bench.run, "measure what this machine gains over plain PyTorch and other engines")
+    bench.add_arguments(sub)
+
     sub = command("train", train, "train a model on pictures with descriptions")
     sub.add_argument("kind", choices=["autoencoder", "coalescer"])
     sub.add_argument(
@@ -142,6 +146,8 @@ def parser() -> Parser:
         required=True,
         help="an .npz file made by build-data, a folder of captioned pictures, or the word digits or fashion",
     )
+    text = "side in pixels that the pictures of a folder are brought to, that of the configuration's networks"
+    sub.add_argument("--size", type=positive, metavar="S", help=f"{text} (default: 64)")
     sub.add_argument(
         "--out",
         type=Path,
@@ -349,7 +355,7 @@ def train(args: argparse.Namespace) -> None:
     with logging_to_stderr(args.quiet):
         out = args.out or Path("runs") / Path(args.config).stem
         options: Any = {"allow_changes": args.allow_changes, "progress": not args.quiet}
-        options |= {"init": args.init, "teacher": args.teacher, "changes": args.changes}
+        options |= {"size": args.size, "init": args.init, "teacher": args.teacher, "changes": args.changes}
         run(args.kind, args.config, args.data, out, **options)
 
 

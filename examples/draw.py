@@ -3,8 +3,6 @@
 python examples/draw.py
 """
 
-from __future__ import annotations
-
 import torch
 
 import coalescer_fast as cf

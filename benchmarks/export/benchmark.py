@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 import coalescer_fast
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.engines import onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.manifest import KINDS
 
-from ..harness import environment as machine
-from ..harness import timing
 from ..harness.arguments import Parser, add_timing_options, command, listed, positive, positive_list
 from ..harness.results import Row, append, open_csv
 

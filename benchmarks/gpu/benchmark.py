@@ -50,10 +50,10 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import files, ops
+from coalescer_fast.bench import environment as machine
 from coalescer_fast.console import sentence
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness import environment as machine
 from ..harness.arguments import Parser, listed
 from ..harness.results import Text, read
 from ..kernels import benchmark as kernels
@@ -84,7 +84,7 @@ FEW_REHEARSED = ["--shapes", "emoji-64", "--calls", "96x8x8 g8 film pre_bias", "
 ALL = ["--shapes", "l,m,emoji-64"]
 EAGER = ["--peers", "eager,eager_contiguous"]
 EAGER_SAMPLER = "eager_channels_last"
-TESTS = ["tests/runtime/cuda", "tests/models/test_description.py", "tests/benchmarks/harness", "tests/ops"]
+TESTS = ["tests/runtime/cuda", "tests/models/test_description.py", "tests/bench/test_timing.py", "tests/ops"]
 
 Work = Callable[[float], tuple[str, str]]
 

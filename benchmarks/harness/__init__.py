@@ -1,11 +1,9 @@
-"""What the families of benchmarks share.
+"""What the families of benchmarks share, beside `coalescer_fast.bench`, which has timing, peers and the environment.
 
 - `arguments`: command lines, and how a user's mistake is reported
-- `timing`: timers for the CPU and for GPUs, measurements taken in turn
 - `results`: rows, and the CSV files that hold them
-- `environment`: what a row says of the machine and of versions
-- `peers`: registration of what ours is compared with
 - `refcheck`: when a result is right
 - `int8`: peers in 8 bits
+- `profile`: the steps of native programs
 - `tables`: aligned text tables
 """

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
+from coalescer_fast.bench.errors import Tensors
+
 # An op rounds a few times, each time by half an ulp of an intermediate result that is not much larger than the final
 # one. In float32 the sums behind the statistics round as well; torch's own, of squares, by ten ulps of the result.
 CAP_ULPS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 def several(result: torch.Tensor | Tensors) -> Tensors:
@@ -77,15 +77,3 @@ class Refcheck:
     def place(self, index: tuple[int, ...]) -> tuple[int, ...]:
         """Where an element of what is checked is in the whole result."""
         return index
-
-
-def relative_errors(result: Tensors, expected: Tensors) -> list[float]:
-    """||y - expected||_2 / ||expected||_2 of each output, for results of a whole network.
-
-    Raises:
-        ValueError: for a result of another shape.
-    """
-    for y, e in zip(result, expected):
-        if y.shape != e.shape:
-            raise ValueError(f"result has shape {tuple(y.shape)}, expected {tuple(e.shape)}")
-    return [float((y.double() - e.double()).norm() / e.double().norm()) for y, e in zip(result, expected)]

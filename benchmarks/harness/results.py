@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coalescer_fast import files
+from coalescer_fast.bench import Row as Row
 
-Row = dict[str, float | int | str]
 Text = dict[str, str]  # a row as it is read from a file
 
 

@@ -19,7 +19,7 @@ Every result is checked against the reference in float64; a provider that fails 
 to the file, which must have the same columns; of a call measured twice, the summary and the plot take the later run.
 The column quiet is 0 for a time taken while other processes had the CPUs; the summary and the plot leave it out, and
 --again measures it again. On Linux the process keeps freed memory unless --allocator is system: see
-`benchmarks.harness.timing.keep_freed_memory`.
+`coalescer_fast.bench.timing.keep_freed_memory`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ import torch
 
 import coalescer_fast
 from coalescer_fast import ops
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.environment import driver, timestamp, versions
+from coalescer_fast.bench.peers import OK, attempt, fresh_compiler_cache
 from coalescer_fast.collect_env import cpu_name
 from coalescer_fast.console import sentence
 from coalescer_fast.ops import triton_launch
 from coalescer_fast.ops.dispatch import BACKENDS
 
-from ..harness import timing
 from ..harness.arguments import (
     Parser,
     add_report_options,
@@ -54,8 +56,6 @@ from ..harness.arguments import (
     positive_list,
     reported,
 )
-from ..harness.environment import driver, timestamp, versions
-from ..harness.peers import OK, attempt, fresh_compiler_cache
 from ..harness.results import Row, append, as_text, open_csv, read
 from ..harness.tables import Table
 from . import peers, report, shapes

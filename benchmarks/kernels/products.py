@@ -32,6 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coalescer_fast
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.peers import OK, Missing, attempt
 from coalescer_fast.ops import native_library
 from coalescer_fast.ops.abi import cf_form
 from coalescer_fast.runtime.native.module import floats_of
@@ -41,10 +44,7 @@ from coalescer_fast.runtime.native.record import MetaCopy, Recorder, Recording, 
 from coalescer_fast.runtime.native.steps import FORMS, forms
 from coalescer_fast.runtime.native.steps import Convolution as ConvolutionStep
 
-from ..harness import environment as machine
-from ..harness import timing
 from ..harness.arguments import Parser, add_timing_options, command, listed, positive
-from ..harness.peers import OK, Missing, attempt
 from ..harness.results import Row, append, open_csv
 from ..harness.tables import Table
 from ..networks.providers import peak

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from coalescer_fast import ops
+from coalescer_fast.bench.peers import OK, Peers, attempt
 from coalescer_fast.ops.dispatch import BACKENDS
 
 from ..harness import refcheck
-from ..harness.peers import OK, Peers, attempt
 from . import peers, shapes
 from .grid import DTYPES, Cell
 

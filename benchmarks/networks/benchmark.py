@@ -49,14 +49,15 @@ import numpy as np
 import torch
 
 import coalescer_fast
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.errors import relative_errors
+from coalescer_fast.bench.peers import OK, Missing, attempt
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import runtime_of
 
-from ..harness import environment as machine
 from ..harness import profile as profiles
-from ..harness import refcheck, timing
 from ..harness.arguments import Parser, command, listed, positive
-from ..harness.peers import OK, Missing, attempt
 from ..harness.results import Row, append, as_text, open_csv, read
 from . import isa as instruction_sets
 from . import models, one_process, report
@@ -429,7 +430,7 @@ def check(each: Running, base: Task) -> str:
     result, expected = (torch.from_numpy(np.load(path)) for path in (each.task.result, base.result))
     if result.shape != expected.shape:
         return f"result has shape {tuple(result.shape)}, expected {tuple(expected.shape)}"
-    [error] = refcheck.relative_errors((result,), (expected,))
+    [error] = relative_errors((result,), (expected,))
     each.row["error"] = error
     limit = LIMITS[each.task.dtype]
     return "" if error <= limit else f"error {error:.3g} is above {limit:g}"  # NaN is wrong, too

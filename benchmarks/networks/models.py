@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-TOKENS = 77  # of CLIP
+from coalescer_fast.bench import calls
+from coalescer_fast.bench.calls import NESTED, TIME_IDS, TOKENS, Flat, evaluate, flat
+
+__all__ = ("NETWORKS", "TIMESTEPS", "TOKENS", "Flat", "config", "evaluate", "fill", "flat", "gflop", "inputs", "make")
+
 TIMESTEPS = (999, 499, 19)  # of the inputs to calibrate on; the first is that of the measured call
-TIME_IDS = 6  # of SDXL: sizes and crops of the original and of the target
 POOLED = 1280  # features of SDXL's pooled text
 
 
@@ -234,64 +237,11 @@ def inputs(
     """
     network, settings = NETWORKS[name], config(name, scale)
     size = size or network.size
+    if "UNet" in network.kind:
+        return calls.inputs(network.kind, settings, batch, size, timestep, seed, dtype)
     generator = torch.Generator().manual_seed(seed + timestep)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
-
-    sample = drawn(batch, settings.get("in_channels", 4) if "UNet" in network.kind else 4, size, size)
-    if network.kind == "AutoencoderTiny":
-        return {"x": sample}
-    if network.kind == "AutoencoderKL":
-        return {"sample": sample}
-    found: dict[str, Any] = {"sample": sample, "timestep": torch.tensor(timestep, dtype=torch.int64)}
-    if network.kind == "UNet2DModel":
-        return found
-    found["encoder_hidden_states"] = drawn(batch, TOKENS, settings["cross_attention_dim"])
-    if "time_cond_proj_dim" in settings:
-        found["timestep_cond"] = drawn(batch, settings["time_cond_proj_dim"])
-    if "addition_embed_type" in settings:
-        pooled = settings["projection_class_embeddings_input_dim"] - TIME_IDS * settings["addition_time_embed_dim"]
-        ids = torch.tensor([8 * size, 8 * size, 0, 0, 8 * size, 8 * size], dtype=dtype).repeat(batch, 1)
-        found["added_cond_kwargs"] = {"text_embeds": drawn(batch, pooled), "time_ids": ids}
-    return found
-
-
-def evaluate(module: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """The result of a call: the prediction of a UNet, the image of a decoder."""
-    structured = isinstance(getattr(module, "config", None), dict)  # as results of a whole model of diffusers are
-    result: Tensor = module(**arguments, return_dict=False)[0] if structured else module(**arguments)
-    return result
-
-
-def flat(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a call by name, for what takes no nested arguments."""
-    found = dict(arguments)
-    return {**{key: value for key, value in found.items() if key != NESTED}, **found.get(NESTED, {})}
-
-
-NESTED = "added_cond_kwargs"
-
-
-class Flat(nn.Module):
-    """A network for exporters and compilers: it takes the tensors of `flat` by position and returns one tensor.
-
-    Args:
-        module: the network.
-        arguments: of one of its calls.
-    """
-
-    def __init__(self, module: nn.Module, arguments: dict[str, Any]):
-        super().__init__()
-        self.module = module
-        self.outer = [key for key in arguments if key != NESTED]
-        self.inner = list(arguments.get(NESTED, {}))
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        given: dict[str, Any] = dict(zip(self.outer, tensors))
-        if self.inner:
-            given[NESTED] = dict(zip(self.inner, tensors[len(self.outer) :]))
-        return evaluate(self.module, given)
+    sample = torch.randn((batch, 4, size, size), dtype=torch.float32, generator=generator).to(dtype)
+    return {"x" if network.kind == "AutoencoderTiny" else "sample": sample}
 
 
 def parameters(module: nn.Module) -> int:

@@ -23,11 +23,9 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,11 +33,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import coalescer_fast
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.errors import relative_errors
+from coalescer_fast.bench.peers import OK, Missing, TimeIsOver, alarm, attempt
 from coalescer_fast.runtime.native.module import runtime_of
 
-from ..harness import environment as machine
-from ..harness import refcheck, timing
-from ..harness.peers import OK, Missing, attempt
 from ..harness.results import Row, Text, append, open_csv
 from . import models
 
@@ -57,10 +56,6 @@ PEAK_SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices
 SAMPLE_SECONDS, MOST_CALLS = 0.1, 100  # of a measurement
 
 Call = Callable[[], Tensor]
-
-
-class TimeIsOver(BaseException):
-    """The seconds of the benchmark are over, wherever it is; no handler of errors takes it for one of its own."""
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
@@ -150,7 +145,7 @@ def measured(
     row: Row = {"prepare_s": time.perf_counter() - start}
     for _ in range(3):
         result = call()
-    [row["error"]] = refcheck.relative_errors((result.float(),), (expected,))
+    [row["error"]] = relative_errors((result.float(),), (expected,))
     taken = [timing.Measurement(seconds) for seconds in in_a_row(call, args.rounds, device)]
     row |= {name: value for name, value in timing.columns(taken, 1e3).items() if name != "quiet"}
     row["latency_ms"] = 1e3 * statistics.median(latency(call, device) for _ in range(4 * args.rounds))
@@ -305,25 +300,6 @@ def profile(call: Call, device: torch.device, most: int = 25) -> Iterator[str]:
     yield f"    {sum(ms for ms, *_ in rows):.3f} ms in {sum(count for _, count, _ in rows)} kernels"
     for ms, count, name in rows[:most]:
         yield f"    {ms:8.3f} ms {count:5}  {name[:100]}"
-
-
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeIsOver inside after so many seconds, where the system can."""
-    if seconds == float("inf") or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def over(*_: object) -> None:
-        raise TimeIsOver
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # Reports.

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..harness.peers import Missing
+from coalescer_fast.bench.peers import Missing
+
 from .task import INPUTS, Task
 
 Call = Callable[[], Any]

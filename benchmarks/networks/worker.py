@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..harness.peers import Missing
+from coalescer_fast.bench.peers import Missing
+
 from . import providers
 from .task import Task
 
@@ -72,7 +73,7 @@ def run(task: Task, started: float, say: Say) -> None:
     measure = None
     for line in sys.stdin:
         if line.strip() == "measure":
-            from ..harness import timing
+            from coalescer_fast.bench import timing
 
             timer = timing.CpuTimer()
             measure = measure or timer.warm(call)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from coalescer_fast import accelerate, files
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import RealPictures, exclusions, frechet_distance, quiet
 from coalescer_fast.training.evaluation.metrics import nearest
 from coalescer_fast.training.evaluation.samplers import CHUNK
 
-from ..harness.environment import environment
 from ..harness.results import Row, write
 
 RESULTS = Path(__file__).parents[1] / "results" / "auto.csv"

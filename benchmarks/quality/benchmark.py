@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.console import counts
 from coalescer_fast.files import check_writable
 from coalescer_fast.pipeline import CoalescerPipeline
@@ -43,7 +44,6 @@ from coalescer_fast.training.evaluation import (
 )
 from coalescer_fast.training.rivals import RIVALS, TimeConditionedUNet
 
-from ..harness.environment import environment
 from ..harness.results import Row, read, write
 from .plot import draw
 from .report import tables

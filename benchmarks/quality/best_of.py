@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from coalescer_fast import files
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.folders import WEIGHTS
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.classifier import PictureClassifier
@@ -34,7 +35,6 @@ from coalescer_fast.training.grading import (
     split,
 )
 
-from ..harness.environment import environment
 from ..harness.results import Row, write
 from .grading import add_options, wordings_of
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from coalescer_fast import CoalescerPipeline, files
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.console import counts
 from coalescer_fast.training.autoencoder import encode
 from coalescer_fast.training.coalescer import CoalescerConfig, train_coalescer
@@ -32,7 +33,6 @@ from coalescer_fast.training.evaluation.samplers import in_parts
 from coalescer_fast.training.pictures import sheet, to_tensor, to_uint8
 from coalescer_fast.training.rivals import RIVALS, TimeConditionedUNet
 
-from ..harness.environment import environment
 from ..harness.results import Row, write
 from ..harness.results import read as read_rows
 from .benchmark import rival_sampler

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from coalescer_fast import files, grading
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.training.data import PictureDataset, load
 from coalescer_fast.training.evaluation import exclusions
@@ -33,7 +34,6 @@ from coalescer_fast.training.grading import (
     store,
 )
 
-from ..harness.environment import environment
 from ..harness.results import Row, Text, read, write
 
 RESULTS = Path(__file__).parents[1] / "results" / "grading.csv"

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import coalescer_fast
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.runtime.native.module import runtime_of
 from coalescer_fast.runtime.native.program import ProgramCache
 from coalescer_fast.runtime.native.steps import Convolution
 from coalescer_fast.training.data import PictureDataset, load
 
-from ..harness.environment import environment
 from ..harness.results import Row, write
 from ..networks import models
 

@@ -24,6 +24,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from coalescer_fast import CoalescerAutoencoder, CoalescerPipeline, CoalescerUNet, files
+from coalescer_fast.bench.environment import environment
 from coalescer_fast.training.autoencoder import AutoencoderConfig, encode, train_autoencoder
 from coalescer_fast.training.coalescer import CoalescerConfig, description_encoder, train_coalescer
 from coalescer_fast.training.config import read
@@ -35,7 +36,6 @@ from coalescer_fast.training.pictures import sheet
 from coalescer_fast.training.prompts import PromptSampler
 from coalescer_fast.training.teacher import Teacher, TeacherConfig, described
 
-from ..harness.environment import environment
 from ..harness.results import Row, write
 from ..harness.results import read as read_rows
 from .recognition import Recognition

@@ -53,15 +53,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coalescer_fast
 from coalescer_fast import sampling
+from coalescer_fast.bench import environment as machine
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.errors import relative_errors
+from coalescer_fast.bench.peers import OK, attempt, fresh_compiler_cache
 from coalescer_fast.ops import native_library
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
 from coalescer_fast.runtime.native.module import no_programs
 from coalescer_fast.runtime.native.runtime import NativeRuntime
 
-from ..harness import environment as machine
 from ..harness import profile as profiles
-from ..harness import refcheck, timing
 from ..harness.arguments import (
     Parser,
     add_report_options,
@@ -71,7 +73,6 @@ from ..harness.arguments import (
     positive_list,
     reported,
 )
-from ..harness.peers import OK, attempt, fresh_compiler_cache
 from ..harness.results import Row, append, as_text, open_csv
 from ..networks import isa as instruction_sets
 from ..networks.providers import peak as products_peak
@@ -86,7 +87,6 @@ PROMPTS = ("octopus", "red apple", "dog", "pizza", "rocket", "umbrella", "tiger"
 BUDGET = 3.0
 PROFILED = 20  # rounds through all steps of a profile
 LOOSE = 0.1  # largest relative error of a provider that has a time
-REST = 5e-3  # seconds until the idle threads of the provider before have stopped spinning
 COLD = {  # what a new process does between loading and drawing, and how many processes there are
     "eager": ("", 5),
     "ours": ("coalescer_fast.accelerate(pipe)", 5),
@@ -408,7 +408,7 @@ def measure(
         key = f"convolutions {name}"
         runs[key] = providers.convolutions(once, DTYPES[name])
         rows[key] = {"provider": "convolutions", "dtype": name, "status": OK}
-    taken = timing.interleave({key: rested(timer.warm(run)) for key, run in runs.items()}, budget)
+    taken = timing.interleave({key: timing.rested(timer.warm(run)) for key, run in runs.items()}, budget)
     medians = {key: timing.quantiles(mine)[0] for key, mine in taken.items()}
     floors = {name: medians[f"convolutions {name}"] for name in alone}
     what = {"part": part.name, "guidance_scale": part.guidance_scale, "evaluations": part.evaluations, "gflop": gflop}
@@ -430,20 +430,10 @@ def try_out(part: Part, engine: Engine, expected: Tensors) -> tuple[Callable[[],
     return run, errors_of(part.name, run(), expected)
 
 
-def rested(sample: timing.Sample) -> timing.Sample:
-    """Wait before a measurement until the threads of the provider before, which spin for a while, are idle."""
-
-    def measure() -> timing.Measurement:
-        time.sleep(REST)
-        return sample()
-
-    return measure
-
-
 def errors_of(part: str, result: Tensors, expected: Tensors) -> Row:
     """Relative errors of the outputs of a part, and the cosine of the first. Raises ValueError for other shapes."""
     names = ("direction_error", "distance_error") if part == "unet" else ("result_error",)
-    errors = dict(zip(names, refcheck.relative_errors(result, expected)))
+    errors = dict(zip(names, relative_errors(result, expected)))
     first = (result[0].double().flatten(), expected[0].double().flatten())
     return {**errors, "cosine": float(torch.cosine_similarity(*first, dim=0))}
 

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import coalescer_fast
 from coalescer_fast import sampling
 from coalescer_fast.acceleration import RUNTIMES, accelerate
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.peers import Missing, Peers
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet, DescriptionEncoder
 from coalescer_fast.pipeline import CoalescerPipeline
 from coalescer_fast.runtime.eager import EagerRuntime
@@ -26,9 +28,7 @@ from coalescer_fast.runtime.engines.onnx import export
 from coalescer_fast.runtime.engines.per_shape import Bind, Evaluation, PerShapeRuntime, Tensors
 from coalescer_fast.scheduler import CoalescerScheduler
 
-from ..harness import timing
 from ..harness.int8 import quantized
-from ..harness.peers import Missing, Peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANDOM = "random weights, timing only"

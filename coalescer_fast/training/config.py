@@ -93,6 +93,7 @@ def run(
     init: str | None = None,
     teacher: str | None = None,
     changes: Sequence[str] = (),
+    size: int | None = None,
 ) -> None:
     """Train on a data set, or resume where a training was stopped.
 
@@ -106,6 +107,7 @@ def run(
         init: of a coalescer, instead of the configuration's.
         teacher: pipeline of a coalescer's teacher, instead of the configuration's.
         changes: settings that differ from the configuration's, as in `changed`.
+        size: side in pixels that pictures of a folder are reduced to; None for 64.
     """
     out = Path(out)
     options: Any = {"allow_changes": allow_changes, "progress": progress}
@@ -114,7 +116,7 @@ def run(
             raise ValueError("init and teacher are for a coalescer: leave them out")
         from .autoencoder import AutoencoderConfig, train_autoencoder
 
-        train_autoencoder(read(config, AutoencoderConfig, changes), _prepare(data, out), out, **options)
+        train_autoencoder(read(config, AutoencoderConfig, changes), _prepare(data, out, size), out, **options)
     elif kind == "coalescer":
         from .coalescer import CoalescerConfig, train_coalescer
         from .teacher import TeacherConfig
@@ -124,13 +126,15 @@ def run(
             settings = replace(settings, init=init, overrides={})
         if teacher:
             settings = replace(settings, teacher=replace(settings.teacher or TeacherConfig(), pipeline=teacher))
-        train_coalescer(settings, _prepare(data, out), out, **options)
+        train_coalescer(settings, _prepare(data, out, size), out, **options)
     else:
         raise ValueError(f"there is no training of a {kind}; use autoencoder or coalescer")
 
 
-def _prepare(data: str | Path, out: Path) -> Any:
-    pictures = load(data)
+def _prepare(data: str | Path, out: Path, size: int | None) -> Any:
+    if size is not None and not Path(data).is_dir():
+        raise ValueError(f"size is of a folder of pictures, and {data} has its own: leave --size out")
+    pictures = load(data, size)
     out.mkdir(parents=True, exist_ok=True)
     logger.info("%d pictures, %d held out, %d threads", len(pictures), pictures.held_out.sum(), torch.get_num_threads())
     return pictures

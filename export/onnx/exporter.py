@@ -18,6 +18,7 @@ from coalescer_fast.runtime.engines.manifest import Manifest, Schedule
 from ..measure import accuracy
 from ..measure.reference import batches
 from . import graph, modules
+from .prompt_tables import write_tables
 
 if TYPE_CHECKING:
     from coalescer_fast.pipeline import CoalescerPipeline
@@ -73,6 +74,8 @@ def export_onnx(
     number = graph.opset(target, precision)
     network = modules.network(pipe, kind, precision, steps, guidance)
     graph.export_graph(network, inputs, outputs, batch, number, folder / GRAPH, stage)
+    if kind == "generator":
+        write_tables(pipe.description_encoder, folder)
     manifest = Manifest(
         kind=kind,
         engine="onnx",

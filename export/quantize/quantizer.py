@@ -19,6 +19,7 @@ from coalescer_fast.runtime.engines.manifest import Figures, Manifest, Quantizat
 from ..measure import accuracy, speed
 from ..measure.reference import graph_inputs
 from ..onnx.exporter import GRAPH, packages
+from ..onnx.prompt_tables import write_tables
 from . import qdq, ranges
 from .calibration import PERCENTILE, PROMPTS, observe
 from .layers import Layer, fitting, without
@@ -90,6 +91,8 @@ def quantize_artefact(
     m = found.manifest
     qdq.save(source.quantized(layers, known), folder / GRAPH)
     (folder / ranges.FILE).write_text(known.to_json(), "utf-8")
+    if m.kind == "generator":
+        write_tables(pipe.description_encoder, folder)
     quantization = Quantization(
         method=known.method,
         prompts=len(known.prompts),

@@ -105,6 +105,11 @@ def test_unknown_training(tmp_path):
         run("decoder", "emoji-64", "digits", tmp_path)
 
 
+def test_size_is_of_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="size is of a folder of pictures, and digits has its own: leave --size out"):
+        run("coalescer", "digits", "digits", tmp_path, size=32)
+
+
 def test_changes_to_a_configuration():
     changes = ["objective=mean_flow", "seed=1", "schedule.steps=512", "sheet=['owl', 'cat']"]
     config = read("emoji-64-rivals", CoalescerConfig, changes)

@@ -9,7 +9,7 @@ import pytest
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs the package {package}")
 from benchmarks.export import benchmark as export  # noqa: E402
-from benchmarks.harness import timing  # noqa: E402
+from coalescer_fast.bench import timing  # noqa: E402
 from coalescer_fast.runtime.engines import artefact  # noqa: E402
 from export.onnx import exporter  # noqa: E402
 from export.quantize import quantizer  # noqa: E402

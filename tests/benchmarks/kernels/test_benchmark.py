@@ -14,10 +14,10 @@ from PIL import Image
 
 import benchmarks
 from benchmarks.harness import results as common
-from benchmarks.harness import timing
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.kernels import grid, peers, providers, report, shapes
 from coalescer_fast import ops
+from coalescer_fast.bench import timing
 from coalescer_fast.ops import dispatch, native_library
 
 SMALL: dict[str, dict[shapes.Call, int]] = {

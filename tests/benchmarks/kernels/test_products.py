@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.harness import results, timing
-from benchmarks.harness.peers import OK
+from benchmarks.harness import results
 from benchmarks.kernels import products
+from coalescer_fast.bench import timing
+from coalescer_fast.bench.peers import OK
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import no_programs
 from coalescer_fast.runtime.native.steps import FORMS, forms

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.harness import results
-from benchmarks.harness.peers import OK, Missing
 from benchmarks.kernels import forms
 from benchmarks.networks import benchmark, isa, models, providers, report
 from benchmarks.networks.task import INPUTS, Task
+from coalescer_fast.bench.peers import OK, Missing
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import no_programs
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.harness import results
-from benchmarks.harness.peers import OK
 from benchmarks.networks import benchmark, models, one_process
+from coalescer_fast.bench.peers import OK
 from coalescer_fast.runtime.native.module import no_programs, runtime_of
 
 BRIEF = ["--model", "tiny-vae", "--scale", "0.1", "--size", "8", "--rounds", "2"]

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import nn
 
 import coalescer_fast
-from benchmarks.harness import peers, timing
 from benchmarks.harness import results as common
 from benchmarks.sampler import benchmark as sampler
 from benchmarks.sampler import providers as sampler_peers
 from benchmarks.sampler import report as sampler_report
 from coalescer_fast import acceleration
+from coalescer_fast.bench import peers, timing
 from coalescer_fast.models import CoalescerAutoencoder, CoalescerUNet
 from coalescer_fast.models.unet import ResidualBlock
 from coalescer_fast.pipeline import CoalescerPipeline

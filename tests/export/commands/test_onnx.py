@@ -25,8 +25,11 @@ def test_the_manifest_says_what_it_is(exported, model, small):
     assert 0 < m.measured.error["largest error"] <= 1e-3
     assert m.packages["coalescer_fast"] == coalescer_fast.__version__
     assert {"torch", "onnx", "onnxscript", "onnxruntime"} <= set(m.packages)
-    graph = (exported / "generator" / "model.onnx").read_bytes()
-    assert m.files == {"model.onnx": File(len(graph), hashlib.sha256(graph).hexdigest())}
+    assert set(m.files) == {"model.onnx", "prompts.npz"}
+    for name, file in m.files.items():
+        content = (exported / "generator" / name).read_bytes()
+        assert file == File(len(content), hashlib.sha256(content).hexdigest())
+    assert set(found["unet"].manifest.files) == {"model.onnx"}
     assert found["unet"].manifest.schedule is None
 
 

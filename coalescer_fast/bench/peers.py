@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from coalescer_fast.console import sentence
+from ..console import sentence
 
 OK = "ok"
 T = TypeVar("T")
@@ -45,6 +46,10 @@ class Missing(Exception):
     """Why a peer cannot run here, which is no failure of its own."""
 
 
+class TimeIsOver(BaseException):
+    """The seconds of a benchmark are over, wherever it is; no handler of errors takes it for one of its own."""
+
+
 def attempt(work: Callable[[], T], *passed_on: type[Exception]) -> tuple[T | None, str]:
     """The result and the status "ok", or None and "skipped: why" or "FAIL: why".
 
@@ -74,3 +79,22 @@ def fresh_compiler_cache(needed: bool) -> AbstractContextManager[Any]:
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeIsOver inside after so many seconds, where the system can."""
+    if seconds == float("inf") or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeIsOver
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

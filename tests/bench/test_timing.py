@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks.harness import timing
+from coalescer_fast.bench import timing
 
 
 class FakeGpu:
@@ -215,7 +215,7 @@ def test_a_sample_is_long_enough_to_time():
 def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch
-from benchmarks.harness import timing
+from coalescer_fast.bench import timing
 assert timing.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

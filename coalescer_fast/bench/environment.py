@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from coalescer_fast.collect_env import cpu_name
-
-from .results import Row
+from ..collect_env import cpu_name
+from . import Row
 
 
 def environment() -> Row:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness.peers import Missing, Peers, attempt
+from coalescer_fast.bench.peers import Missing, Peers, attempt
 
 
 def failing(error: Exception):

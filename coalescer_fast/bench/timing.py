@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .results import Row
+from . import Row
 
 Function = Callable[[], object]
 
@@ -29,6 +29,7 @@ SAMPLE_SECONDS = 200e-6  # shortest time to measure: the clock and the loop take
 LONG_SECONDS = 5e-3  # a call that takes this long does not depend on how the caches were filled before it
 ROUNDS = (5, 200)  # at least and at most
 PATIENCE = 4  # budgets to spend where most measurements are disturbed
+REST = 5e-3  # seconds until the idle threads of whatever ran before have stopped spinning
 DISTURBED = 0.02  # share of a measurement that was spent waiting for a CPU
 DEFAULT_CACHE = 32 * 2**20  # bytes
 EVICTIONS = 4  # sizes of a GPU's cache to read, since it does not evict the oldest lines first
@@ -158,29 +159,44 @@ def calls_for(seconds: float) -> int:
     return max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
-def interleave(samples: dict[str, Sample], budget: float) -> dict[str, list[Measurement]]:
+def interleave(
+    samples: dict[str, Sample], budget: float, rounds: tuple[int, int] | None = None, patience: float | None = None
+) -> dict[str, list[Measurement]]:
     """Take measurements in turn, each round beginning with another function.
 
     Args:
         samples: what takes a measurement of each function.
-        budget: seconds to spend in all; more, up to `PATIENCE` times, while few measurements are quiet.
+        budget: seconds to spend in all; more, up to ``patience`` times, while few measurements are quiet.
+        rounds: how many measurements of each, at least and at most; `ROUNDS` if None.
+        patience: `PATIENCE` if None.
 
     Returns:
         The quiet measurements of a function that has enough of them, else all of its measurements.
     """
     names, taken = list(samples), {name: list[Measurement]() for name in samples}
-    least, most = ROUNDS
+    least, most = rounds or ROUNDS
+    longest = budget * (PATIENCE if patience is None else patience)
     start = time.perf_counter()
     for n in range(most):
         spent = time.perf_counter() - start
         enough = all(sum(m.quiet for m in mine) >= least for mine in taken.values())
-        if n >= least and spent > (budget if enough else PATIENCE * budget):
+        if n >= least and spent > (budget if enough else longest):
             break
         first = n % len(names)
         for name in names[first:] + names[:first]:
             taken[name].append(samples[name]())
     quiet = {name: [m for m in mine if m.quiet] for name, mine in taken.items()}
     return {name: quiet[name] if len(quiet[name]) >= least else mine for name, mine in taken.items()}
+
+
+def rested(sample: Sample) -> Sample:
+    """Wait before a measurement until the threads of what ran before, which spin for a while, are idle."""
+
+    def measure() -> Measurement:
+        time.sleep(REST)
+        return sample()
+
+    return measure
 
 
 def seconds_waited() -> float:
