@@ -198,7 +198,8 @@ async function start() {
   try {
     info = await drawer.open((text, fraction) => {
       $("loading-text").textContent = text;
-      $("progress").value = fraction;
+      if (fraction === undefined) $("progress").removeAttribute("value");
+      else $("progress").value = fraction;
     });
     for (const input of document.querySelectorAll("input[name=view]"))
       input.addEventListener("change", () => { layOut(); change(); });
