@@ -92,7 +92,9 @@ def site(
     found["encoder.safetensors"] = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
     found["tables.json"] = _json(tables(encoder.tokenizer))
     found["worker.js"] = b"\n".join(_source(name) for name in SOURCES)
-    found["config.json"] = _json(config(pipe, model, precision, {name: len(found[name]) for name in READ if name in found}))
+    found["config.json"] = _json(
+        config(pipe, model, precision, {name: len(found[name]) for name in READ if name in found})
+    )
     page = resources("coalescer_fast") / "serving" / "page"
     found |= {name: (page / name).read_bytes() for name in PAGE} | {"drawer.js": _source("drawer.js")}
     if single_file:
@@ -101,9 +103,7 @@ def site(
     return found
 
 
-def graphs(
-    pipe: CoalescerPipeline, model: str, precision: str, stage: Callable[[str], object]
-) -> dict[str, bytes]:
+def graphs(pipe: CoalescerPipeline, model: str, precision: str, stage: Callable[[str], object]) -> dict[str, bytes]:
     """Export the UNet and the decoder, with weights in float16."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,12 @@ def graphs(
             path = Path(folder) / kind
             path.mkdir()
             written = export_onnx(
-                pipe, kind, path, model=model, batch=(1, 2, MAX_BATCH), stage=lambda text, kind=kind: stage(f"{kind}: {text}")
+                pipe,
+                kind,
+                path,
+                model=model,
+                batch=(1, 2, MAX_BATCH),
+                stage=lambda text, kind=kind: stage(f"{kind}: {text}"),
             )
             if precision == "int8":
                 written = _quantized(pipe, written, path.with_name(f"{kind}-int8"), stage)
@@ -122,7 +127,9 @@ def graphs(
 def _quantized(pipe: CoalescerPipeline, source: Artefact, folder: Path, stage: Callable[[str], object]) -> Artefact:
     folder.mkdir()
     # whether int8 is faster on this machine says nothing about a browser
-    return quantize_artefact(pipe, source, folder, force=True, stage=lambda text: stage(f"{source.manifest.kind}, int8: {text}"))
+    return quantize_artefact(
+        pipe, source, folder, force=True, stage=lambda text: stage(f"{source.manifest.kind}, int8: {text}")
+    )
 
 
 def halved(graph: Any) -> Any:
@@ -158,7 +165,8 @@ def config(pipe: CoalescerPipeline, model: str, precision: str, sizes: Mapping[s
             "modes": scheduler.modes,
             **{name: scheduler.config[name] for name in ("eps", "guidance_scale", "guided_steps", "grading")},
         },
-        "model": {name: encoder[name] for name in ("dim", "match_dim", "lexicon_size")} | {"styles": list(encoder.styles)},
+        "model": {name: encoder[name] for name in ("dim", "match_dim", "lexicon_size")}
+        | {"styles": list(encoder.styles)},
         "receipt": {
             "model": model,
             "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},

@@ -109,7 +109,12 @@ class Page:
     def press(self, key: str, code: int, modifiers: int = 0) -> None:
         """Press and release a key."""
         text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
-        common = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        common = {
+            "key": key,
+            "code": "Space" if key == " " else key,
+            "windowsVirtualKeyCode": code,
+            "modifiers": modifiers,
+        }
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 

@@ -195,6 +195,7 @@ async function start() {
   $("prompt").addEventListener("input", change);
   $("seed").addEventListener("input", change);
   $("save").addEventListener("click", () => save().catch(complain));
+  $("prompt").select(); // so that typing replaces the example
   try {
     info = await drawer.open((text, fraction) => {
       $("loading-text").textContent = text;

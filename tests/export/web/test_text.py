@@ -122,7 +122,9 @@ def test_everything_of_a_description_is_that_of_python(page, load, encoder, whic
         expected = encoder.match(text)
         assert (one["match"] is None) == (expected is None), ascii(text)
         if expected is not None:
-            assert (one["match"]["name"], one["match"]["description"]) == (expected.name, expected.description), ascii(text)
+            assert (one["match"]["name"], one["match"]["description"]) == (expected.name, expected.description), ascii(
+                text
+            )
             assert one["match"]["similarity"] == pytest.approx(expected.similarity, abs=1e-6)
         assert one["grade"] == pytest.approx(grading.of_words(encoder, [text])[0], abs=1e-6), ascii(text)
         assert one["vector"] == pytest.approx(encoder([text])[0].tolist(), abs=2e-6), ascii(text)
@@ -135,7 +137,9 @@ def test_every_character_is_read_as_in_python(page, load, encoder, which):
     codes = CODES if which == "all" else [c for c in CODES if unicodedata.category(chr(c)) not in ("Lo", "Cn", "Co")]
     texts = [" ".join(f"a{chr(c)}b {chr(c)}" for c in codes[i : i + 64]) for i in range(0, len(codes), 64)]
     load(encoder, texts=texts)
-    found = page.evaluate("texts.map((text) => [encoder.tokenIds(text), [...encoder.words(text)], encoder.plain(text)])")
+    found = page.evaluate(
+        "texts.map((text) => [encoder.tokenIds(text), [...encoder.words(text)], encoder.plain(text)])"
+    )
     for i, (ids, words, said) in enumerate(found):
         where = f"U+{codes[64 * i]:04X} and the 63 after it"
         assert ids == encoder.token_ids(texts[i]), where
