@@ -21,7 +21,7 @@ def pack(content: bytes, planes: bool = False) -> tuple[str, int]:
     """
     packed = gzip.compress(content[0::2] + content[1::2] if planes else content, 9, mtime=0)
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-    bits = np.pad(bits, (0, -len(bits) % 13)).reshape(-1, 13)
-    values = bits.astype(np.uint16) @ (1 << np.arange(13, dtype=np.uint16))
+    groups = np.pad(bits, (0, -len(bits) % 13)).reshape(-1, 13)
+    values = groups.astype(np.uint16) @ (1 << np.arange(13, dtype=np.uint16))
     digits = np.stack([values % len(ALPHABET), values // len(ALPHABET)], 1).ravel()
     return np.frombuffer(ALPHABET.encode(), np.uint8)[digits].tobytes().decode(), len(packed)

@@ -6,6 +6,8 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,12 @@ from onnx import helper, numpy_helper
 from safetensors.torch import save
 
 from coalescer_fast import __version__
+from coalescer_fast.runtime.engines import onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.hashes import network_sha256
 from coalescer_fast.runtime.engines.manifest import Schedule
 
+from ..measure import accuracy
 from ..onnx.exporter import export_onnx
 from ..quantize.quantizer import quantize_artefact
 from . import packing, runtime
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from coalescer_fast.pipeline import CoalescerPipeline
 
 PRECISIONS = ("half", "int8")
+BUDGETS = {"half": "fp16", "int8": "int8"}  # the precision whose budget in `accuracy.BUDGETS` holds
 STEPS = 2
 SMALLEST = 64  # numbers of a weight that is stored in float16
 MAX_BATCH = 16  # of the graphs; the page evaluates a description and the empty one at a time
@@ -104,32 +109,42 @@ def site(
 
 
 def graphs(pipe: CoalescerPipeline, model: str, precision: str, stage: Callable[[str], object]) -> dict[str, bytes]:
-    """Export the UNet and the decoder, with weights in float16."""
+    """Export the UNet and the decoder, with weights in float16, and compare them with the float32 reference."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("unet", "decoder"):
+            step = partial(_stage, stage, f"{kind} in {precision}")
             path = Path(folder) / kind
             path.mkdir()
-            written = export_onnx(
-                pipe,
-                kind,
-                path,
-                model=model,
-                batch=(1, 2, MAX_BATCH),
-                stage=lambda text, kind=kind: stage(f"{kind}: {text}"),
-            )
+            written = export_onnx(pipe, kind, path, model=model, batch=(1, 2, MAX_BATCH), stage=step)
             if precision == "int8":
-                written = _quantized(pipe, written, path.with_name(f"{kind}-int8"), stage)
-            found[f"{kind}.onnx"] = halved(onnx.load(str(written.graph))).SerializeToString()
+                path = path.with_name(f"{kind}-int8")
+                path.mkdir()
+                # by force: whether int8 is faster on this machine says nothing about a browser
+                written = quantize_artefact(pipe, written, path, force=True, stage=step)
+            content = halved(onnx.load(str(written.graph))).SerializeToString()
+            written.graph.write_bytes(content)
+            step("compare")
+            _check(pipe, written, precision)
+            found[f"{kind}.onnx"] = content
     return found
 
 
-def _quantized(pipe: CoalescerPipeline, source: Artefact, folder: Path, stage: Callable[[str], object]) -> Artefact:
-    folder.mkdir()
-    # whether int8 is faster on this machine says nothing about a browser
-    return quantize_artefact(
-        pipe, source, folder, force=True, stage=lambda text: stage(f"{source.manifest.kind}, int8: {text}")
-    )
+def _stage(stage: Callable[[str], object], what: str, text: str) -> None:
+    stage(f"{what}: {text}")
+
+
+def _check(pipe: CoalescerPipeline, written: Artefact, precision: str) -> None:
+    """Raise ValueError if a graph is beyond the budget of its precision."""
+    manifest = replace(written.manifest, precision=BUDGETS[precision], files={})
+    graph = Artefact(written.folder, manifest)
+    try:
+        accuracy.require(accuracy.compare(graph, onnxruntime.open_artefact(graph), pipe), f"the {manifest.kind}")
+    except ValueError as error:
+        other = PRECISIONS[precision == "half"]
+        raise ValueError(
+            f"{error}: the page would draw other pictures in {precision}; try --precision {other}"
+        ) from error
 
 
 def halved(graph: Any) -> Any:

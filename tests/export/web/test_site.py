@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.server
 import io
 import json
@@ -312,7 +311,11 @@ def test_the_embedded_model_from_disk(page, tmp_path, precision):
     settled(page)
     one, last = page.evaluate(
         """(async () => {
-          const time = async (work) => { const from = performance.now(); await work(); return performance.now() - from; };
+          const time = async (work) => {
+            const from = performance.now();
+            await work();
+            return performance.now() - from;
+          };
           const drawn = () => drawer.draw({prompt: 'cat', seed: '1', first: 0, n: 1, steps: false}, () => 0);
           const times = [];
           for (let i = 0; i < 10; i++) times.push(await time(drawn));

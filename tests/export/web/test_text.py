@@ -109,9 +109,12 @@ def test_everything_of_a_description_is_that_of_python(page, load, encoder, whic
     texts = TEXTS + jumbled(encoder, 500)
     load(encoder, texts=texts)
     found = page.evaluate(
-        "texts.map((text) => ({ids: encoder.tokenIds(text), words: [...encoder.words(text)], match: encoder.match(text),"
-        " style: [0, 0.3, 0.99].map((u) => encoder.withStyle(text, u)), plain: encoder.plain(text), spelled: encoder.spell(text),"
-        " grade: encoder.ofWords(text), vector: [...encoder.vector(text)], warnings: encoder.warnings(text).length}))"
+        """texts.map((text) => ({
+          ids: encoder.tokenIds(text), words: [...encoder.words(text)], match: encoder.match(text),
+          style: [0, 0.3, 0.99].map((u) => encoder.withStyle(text, u)), plain: encoder.plain(text),
+          spelled: encoder.spell(text), grade: encoder.ofWords(text), vector: [...encoder.vector(text)],
+          warnings: encoder.warnings(text).length,
+        }))"""
     )
     for text, one in zip(texts, found, strict=True):
         assert one["ids"] == encoder.token_ids(text), ascii(text)
