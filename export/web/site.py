@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import distribution
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,13 +52,11 @@ READ = (
     *MODEL,
     "encoder.safetensors",
 )
-NAMES = (*PAGE, "drawer.js", *READ)
+NOTICE = "NOTICE.txt"  # of the package: what the model is derived from
+NAMES = (*PAGE, "drawer.js", NOTICE, *READ)
 # ONNX Runtime's level: for halves "basic" starts in half the time and is as fast; int8 needs all
 OPTIMIZATION = {"half": "basic", "int8": "all"}
-ORIGIN = (
-    "This page holds onnxruntime-web (Copyright Microsoft Corporation, MIT license) and a model of coalescer_fast "
-    "(Apache-2.0), whose NOTICE names the works that it is derived from."
-)
+RUNTIME_NOTICE = "onnxruntime-web: Copyright (c) Microsoft Corporation, MIT license. The model:\n\n"
 
 
 def site(
@@ -102,6 +101,7 @@ def site(
     )
     page = resources("coalescer_fast") / "serving" / "page"
     found |= {name: (page / name).read_bytes() for name in PAGE} | {"drawer.js": _source("drawer.js")}
+    found[NOTICE] = (RUNTIME_NOTICE + (distribution("coalescer_fast").read_text("licenses/NOTICE") or "")).encode()
     if single_file:
         stage("pack")
         return {"index.html": one_file(found)}
@@ -201,6 +201,8 @@ def one_file(found: Mapping[str, bytes]) -> bytes:
         text, length = packing.pack(found[name], planes)
         marks = f' data-length="{length}"' + (" data-planes" if planes else "")
         parts.append(f'<script type="text/plain" id="file:{name}"{marks}>{text}</script>')
+    notice = found[NOTICE].decode().replace("</", "< /")
+    parts.append(f'<script type="text/plain" id="notice">\n{notice}</script>')
     for name in ("drawer.js", "page.js"):
         parts.append(f"<script>\n{_inlined(found[name].decode())}</script>")
     page = found["index.html"].decode()
@@ -208,8 +210,7 @@ def one_file(found: Mapping[str, bytes]) -> bytes:
         page = _replaced(page, f'<script src="{name}" defer></script>\n', "")
     style = f"<style>\n{found['page.css'].decode()}</style>"
     page = _replaced(page, '<link rel="stylesheet" href="page.css">', style)
-    page = _replaced(page, "</body>", "\n".join(parts) + "\n</body>")
-    return _replaced(page, "<html", f"<!-- {ORIGIN} -->\n<html").encode()
+    return _replaced(page, "</body>", "\n".join(parts) + "\n</body>").encode()
 
 
 def _inlined(script: str) -> str:

@@ -270,7 +270,8 @@ def test_a_folder_on_a_server_asks_for_its_own_files_alone(page, small, small_si
     assert difference(type_prompt(page, "top hat", 1), expected(pipe, "top hat", 1)[0]) <= 1
     asked = {url for url in page.requests if not url.startswith(("blob:", "data:"))}
     assert {path.name for path in small_site.iterdir()} == set(site.NAMES)
-    assert asked == {server} | {server + name for name in site.NAMES if name != "index.html"}
+    assert "Twemoji" in (small_site / site.NOTICE).read_text("utf-8")
+    assert asked == {server} | {server + name for name in site.NAMES if name not in ("index.html", site.NOTICE)}
     assert not page.problems
 
 
