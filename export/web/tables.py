@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import BertWordPieceTokenizer
@@ -34,21 +34,22 @@ def tables(tokenizer: BertWordPieceTokenizer) -> dict[str, Any]:
     became = dict(zip(characters, _normalized(tokenizer, characters)))
     ideographs = {c for c, text in became.items() if text == f" {c} "}
     removed = {c for c, text in became.items() if not text}
-    outputs = sorted(set("".join(became.values())))
+    produced = set("".join(became.values()))
+    outputs = list(filter(produced.__contains__, characters))
     blank, punctuation = _split(tokenizer, outputs)
     symbols = (c for c in characters if unicodedata.category(c) == "So" and ord(c) not in emoji._REGIONAL)
     names = {c: unicodedata.name(c).lower() for c in symbols if unicodedata.name(c, "")}
     return {
         "sets": {
-            "space": _set(characters, str.isspace),
-            "alphanumeric": _set(characters, str.isalnum),
-            "decimal": _set(characters, str.isdecimal),
-            "symbol": _set(characters, lambda c: unicodedata.category(c).startswith("S")),
-            "modifier": _set(characters, lambda c: ord(c) in emoji._MODIFIERS),
-            "removed": _set(characters, removed.__contains__),
-            "ideograph": _set(characters, ideographs.__contains__),
-            "blank": _set(characters, blank.__contains__),
-            "punctuation": _set(characters, punctuation.__contains__),
+            "space": _set(filter(str.isspace, characters)),
+            "alphanumeric": _set(filter(str.isalnum, characters)),
+            "decimal": _set(filter(str.isdecimal, characters)),
+            "symbol": _set(c for c in characters if unicodedata.category(c).startswith("S")),
+            "modifier": _set(map(chr, sorted(emoji._MODIFIERS))),
+            "removed": _set(sorted(removed)),
+            "ideograph": _set(sorted(ideographs)),
+            "blank": _set(sorted(blank)),
+            "punctuation": _set(sorted(punctuation)),
         },
         "lower": {c: c.lower() for c in characters if c.lower() != c},
         "emoji": {**names, **emoji.names()},
@@ -80,10 +81,10 @@ def _split(tokenizer: BertWordPieceTokenizer, characters: list[str]) -> tuple[se
     return blank, {c for k, c in enumerate(characters) if 3 * k + 1 in alone and c not in blank}
 
 
-def _set(characters: Iterable[str], belongs: Callable[[str], bool]) -> str:
-    """The characters that belong to a set, as ranges of a character class."""
+def _set(characters: Iterable[str]) -> str:
+    """Rising characters as ranges of a character class."""
     ranges: list[list[int]] = []
-    for code in (ord(c) for c in characters if belongs(c)):
+    for code in map(ord, characters):
         if ranges and ranges[-1][1] == code - 1:
             ranges[-1][1] = code
         else:

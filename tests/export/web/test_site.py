@@ -251,6 +251,7 @@ def test_nothing_is_wider_than_the_window(opened, width):
     type_prompt(page, "x" * 300)
     page.evaluate("document.querySelector('input[value=styles]').click()")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.querySelector('input[value=seeds]').click()")
 
 
 @pytest.fixture(scope="module")

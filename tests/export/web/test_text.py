@@ -106,7 +106,7 @@ def jumbled(encoder, count: int) -> list[str]:
 @pytest.mark.parametrize("which", ["embedded", "tiny"])
 def test_everything_of_a_description_is_that_of_python(page, load, encoder, which):
     encoder = encoder if which == "embedded" else tiny_pipeline().description_encoder
-    texts = TEXTS + jumbled(encoder, 500)
+    texts = TEXTS + jumbled(encoder, 200)
     load(encoder, texts=texts)
     found = page.evaluate(
         """texts.map((text) => ({
