@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from coalescer_fast import __version__
 from coalescer_fast.console import Parser, add_common_options, execute
 
-from .commands import engine, inspect, onnx, quantize, verify
+from .commands import engine, inspect, onnx, quantize, verify, web
 
-COMMANDS = (onnx, quantize, engine, verify, inspect)
+COMMANDS = (onnx, quantize, engine, verify, inspect, web)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
