@@ -196,9 +196,7 @@ def _before(folder: Path) -> Run | None:
         return None
     found = settings.read(folder)
     if found is None:
-        raise ValueError(
-            f"{folder} holds shards and no {settings.RUN_FILE}, which says how they were made: name another"
-        )
+        raise ValueError(f"{folder} holds shards without the {settings.RUN_FILE} of a run: name another folder")
     return found
 
 

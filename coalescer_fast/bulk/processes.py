@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
@@ -121,10 +122,15 @@ def _count(died: Counter[int], worker: _Worker) -> None:
         )
 
 
+def context() -> BaseContext:
+    """What processes are started by: new interpreters, for a fork of one that has threads may hang."""
+    return multiprocessing.get_context("spawn")
+
+
 def _start(job: Job) -> tuple[Connection, BaseProcess]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, job), name="coalescer-fast generate", daemon=True)
+    ours, theirs = multiprocessing.Pipe()
+    # context() has types for each method of starting a process, and Process for none
+    process: BaseProcess = context().Process(target=_work, args=(theirs, job), daemon=True)  # type: ignore[attr-defined]
     with _interrupts_ignored():
         process.start()
     theirs.close()
