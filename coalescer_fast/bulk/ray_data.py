@@ -71,6 +71,7 @@ def run(
         ValueError: for an address where there is no cluster, and what has failed in an actor.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own warnings, on stderr
     import ray
     import ray.data
 
@@ -123,6 +124,7 @@ def _connect(job: Job, workers: int | None, address: str) -> None:
     here: dict[str, Any] = {"address": address}
     if address == LOCAL:
         here |= {"include_dashboard": False, "num_cpus": None if workers is None else workers * job.threads}
+        here["_node_ip_address"] = "127.0.0.1"  # also where this machine's name leads to an address that it has not
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
