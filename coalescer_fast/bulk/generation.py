@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..schema import conform
 from . import processes, prompt_file, settings, shards
 from .job import Drawn, Event, Job, Ready
 from .prompt_file import Prompt, PromptFile
-from .settings import Facts, Model, Run, Settings
+from .settings import Count, Facts, Model, Run, Settings
 
 LOCK = ".lock"
 MISSING = "the package {} is missing: run pip install 'coalescer_fast[{}]'"
@@ -86,6 +87,8 @@ def generate(
     _require("pyarrow", "bulk")
     if ray is not None:
         _require("ray", "ray")
+    for name, number in (("workers", workers), ("threads", threads), ("batch_size", batch_size)):
+        conform(number, Count | None if name == "workers" else Count, name)
     started = time.perf_counter()
     wanted = wanted or Settings()
     source = prompt_file.read(prompts, wanted.prompt_column, wanted.id_column, wanted.pictures)

@@ -17,35 +17,32 @@ if TYPE_CHECKING:
     from .drawing import Drawer
 
 LOCAL = "local"
+ATTEMPTS = 5  # of a shard; a worker is replaced as often as it dies
 
 
 class ShardMaker:
-    """What an actor runs: rows of (shard, prompts) to rows of what was made, or of an error.
+    """What an actor runs: rows of pickled tasks to rows of pickled results, what was made or an error's sentence.
 
-    Args:
-        job: what it needs to know.
-        facts: of the run; an actor whose own differ makes nothing.
+    The job comes with each task, not with the actor: Ray warns that it cannot restart one without its arguments.
     """
 
-    def __init__(self, job: Job, facts: Facts):
-        self.job, self.facts = job, facts
+    def __init__(self) -> None:
         self.drawer: Drawer | None = None  # loaded by the first shard, whose errors are told
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        tasks = zip(batch["shard"], batch["rows"])
-        return {"made": [pickle.dumps(self._make(int(shard), pickle.loads(rows))) for shard, rows in tasks]}
+        return {"made": [pickle.dumps(self._make(*pickle.loads(task))) for task in batch["task"]]}
 
-    def _make(self, shard: int, rows: list[Prompt]) -> Made | str:
-        """What was made, or what has failed, in one sentence: Ray would repeat an exception, with its traceback."""
+    def _make(self, job: Job, facts: Facts, shard: int, rows: list[Prompt]) -> Made | str:
+        """What was made, or what has failed: Ray would repeat an exception with its traceback."""
         from .drawing import Drawer
 
         try:
-            self.drawer = self.drawer or Drawer(self.job)
+            self.drawer = self.drawer or Drawer(job)
             for name, value in self.drawer.facts.items():
-                if self.facts.get(name) != value:
+                if facts.get(name) != value:
                     raise ValueError(
-                        f"a worker has {name} {value} and the run {self.facts.get(name)}: let all machines of the "
-                        "cluster have the same, or choose a backend and a dtype that they all have"
+                        f"a worker has {name} {value} and the run {facts.get(name)}: let all machines of the cluster "
+                        "have the same, or choose a backend and a dtype that they all have"
                     )
             return self.drawer.make(shard, rows)
         except Exception as error:
@@ -71,7 +68,6 @@ def run(
         ValueError: for an address where there is no cluster, and what has failed in an actor.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own warnings, on stderr
     import ray
     import ray.data
 
@@ -84,14 +80,14 @@ def run(
         if not tasks:
             return
         most = max(int(ray.cluster_resources().get("CPU", 1)) // job.threads, 1)
-        items = [{"shard": shard, "rows": pickle.dumps(rows(shard))} for shard in tasks]
+        items = [{"task": pickle.dumps((job, facts, shard, rows(shard)))} for shard in tasks]
         made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardMaker,
-            fn_constructor_args=(job, facts),
             batch_size=1,
             batch_format="numpy",
             num_cpus=job.threads,
             compute=ray.data.ActorPoolStrategy(size=min(workers or most, len(tasks))),
+            max_task_retries=ATTEMPTS - 1,
         )
         for row in made.iter_rows():
             event = pickle.loads(row["made"])

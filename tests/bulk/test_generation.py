@@ -289,6 +289,14 @@ def test_settings_that_are_none(change, said):
         Settings(**change)
 
 
+@pytest.mark.parametrize("name", ["workers", "threads", "batch_size"])
+def test_counts_that_are_none(source, tmp_path, name):
+    for count in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"{name} is {count}"):
+            generate(source, tmp_path / "out", SETTINGS, **{name: count})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_worker_that_dies_is_replaced(source, made, tmp_path, monkeypatch):
     """It is killed when half of a shard is drawn, three times."""
     heard, original = [], processes.run
