@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -13,13 +14,14 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from coalescer_fast import PhiloxGenerator, cli
 from coalescer_fast.bulk import Model, Settings, check, generate, processes, settings, shards
-from coalescer_fast.bulk.job import Drawn, Ready
+from coalescer_fast.bulk.job import Drawn, Job, Ready
 from coalescer_fast.bulk.prompt_file import noise_number
 from coalescer_fast.console import open_pipeline
 from tests.helpers.processes import context, workers
@@ -418,3 +420,14 @@ def test_datasets_reads_it(made, tmp_path):
     found = datasets.load_dataset("parquet", data_files=tables, split="train", cache_dir=str(tmp_path / "b"))
     assert found["prompt"] == PROMPTS
     assert all(0 <= quality <= 1 for quality in found["quality"])
+
+
+def test_an_actor_whose_machine_differs_makes_nothing(monkeypatch, tmp_path):
+    from coalescer_fast.bulk import drawing
+    from coalescer_fast.bulk.ray_data import ShardMaker
+
+    monkeypatch.setattr(drawing, "Drawer", lambda job: SimpleNamespace(facts={"instruction set": "avx2"}, make=None))
+    job = Job(tmp_path, SETTINGS, Model(), 1, 1)
+    [answer] = ShardMaker()({"task": [pickle.dumps((job, {"instruction set": "avx512"}, 0, []))]})["made"]
+    assert re.match("a worker has instruction set avx2 and the run avx512: let ", pickle.loads(answer))
+    assert not list(tmp_path.iterdir())
