@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,27 +98,33 @@ def generate(
     with _locked(folder):
         shards.sweep(folder)
         before = _before(folder)
+        if before is not None:  # what the model says is compared when it is loaded
+            settings.check_same(folder, before, settings.run_of(source, wanted, before.facts))
         count = _shard_count(source, wanted)
-        # those of other settings are not looked at: that they are others is said when a worker knows all of them
         missing = [shard for shard in range(count) if not shards.is_there(folder, shard)]
         report = Report(count, len(source) * wanted.kept)
         graded, quality = 0, 0.0
-        with _bar(source, wanted, missing, progress) as bar:
-            for event in _events(job, missing, source, workers, ray):
-                if isinstance(event, Ready):
-                    now = settings.run_of(source, wanted, event.facts)
-                    if before is None:
-                        settings.write(folder, before := now)
-                    settings.check_same(folder, before, now)
-                    if not report.made:
-                        bar.unpause()  # the rate is that of drawing
-                elif isinstance(event, Drawn):
-                    bar.update(event.pictures)
-                else:
-                    report.made += 1
-                    report.drawn += event.pictures
-                    graded, quality = graded + event.graded, quality + event.quality
-        shards.sweep(folder)
+        try:
+            with (
+                _bar(source, wanted, missing, progress) as bar,
+                closing(_events(job, missing, source, workers, ray)) as events,
+            ):
+                for event in events:
+                    if isinstance(event, Ready):
+                        now = settings.run_of(source, wanted, event.facts)
+                        if before is None:
+                            settings.write(folder, before := now)
+                        settings.check_same(folder, before, now)
+                        if not report.made:
+                            bar.unpause()  # the rate is that of drawing
+                    elif isinstance(event, Drawn):
+                        bar.update(event.pictures)
+                    else:
+                        report.made += 1
+                        report.drawn += event.pictures
+                        graded, quality = graded + event.graded, quality + event.quality
+        finally:
+            shards.sweep(folder)
     report.seconds = time.perf_counter() - started
     report.quality = quality / graded if graded else None
     return report
@@ -167,7 +173,9 @@ def check(prompts: str | Path, folder: str | Path, wanted: Settings | None = Non
     return report
 
 
-def _events(job: Job, missing: list[int], source: PromptFile, workers: int | None, ray: str | None) -> Iterator[Event]:
+def _events(
+    job: Job, missing: list[int], source: PromptFile, workers: int | None, ray: str | None
+) -> Generator[Event, None, None]:
     def rows(shard: int) -> list[Prompt]:
         return _rows(source, job.settings, shard)
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -48,7 +48,7 @@ class _Worker:
 
 def run(
     job: Job, tasks: Sequence[int], rows: Callable[[int], list[Prompt]], workers: Callable[[Facts | None], int]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Make shards in processes.
 
     Args:

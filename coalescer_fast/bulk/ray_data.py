@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..console import unforeseen
@@ -51,7 +51,7 @@ class ShardMaker:
 
 def run(
     job: Job, tasks: Sequence[int], rows: Callable[[int], list[Prompt]], workers: int | None, address: str
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Make shards on a Ray cluster.
 
     Args:
