@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .drawing import Drawer
 
 LOCAL = "local"
-ATTEMPTS = 5  # of a shard; a worker is replaced as often as it dies
 
 
 class ShardMaker:
@@ -87,7 +86,6 @@ def run(
             batch_format="numpy",
             num_cpus=job.threads,
             compute=ray.data.ActorPoolStrategy(size=min(workers or most, len(tasks))),
-            ray_remote_args_fn=_bounded,
         )
         for row in made.iter_rows():
             event = pickle.loads(row["made"])
@@ -100,11 +98,6 @@ def run(
         raise ValueError(f"Ray has given up ({said[-1]:.200}): look at its machines, and run it again") from error
     finally:
         ray.shutdown()
-
-
-def _bounded() -> dict[str, Any]:
-    """Options of an actor: a shard that takes so many with it ends the run."""
-    return {"max_task_retries": ATTEMPTS - 1}
 
 
 def _facts(job: Job) -> Facts | str:
