@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, files
 from .bench import command as bench
+from .bulk.command import SUMMARY as GENERATE
+from .bulk.command import add_arguments as add_generate
+from .bulk.command import run as generate
 from .collect_env import cpu_name
 from .console import (
     MAX_IMAGES,
@@ -116,6 +119,8 @@ def parser() -> Parser:
     )
     text = "also write hashes of weights, noise and pictures, by which two machines can tell whether they drew the same"
     sub.add_argument("--receipt", type=Path, metavar="FILE.json", help=text)
+
+    add_generate(command("generate", generate, GENERATE), model)
 
     sub = command("info", info, "say what is installed, on what machine")
     sub.add_argument("--json", action="store_true", help="as JSON")

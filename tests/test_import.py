@@ -53,6 +53,8 @@ RULES = {
     "runtime/native/record.py": "ops runtime.native",
     "runtime/**/*.py": "!training export",
     "training/**/*.py": "!export",
+    "bulk/**/*.py": "!training export",
+    "bulk/[!d]*.py": "files schema console bulk",  # all but drawing.py: a run itself needs no torch
 }
 
 

@@ -20,9 +20,9 @@ from unittest.mock import patch
 
 import torch
 
+from coalescer_fast.bench import timing
 from coalescer_fast.ops import native_library
 
-from ..harness import timing
 from ..harness.arguments import Parser, add_timing_options, command, listed
 from ..harness.results import Row, append, open_csv
 from ..harness.tables import Table

@@ -16,6 +16,7 @@ SCRIPTS = {
     "accelerate_diffusers": ([], []),
     "accelerate_pipeline": ([], []),
     "batch": ([], []),
+    "bulk": (["pyarrow"], ["pictures/00001.parquet"]),
     "custom_runtime": ([], []),
     "diffusers_pipeline": (["transformers"], ["cat.png"]),
     "draw": ([], [f"draw-{i}.png" for i in range(4)]),

@@ -59,3 +59,12 @@ def python(code: str, folder: Path) -> str:
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that multiprocessing has spawned from a process, on Linux."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:  # one that has ended
+        return []

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.harness import results, timing
+from benchmarks.harness import results
 from benchmarks.kernels import compilers, products
+from coalescer_fast.bench import timing
 from coalescer_fast.ops import native_library
 from coalescer_fast.runtime.native.module import no_programs
 

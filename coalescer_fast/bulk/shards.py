@@ -1,0 +1,188 @@
+"""Shards: a tar in the layout of webdataset, and a Parquet file beside it, which says that the tar is whole.
+
+The tar is written first. The Parquet file holds its size and its SHA-256, so where there is one, there was the whole
+tar. Both have the same bytes whenever and wherever they are written: no times, no owners, one order.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from .. import files
+from .prompt_file import Prompt, noise_number
+from .settings import RUN_FILE, Settings
+
+SEAL = b"coalescer_fast"  # the key, in the Parquet file's metadata, of the tar's size and hash
+NAME = re.compile(r"\d{5,}\.(tar|parquet)")
+PARTIAL = re.compile(rf"\.({NAME.pattern}|{re.escape(RUN_FILE)})\.\d+\.[0-9a-f]+\.partial")  # see files.writing
+COLUMNS = {
+    "key": "string",
+    "id": "string",
+    "prompt": "string",
+    "picture": "int32",
+    "seed": "uint64",
+    "noise": "uint64",
+    "drawn": "string",
+    "matched": "string",
+    "similarity": "float64",
+    "quality": "float64",
+    "width": "int32",
+    "height": "int32",
+    "sha256": "string",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with what is known of it.
+
+    Attributes:
+        record: a value for each of `COLUMNS`.
+        png: the file.
+    """
+
+    record: dict[str, Any]
+    png: bytes
+
+
+def name(shard: int) -> str:
+    """The name of a shard's files, without their endings."""
+    return f"{shard:05d}"
+
+
+def key(row: int, picture: int, settings: Settings) -> str:
+    """The key of a sample: the name of its members in the tar, without their endings."""
+    several = f"_{picture:0{len(str(settings.pictures - 1))}d}" if settings.pictures > 1 else ""
+    return f"{row:09d}{several}"
+
+
+def write(folder: Path, shard: int, samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Write a shard's files, first the tar. Returns the records. Raises OSError, see `files.writing`."""
+    records = []
+    with files.writing(folder / f"{name(shard)}.tar") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for ending, content in _members(sample):
+                    member = tarfile.TarInfo(f"{sample.record['key']}.{ending}")  # of time 0 and owner 0
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                records.append(sample.record)
+        size = file.tell()
+        file.seek(0)
+        digest = files.sha256(file)
+    files.write_bytes(folder / f"{name(shard)}.parquet", _parquet(records, size, digest))
+    return records
+
+
+def _members(sample: Sample) -> list[tuple[str, bytes]]:
+    text = json.dumps(sample.record, ensure_ascii=False)
+    return [("png", sample.png), ("txt", sample.record["prompt"].encode()), ("json", text.encode())]
+
+
+def _parquet(records: list[dict[str, Any]], size: int, digest: str) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [(column, getattr(pa, kind)()) for column, kind in COLUMNS.items()]
+    seal = {SEAL: json.dumps({"tar_bytes": size, "tar_sha256": digest}).encode()}
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records, pa.schema(fields, seal)), content, compression="zstd")
+    return content.getvalue()
+
+
+def is_there(folder: Path, shard: int) -> bool:
+    """Whether a shard's two files are there and fit each other by their sizes; what they hold is not read."""
+    try:
+        return (folder / f"{name(shard)}.tar").stat().st_size == _seal(folder, shard)["tar_bytes"]
+    except (OSError, ValueError):
+        return False
+
+
+def damage(folder: Path, shard: int, prompts: list[Prompt], settings: Settings) -> str:
+    """What is wrong with a shard, every byte of which is read; "" if nothing is.
+
+    The tar has the hash that the Parquet file says, and the Parquet file is what is written for the records in the tar.
+    The records are those of the prompts, and their pictures have the hashes that they say.
+    """
+    path = folder / f"{name(shard)}.tar"
+    try:
+        seal = _seal(folder, shard)
+        with path.open("rb") as file:
+            if files.sha256(file) != seal["tar_sha256"]:
+                return f"{path.name} is not the file that was written"
+            file.seek(0)
+            records = _records(file)
+        if _parquet(records, seal["tar_bytes"], seal["tar_sha256"]) != path.with_suffix(".parquet").read_bytes():
+            return f"{name(shard)}.parquet is not the file that was written"
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+        return f"{name(shard)} cannot be read ({' '.join(str(error).split()):.100})"
+    wanted = {(each.id, each.text): each for each in prompts}
+    for record in records:
+        prompt = wanted.get((record["id"], record["prompt"]))
+        if (
+            prompt is None
+            or record["key"] != key(prompt.row, record["picture"], settings)
+            or record["noise"] != noise_number(prompt.number, record["picture"])
+        ):
+            return f"{name(shard)} holds a picture of another prompt"
+    if len(records) != len(prompts) * settings.kept:
+        return f"{name(shard)} holds {len(records)} pictures, not {len(prompts) * settings.kept}"
+    return ""
+
+
+def _records(file: IO[bytes]) -> list[dict[str, Any]]:
+    """The records in a tar. Raises ValueError for a picture that is not the one of its record."""
+    found = []
+    hashes = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is None:
+                raise ValueError(f"{member.name} is no file")
+            sample, _, ending = member.name.partition(".")
+            if ending == "png":
+                hashes[sample] = files.sha256(content)
+            elif ending == "json":
+                found.append(json.load(content))
+    for record in found:
+        if hashes.get(record["key"]) != record["sha256"]:
+            raise ValueError(f"{record['key']}.png is not the picture of its record")
+    return found
+
+
+def _seal(folder: Path, shard: int) -> dict[str, Any]:
+    """Size and hash of a shard's tar, from its Parquet file. Raises OSError or ValueError where it has none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        seal = json.loads((pq.read_schema(folder / f"{name(shard)}.parquet").metadata or {})[SEAL])
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(seal, dict) or set(seal) != {"tar_bytes", "tar_sha256"}:
+        raise ValueError("it does not say what its tar holds")
+    return seal
+
+
+def withdraw(folder: Path, shard: int) -> None:
+    """Remove the Parquet file of a shard, so that the next run makes the shard again."""
+    (folder / f"{name(shard)}.parquet").unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written. Nobody else may be writing."""
+    for path in folder.iterdir():
+        if PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def any_there(folder: Path) -> bool:
+    """Whether there is a file of a shard."""
+    return any(NAME.fullmatch(path.name) for path in folder.iterdir())
