@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__, prompts
@@ -73,7 +74,10 @@ class Service:
 
     async def generate(self, request: Request) -> dict[str, Any] | None:
         """Answer a request for pictures; None if the client has gone. Raises Refused for what gets none."""
-        asked = parse(await read_body(request))
+        try:
+            asked = parse(await read_body(request))
+        except ClientDisconnect:
+            return self._abandon()
         asked.check(self.model, self.side, self.settings)
         self.check_open()
         pictures = asked.pictures()
@@ -89,8 +93,7 @@ class Service:
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
-                self.metrics.abandoned.inc()
-                return None
+                return self._abandon()
             drawn = await drawing
         except (TypeError, ValueError) as error:  # of these arguments, found while drawing
             raise Refused(400, str(error)) from error
@@ -100,6 +103,9 @@ class Service:
                 future.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
         return await asyncio.to_thread(self._answer, asked, pictures, drawn)
+
+    def _abandon(self) -> None:
+        self.metrics.abandoned.inc()
 
     def check_open(self) -> None:
         """Raise Refused if no more requests are taken."""
@@ -158,7 +164,14 @@ def create_app(
         yield
         await asyncio.to_thread(service.batcher.close)
 
-    app = FastAPI(title="coalescer_fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="coalescer_fast",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # pages that load scripts of other hosts
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.service = service
     app.add_exception_handler(Refused, refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, no_route)  # type: ignore[arg-type]

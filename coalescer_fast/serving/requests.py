@@ -141,8 +141,8 @@ def parse(body: bytes) -> ImageRequest:
     values = {}
     for name, value in given.items():
         if name not in ARGUMENTS:
-            known = ", ".join(ARGUMENTS)
-            raise Refused(400, f"{shown(name)} is no argument; known are {known}", name[:80] * name.isprintable())
+            param = name[:80] if name.isprintable() else None
+            raise Refused(400, f"{shown(name)} is no argument; known are {', '.join(ARGUMENTS)}", param)
         try:
             values[name] = conform(value, ARGUMENTS[name], name)
         except ValueError as error:

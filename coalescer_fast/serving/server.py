@@ -79,6 +79,9 @@ class Protocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:  # the application has nobody to answer
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
 
