@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import signal
 import socket
 import threading
@@ -151,7 +153,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        known = isinstance(error, OSError) and error.errno in errno.errorcode  # not that of a name that is unknown
+        reason = (os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)).lower()
         raise OSError(f"cannot listen at {host}, port {port} ({reason}): give another --host or --port") from error
 
 

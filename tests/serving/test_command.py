@@ -110,14 +110,14 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(tmp_path, direct):
                     assert ask("GET", "/healthz")[0] in (200, 503)
                 except ConnectionError:
                     break
-                assert time.monotonic() - started < 2
+                assert time.monotonic() - started < 20
             assert process.poll() is None, "it has ended before its requests"
             for status, _, answer in (future.result() for future in answers):
                 assert status == 200
                 assert len(answer["data"]) == 16
         expected = drawn(direct, "octopus", 1, 15, num_inference_steps=8)
         assert (pixels(answer["data"][15]["b64_json"]) == expected).all()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert process.communicate() == ("", "")
     finally:
         process.kill()
