@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import results
-from benchmarks.harness.arguments import Parser, command, positive
+from benchmarks.harness.arguments import Parser, command, listed, positive
 from benchmarks.harness.environment import environment, timestamp
 from coalescer_fast.console import table
 
@@ -42,7 +42,10 @@ PROMPTS = (
     "海",
     "🎉",
 )
-OPTIONS: tuple[dict[str, Any], ...] = ({}, {}, {}, {}, {}, {}, {"guidance_scale": 1.0}, {"negative_prompt": "red"})
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {  # what cannot be mixed is drawn by calls of its own
+    "alike": ({},),
+    "mixed": ({}, {}, {}, {}, {}, {}, {"guidance_scale": 1.0}, {"negative_prompt": "red"}),
+}
 SETTLED = 0.2  # of a run: memory is compared from then on
 
 
@@ -78,12 +81,11 @@ class Load:
         return (settled[-1] - settled[0]) / 1e6
 
 
-def requests(count: int) -> list[dict[str, Any]]:
-    """So many different requests, of one picture each."""
-    return [
-        {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, **OPTIONS[i // len(PROMPTS) % len(OPTIONS)]}
-        for i in range(count)
-    ]
+def requests(count: int, options: str) -> list[dict[str, Any]]:
+    """So many different requests, of one picture each, with options of this kind."""
+    given = OPTIONS[options]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    return [{"prompt": prompt, "seed": i, **given[i % len(given)]} for i, prompt in enumerate(prompts)]
 
 
 def expected(asked: Sequence[dict[str, Any]]) -> list[bytes]:
@@ -174,51 +176,52 @@ def run(port: int, clients: int, seconds: float, asked: Sequence[dict[str, Any]]
 
 
 def rows(args: argparse.Namespace) -> list[results.Row]:
-    """Measure: for each delay one client, many, and one again, so that a change of the machine's load is seen."""
-    asked = requests(args.requests)
-    right = expected(asked)
+    """Measure: for each kind and delay one client, many, and one again, so that a change of the machine is seen."""
     found: list[results.Row] = []
     common: results.Row = {**environment(), "timestamp": timestamp()}
-    for delay in args.delays:
-        with server("--batch-delay", str(delay)) as port:
-            for clients, seconds in ((1, args.seconds / 4), (args.clients, args.seconds), (1, args.seconds / 4)):
-                before = os.getloadavg()[0]
-                load = run(port, clients, seconds, asked, right)
-                times = sorted(load.seconds) or [0.0]
-                found.append(
-                    {
-                        "clients": clients,
-                        "batch_delay_ms": delay,
-                        "seconds": load.took,
-                        "pictures": len(load.seconds),
-                        "pictures_per_s": load.rate,
-                        "ms_50": 1e3 * statistics.median(times),
-                        "ms_95": 1e3 * times[int(0.95 * (len(times) - 1))],
-                        "answered_429": load.statuses[429],
-                        "other_errors": len(load.errors)
-                        + sum(load.statuses.values())
-                        - load.statuses[200]
-                        - load.statuses[429],
-                        "wrong_pictures": load.wrong,
-                        "memory_mb": load.memory[-1] / 1e6,
-                        "memory_growth_mb": load.growth,
-                        "load_before": before,
-                        **common,
-                    }
-                )
+    for options in args.options:
+        asked = requests(args.requests, options)
+        right = expected(asked)
+        for delay in args.delays:
+            with server("--batch-delay", str(delay)) as port:
+                run(port, args.clients, args.seconds / 10, asked, right)
+                for clients, seconds in ((1, args.seconds / 4), (args.clients, args.seconds), (1, args.seconds / 4)):
+                    before = os.getloadavg()[0]
+                    load = run(port, clients, seconds, asked, right)
+                    kind: results.Row = {"requests": options, "batch_delay_ms": delay, "clients": clients}
+                    found.append({**kind, **measured(load), "load_before": before, **common})
     return found
+
+
+def measured(load: Load) -> results.Row:
+    """A run in numbers."""
+    times = sorted(load.seconds) or [0.0]
+    answered = {200, 429}
+    others = sum(count for status, count in load.statuses.items() if status not in answered)
+    return {
+        "seconds": load.took,
+        "pictures": len(load.seconds),
+        "pictures_per_s": load.rate,
+        "ms_50": 1e3 * statistics.median(times),
+        "ms_95": 1e3 * times[int(0.95 * (len(times) - 1))],
+        "answered_429": load.statuses[429],
+        "other_errors": len(load.errors) + others,
+        "wrong_pictures": load.wrong,
+        "memory_mb": load.memory[-1] / 1e6,
+        "memory_growth_mb": load.growth,
+    }
 
 
 def summary(found: Sequence[results.Row]) -> str:
     """The rows as a table, and how much many clients gain over one."""
-    names = list(found[0])[:12]
-    lines = [names, *([results.text(row)[name] for name in names] for row in found)]
-    said = [table([[str(cell) for cell in line] for line in lines], "<>")]
-    for delay in dict.fromkeys(row["batch_delay_ms"] for row in found):
-        rates = [float(row["pictures_per_s"]) for row in found if row["batch_delay_ms"] == delay]
-        said.append(
-            f"batch delay {delay} ms: {2 * rates[1] / (rates[0] + rates[2]):.2f} times the pictures of one client"
-        )
+    names = list(found[0])[:14]
+    lines = [names, *([str(results.text(row)[name]) for name in names] for row in found)]
+    said = [table(lines, "<>")]
+    for one, many, again in zip(found[::3], found[1::3], found[2::3]):
+        alone = (float(one["pictures_per_s"]) + float(again["pictures_per_s"])) / 2
+        gain = float(many["pictures_per_s"]) / alone if alone else 0.0
+        which = f"{many['requests']}, batch delay {many['batch_delay_ms']} ms"
+        said.append(f"{which}: {gain:.2f} times the pictures of one client")
     return "\n".join(said)
 
 
@@ -231,6 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="benchmarks.serving", description="coalescer-fast serve under load.")
     parser.add_argument("--clients", type=positive, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of a run (default: %(default)g)")
+    parser.add_argument(
+        "--options",
+        type=listed(*OPTIONS),
+        default=["alike"],
+        metavar="alike,mixed",
+        help="of the requests (default: alike)",
+    )
     parser.add_argument("--delays", type=float, nargs="+", default=[5.0], metavar="MS", help="default: 5")
     text = "different requests, whose pictures are drawn directly first (default: %(default)s)"
     parser.add_argument("--requests", type=positive, default=240, metavar="N", help=text)

@@ -19,6 +19,7 @@ SCRIPTS = {
     "draw": ([], [f"draw-{i}.png" for i in range(4)]),
     "export_onnx": (["onnx", "onnxscript", "onnxruntime"], ["exported.png"]),
     "own_module": ([], []),
+    "serving": (["fastapi", "uvicorn", "prometheus_client"], ["served.png"]),
     "train_squares": (["accelerate", "scipy"], []),
     "verify_and_receipt": ([], ["receipt.json"]),
 }

@@ -14,7 +14,7 @@ from benchmarks.serving import benchmark  # noqa: E402
 
 def test_a_short_run(tmp_path, capsys):
     path = tmp_path / "serving.csv"
-    words = ["--clients", "16", "--seconds", "3", "--requests", "40", "--csv", str(path)]
+    words = ["--clients", "16", "--seconds", "3", "--requests", "40", "--options", "mixed", "--csv", str(path)]
     assert benchmark.main(words) == 0
     one, many, again = results.read(path)
     assert [row["clients"] for row in (one, many, again)] == ["1", "16", "1"]
