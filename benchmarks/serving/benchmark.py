@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.harness import results
 from benchmarks.harness.arguments import Parser, command, listed, positive
 from benchmarks.harness.environment import environment, timestamp
-from coalescer_fast.console import table
+from coalescer_fast.console import open_pipeline, table
 
 PROMPTS = (
     "octopus",
@@ -92,13 +92,14 @@ def expected(asked: Sequence[dict[str, Any]]) -> list[bytes]:
     """The pixels that direct calls draw, one request after the other."""
     import coalescer_fast as cf
 
-    pipe = cf.CoalescerPipeline.from_pretrained("emoji-64")
+    pipe = open_pipeline("emoji-64")
     pipe.set_progress_bar_config(disable=True)
     cf.accelerate(pipe)
     found = []
     for request in asked:
         given = {name: value for name, value in request.items() if name != "seed"}
-        found.append(pipe(**given, generator=cf.PhiloxGenerator(request["seed"])).images[0].tobytes())
+        output: Any = pipe(**given, generator=cf.PhiloxGenerator(request["seed"]))
+        found.append(output.images[0].tobytes())
     return found
 
 

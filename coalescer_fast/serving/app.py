@@ -66,6 +66,15 @@ class Service:
         )
         self.metrics = Metrics(sizes, lambda: self.batcher.waiting)
 
+    def open(self) -> None:
+        """Start the batcher, and have it prepare all sizes of batches. Raises what drawing raises."""
+        if self.batcher.alive:
+            return
+        self.batcher.start()
+        for size in self.batcher.sizes:
+            for future in self.batcher.submit([Picture("octopus", 0, i, Options()) for i in range(size)]):
+                future.result()
+
     def _draw(self, pictures: list[Picture]) -> list[Drawn]:
         drawn = draw(self.pipe, pictures)
         self.metrics.batch.observe(len(pictures))
@@ -77,7 +86,8 @@ class Service:
         try:
             asked = parse(await read_body(request))
         except ClientDisconnect:
-            return self._abandon()
+            self.metrics.abandoned.inc()
+            return None
         asked.check(self.model, self.side, self.settings)
         self.check_open()
         pictures = asked.pictures()
@@ -93,7 +103,8 @@ class Service:
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
-                return self._abandon()
+                self.metrics.abandoned.inc()
+                return None
             drawn = await drawing
         except (TypeError, ValueError) as error:  # of these arguments, found while drawing
             raise Refused(400, str(error)) from error
@@ -103,9 +114,6 @@ class Service:
                 future.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
         return await asyncio.to_thread(self._answer, asked, pictures, drawn)
-
-    def _abandon(self) -> None:
-        self.metrics.abandoned.inc()
 
     def check_open(self) -> None:
         """Raise Refused if no more requests are taken."""
@@ -134,8 +142,10 @@ class Service:
         return {"created": int(time.time()), "data": data, "warnings": warnings, "model": self.model}
 
     def models(self) -> list[dict[str, Any]]:
-        """The models in OpenAI's shape."""
-        return [{"id": self.model, "object": "model", "created": self.created, "owned_by": "coalescer_fast"}]
+        """The models in OpenAI's shape, with what the page needs to know: the side of a picture, and the art styles."""
+        styles = list(self.pipe.description_encoder.config.styles)
+        said = {"id": self.model, "object": "model", "created": self.created, "owned_by": "coalescer_fast"}
+        return [{**said, "size": self.side, "styles": styles}]
 
 
 def create_app(
@@ -156,11 +166,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # In the batcher's thread, for torch keeps its number of threads by thread. Every size is prepared now.
-        service.batcher.start()
-        for size in service.batcher.sizes:
-            pictures = [Picture("octopus", 0, i, Options()) for i in range(size)]
-            await asyncio.gather(*map(asyncio.wrap_future, service.batcher.submit(pictures)))
+        await asyncio.to_thread(service.open)
         yield
         await asyncio.to_thread(service.batcher.close)
 

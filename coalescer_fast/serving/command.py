@@ -69,7 +69,9 @@ def serve(args: argparse.Namespace, load: Callable[[argparse.Namespace], Coalesc
     def ready() -> None:
         print(f"{model} at {address} ({pipe.runtime.name}, {pipe.runtime.precision})", flush=True)
 
-    Server(create_app(pipe, model, settings), [listening], args.access_log, ready).run()
+    app = create_app(pipe, model, settings)
+    app.state.service.open()  # what cannot be drawn is said in one sentence
+    Server(app, [listening], args.access_log, ready).run()
 
 
 def token(args: argparse.Namespace) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from .settings import GRACE_SECONDS, KEEP_ALIVE_SECONDS, READ_SECONDS, Refused
+from .settings import GRACE_SECONDS, KEEP_ALIVE_SECONDS, LINGER_SECONDS, READ_SECONDS, Refused
 
 
 class Protocol(H11Protocol):
@@ -29,13 +28,18 @@ class Protocol(H11Protocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:  # nobody reads it
+            return
         super().data_received(data)
+        if self._refused:
+            return
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._wait()
         else:
@@ -84,7 +88,12 @@ class Protocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:  # the application has nobody to answer
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.transport.close()
+        self._refused = True
+        self._arrived()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # The rest is read for a moment: a connection that is closed before that is reset, and the answer lost.
+        self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 class Server(uvicorn.Server):
@@ -152,9 +161,9 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        known = isinstance(error, OSError) and error.errno in errno.errorcode  # not that of a name that is unknown
-        reason = (os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)).lower()
+    except OSError as error:
+        of_host = isinstance(error, socket.gaierror)
+        reason = str(error.strerror if of_host else os.strerror(error.errno or 0)).lower()
         raise OSError(f"cannot listen at {host}, port {port} ({reason}): give another --host or --port") from error
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 MAX_BODY = 65_536  # bytes of a request
 MAX_STEPS = 16  # of a picture; the model is made for 2
 READ_SECONDS = 10.0  # in which a request has to arrive
+LINGER_SECONDS = 1.0  # in which a client can read why its connection is being closed
 KEEP_ALIVE_SECONDS = 15  # of a connection without a request; longer than common clients keep theirs
 GRACE_SECONDS = 60  # after SIGTERM, for what runs
 

@@ -101,8 +101,10 @@ def test_steps_are_decoded(running, direct):
 
 def test_openai_client_lists_models(running):
     models = client(running).models
-    assert [model.id for model in models.list()] == ["emoji-64"]
-    assert models.retrieve("emoji-64").owned_by == "coalescer_fast"
+    [model] = models.list()
+    assert (model.id, model.owned_by, model.size) == ("emoji-64", "coalescer_fast", 64)
+    assert "noto" in model.styles
+    assert models.retrieve("emoji-64") == model
     with pytest.raises(openai.NotFoundError, match=r"no model 'gpt'; this server has 'emoji-64'"):
         models.retrieve("gpt")
 

@@ -186,7 +186,7 @@ def test_malformed_requests(running, monkeypatch, caplog):
     assert not running.server.server_state.connections
     assert not running.server.server_state.tasks
     assert running.service.batcher.waiting == 0
-    assert running.service.metrics.in_progress._value.get() == 0
+    assert running.service.metrics.registry.get_sample_value("coalescer_fast_requests_in_progress") == 0
     faults = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert not faults, faults[0]
     assert running.ask(body={"prompt": "cat"})[0] == 200
