@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {  # what cannot be mixed is dr
     "mixed": ({}, {}, {}, {}, {}, {}, {"guidance_scale": 1.0}, {"negative_prompt": "red"}),
 }
 SETTLED = 0.2  # of a run: memory is compared from then on
+CPU, MEMORY = "process_cpu_seconds_total", "process_resident_memory_bytes"
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Load:
         errors: what failed otherwise.
         wrong: pictures that differ from those of direct calls.
         took: seconds of the run.
-        memory: of the server, in bytes, from time to time.
+        counted: the server's metrics, from time to time.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -67,18 +68,16 @@ class Load:
     errors: list[str] = field(default_factory=list)
     wrong: int = 0
     took: float = 0.0
-    memory: list[int] = field(default_factory=list)
+    counted: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
         """Pictures a second."""
         return len(self.seconds) / self.took
 
-    @property
-    def growth(self) -> float:
-        """Memory at the end beyond that of a settled server, in MB."""
-        settled = self.memory[int(SETTLED * len(self.memory)) :]
-        return (settled[-1] - settled[0]) / 1e6
+    def grown(self, name: str, since: float = 0.0) -> float:
+        """How much a metric has grown, since this part of the run."""
+        return self.counted[-1][name] - self.counted[int(since * len(self.counted))][name]
 
 
 def requests(count: int, options: str) -> list[dict[str, Any]]:
@@ -161,8 +160,7 @@ def run(port: int, clients: int, seconds: float, asked: Sequence[dict[str, Any]]
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while time.perf_counter() < end:
             text = call(connection, "GET", "/metrics")[1].decode()
-            found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-            load.memory.append(int(float(found[1])) if found else 0)
+            load.counted.append({name: float(n) for name, n in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)})
             time.sleep(seconds / 30)
 
     jobs: list[tuple[Callable[..., None], tuple[int, ...]]] = [(client, (i,)) for i in range(clients)]
@@ -208,14 +206,16 @@ def measured(load: Load) -> results.Row:
         "answered_429": load.statuses[429],
         "other_errors": len(load.errors) + others,
         "wrong_pictures": load.wrong,
-        "memory_mb": load.memory[-1] / 1e6,
-        "memory_growth_mb": load.growth,
+        "batch": load.grown("coalescer_fast_pictures_total") / (load.grown("coalescer_fast_batch_pictures_count") or 1),
+        "server_cpu_ms": 1e3 * load.grown(CPU) / (load.grown("coalescer_fast_pictures_total") or 1),
+        "memory_mb": load.counted[-1][MEMORY] / 1e6,
+        "memory_growth_mb": load.grown(MEMORY, SETTLED) / 1e6,
     }
 
 
 def summary(found: Sequence[results.Row]) -> str:
     """The rows as a table, and how much many clients gain over one."""
-    names = list(found[0])[:14]
+    names = list(found[0])[:16]
     lines = [names, *([str(results.text(row)[name]) for name in names] for row in found)]
     said = [table(lines, "<>")]
     for one, many, again in zip(found[::3], found[1::3], found[2::3]):

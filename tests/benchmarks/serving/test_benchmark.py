@@ -11,6 +11,9 @@ if os.name != "posix":
 from benchmarks.harness import results  # noqa: E402
 from benchmarks.serving import benchmark  # noqa: E402
 
+from ...helpers.pipelines import tiny_pipeline  # noqa: E402
+from ...helpers.serving import serving  # noqa: E402
+
 
 def test_a_short_run(tmp_path, capsys):
     path = tmp_path / "serving.csv"
@@ -25,10 +28,12 @@ def test_a_short_run(tmp_path, capsys):
     assert "times the pictures of one client" in capsys.readouterr().out
 
 
-def test_wrong_pictures_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "expected", lambda asked: [b""] * len(asked))
-    assert benchmark.main(["--clients", "2", "--seconds", "0.5", "--csv", str(tmp_path / "f.csv")]) == 1
-    assert int(results.read(tmp_path / "f.csv")[1]["wrong_pictures"]) > 0
+def test_wrong_pictures_are_found():
+    with serving(tiny_pipeline(), max_batch=2) as running:
+        load = benchmark.run(running.port, 2, 0.5, benchmark.requests(4, "alike"), [b""] * 4)
+    row = benchmark.measured(load)
+    assert row["wrong_pictures"] == row["pictures"] > 0
+    assert benchmark.failures([row]) == row["pictures"]
 
 
 @pytest.mark.slow
