@@ -53,6 +53,7 @@ RULES = {
     "runtime/native/record.py": "ops runtime.native",
     "runtime/**/*.py": "!training export",
     "training/**/*.py": "!export",
+    "serving/**/*.py": "!training export",
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import coalescer_fast as cf
 from coalescer_fast.serving import server as server_module
-from coalescer_fast.serving.app import FILES
+from coalescer_fast.serving.app import FILES, PAGE
 
 from ..helpers.pipelines import tiny_pipeline
 from ..helpers.serving import DRAW, drawn, pixels, serving
@@ -272,6 +272,11 @@ def test_files_of_the_page_and_no_others(tmp_path):
             status, _, answer = running.ask("GET", path)
             assert status == 404, path
             assert "is not served" in answer["error"]["message"]
+
+
+@pytest.mark.skipif(not PAGE.is_dir(), reason="the page is not in this checkout")
+def test_the_page_is_these_files():
+    assert sorted(path.name for path in PAGE.iterdir()) == sorted(FILES.values())
 
 
 def test_methods_are_named(running):
