@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import h11
@@ -60,12 +60,8 @@ class Protocol(H11Protocol):
 
     def _give_up(self) -> None:
         self._deadline = None
-        if self.transport.is_closing():
-            return
-        if self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE:
+        if not self.transport.is_closing():
             self._refuse(Refused(408, f"no request has arrived within {READ_SECONDS:g} s: send it at once"))
-        else:
-            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Refused(400, "this is not a request of HTTP/1.1: send a valid one of at most 64 kB of headers"))
@@ -90,7 +86,7 @@ class Protocol(H11Protocol):
             self.cycle.message_event.set()
         self._refused = True
         self._arrived()
-        if self.transport.can_write_eof():
+        with suppress(OSError):  # the client has gone
             self.transport.write_eof()
         # The rest is read for a moment: a connection that is closed before that is reset, and the answer lost.
         self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.close)
