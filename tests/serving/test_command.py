@@ -17,6 +17,7 @@ import pytest
 
 from coalescer_fast.cli import main
 from coalescer_fast.serving.command import TOKEN, is_loopback
+from coalescer_fast.serving.server import listen
 
 from ..helpers.processes import python
 from ..helpers.serving import DRAW, drawn, pixels, read
@@ -122,3 +123,9 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(tmp_path, direct):
     finally:
         process.kill()
         process.wait()
+
+
+def test_answers_are_sent_at_once():
+    """asyncio switches Nagle's algorithm off where the listening socket names its protocol."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
