@@ -42,6 +42,7 @@ from .console import (
     up_to,
 )
 from .files import check_writable
+from .serving import command as serving
 
 if TYPE_CHECKING:
     from .pipeline import CoalescerPipeline
@@ -140,6 +141,9 @@ def parser() -> Parser:
 
     sub = command("bench", bench.run, "measure what this machine gains over plain PyTorch and other engines")
     bench.add_arguments(sub)
+    sub = command("serve", serve, "answer requests for pictures by HTTP, as OpenAI's images API, and a page")
+    model(sub, "auto")
+    serving.add_options(sub)
 
     sub = command("train", train, "train a model on pictures with descriptions")
     sub.add_argument("kind", choices=["autoencoder", "coalescer"])
@@ -352,6 +356,10 @@ def warmup(args: argparse.Namespace) -> None:
         rows.append({**row, "call, s": statistics.median(seconds(call, n) for _ in range(5))})
     print(f"{pipe.runtime.name}, {pipe.runtime.precision}, {torch.get_num_threads()} threads")
     print(transposed_table(rows))
+
+
+def serve(args: argparse.Namespace) -> None:
+    serving.serve(args, load)
 
 
 def train(args: argparse.Namespace) -> None:

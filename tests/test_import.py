@@ -55,6 +55,7 @@ RULES = {
     "training/**/*.py": "!export",
     "bulk/**/*.py": "!training export",
     "bulk/[!d]*.py": "files schema console bulk",  # all but drawing.py: a run itself needs no torch
+    "serving/**/*.py": "!training export",
 }
 
 

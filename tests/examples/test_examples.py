@@ -23,6 +23,7 @@ SCRIPTS = {
     "export_onnx": (["onnx", "onnxscript", "onnxruntime"], ["exported.png"]),
     "own_module": ([], []),
     "train_folder": (["accelerate", "scipy", "mlxtend"], ["digits.png"]),
+    "serving": (["fastapi", "uvicorn", "prometheus_client"], ["served.png"]),
     "verify_and_receipt": ([], ["receipt.json"]),
 }
 ELSEWHERE = ("without_torch",)  # test_without_torch.py
