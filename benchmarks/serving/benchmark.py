@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.harness import results
 from benchmarks.harness.arguments import Parser, command, listed, positive
-from benchmarks.harness.environment import environment, timestamp
+from coalescer_fast.bench.environment import environment, timestamp
 from coalescer_fast.console import open_pipeline, table
 
 PROMPTS = (

@@ -70,7 +70,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler_peers, "load", load)
         patch.setattr(timing, "ROUNDS", (2, 3))
-        patch.setattr(sampler, "REST", 0)
+        patch.setattr(timing, "REST", 0)
         yield
 
 
