@@ -83,6 +83,8 @@ class CoalescerPipelineOutput(BaseOutput):
             and where an exported generator runs the whole call.
         num_evaluations: for each picture, evaluations of the network, those of guidance and of the pictures that
             ``best_of`` dropped included; None where the runtime does not say.
+        descriptions: for each picture, what was drawn: what its prompt was taken as, with an art style. None for
+            ``prompt_embeds``.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -91,6 +93,7 @@ class CoalescerPipelineOutput(BaseOutput):
     matched: list[Match | None] | None = None
     quality: list[float] | None = None
     num_evaluations: list[int] | None = None
+    descriptions: list[str] | None = None
 
 
 class CoalescerPipeline(DiffusionPipeline):
@@ -409,11 +412,13 @@ class CoalescerPipeline(DiffusionPipeline):
                 images = runtime.generate(scheduler, sample, conditioning, empty, scale, whole, watch, call)
             check(images)
         grades = self._grades(call, prompts.repeat(wanted, each))
+        texts = None if isinstance(described, Embeds) else described
         if best_of > 1:
             # nothing says which where a callback has ended the call before its first step
             signal = grading.among_seeds(call.heads) or [0.0] * len(sample)
             best = [max(range(i, i + best_of), key=signal.__getitem__) for i in range(0, len(sample), best_of)]
             images, grades = images[best], [grades[i] for i in best if grades]
+            texts = texts and [texts[i] for i in best]
             if decodes:
                 with span("decode"):
                     images = nan_where_not_finite(runtime.decode(images), images)
@@ -431,7 +436,7 @@ class CoalescerPipeline(DiffusionPipeline):
             ]
         evaluations = _evaluations(call, len(sample), best_of)
         trace_given = trace if return_trace else None
-        return CoalescerPipelineOutput(images, trace_given, warnings, matched, quality, evaluations)
+        return CoalescerPipelineOutput(images, trace_given, warnings, matched, quality, evaluations, texts)
 
     def _match(self, descriptions: Descriptions) -> list[Match | None] | None:
         """What each description is taken as; None for embeddings and where the encoder was not trained for it."""

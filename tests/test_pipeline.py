@@ -1136,6 +1136,19 @@ def test_a_best_of_that_is_no_count(graded, best_of):
         graded("octopus", best_of=best_of)
 
 
+@pytest.mark.parametrize("best_of", [1, 3])
+def test_descriptions_are_what_was_drawn(graded, best_of):
+    asked = {"latents": noise(4 * best_of), "best_of": best_of, "output_type": "latent"}
+    out = graded(["octopus", "cat, 3d style"], 2, **asked)
+    assert [text.partition(",")[0] for text in out.descriptions] == ["octopus", "octopus", "cat", "cat"]
+    assert all(graded.description_encoder.names_style(text) for text in out.descriptions)
+    if best_of == 1:
+        again = graded(out.descriptions, latents=asked["latents"], output_type="latent")
+        torch.testing.assert_close(again.images, out.images)
+    embeds = graded.encode_prompt("octopus", do_classifier_free_guidance=False)[0]
+    assert graded(prompt_embeds=embeds).descriptions is None
+
+
 @pytest.mark.parametrize("steps", [1, "auto"])
 def test_best_of_by_the_evaluations_that_all_have_had(graded, steps):
     best = graded("octopus", 1, steps, latents=noise(8), best_of=8, output_type="latent").images

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import __version__, prompts
+from .. import __version__
 from ..acceleration import accelerate
 from ..console import open_pipeline
 from ..noise import PhiloxGenerator
@@ -130,18 +130,15 @@ class Drawer:
         settings, pipe = self.job.settings, self.pipe
         numbers = [noise_number(row.number, picture) for row, picture in batch]
         generators: Any = [PhiloxGenerator(settings.seed, picture=number) for number in numbers]
-        noise = pipe.initial_noise(len(batch), generators)
         texts = [row.text for row, _ in batch]
         out: Any = pipe(
             texts,
-            latents=noise,
+            generator=generators,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             negative_prompt=settings.negative_prompt,
             prompt_matching=settings.prompt_matching,
         )
-        descriptions: Any = prompts.as_matched(texts, out.matched)
-        said = pipe.with_styles(descriptions, noise)
         for i, (row, picture) in enumerate(batch):
             match = None if out.matched is None else out.matched[i]
             yield (
@@ -152,7 +149,7 @@ class Drawer:
                     "picture": picture,
                     "seed": settings.seed,
                     "noise": numbers[i],
-                    "drawn": said[i],
+                    "drawn": out.descriptions[i],
                     "matched": None if match is None else match.name,
                     "similarity": None if match is None else match.similarity,
                     "quality": None if out.quality is None else out.quality[i],

@@ -82,22 +82,20 @@ def draw(pipe: CoalescerPipeline, pictures: Sequence[Picture]) -> list[Drawn]:
     options = pictures[0].options
     prompts = [picture.prompt for picture in pictures]
     generators: list[Generator] = [PhiloxGenerator(each.seed, each.index) for each in pictures]
-    noise = pipe.initial_noise(len(pictures), generators)
     output: Any = pipe(
         prompts,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
-        latents=noise,
+        generator=generators,
         negative_prompt=options.negative_prompt,
         prompt_matching=options.prompt_matching,
         return_trace=options.steps,
     )
-    descriptions = (pipe.as_drawn if options.prompt_matching else pipe.with_styles)(prompts, noise)
     before = [decoded(pipe, step.sample) for step in output.trace or []]
     return [
         Drawn(
             image=output.images[i],
-            description=descriptions[i],
+            description=output.descriptions[i],
             quality=None if output.quality is None else output.quality[i],
             match=None if output.matched is None else output.matched[i],
             steps=(*(images[i] for images in before), output.images[i]) if options.steps else (),
