@@ -62,7 +62,7 @@ class CpuTimer:
     def __init__(self, synchronize: Callable[[], None] = lambda: None):
         self.synchronize = synchronize
         self.cache_bytes = last_level_cache()
-        self.evictor = torch.empty(0)
+        self.evictor = torch.empty(0, dtype=torch.float32)
 
     def measure(self, function: Function, calls: int, fill: bool = False) -> Measurement:
         """The time of a call, from so many in a row; with ``fill``, one more before the clock starts."""
@@ -88,7 +88,7 @@ class CpuTimer:
 
     def cold(self, function: Function) -> Sample:
         if not self.evictor.numel():
-            self.evictor = torch.ones(2 * self.cache_bytes // 4 + 2**20)
+            self.evictor = torch.ones(2 * self.cache_bytes // 4 + 2**20, dtype=torch.float32)
 
         def sample() -> Measurement:
             self.evictor.sum()  # reads only: dirty lines would be written back during the function's time
@@ -108,7 +108,7 @@ class CudaTimer:
 
     def __init__(self) -> None:
         self.cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.evictor = torch.empty(0)
+        self.evictor = torch.empty(0, dtype=torch.float32)
         self.stream = torch.cuda.Stream()
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -147,7 +147,7 @@ class CudaTimer:
 
     def cold(self, function: Function) -> Sample:
         if not self.evictor.numel():
-            self.evictor = torch.ones(EVICTIONS * self.cache_bytes // 4, device="cuda")
+            self.evictor = torch.ones(EVICTIONS * self.cache_bytes // 4, dtype=torch.float32, device="cuda")
         graph = self.capture(function, 1)
         graph.replay()  # the first replay uploads the graph to the device
         # reads only: dirty lines would be written back during the function's time

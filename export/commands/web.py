@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     check_free(args.out, args.force)  # again, for this took a while
     with files.writing_folder(args.out) as folder:
         for name, content in found.items():
-            (folder / name).write_bytes(content)
+            files.write_bytes(folder / name, content)
     print(args.out / "index.html")
     return 0
 

@@ -5,11 +5,13 @@ A generator's artefact has them beside its graph; `examples/without_torch.py` re
 
 from __future__ import annotations
 
+import io
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
+from coalescer_fast import files as disk
 from coalescer_fast import models
 from coalescer_fast.models import DescriptionEncoder
 
@@ -31,5 +33,6 @@ def write_tables(encoder: DescriptionEncoder, folder: Path) -> None:
         "emoji": files(models).joinpath("emoji.tsv").read_text("utf-8").rstrip("\n"),
     }
     tables |= {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-    with (folder / FILE).open("wb") as file:
-        np.savez(file, **tables)
+    file = io.BytesIO()
+    np.savez(file, **tables)
+    disk.write_bytes(folder / FILE, file.getvalue())

@@ -18,7 +18,7 @@ import onnx
 from onnx import helper, numpy_helper
 from safetensors.torch import save
 
-from coalescer_fast import __version__
+from coalescer_fast import __version__, files
 from coalescer_fast.runtime.engines import onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.hashes import network_sha256
@@ -123,7 +123,7 @@ def graphs(pipe: CoalescerPipeline, model: str, precision: str, stage: Callable[
                 # by force: whether int8 is faster on this machine says nothing about a browser
                 written = quantize_artefact(pipe, written, path, force=True, stage=step)
             content = halved(onnx.load(str(written.graph))).SerializeToString()
-            written.graph.write_bytes(content)
+            files.write_bytes(written.graph, content)
             step("compare")
             _check(pipe, written, precision)
             found[f"{kind}.onnx"] = content

@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
+        os.chdir(here)  # so that it is the package that is installed
         write_prompts(here / "prompts.txt", args.prompts)
         line = [sys.executable, "-m", "coalescer_fast", "generate", str(here / "prompts.txt"), "--quiet"]
         line += ["--per-shard", str(args.per_shard), "--seed", "5"]

@@ -334,9 +334,12 @@ def _die(connection, job):
 
 
 def command(*arguments: str | Path, **options) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     line = [sys.executable, "-m", "coalescer_fast", "generate", *map(str, arguments)]
-    return subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    # at the root, so that it is the package that is installed
+    return subprocess.Popen(
+        line, cwd=os.sep, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
 
 
 @pytest.mark.slow

@@ -315,7 +315,7 @@ def test_command_line_arguments_reach_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "coalescer_fast.training.coalescer.train_coalescer", lambda config, data, out, **rest: found.append(config)
     )
-    monkeypatch.setattr(training_config, "load", lambda path: squares())
+    monkeypatch.setattr(training_config, "load", lambda path, size: squares())
     training_config.run("coalescer", tmp_path / "c.toml", "digits", tmp_path, init="here", teacher="there")
     assert (found[0].init, found[0].overrides, found[0].teacher.pipeline, found[0].teacher.steps) == (
         "here",
