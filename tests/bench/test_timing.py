@@ -112,14 +112,14 @@ def gpu(monkeypatch) -> FakeGpu:
     fake = FakeGpu()
     for name, value in fake.modules().items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "ones", lambda n, device: Evictor(fake, n, device))
+    monkeypatch.setattr(torch, "ones", lambda n, dtype, device: Evictor(fake, n, dtype, device))
     return fake
 
 
 class Evictor:
-    def __init__(self, gpu, n, device):
+    def __init__(self, gpu, n, dtype, device):
         assert n * 4 >= 2 * 1000
-        assert device == "cuda"
+        assert (dtype, device) == (torch.float32, "cuda")
         self.sum = partial(gpu.run, "evict", gpu.READ)
         self.numel = lambda: n
 
