@@ -34,6 +34,8 @@ def test_the_notebook_is_small_and_has_its_outputs():
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     assert [picture.shape for picture in pictures(cells)] == [(64, 384, 3), (64, 192, 3), (64, 192, 3), (64, 128, 3)]
     assert not [cell for cell in cells if cell["cell_type"] == "code" and not cell["outputs"]][1:]  # but for the first
+    # warnings of the machine that it ran on, with its paths
+    assert not [output for cell in cells for output in cell.get("outputs", ()) if output.get("name") == "stderr"]
 
 
 def test_the_notebook_runs_and_draws_what_it_shows(tmp_path):

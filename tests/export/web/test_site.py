@@ -311,7 +311,7 @@ def test_the_embedded_model_from_disk(page, tmp_path, precision):
     # a key that comes in the middle of a picture waits for at most one more
     page.evaluate("document.querySelector('input[value=one]').click()")
     settled(page)
-    one, last = page.evaluate(
+    one, last, alone = page.evaluate(
         """(async () => {
           const time = async (work) => {
             const from = performance.now();
@@ -326,12 +326,16 @@ def test_the_embedded_model_from_disk(page, tmp_path, precision):
             change();
             await new Promise((resume) => setTimeout(resume, 30));
           }
-          const last = await time(async () => {
-            document.getElementById('prompt').value = 'horse';
+          const typed = async (text) => {
+            document.getElementById('prompt').value = text;
             change();
-            while (main.prompt !== 'horse') await new Promise((resume) => setTimeout(resume, 1));
-          });
-          return [times.sort((a, b) => a - b)[5], last];
+            while (main.prompt !== text) await new Promise((resume) => setTimeout(resume, 1));
+          };
+          const last = await time(() => typed('horse'));
+          const alone = [];
+          for (const text of ['owl', 'pizza', 'robot', 'moon', 'ghost']) alone.push(await time(() => typed(text)));
+          return [times.sort((a, b) => a - b)[5], last, Math.min(...alone)];
         })()"""
     )
     assert last <= 3 * one, (one, last)
+    assert alone <= 150, alone  # ms; the best of five, for other programs may use the machine
