@@ -1,1 +1,1 @@
-"""Exported graphs: int8 beside the float32 that it was made of."""
+"""coalescer-fast serve under load."""
