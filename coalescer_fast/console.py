@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 1024  # pictures of one prompt in a call; the prompts of a call together may have four times as many
 MAX_STEPS = 1000
+# extras of the package, and what they bring
+EXTRAS = {
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "starlette", "h11"),
+    "bulk": ("pyarrow", "filelock"),
+    "ray": ("ray",),
+    "train": ("accelerate", "scipy", "tomli"),
+    "data": ("resvg_py", "transformers", "mlxtend"),
+    "tensorrt": ("tensorrt",),
+}
 NO_MEMORY = "there is not enough memory for this: ask for fewer or smaller pictures at a time"
 
 
@@ -93,7 +103,9 @@ def sentence(error: BaseException) -> str:
     """
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the package {error.name.partition('.')[0]} is missing: run pip install 'coalescer_fast[all]'"
+        package = error.name.partition(".")[0]
+        extra = next((extra for extra, needs in EXTRAS.items() if package in needs), "all")
+        return f"the package {package} is missing: run pip install 'coalescer_fast[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"cannot use {error.filename} ({error.strerror.lower()}): give another path"
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:

@@ -66,6 +66,8 @@ def locate(name: str) -> Path | None:
             return folder
     except OSError as error:  # a name that is too long
         raise ValueError(f"there is no model {name!r:.80}: {(error.strerror or str(error)).lower()}") from error
+    if folder.is_file():
+        raise ValueError(f"{name!r} is a file, and a model is a folder: give the folder")
     if name.count("/") != 1 or folder.exists() or name.startswith((".", "/", "~")):
         known = ", ".join(embedded_models())
         raise ValueError(f"there is no model {name!r}: give {known}, a folder, or a Hub id such as owner/name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class PhiloxGenerator:
 
     def normal(self, count: int) -> NDArray[np.float32]:
         """Draw the ``count`` numbers of the next picture, (count,)."""
-        drawn = normal(self.seed, self.picture, count)
+        drawn = normal(self.seed, self.picture, _uint64("count", count))
         self.picture = (self.picture + 1) % WORD**2
         return drawn
 
@@ -89,6 +90,8 @@ def draw(generators: list[PhiloxGenerator], shape: tuple[int, ...], device: torc
 
 
 def _uint64(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < WORD**2:
-        raise ValueError(f"{name} is {value!r:.80}; expected a whole number from 0 up to 2^64 - 1")
-    return value
+    number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if number is None or not 0 <= number < WORD**2:
+        shown = f"{value!r:.80}" if number is None or abs(number) < WORD**4 else "beyond 2^128"
+        raise ValueError(f"{name} is {shown}; expected a whole number from 0 up to 2^64 - 1")
+    return number

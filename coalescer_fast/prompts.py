@@ -200,14 +200,10 @@ def warnings(
             words = encoder.words(text)
             unknown = [word for word, known in words.items() if not known]
             if text.strip(" ,;\t\r\n") and len(unknown) == len(words):
-                found.append(
-                    f"no word of {name} {text!r:.80} is known, and what is drawn is anything: use other, English words"
-                )
+                found.append(f"no word of {name} {text!r:.80} is known, and what is drawn is anything: use other words")
             elif unknown:
                 listed = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-                found.append(
-                    f"{name} {text!r:.80} has unknown words, which are drawn as nothing in particular: {listed}"
-                )
+                found.append(f"{name} {text!r:.80} has unknown words, which count for nothing: {listed}")
     for message in found:
         warn_once(message)
     return found

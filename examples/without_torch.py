@@ -139,9 +139,14 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).strip(" ,;.!?")
 
 
+ARTICLE = (
+    "^(a|an|the|some|one|my|ein|eine|einen|der|die|das|un|une|le|la|les|el|los|las|una|il|lo|um|uma|o|een|het|de) "
+)
+
+
 def forms(said: str) -> list[str]:
     """A text, and what is left of it without an article and without an ending of the plural."""
-    bare = re.sub("^(a|an|the|some|one|my) ", "", said)
+    bare = re.sub(ARTICLE, "", said)
     texts = dict.fromkeys((said, bare))
     return [form for text in texts for form in (text, *(text[: -len(e)] for e in ("s", "es") if text.endswith(e)))]
 

@@ -114,7 +114,10 @@ def test_its_own_schedule_and_guidance(pipe):
     assert 0 < float(trace[1].distance) < 0.8 * float(trace[0].distance)
 
 
-@pytest.mark.parametrize(("word", "name"), [("Katze", "cat"), ("pulpo", "octopus"), ("котенок", "cat")])
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("Katze", "cat"), ("pulpo", "octopus"), ("котенок", "cat"), ("eine Katze", "cat"), ("une pieuvre", "octopus")],
+)
 def test_a_word_of_another_language_is_graded_as_the_name(pipe, word, name):
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     grades = [pipe(text, latents=latents).quality[0] for text in (word, name)]

@@ -92,11 +92,25 @@ def test_best_of_draws_others_of_the_same_generator(pipe):
     assert any(torch.allclose(one[0], other, atol=1e-5) for other in drawn)
 
 
-@pytest.mark.parametrize("number", [-1, 2**64, 1.5, True, "3"])
+@pytest.mark.parametrize("number", [-1, 2**64, pytest.param(10**5000, id="huge"), 1.5, True, "3", np.int64(-1)])
 @pytest.mark.parametrize("name", ["seed", "picture"])
 def test_other_numbers_are_refused(name, number):
     with pytest.raises(ValueError, match=rf"^{name} is .*; expected a whole number from 0 up to 2\^64 - 1$"):
         cf.PhiloxGenerator(**{"seed": 0, name: number})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint8])
+def test_numbers_of_numpy_are_taken(kind):
+    drawn = cf.PhiloxGenerator(kind(3), picture=kind(7)).normal(kind(5))
+    assert np.array_equal(drawn, cf.PhiloxGenerator(3, picture=7).normal(5))
+
+
+@pytest.mark.parametrize("count", [-1, 2.5])
+def test_another_count_is_refused_and_takes_no_picture(count):
+    generator = cf.PhiloxGenerator(0)
+    with pytest.raises(ValueError, match=r"^count is "):
+        generator.normal(count)
+    assert generator.picture == 0
 
 
 def test_two_kinds_of_generators_are_refused(pipe):

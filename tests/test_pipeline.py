@@ -702,17 +702,14 @@ def test_unknown_words_are_said(pipe, caplog):
     with caplog.at_level("WARNING", logger="coalescer_fast"):
         output = pipe(prompts)
         assert output.warnings == [
-            "prompt 'blorp 1 octopus, 3d style' has unknown words, "
-            "which are drawn as nothing in particular: 'blorp', '1'",
-            "no word of prompt 'blorp 2' is known, and what is drawn is anything: use other, English words",
+            "prompt 'blorp 1 octopus, 3d style' has unknown words, which count for nothing: 'blorp', '1'",
+            "no word of prompt 'blorp 2' is known, and what is drawn is anything: use other words",
         ]
         assert [record.getMessage() for record in caplog.records] == output.warnings
         assert pipe(prompts).warnings == output.warnings
         assert len(caplog.records) == 2  # once for each prompt
     assert pipe(["octopus", "", " ,; ", "Red CAT!"]).warnings == []
-    assert pipe("--").warnings == [
-        "no word of prompt '--' is known, and what is drawn is anything: use other, English words"
-    ]
+    assert pipe("--").warnings == ["no word of prompt '--' is known, and what is drawn is anything: use other words"]
     assert (
         pipe("cat", guidance_scale=2.0, negative_prompt="blorp")
         .warnings[0]

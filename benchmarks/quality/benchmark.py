@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in methods:
             method.sampler.to(args.device)
         options: dict[str, Any] = {"limit": QUICK_LIMIT if args.quick else None}
-        options |= {"guided_steps": args.guided_steps, "guidance_scales": args.guidance}
+        options |= {"brief": args.brief, "guided_steps": args.guided_steps, "guidance_scales": args.guidance}
         if args.wordings is not None:
             options["wordings"] = read_wordings(args.wordings)
         rows: list[Row] = []
@@ -140,6 +140,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_LIMIT} prompts of each kind: to see it run, not to compare"
     )
+    text = "ask for names and free wordings alone, which are the columns of --summary: half of the time"
+    parser.add_argument("--brief", action="store_true", help=text)
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE.csv", help="results (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument("--plot-only", action="store_true", help="draw the results that the CSV holds, measure nothing")

@@ -159,8 +159,9 @@ def of_pipeline(pipe: CoalescerPipeline, model: str, pictures: int, names: Seque
     scale = float(pipe.scheduler.config.guidance_scale)
     guided = f"guidance {scale:g}" if scale != 1 else "no guidance"
     what = f"{pictures} picture{'s' * (pictures != 1)} a call"
-    title = f"{model}: from prompt to picture, 2 steps, {guided}, {what}"
-    facts = {"model": model, "pictures": pictures, "steps": 2, "guidance_scale": scale, "prompts": texts}
+    name = Path(model).name if Path(model).is_dir() else model  # the path is the business of nobody else
+    title = f"{name}: from prompt to picture, 2 steps, {guided}, {what}"
+    facts = {"model": name, "pictures": pictures, "steps": 2, "guidance_scale": scale, "prompts": texts}
     return Subject(title, facts, listed(names, prepare), compare_pictures)
 
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         quality = "" if report.quality is None else f", mean quality {report.quality:.2f}"
         drew = f"{report.drawn:,} pictures drawn in {report.seconds:.1f} s" if report.made else "nothing was missing"
-        print(f"{drew}{quality}; {report.pictures:,} pictures in {report.shards:,} shards", file=sys.stderr)
+        print(f"{drew}{quality}; {_counted(report)}", file=sys.stderr)
     print(args.out)
     return 0
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _say_check(report: Report, args: argparse.Namespace) -> int:
     if not report.damaged and not report.missing:
         if not args.quiet:
-            print(f"{report.shards:,} shards of {report.pictures:,} pictures are whole", file=sys.stderr)
+            print(f"{_counted(report)}, all whole", file=sys.stderr)
         print(args.out)
         return 0
     shown = "; ".join(list(report.damaged.values())[:SHOWN]) + "; ..." * (len(report.damaged) > SHOWN)
@@ -110,6 +110,13 @@ def _say_check(report: Report, args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _counted(report: Report) -> str:
+    pictures, shards = (
+        f"{n:,} {what}{'s' * (n != 1)}" for n, what in ((report.pictures, "picture"), (report.shards, "shard"))
+    )
+    return f"{pictures} in {shards}"
 
 
 def _steps(text: str) -> int | str:

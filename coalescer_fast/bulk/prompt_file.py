@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+PROMPT_COLUMN = "prompt"
 STRIDE = 2**40  # between the noise of one picture of a prompt and of the next
 MOST_PICTURES = 2**10  # of a prompt
 FIELD_LIMIT = 2**24  # characters of a field of a CSV file
@@ -79,7 +80,7 @@ def noise_number(number: int, picture: int) -> int:
 
 
 def read(
-    path: str | Path, prompt_column: str = "prompt", id_column: str | None = None, pictures: int = 1
+    path: str | Path, prompt_column: str = PROMPT_COLUMN, id_column: str | None = None, pictures: int = 1
 ) -> PromptFile:
     """Read a file of prompts.
 
@@ -108,6 +109,10 @@ def read(
     if suffix == ".txt":
         if id_column is not None:
             raise ValueError(f"{path} has no columns: leave out the id column, or give a .jsonl, .csv or .parquet file")
+        if prompt_column != PROMPT_COLUMN:
+            raise ValueError(
+                f"{path} has no columns: leave out the prompt column, or give a .jsonl, .csv or .parquet file"
+            )
         texts = [_prompt(line, f"{path}, line {i}") for i, line in enumerate(_lines(path, content), 1)]
         return _not_empty(PromptFile(path, digest, texts))
     columns = (prompt_column, id_column)
@@ -199,7 +204,8 @@ def _jsonl(path: Path, content: bytes, prompt_column: str, id_column: str | None
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            said = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+            said = error.msg if isinstance(error, json.JSONDecodeError) else said
             raise ValueError(f"{where} is no JSON ({said[:80]}): write one object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f'{where} holds {line!r:.80}: write an object, as in {{"prompt": "octopus"}}')
@@ -222,7 +228,8 @@ def _csv(path: Path, content: bytes, prompt_column: str, id_column: str | None) 
         except StopIteration:
             break
         except csv.Error as error:
-            raise ValueError(f"{where} is no CSV ({error}): put fields with quotes and commas in quotes") from None
+            fix = f"put fields with quotes and commas in quotes, and at most {FIELD_LIMIT:,} characters in each"
+            raise ValueError(f"{where} is no CSV ({error}): {fix}") from None
         line = reader.line_num + 1
         if not row:
             raise ValueError(f"{where} is empty: take it out")
@@ -239,10 +246,13 @@ def _columns(path: Path, header: list[str], prompt_column: str, id_column: str |
     """Where the prompts and the ids are among these columns."""
     for name in filter(None, (prompt_column, id_column)):
         if name not in header:
-            raise ValueError(f"{path} has no column {name!r:.80}, but {', '.join(header):.200}: name one of them")
-        if header.count(name) > 1:
-            raise ValueError(f"{path} has several columns {name!r:.80}: rename all but one")
+            raise ValueError(
+                f"{path} has no column {name!r:.80}, but {', '.join(map(repr, header)):.200}: name one of them"
+            )
     name = "id" if id_column is None else id_column
+    for each in (prompt_column, name):
+        if header.count(each) > 1:
+            raise ValueError(f"{path} has several columns {each!r:.80}: rename all but one")
     return header.index(prompt_column), header.index(name) if name in header else None
 
 
@@ -261,6 +271,6 @@ def _parquet(path: Path, content: bytes, prompt_column: str, id_column: str | No
             for text, prompt_id in zip(texts, ids):
                 yield f"{path}, row {row}", text, prompt_id
                 row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as Parquet ({said:.120}): write it again") from error

@@ -12,7 +12,7 @@ from ..schema import Rule, Sha256, between, build, conform, table
 from .prompt_file import MOST_PICTURES, PromptFile
 
 RUN_FILE = "run.json"
-FORMAT = 1
+FORMAT = 2
 Count = Annotated[int, between(1, 1_000_000)]
 Steps = Annotated[int | str, Rule(lambda steps: steps == "auto" or (type(steps) is int and steps > 0), "steps or auto")]
 

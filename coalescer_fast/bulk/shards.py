@@ -1,11 +1,13 @@
 """Shards: a tar in the layout of webdataset, and a Parquet file beside it, which says that the tar is whole.
 
-The tar is written first. The Parquet file holds its size and its SHA-256, so where there is one, there was the whole
-tar. Both have the same bytes whenever and wherever they are written: no times, no owners, one order.
+The tar is written first. The Parquet file holds its size, its SHA-256 and that of the run file, so where there is one,
+there was the whole tar. Both have the same bytes whenever and wherever they are written: no times, no owners, one
+order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -13,13 +15,14 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from .. import files
+from ..schema import Sha256, between, build, table
 from .prompt_file import Prompt, noise_number
 from .settings import RUN_FILE, Settings
 
-SEAL = b"coalescer_fast"  # the key, in the Parquet file's metadata, of the tar's size and hash
+SEAL = b"coalescer_fast"  # the key, in the Parquet file's metadata, of what `Seal` holds
 NAME = re.compile(r"\d{5,}\.(tar|parquet)")
 PARTIAL = re.compile(rf"\.({NAME.pattern}|{re.escape(RUN_FILE)})\.\d+\.[0-9a-f]+\.partial")  # see files.writing
 COLUMNS = {
@@ -52,6 +55,21 @@ class Sample:
     png: bytes
 
 
+@dataclass(frozen=True)
+class Seal:
+    """What a shard's Parquet file says of its tar.
+
+    Attributes:
+        run_sha256: of the run file of the folder that the shard was made for.
+        tar_bytes: size of the tar.
+        tar_sha256: of the tar.
+    """
+
+    run_sha256: Sha256
+    tar_bytes: Annotated[int, between(0, 2**63)]
+    tar_sha256: Sha256
+
+
 def name(shard: int) -> str:
     """The name of a shard's files, without their endings."""
     return f"{shard:05d}"
@@ -77,7 +95,8 @@ def write(folder: Path, shard: int, samples: Iterable[Sample]) -> list[dict[str,
         size = file.tell()
         file.seek(0)
         digest = files.sha256(file)
-    files.write_bytes(folder / f"{name(shard)}.parquet", _parquet(records, size, digest))
+    seal = Seal(_run_sha256(folder), size, digest)
+    files.write_bytes(folder / f"{name(shard)}.parquet", _parquet(records, seal))
     return records
 
 
@@ -86,21 +105,28 @@ def _members(sample: Sample) -> list[tuple[str, bytes]]:
     return [("png", sample.png), ("txt", sample.record["prompt"].encode()), ("json", text.encode())]
 
 
-def _parquet(records: list[dict[str, Any]], size: int, digest: str) -> bytes:
+def _parquet(records: list[dict[str, Any]], seal: Seal) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fields = [(column, getattr(pa, kind)()) for column, kind in COLUMNS.items()]
-    seal = {SEAL: json.dumps({"tar_bytes": size, "tar_sha256": digest}).encode()}
     content = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, pa.schema(fields, seal)), content, compression="zstd")
+    pq.write_table(
+        pa.Table.from_pylist(records, pa.schema(fields, {SEAL: json.dumps(table(seal)).encode()})),
+        content,
+        compression="zstd",
+    )
     return content.getvalue()
 
 
 def is_there(folder: Path, shard: int) -> bool:
-    """Whether a shard's two files are there and fit each other by their sizes; what they hold is not read."""
+    """Whether a shard's two files are there, of this run, and fit by their sizes; what they hold is not read."""
     try:
-        return (folder / f"{name(shard)}.tar").stat().st_size == _seal(folder, shard)["tar_bytes"]
+        seal = _seal(folder, shard)
+        return (seal.run_sha256, seal.tar_bytes) == (
+            _run_sha256(folder),
+            (folder / f"{name(shard)}.tar").stat().st_size,
+        )
     except (OSError, ValueError):
         return False
 
@@ -108,18 +134,20 @@ def is_there(folder: Path, shard: int) -> bool:
 def damage(folder: Path, shard: int, prompts: list[Prompt], settings: Settings) -> str:
     """What is wrong with a shard, every byte of which is read; "" if nothing is.
 
-    The tar has the hash that the Parquet file says, and the Parquet file is what is written for the records in the tar.
-    The records are those of the prompts, and their pictures have the hashes that they say.
+    The tar has the hash that the Parquet file says, and the Parquet file is what is written for the records in the tar,
+    in this run. The records are those of the prompts, and their pictures have the hashes that they say.
     """
     path = folder / f"{name(shard)}.tar"
     try:
         seal = _seal(folder, shard)
+        if seal.run_sha256 != _run_sha256(folder):
+            return f"{name(shard)} is of another run"
         with path.open("rb") as file:
-            if files.sha256(file) != seal["tar_sha256"]:
+            if files.sha256(file) != seal.tar_sha256:
                 return f"{path.name} is not the file that was written"
             file.seek(0)
             records = _records(file)
-        if _parquet(records, seal["tar_bytes"], seal["tar_sha256"]) != path.with_suffix(".parquet").read_bytes():
+        if _parquet(records, seal) != path.with_suffix(".parquet").read_bytes():
             return f"{name(shard)}.parquet is not the file that was written"
     except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
         return f"{name(shard)} cannot be read ({' '.join(str(error).split()):.100})"
@@ -129,9 +157,13 @@ def damage(folder: Path, shard: int, prompts: list[Prompt], settings: Settings) 
         if (
             prompt is None
             or record["key"] != key(prompt.row, record["picture"], settings)
+            or record["picture"] not in range(settings.pictures)
+            or record["seed"] != settings.seed
             or record["noise"] != noise_number(prompt.number, record["picture"])
         ):
             return f"{name(shard)} holds a picture of another prompt"
+    if len({record["key"] for record in records}) != len(records):
+        return f"{name(shard)} holds a picture twice"
     if len(records) != len(prompts) * settings.kept:
         return f"{name(shard)} holds {len(records)} pictures, not {len(prompts) * settings.kept}"
     return ""
@@ -157,17 +189,22 @@ def _records(file: IO[bytes]) -> list[dict[str, Any]]:
     return found
 
 
-def _seal(folder: Path, shard: int) -> dict[str, Any]:
-    """Size and hash of a shard's tar, from its Parquet file. Raises OSError or ValueError where it has none."""
+def _run_sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / RUN_FILE).read_bytes()).hexdigest()
+
+
+def _seal(folder: Path, shard: int) -> Seal:
+    """What a shard's Parquet file says of its tar. Raises OSError or ValueError where it says nothing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        seal = json.loads((pq.read_schema(folder / f"{name(shard)}.parquet").metadata or {})[SEAL])
+        said = json.loads((pq.read_schema(folder / f"{name(shard)}.parquet").metadata or {})[SEAL])
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(str(error)) from error
-    if not isinstance(seal, dict) or set(seal) != {"tar_bytes", "tar_sha256"}:
+    if not isinstance(said, dict):
         raise ValueError("it does not say what its tar holds")
+    seal: Seal = build(said, Seal)
     return seal
 
 

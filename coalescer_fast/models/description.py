@@ -447,9 +447,15 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).strip(" ,;.!?")
 
 
+# of the languages in the lexicon, and what English has in their place
+ARTICLE = re.compile(
+    "^(a|an|the|some|one|my|ein|eine|einen|der|die|das|un|une|le|la|les|el|los|las|una|il|lo|um|uma|o|een|het|de) "
+)
+
+
 def _forms(said: str) -> Iterator[str]:
     """A text, and what is left of it without an article and without an ending of the plural."""
-    bare = re.sub("^(a|an|the|some|one|my) ", "", said)
+    bare = ARTICLE.sub("", said)
     for text in dict.fromkeys((said, bare)):
         yield text
         for ending in ("s", "es"):

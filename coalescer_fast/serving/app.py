@@ -65,6 +65,7 @@ class Service:
             self._draw, lambda picture: picture.options, sizes, settings.batch_delay, settings.max_queue
         )
         self.metrics = Metrics(sizes, lambda: self.batcher.waiting)
+        self._is_open = False
 
     def open(self) -> None:
         """Start the batcher, and have it prepare all sizes of batches. Raises what drawing raises."""
@@ -74,11 +75,13 @@ class Service:
         for size in self.batcher.sizes:
             for future in self.batcher.submit([Picture("octopus", 0, i, Options()) for i in range(size)]):
                 future.result()
+        self._is_open = True
 
     def _draw(self, pictures: list[Picture]) -> list[Drawn]:
         drawn = draw(self.pipe, pictures)
-        self.metrics.batch.observe(len(pictures))
-        self.metrics.pictures.inc(len(pictures))
+        if self._is_open:  # not what was drawn to prepare
+            self.metrics.batch.observe(len(pictures))
+            self.metrics.pictures.inc(len(pictures))
         return drawn
 
     async def generate(self, request: Request) -> dict[str, Any] | None:
@@ -142,10 +145,11 @@ class Service:
         return {"created": int(time.time()), "data": data, "warnings": warnings, "model": self.model}
 
     def models(self) -> list[dict[str, Any]]:
-        """The models in OpenAI's shape, with what the page needs to know: the side of a picture, and the art styles."""
+        """The models in OpenAI's shape, with what the page needs to know: sides of a picture, art styles, limits."""
         styles = list(self.pipe.description_encoder.config.styles)
         said = {"id": self.model, "object": "model", "created": self.created, "owned_by": "coalescer_fast"}
-        return [{**said, "size": self.side, "styles": styles}]
+        limits = {"max_images": self.settings.max_images, "max_prompt": self.settings.max_prompt}
+        return [{**said, "size": self.side, "styles": styles, **limits}]
 
 
 def create_app(
@@ -174,8 +178,7 @@ def create_app(
         title="coalescer_fast",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # pages that load scripts of other hosts
-        redoc_url=None,
+        openapi_url=None,  # requests are read by our own code, which FastAPI cannot describe
         redirect_slashes=False,
     )
     app.state.service = service
@@ -274,7 +277,7 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
         token = service.settings.token
-        self.expected = None if token is None else f"Bearer {token}".encode()
+        self.expected = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -291,10 +294,8 @@ class Edge:
 
         with metrics.in_progress.track_inprogress():
             try:
-                if scope["path"].startswith(PROTECTED) and not self.has_token(scope):
-                    said = "the bearer token is missing or wrong: send the header Authorization: Bearer TOKEN"
-                    error = Refused(401, said, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-                    await reply(error.body(), 401, error.headers)(scope, receive, answer)
+                if error := self.refusal(scope):
+                    await reply(error.body(), error.status, error.headers)(scope, receive, answer)
                 else:
                     await self.app(scope, receive, answer)
             finally:
@@ -303,9 +304,28 @@ class Edge:
                 metrics.requests.labels(path, status).inc()
                 metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
-    def has_token(self, scope: Scope) -> bool:
-        """Whether a request has the token, or needs none. Takes the same time for every wrong one."""
+    def refusal(self, scope: Scope) -> Refused | None:
+        """Why a request goes no further, if it does not."""
+        headers = dict(scope["headers"])
+        host, hosts = headers.get(b"host", b"").decode("latin-1"), self.service.settings.hosts
+        if hosts is not None and host and host_name(host) not in hosts:
+            said = f"this server is called {', '.join(hosts)}, and the request is for {shown(host)}"
+            return Refused(421, f"{said}: use one of these names")
+        if scope["path"].startswith(PROTECTED) and not self.has_token(headers.get(b"authorization", b"")):
+            said = "the bearer token is missing or wrong: send the header Authorization: Bearer TOKEN"
+            return Refused(401, said, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        return None
+
+    def has_token(self, given: bytes) -> bool:
+        """Whether a header holds the token, or none is needed. Takes the same time for every wrong one."""
         if self.expected is None:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self.expected)
+        scheme, _, token = given.partition(b" ")
+        return hmac.compare_digest(token.strip(), self.expected) and scheme.lower() == b"bearer"
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header: without the port and the brackets of IPv6."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().removesuffix(".")

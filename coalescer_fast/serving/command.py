@@ -48,14 +48,18 @@ def serve(args: argparse.Namespace, load: Callable[[argparse.Namespace], Coalesc
         args: the command line.
         load: opens the pipeline that it names.
     """
+    secret, loopback = token(args), is_loopback(args.host)
+    # a page of another site may come to call a name of its own that leads here; a token keeps it out as well
+    hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host))) if loopback and secret is None else None
     settings = Settings(
-        args.batch_delay / 1000, args.max_batch, args.max_queue, args.max_images, args.max_prompt, token(args)
+        args.batch_delay / 1000, args.max_batch, args.max_queue, args.max_images, args.max_prompt, hosts, secret
     )
     from .server import Server, listen, quieten
 
     listening = listen(args.host, args.port)  # before the model is loaded: a port in use is said at once
-    if settings.token is None and not is_loopback(args.host) and not args.quiet:
-        said = f"anybody who reaches {args.host} can draw: set {TOKEN} or --token-file to ask for a token"
+    if secret is None and not loopback:
+        reached = args.host or "this machine"
+        said = f"anybody who reaches {reached} can draw: set {TOKEN} or --token-file to ask for a token"
         print(said, file=sys.stderr)
     from .app import create_app
 

@@ -131,7 +131,8 @@ def parse(body: bytes) -> ImageRequest:
         where = f"line {error.lineno}, column {error.colno}"
         raise Refused(400, f"the body is not JSON at {where} ({error.msg.lower()}): send a JSON object") from error
     except ValueError as error:  # of ours, and of numbers of thousands of digits
-        raise Refused(400, f"the body is not JSON that can be read ({error}): send a JSON object") from error
+        said = str(error) if isinstance(error, _NotJSON) else "a number has too many digits"
+        raise Refused(400, f"the body is not JSON that can be read ({said}): send a JSON object") from error
     except RecursionError as error:
         raise Refused(400, "the body is nested too deeply: send a flat JSON object") from error
     if not isinstance(given, dict):
@@ -150,8 +151,12 @@ def parse(body: bytes) -> ImageRequest:
     return ImageRequest(**values)
 
 
+class _NotJSON(ValueError):
+    pass
+
+
 def _not_json(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number of JSON")
+    raise _NotJSON(f"{word} is no number of JSON")
 
 
 async def read_body(request: Request) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -163,10 +165,13 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
         listening.listen(2048)
         return listening
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         listening.close()
-        of_host = isinstance(error, socket.gaierror)
-        reason = str(error.strerror if of_host else os.strerror(error.errno or 0)).lower()
+        if isinstance(error, TypeError):
+            reason = "no name of a machine"
+        else:
+            of_host = isinstance(error, socket.gaierror)
+            reason = str(error.strerror if of_host else os.strerror(error.errno or 0)).lower()
         raise OSError(f"cannot listen at {host}, port {port} ({reason}): give another --host or --port") from error
 
 
@@ -176,3 +181,19 @@ def quieten(access_log: bool) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("uvicorn.access").setLevel(logging.INFO if access_log else logging.ERROR)
     logging.getLogger("coalescer_fast.prompts").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").addFilter(OnceAMinute())
+
+
+class OnceAMinute(logging.Filter):
+    """Passes a message of asyncio once a minute: where connections have no end it logs thousands of equal ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, now = record.getMessage(), time.monotonic()
+        passes = now - self.passed.get(message, -math.inf) >= 60
+        if passes:
+            self.passed = {text: then for text, then in self.passed.items() if now - then < 60} | {message: now}
+        return passes

@@ -22,6 +22,7 @@ class Settings:
         max_queue: most pictures that wait; a request that does not fit is answered 429.
         max_images: most pictures of a request.
         max_prompt: most characters of a prompt and of a negative prompt.
+        hosts: names by which requests may call the server, in their Host header; None for any.
         token: the bearer token that clients have to send, or None.
 
     Raises:
@@ -33,6 +34,7 @@ class Settings:
     max_queue: int = 256
     max_images: int = 16
     max_prompt: int = 1000
+    hosts: tuple[str, ...] | None = None
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

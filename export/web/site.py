@@ -183,7 +183,7 @@ def config(pipe: CoalescerPipeline, model: str, precision: str, sizes: Mapping[s
         "model": {name: encoder[name] for name in ("dim", "match_dim", "lexicon_size")}
         | {"styles": list(encoder.styles)},
         "receipt": {
-            "model": model,
+            "model": Path(model).name if Path(model).is_dir() else model,  # the page goes to others
             "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},
             "schedule": str(Schedule.of(scheduler, scheduler.config.guidance_scale)),
             "runtime": f"onnxruntime-web {runtime.VERSION}",

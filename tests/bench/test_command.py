@@ -146,7 +146,16 @@ def test_the_names_of_the_command_are_those_of_the_engines():
 def test_a_pipeline(run, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     status, out, err = run(
-        "--model", "tiny", "-n", "2", "--backends", "coalescer_fast", "--seconds", "5", "--json", "b.json"
+        "--model",
+        str(tmp_path / "tiny"),
+        "-n",
+        "2",
+        "--backends",
+        "coalescer_fast",
+        "--seconds",
+        "5",
+        "--json",
+        "b.json",
     )
     assert (status, err) == (0, "")
     assert out.startswith("tiny: from prompt to picture, 2 steps, ")

@@ -207,6 +207,40 @@ def test_shards_that_change_places_are_damaged(source, copy):
     assert "another prompt" in check(source, copy, SETTINGS).damaged[0]
 
 
+def test_a_shard_of_another_run_is_damaged_and_made_again(source, made, copy):
+    run = settings.read(copy)
+    foreign = copy.parent / "foreign"
+    settings_of_it = Settings(**{**vars(run.settings), "guidance_scale": 2.0})
+    shutil.copytree(copy, foreign)
+    settings.write(foreign, settings.Run(**{**vars(run), "settings": settings_of_it}))
+    shards.write(foreign, 1, samples(copy, 1))  # the same pictures, in another run
+    for ending in ("tar", "parquet"):
+        shutil.copy(foreign / f"00001.{ending}", copy)
+    assert not shards.is_there(copy, 1)
+    assert "of another run" in check(source, copy, SETTINGS).damaged[1]
+    assert generate(source, copy, SETTINGS, **WORKERS).made == 1
+    assert hashes(copy) == hashes(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: [found[0], found[0], found[2]], "a picture twice"),
+        (lambda found: found[:2], "2 pictures, not 3"),
+        (lambda found: [shards.Sample({**found[0].record, "seed": 4}, found[0].png), *found[1:]], "another prompt"),
+    ],
+)
+def test_a_sealed_shard_of_wrong_records_is_damaged(source, copy, change, said):
+    shards.write(copy, 1, change(samples(copy, 1)))
+    assert said in check(source, copy, SETTINGS).damaged[1]
+
+
+def samples(folder: Path, shard: int) -> list[shards.Sample]:
+    found = members(folder / f"{shards.name(shard)}.tar")
+    records = [json.loads(content) for name, content in found.items() if name.endswith(".json")]
+    return [shards.Sample(record, found[f"{record['key']}.png"]) for record in records]
+
+
 # what is refused
 
 
@@ -378,7 +412,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_gone_on_with(source, made,
 def test_the_command_says_what_is_damaged(source, copy, capsys):
     line = ["generate", str(source), "-o", str(copy), "--seed", "3", "--per-shard", "3", "--check"]
     assert cli.main(line) == 0
-    assert "3 shards of 7 pictures are whole" in capsys.readouterr().err
+    assert "7 pictures in 3 shards, all whole" in capsys.readouterr().err
     (copy / "00001.tar").write_bytes(b"x")
     (copy / "00002.tar").unlink()
     assert cli.main(line) == 1

@@ -91,6 +91,7 @@ WRONG = [
     ("a.jsonl", b'{"prompt": "cat"}\n\n', "line 2 is empty"),
     ("a.jsonl", b'{"prompt": "cat"}\n{"prompt": "dog"\n', "line 2 is no JSON"),
     ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+    ("a.jsonl", b'{"prompt": "cat", "id": ' + b"9" * 5000 + b"}", "line 1 is no JSON .a number has too many digits"),
     ("a.jsonl", b'"cat"\n', "line 1 holds '\"cat\"'"),
     ("a.jsonl", b'{"text": "cat"}\n', "line 1 has no key 'prompt'"),
     ("a.jsonl", b'{"prompt": 5}\n', "line 1 has 5 as its prompt"),
@@ -102,8 +103,10 @@ WRONG = [
     ("a.jsonl", b'{"prompt": "cat", "id": 1}\n{"prompt": "dog", "id": "1"}\n', "line 2 has the id '1' of .*line 1"),
     ("a.csv", b"", "holds no prompts"),
     ("a.csv", b"prompt\n", "holds no prompts"),
-    ("a.csv", b"text\ncat\n", "has no column 'prompt', but text"),
+    ("a.csv", b"text\ncat\n", "has no column 'prompt', but 'text'"),
     ("a.csv", b"prompt,prompt\ncat,dog\n", "several columns 'prompt'"),
+    ("a.csv", b"prompt,id,id\ncat,a,b\n", "several columns 'id'"),
+    ("a.csv", b" prompt\ncat\n", "but ' prompt'"),
     ("a.csv", b"prompt,id\ncat\n", "line 2 has 1 fields and the header 2"),
     ("a.csv", b'prompt\n"cat\n', "line 2 is no CSV"),
     ("a.csv", b"prompt,id\ncat,a\n\n", "line 3 is empty"),
@@ -133,6 +136,19 @@ def test_rows_of_parquet_that_are_no_prompts(tmp_path, values):
         read(path)
 
 
+def test_parquet_that_python_cannot_hold(tmp_path):
+    path = tmp_path / "a.parquet"
+    no_text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    late = pa.array([2**30], pa.date32())
+    for columns in ({"prompt": no_text}, {"prompt": ["cat"], "id": late}):
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(ValueError, match="cannot be read as Parquet"):
+            read(path)
+    pq.write_table(pa.table([["cat"], ["a"], ["b"]], names=["prompt", "id", "id"]), path)
+    with pytest.raises(ValueError, match="several columns 'id'"):
+        read(path)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read(tmp_path / "a.txt")
@@ -144,6 +160,8 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_text_has_no_columns(tmp_path):
     with pytest.raises(ValueError, match="has no columns"):
         read(written(tmp_path, ".txt"), id_column="id")
+    with pytest.raises(ValueError, match="has no columns: leave out the prompt column"):
+        read(written(tmp_path, ".txt"), prompt_column="text")
 
 
 # noise

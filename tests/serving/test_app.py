@@ -238,8 +238,34 @@ def test_a_token_is_asked_for():
             assert (status, headers["www-authenticate"]) == (401, "Bearer")
             for wrong in (f"Basic {TOKEN}", TOKEN, "Bearer", ""):
                 assert running.ask("GET", path, headers={"Authorization": wrong})[0] == 401
+        assert running.ask("GET", "/v1/models", headers={"Authorization": f"bearer {TOKEN}"})[0] == 200
         assert running.ask("GET", "/healthz")[0] == 200
         assert TOKEN not in repr(running.service.settings)
+
+
+def test_other_names_of_the_machine_are_refused():
+    with serving(tiny_pipeline(), max_batch=1, hosts=("localhost", "127.0.0.1", "::1")) as running:
+        for host in ("localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:8000", "localhost."):
+            assert running.ask("GET", "/v1/models", headers={"Host": host})[0] == 200, host
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "[::2]", "127.0.0.1.evil"):
+            for method, path in (("GET", "/v1/models"), ("GET", "/"), ("POST", DRAW)):
+                status, _, answer = running.ask(method, path, headers={"Host": host})
+                assert status == 421, host
+                assert "use one of these names" in answer["error"]["message"]
+
+
+def test_what_prepares_the_server_is_not_counted():
+    with serving(tiny_pipeline(), max_batch=2) as running:
+        counted = running.ask("GET", "/metrics")[2].decode()
+        assert "coalescer_fast_pictures_total 0.0" in counted
+        assert running.ask(body={"prompt": "cat"})[0] == 200
+        assert "coalescer_fast_pictures_total 1.0" in running.ask("GET", "/metrics")[2].decode()
+
+
+def test_the_limits_are_told(running):
+    [model] = running.ask("GET", "/v1/models")[2]["data"]
+    limits = running.service.settings
+    assert (model["max_images"], model["max_prompt"]) == (limits.max_images, limits.max_prompt)
 
 
 def test_files_of_the_page_and_no_others(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -15,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from coalescer_fast.cli import main
+from coalescer_fast.cli import main, parser
+from coalescer_fast.serving import command
 from coalescer_fast.serving.command import TOKEN, is_loopback
-from coalescer_fast.serving.server import listen
+from coalescer_fast.serving.server import OnceAMinute, listen
 
 from ..helpers.processes import python
 from ..helpers.serving import DRAW, drawn, pixels, read
@@ -42,6 +44,7 @@ def test_parsing_imports_nothing_heavy(tmp_path):
         (["--max-queue", "8"], 1, "max_batch is 32 and max_queue 8: these pictures wait together"),
         (["--max-images", "300"], 1, "max_images is 300 and max_queue 256"),
         (["--host", "no.such.host.invalid"], 1, "cannot listen at no.such.host.invalid, port 8000"),
+        (["--host", "ü" * 70 + "..x"], 1, "no name of a machine"),
         (["--token-file", "missing"], 1, "missing"),
     ],
 )
@@ -70,6 +73,36 @@ def test_what_is_no_token(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(TOKEN, text)
     assert main(["serve"]) == 1
     assert f"{TOKEN} holds no token: expected printable ASCII" in capsys.readouterr().err
+
+
+def test_asyncio_says_the_same_once_a_minute(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("coalescer_fast.serving.server.time.monotonic", lambda: now[0])
+    passes = OnceAMinute().filter
+
+    def record(text: str) -> logging.LogRecord:
+        return logging.LogRecord("asyncio", logging.ERROR, "", 0, text, (), None)
+
+    assert [passes(record("full")) for _ in range(3)] == [True, False, False]
+    assert passes(record("other"))
+    now[0] = 60.0
+    assert passes(record("full"))
+
+
+def test_names_are_asked_for_on_this_machine_without_a_token(monkeypatch):
+    found = []
+
+    def stop(args):
+        raise ValueError("stopped here")
+
+    real = command.Settings
+    monkeypatch.setattr(command, "Settings", lambda *given: found.append(given[5]) or real(*given))
+    for host, secret in (("127.0.0.1", ""), ("127.0.0.1", "t"), ("0.0.0.0", "")):
+        monkeypatch.setenv(TOKEN, secret) if secret else monkeypatch.delenv(TOKEN, raising=False)
+        args = parser().parse_args(["serve", "--host", host, "--port", "0"])
+        with pytest.raises(ValueError, match="stopped here"):
+            command.serve(args, stop)
+    assert found == [("localhost", "127.0.0.1", "::1"), None, None]
 
 
 def test_addresses_of_this_machine_alone():

@@ -120,6 +120,8 @@ def read(folder: str | Path) -> Artefact:
     path = folder / MANIFEST
     if not path.is_file():
         reason = f"{folder} is no exported artefact, it has no {MANIFEST}"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and an exported artefact is a folder: name the folder")
         raise ValueError(f"{reason}: make one with {TOOL} onnx -o {folder}")
     try:
         found = Artefact(folder, read_manifest(folder))

@@ -6,7 +6,8 @@ const drawer = {
     report("Asking the server", 0);
     const [model] = (await ask("v1/models")).data;
     this.size = model.size ?? 64;
-    return {model: model.id, size: this.size, styles: model.styles ?? [], where: `Drawn by ${model.id} on ${location.host}.`};
+    const limits = {most: model.max_images, longest: model.max_prompt};
+    return {...limits, model: model.id, size: this.size, styles: model.styles ?? [], where: `Drawn by ${model.id} on ${location.host}.`};
   },
 
   async draw({prompt, seed, first, n, steps}, show, signal) {
@@ -37,7 +38,7 @@ const drawer = {
 };
 
 async function ask(path, options = {}) {
-  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  const [, token] = /^#token=(.+)$/.exec(location.hash)?.map(decodeURIComponent) ?? []; // + and & stand for themselves
   const headers = {"Content-Type": "application/json", ...(token && {Authorization: `Bearer ${token}`})};
   let answer;
   try {

@@ -1,7 +1,8 @@
 "use strict";
 // The page: draws what is typed. drawer.js, which is loaded before, says how a picture is drawn: it sets `drawer` with
 //
-//   drawer.open(report) -> {model, size, styles, where}: called once; report(text, fraction) tells how far it has come
+//   drawer.open(report) -> {model, size, styles, where}: called once; report(text, fraction) tells how far it has come.
+//       Where there are limits, `most` pictures at a time and the `longest` prompt, too
 //   drawer.draw({prompt, seed, first, n, steps}, show, signal): pictures first ... first + n - 1 of a seed (in decimal),
 //       show({picture, pixels, drawn, matched, quality, steps, warnings, receipt}) as each is there. `pixels` is RGBA,
 //       `steps` what R, R after one step and after two decode to, null unless asked for. After `signal` has aborted, what
@@ -24,14 +25,14 @@ const isSeed = (text) => /^\d{1,20}$/.test(text) && BigInt(text) <= LARGEST_SEED
 const chosen = () => Math.max(0, cells.findIndex((cell) => cell.input.checked));
 
 function unstyled(prompt) {
-  const words = info.styles.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
+  const words = info.styles.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/i/gi, "[iıİ]")).join("|"); // as in Python
   const styles = new RegExp(`[\\s,;]*(?<![\\p{L}\\p{N}_])(${words}) style(?![\\p{L}\\p{N}_])`, "giu");
   return words ? prompt.replace(styles, "") : prompt;
 }
 
 function layOut() {
   const styled = view() === "styles";
-  const names = styled ? info.styles : Array.from({length: view() === "seeds" ? VARIATIONS : 1}, (_, i) => `${i + 1}`);
+  const names = styled ? info.styles : Array.from({length: view() === "seeds" ? Math.min(VARIATIONS, info.most ?? VARIATIONS) : 1}, (_, i) => `${i + 1}`);
   $("grid").hidden = view() === "one";
   $("grid-name").textContent = styled ? "Styles" : "Variations";
   cells = names.map((name, i) => {
@@ -51,7 +52,8 @@ function layOut() {
   $("cells").replaceChildren(...cells.map((cell) => cell.label));
 }
 
-const request = (cell, steps = false) => ({prompt: cell.prompt(), seed: seed(), first: cell.first, n: 1, steps});
+// What is no character, half of a pair, is drawn and saved as U+FFFD.
+const request = (cell, steps = false) => ({prompt: cell.prompt().replace(/\p{Surrogate}/gu, "\ufffd"), seed: seed(), first: cell.first, n: 1, steps});
 
 function paint(canvas, pixels) {
   canvas.width = canvas.height = info.size;
@@ -98,7 +100,7 @@ async function change() {
       const cell = cells[chosen()], asked = request(cell);
       await drawer.draw(asked, (picture) => { showMain(asked, picture); paint(cell.canvas, picture.pixels); });
     }
-    pause = setTimeout(settle, PAUSE);
+    if (isSeed(seed())) pause = setTimeout(settle, PAUSE);
   } catch (error) {
     complain(error);
   } finally {
@@ -177,9 +179,10 @@ async function asPNG(shown) {
 
 async function save() {
   const shown = main, link = document.createElement("a");
-  const words = shown.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "");
+  const words = shown.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-");
   link.href = URL.createObjectURL(await asPNG(shown));
-  link.download = `${words || "picture"}-${shown.seed}-${shown.picture}.png`;
+  const name = Array.from(words).slice(0, 60).join("").replace(/^-|-$/g, "");
+  link.download = `${name || "picture"}-${shown.seed}-${shown.picture}.png`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
@@ -204,6 +207,7 @@ async function start() {
     });
     for (const input of document.querySelectorAll("input[name=view]"))
       input.addEventListener("change", () => { layOut(); change(); });
+    if (info.longest !== undefined) $("prompt").maxLength = info.longest;
     $("styles-choice").hidden = !info.styles.length;
     $("where").textContent = info.where;
     layOut();

@@ -73,6 +73,7 @@ def draw_prompts(
     limit: int | None = None,
     every_pair: bool = False,
     wordings: Mapping[str, Sequence[str]] | None = None,
+    brief: bool = False,
 ) -> Prompts:
     """Choose the prompts.
 
@@ -81,6 +82,7 @@ def draw_prompts(
         limit: at most so many of each kind.
         every_pair: ask for the name and style of every training picture, too.
         wordings: ask for them, too; with the names that are accepted.
+        brief: ask for names and wordings alone, the same as in a whole evaluation.
 
     Raises:
         ValueError: for a wording none of whose names is trained on.
@@ -113,4 +115,6 @@ def draw_prompts(
         if not accepted:
             raise ValueError(f"no training picture has a name that is accepted for {wording!r}: leave the wording out")
         asked += [(wording, accepted)] * WORDING_SEEDS
+    if brief:
+        return Prompts(names, [], described, False, [], [], [], asked)
     return Prompts(names, keywords, described, bool(styled), styled if every_pair else [], held_out, variety, asked)

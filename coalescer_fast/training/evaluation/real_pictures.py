@@ -46,6 +46,7 @@ class RealPictures:
         progress: show a bar.
         every_pair: ask for the name and style of every training picture, too.
         wordings: ask for them, too; with the names that are accepted.
+        brief: ask for names and wordings alone: half of the samples, and the columns of the others are left out.
 
     Attributes:
         training: the N training pictures.
@@ -69,6 +70,7 @@ class RealPictures:
         progress: bool = True,
         every_pair: bool = False,
         wordings: Mapping[str, Sequence[str]] | None = None,
+        brief: bool = False,
     ):
         self.vae = vae.eval()
         self.classifier = (classifier or PictureClassifier.from_pretrained(WEIGHTS / "emoji-64" / "classifier")).eval()
@@ -90,7 +92,7 @@ class RealPictures:
         self.shape = stacked.shape[1:]
         self.latents, self.small, self.features = stacked.flatten(1), torch.cat(small), torch.cat(features)
         self.leave_one_out = nearest(self.latents, self.latents, 2)[0][:, 1]
-        self.prompts = draw_prompts(subset, limit, every_pair, wordings)
+        self.prompts = draw_prompts(subset, limit, every_pair, wordings, brief)
         self.floors = self._floors(data, limit)
 
     @torch.no_grad()

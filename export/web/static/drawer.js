@@ -3,6 +3,8 @@
 
 const drawer = {
   async open(report) {
+    for (const name of ["Worker", "WebAssembly", "DecompressionStream", "CompressionStream"]) // the last is for saving
+      if (!(name in globalThis)) throw new Error(unusable(`it has no ${name}`));
     const config = JSON.parse(await readText("config.json"));
     const sizes = Object.values(config.files).reduce((a, b) => a + b);
     let done = 0;
@@ -15,16 +17,17 @@ const drawer = {
     const glue = await readText("ort-wasm-simd-threaded.mjs"), runtime = await readText("ort.wasm.min.js");
     const sources = [runtime, "\n", unpack.toString(), "\n", await readText("worker.js")];
     this.worker = new Worker(URL.createObjectURL(new Blob(sources, {type: "text/javascript"})));
+    const opened = new Promise((resolve, reject) => { // listens at once: a refused worker says so before the files are there
+      this.worker.onmessage = ({data}) => (data.failed ? reject(new Error(unusable(data.failed))) : resolve());
+      this.worker.onerror = ({message}) => reject(new Error(message ? unusable(message) : REFUSED));
+    });
+    opened.catch(() => {}); // it is awaited below
     const names = {wasm: "ort-wasm-simd-threaded.wasm", unet: "unet.onnx", decoder: "decoder.onnx", encoder: "encoder.safetensors"};
     const files = {glue, tables: await read("tables.json")};
     for (const [key, name] of Object.entries(names)) files[key] = await file(name);
     report("Starting the model", undefined);
-    await new Promise((resolve, reject) => {
-      this.worker.onmessage = ({data}) => (data.failed ? reject(new Error(unusable(data.failed))) : resolve());
-      this.worker.onerror = ({message}) => reject(new Error(unusable(message)));
-      const buffers = Object.values(files).filter((each) => each instanceof ArrayBuffer);
-      this.worker.postMessage({open: {files, config}}, buffers);
-    });
+    this.worker.postMessage({open: {files, config}}, Object.values(files).filter((each) => each instanceof ArrayBuffer));
+    await opened;
     this.calls = new Map();
     this.worker.onmessage = ({data}) => this.calls.get(data.id)?.(data);
     this.receipt = config.receipt;
@@ -33,7 +36,7 @@ const drawer = {
   },
 
   draw({prompt, seed, first, n, steps}, show, signal) {
-    const id = this.number = (this.number ?? 0) + 1, text = prompt.replace(/\p{Surrogate}/gu, "\ufffd");
+    const id = this.number = (this.number ?? 0) + 1;
     return new Promise((resolve, reject) => {
       let left = n;
       const end = (settle, value) => { this.calls.delete(id); settle(value); };
@@ -43,12 +46,13 @@ const drawer = {
         if (--left === 0) end(resolve);
       });
       signal?.addEventListener("abort", () => { this.worker.postMessage({drop: id}); end(resolve); });
-      const jobs = Array.from({length: n}, (_, i) => ({id, prompt: text, seed, picture: first + i, steps}));
+      const jobs = Array.from({length: n}, (_, i) => ({id, prompt, seed, picture: first + i, steps}));
       this.worker.postMessage({jobs});
     });
   },
 };
 
+const REFUSED = "The worker that draws was refused: let the server's Content-Security-Policy allow what the documentation of coalescer-export web lists.";
 const unusable = (reason) => `This browser cannot run the model (${reason}): use a current Chromium, Firefox or Safari.`;
 
 // A file of the site, as an ArrayBuffer or, where it is packed in the page, as what unpack takes.

@@ -55,8 +55,10 @@ function blake2b8(bytes) {
   return BigInt.asIntN(64, state[0]);
 }
 
+const ARTICLE = /^(a|an|the|some|one|my|ein|eine|einen|der|die|das|un|une|le|la|les|el|los|las|una|il|lo|um|uma|o|een|het|de) /;
+
 function* forms(said) {
-  const bare = said.replace(/^(a|an|the|some|one|my) /, "");
+  const bare = said.replace(ARTICLE, "");
   for (const text of new Set([said, bare])) {
     yield text;
     for (const ending of ["s", "es"]) if (text.endsWith(ending)) yield text.slice(0, -ending.length);
@@ -89,7 +91,7 @@ class DescriptionEncoder {
       const [first, ...rest] = emoji;
       this.longest.set(first, Math.max(this.longest.get(first) ?? 0, 1 + rest.length));
     }
-    const styles = config.styles.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
+    const styles = config.styles.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/i/gi, "[iıİ]")).join("|"); // as re.IGNORECASE
     this.stylePhrase = new RegExp(`(?<![${sets.alphanumeric}_])(${styles}) style(?![${sets.alphanumeric}_])`, "giu");
     const known = this.lower([...this.names, ...config.styles].join("\n"));
     this.nameWords = new Set(known.match(new RegExp(`[${sets.alphanumeric}_]+`, "gu")));
@@ -336,12 +338,12 @@ class DescriptionEncoder {
 
   // Sentences about words that are not known.
   warnings(text) {
-    const words = [...this.words(text)], unknown = words.filter(([, known]) => !known).map(([word]) => `“${word}”`);
+    const words = [...this.words(text)], unknown = words.filter(([, known]) => !known).map(([word]) => `“\u2068${word}\u2069”`); // in its own direction
     if (text.replace(/^[ ,;\t\r\n]+/, "") && unknown.length === words.length)
-      return ["no word of this is known, and what is drawn is anything: use other, English words"];
+      return ["no word of this is known, and what is drawn is anything: use other words"];
     if (!unknown.length) return [];
     const listed = unknown.slice(0, 10).join(", ") + (unknown.length > 10 ? ", ..." : "");
-    return [`unknown words, which are drawn as nothing in particular: ${listed}`];
+    return [`unknown words, which count for nothing: ${listed}`];
   }
 }
 

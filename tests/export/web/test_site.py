@@ -5,8 +5,12 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +47,7 @@ PROMPTS = (
     "rainbow unicorn",
     "two dogs & a cat; blob style",
 )
+WEB_PAGE = Path(__file__).parents[3] / "docs" / "web.md"
 IN_BROWSER = 20.0  # seconds until a small model is there, on a busy machine
 
 pytestmark = pytest.mark.skipif(
@@ -199,8 +204,24 @@ def test_a_saved_png_says_what_it_is(opened, small):
     full = receipt(pipe, ["🐙, flat style"], latents, [Image.fromarray(drawn)])
     for name in ("weights", "prompts", "schedule", "pixels"):
         assert said[name] == full[name], name
-    assert said["model"] == str(folder)
+    assert said["model"] == folder.name
     assert said["runtime"] == f"onnxruntime-web {runtime.VERSION}"
+
+
+def test_what_is_no_character_is_drawn_and_saved_as_one(opened):
+    page = opened
+    page.evaluate(r"document.getElementById('prompt').value = 'cat \ud83d dog'; change()")
+    page.wait("main.prompt === 'cat \ufffd dog'")
+    said = page.evaluate("(async () => new TextDecoder().decode(await (await asPNG(main)).arrayBuffer()))()")
+    assert '"prompts":["cat \ufffd dog"]' in said
+
+
+def test_a_file_name_is_cut_between_characters(opened):
+    page = opened
+    page.evaluate("HTMLAnchorElement.prototype.click = function () { globalThis.named = this.download; }")
+    type_prompt(page, "a" + "𝐀" * 70)
+    page.evaluate("save()")
+    assert page.evaluate("named") == "a" + "𝐀" * 59 + "-0-0.png"
 
 
 def test_it_is_used_by_keyboard(opened):
@@ -239,6 +260,13 @@ def test_a_wrong_seed_is_told(opened):
     for wrong in ("-1", "1.5", "18446744073709551616", "x", ""):
         page.evaluate(f"document.getElementById('seed').value = '{wrong}'; change()")
         assert page.evaluate(said) == [False, "true"], wrong
+    # a seed that becomes wrong while a picture is in work
+    page.evaluate(
+        "document.getElementById('seed').value = '123'; change(); document.getElementById('seed').value = ''; change()"
+    )
+    page.evaluate("new Promise((resume) => setTimeout(resume, 600))")
+    assert page.evaluate("main.seed") == "123"
+    assert page.evaluate("document.getElementById('error').hidden")
     page.evaluate("document.getElementById('seed').value = '5'; change()")
     page.wait("main.seed === '5'")
     assert page.evaluate("document.getElementById('seed-error').hidden")
@@ -254,15 +282,57 @@ def test_nothing_is_wider_than_the_window(opened, width):
     page.evaluate("document.querySelector('input[value=seeds]').click()")
 
 
-@pytest.fixture(scope="module")
-def server(small_site):
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(small_site))
-    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+@contextmanager
+def serving(folder, **headers: str) -> Iterator[str]:
+    """A server of a folder that sends these headers: its address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def end_headers(self):
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            super().end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(small_site):
+    with serving(small_site) as address:
+        yield address
+
+
+def test_a_policy_that_the_page_lists_is_enough(page, small, small_site):
+    (policy,) = re.findall(r"^Content-Security-Policy: (.*)$", WEB_PAGE.read_text("utf-8"), re.MULTILINE)
+    with serving(small_site, Content_Security_Policy=policy) as address:
+        start(page, address)
+        assert difference(type_prompt(page, "top hat", 1), expected(small[0], "top hat", 1)[0]) <= 1
+    assert not page.problems
+
+
+def test_a_policy_that_refuses_the_worker_is_told(page, small_site):
+    with serving(small_site, Content_Security_Policy="default-src 'self'") as address:
+        page.open(address)
+        page.wait("!document.getElementById('error').hidden", IN_BROWSER)
+        assert "Content-Security-Policy" in page.evaluate("document.getElementById('error').textContent")
+
+
+@pytest.mark.parametrize("name", ["Worker", "DecompressionStream"])
+def test_a_browser_without_what_it_takes_is_told(page, small_file, tmp_path, name):
+    text = small_file.read_text("utf-8")
+    (tmp_path / "page.html").write_text(
+        text.replace("<head>", f"<head><script>delete globalThis.{name}</script>", 1), "utf-8"
+    )
+    page.open((tmp_path / "page.html").as_uri())
+    page.wait("!document.getElementById('error').hidden", IN_BROWSER)
+    said = page.evaluate("document.getElementById('error').textContent")
+    assert said == f"This browser cannot run the model (it has no {name}): use a current Chromium, Firefox or Safari."
 
 
 def test_a_folder_on_a_server_asks_for_its_own_files_alone(page, small, small_site, server):
