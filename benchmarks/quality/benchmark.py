@@ -1,7 +1,7 @@
 """Sample quality against network evaluations: the coalescer and its rivals, on the same prompts and noise.
 
     python -m benchmarks.quality --data emoji_64.npz --model runs/rivals/coalescer-0/pipeline \\
-        --trainings runs/rivals/* --wordings benchmarks/quality/free_wordings.json --plot quality.png
+        --trainings runs/rivals/* --wordings benchmarks/quality/hundred_wordings.json --plot rivals.png
 
 All samplers share the model's autoencoder, descriptions and automatic styles. A row of the CSV is a training at a step
 count and a guidance scale: method, seed of the training and its steps, network evaluations for a picture, and the
@@ -48,7 +48,7 @@ from ..harness.results import Row, read, write
 from .plot import draw
 from .report import tables
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "rivals.csv"
 RIVALS_GUIDANCE = 1.5
 QUICK_LIMIT = 40
 

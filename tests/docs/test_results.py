@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.networks import report
+from benchmarks.quality.report import tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -174,22 +175,16 @@ def test_quality():
         assert shown == list(numbers)
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "guidance"),
-    [
-        ("coalescer", "coalescer", 1),
-        ("coalescer, guidance 1.5 in the last step", "coalescer", 1.5),
-        ("flow matching", "flow matching", 1),
-        ("flow matching, guidance 1.5", "flow matching", 1.5),
-    ],
-)
-def test_against_flow_matching(name, method, guidance):
-    found = {
-        int(row["steps"]): f"{float(row['fd_name']):.1f} ({row['evaluations']})"
-        for row in rows("quality.csv", method=method)
-        if float(row["guidance_scale"]) == guidance
-    }
-    assert line(PAGE, name, "## Against flow matching") == [found.get(n, "–") for n in (1, 2, 4, 8, 50)]
+def test_against_the_rivals():
+    found = rows("rivals.csv")
+    for each in tables(found):
+        assert each in PAGE.splitlines()
+    methods = {row["method"] for row in found}
+    assert len(methods) >= 5
+    short = [row for row in found if int(row["steps"]) <= 8]
+    assert {(row["method"], row["seed"]) for row in short} == {(method, seed) for method in methods for seed in "01"}
+    assert {row["training_steps"] for row in found} == {"3328"}
+    assert "A third of the embedded model's steps" in section("Against its rivals")
 
 
 def test_guidance():

@@ -67,6 +67,16 @@ def test_a_row_for_every_method_guidance_and_step_count(rows):
     assert "distance_r2" not in rows[-1]
 
 
+def test_a_brief_run_has_the_same_figures_and_fewer(rows):
+    data = tiny_data()
+    pipe = pipeline_for(data)
+    options = {"progress": False, "classifier": classifier(), "wordings": WORDINGS, "brief": True}
+    [brief] = quality.compare(pipe, data, (2,), methods(pipe), guidance_scales=(1.0,), **options)
+    assert {"name_top1", "free_wording", "below_q5", "coverage", "density", "fd_name"} <= brief.keys()
+    assert not {"fd_name_style", "keyword_top1", "held_out_group", "distance_r2"} & brief.keys()
+    assert {**brief, "seconds_per_picture": 0} == {name: rows[1][name] for name in brief} | {"seconds_per_picture": 0}
+
+
 def test_all_steps_guided_and_no_guidance():
     [method] = methods(pipe := pipeline_for(tiny_data(), guidance_scale=1.0))
     assert [labels["evaluations"] for labels, *_ in quality.samplers(pipe, method, (2, 4))] == [2, 4]
