@@ -184,7 +184,25 @@ def test_against_the_rivals():
     short = [row for row in found if int(row["steps"]) <= 8]
     assert {(row["method"], row["seed"]) for row in short} == {(method, seed) for method in methods for seed in "01"}
     assert {row["training_steps"] for row in found} == {"3328"}
-    assert "A third of the embedded model's steps" in section("Against its rivals")
+    told = " ".join(section("Against its rivals").split())
+
+    def mean(column: str, method: str, guidance: float, steps: int) -> float:
+        wanted = {"method": method, "steps": str(steps)}
+        some = [row for row in found if row.items() >= wanted.items() and float(row["guidance_scale"]) == guidance]
+        assert len(some) == 2
+        return statistics.fmean(float(row[column]) for row in some)
+
+    ours, theirs = ("coalescer", 1.5, 2), ("flow matching", 1, 2)
+    assert f"({mean('fd_name', *ours):.1f} against {mean('fd_name', *theirs):.1f} of the next" in told
+    assert f"{mean('free_wording', *ours):.2f} of its samples are right and" in told
+    assert f"and {mean('free_wording', *theirs):.2f} of flow matching's" in told
+    assert f"distance is {mean('fd_name', 'flow matching', 1.5, 1):.0f}." in told
+    others = [row for row in short if not row["method"].startswith("coalescer")]
+    within = [row for row in others if int(row["evaluations"]) <= 3]
+    assert mean("fd_name", *ours) < min(float(row["fd_name"]) for row in within) - 10
+    assert min(float(row["fd_name"]) for row in others if int(row["evaluations"]) <= 8) > 20
+    ratios = [mean("nearest_train_ratio", "consistency", 1, steps) for steps in (2, 1)]
+    assert "picture ({:.2f} of the distance between neighbours) than after the first ({:.2f})".format(*ratios) in told
 
 
 def test_guidance():
