@@ -224,9 +224,9 @@ def sample(args: argparse.Namespace) -> None:
     from PIL import Image
 
     out = args.out or Path((re.sub(r"\W+", "-", args.prompts[0].lower()).strip("-")[:60] or "sample") + ".png")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file in it, such as {out / 'picture.png'}")
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: name a file in it, such as {out / 'picture.png'}")
         raise ValueError(f"no picture format goes by the name of {out}: let the output end in .png")
     file = io.BytesIO()
     try:

@@ -87,6 +87,19 @@ def test_output_of_no_picture_format(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_and_files_that_change_places(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for argv, said in (
+        (("-o", "folder"), "folder is a folder: name a file in it"),
+        (("--model", "file"), "'file' is a file, and a model is a folder"),
+        (("--artefact", "file"), "file is a file, and an exported artefact is a folder"),
+    ):
+        status, _, error = run("sample", "octopus", *argv)
+        assert status == 1
+        assert_one_sentence(error, said)
+
+
 def test_unknown_model(run, tmp_path):
     status, _, error = run("sample", "octopus", "--model", "no-such-model")
     assert status == 1
