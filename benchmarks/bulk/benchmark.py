@@ -82,7 +82,7 @@ def drawing(folder: Path, pictures: int) -> results.Row:
             str(count),
         ]
         before = cpu_seconds()
-        subprocess.run([sys.executable, "-m", "coalescer_fast", *words], check=True, stderr=subprocess.DEVNULL)
+        run_python(folder, "-m", "coalescer_fast", *words)
         seconds.append(cpu_seconds() - before)
     return {
         "pictures": pictures,
@@ -90,6 +90,14 @@ def drawing(folder: Path, pictures: int) -> results.Row:
         "checked_pictures": CHECKED,
         "wrong_pictures": wrong(shards / "00000.tar", prompts[:CHECKED]),
     }
+
+
+def run_python(folder: Path, *words: str) -> str:
+    """What Python prints, run in a folder, where it finds the package that is installed and no checkout."""
+    found = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    if found.returncode:
+        raise ValueError(found.stderr.strip())
+    return found.stdout
 
 
 def cpu_seconds() -> float:
@@ -117,6 +125,5 @@ def reading(folder: Path, rows: int) -> results.Row:
     with file.open("w", encoding="utf-8") as lines:
         for i in range(rows):
             lines.write(json.dumps({"id": f"picture-{i}", "prompt": f"octopus number {i}"}) + "\n")
-    words = [sys.executable, "-c", READ, str(file), str(rows)]
-    seconds, megabytes = map(float, subprocess.run(words, check=True, capture_output=True, text=True).stdout.split())
+    seconds, megabytes = map(float, run_python(folder, "-c", READ, str(file), str(rows)).split())
     return {"rows": rows, "read_s": seconds, "read_mb": megabytes}

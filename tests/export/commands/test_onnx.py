@@ -70,5 +70,5 @@ def test_a_missing_package_is_said(run, monkeypatch, tmp_path, model):
     monkeypatch.setattr(exporter, "export_onnx", lambda *args, **kwargs: __import__("coalescer_fast_no_such_package"))
     status, _, error = run("onnx", "--model", model, "-o", "out")
     assert status == 1
-    assert "pip install 'coalescer_fast[export]'" in error
+    assert "pip install 'coalescer_fast[all]'" in error
     assert not list(tmp_path.iterdir())
