@@ -38,12 +38,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def ray_workers(pid: int) -> list[int]:
-    """The processes in which Ray runs tasks and actors, in this network namespace."""
+    """The processes in which Ray runs tasks and actors in this network namespace; no agents, with which a node dies."""
     found, ours = [], os.readlink("/proc/self/ns/net")
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
             name = Path(f"/proc/{process}/cmdline").read_bytes()
-            if name.startswith(b"ray::") and os.readlink(f"/proc/{process}/ns/net") == ours:
+            if name.startswith(b"ray::") and b"Agent" not in name and os.readlink(f"/proc/{process}/ns/net") == ours:
                 found.append(int(process))
         except OSError:
             continue
