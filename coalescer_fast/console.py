@@ -9,6 +9,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -19,16 +20,6 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 1024  # pictures of one prompt in a call; the prompts of a call together may have four times as many
 MAX_STEPS = 1000
-# extras of the package, and what they bring
-EXTRAS = {
-    "export": ("onnx", "onnxscript", "onnxruntime"),
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "starlette", "h11"),
-    "bulk": ("pyarrow", "filelock"),
-    "ray": ("ray",),
-    "train": ("accelerate", "scipy", "tomli"),
-    "data": ("resvg_py", "transformers", "mlxtend"),
-    "tensorrt": ("tensorrt",),
-}
 NO_MEMORY = "there is not enough memory for this: ask for fewer or smaller pictures at a time"
 
 
@@ -103,9 +94,7 @@ def sentence(error: BaseException) -> str:
     """
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        extra = next((extra for extra, needs in EXTRAS.items() if package in needs), "all")
-        return f"the package {package} is missing: run pip install 'coalescer_fast[{extra}]'"
+        return missing(error.name.partition(".")[0])
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"cannot use {error.filename} ({error.strerror.lower()}): give another path"
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
@@ -113,6 +102,21 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "what was read is nested too deeply: give another file"
     return said or type(error).__name__
+
+
+def missing(package: str) -> str:
+    """Say that a package is not there, and the extra that brings it: the first that names it."""
+    from importlib import metadata
+
+    extra = "all"
+    with suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
+        for line in metadata.requires("coalescer_fast") or ():
+            name, _, marker = line.partition(";")
+            found = re.search(r"extra == .(\w+)", marker)
+            if found and re.split(r"[^\w.-]", name.replace("-", "_"), maxsplit=1)[0] == package:
+                extra = found[1]
+                break
+    return f"the package {package} is missing: run pip install 'coalescer_fast[{extra}]'"
 
 
 def unforeseen(error: Exception) -> str:

@@ -74,6 +74,11 @@ def locate(name: str) -> Path | None:
     return None
 
 
+def public_name(name: str) -> str:
+    """A model's name for others: of a folder its last part alone, for where it lies is nobody else's business."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def complete(folder: Path, pipeline: type[DiffusionPipeline]) -> None:
     """Write what a saved folder has beside diffusers' files: code by which diffusers finds the class, and checksums.
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .schema import shown
+
 WORD = 2**32
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by from round to round
@@ -90,8 +92,7 @@ def draw(generators: list[PhiloxGenerator], shape: tuple[int, ...], device: torc
 
 
 def _uint64(name: str, value: Any) -> int:
-    number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
-    if number is None or not 0 <= number < WORD**2:
-        shown = f"{value!r:.80}" if number is None or abs(number) < WORD**4 else "beyond 2^128"
-        raise ValueError(f"{name} is {shown}; expected a whole number from 0 up to 2^64 - 1")
+    number = -1 if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if not 0 <= number < WORD**2:
+        raise ValueError(f"{name} is {shown(value)}; expected a whole number from 0 up to 2^64 - 1")
     return number

@@ -17,6 +17,7 @@ from PIL import Image
 
 import coalescer_fast
 from coalescer_fast import __version__, acceleration, cli
+from coalescer_fast.console import sentence
 from coalescer_fast.dtypes import DTYPES
 from coalescer_fast.parity import Verification, at_least
 from coalescer_fast.training.config import CONFIGS
@@ -98,6 +99,22 @@ def test_folders_and_files_that_change_places(run, tmp_path):
         status, _, error = run("sample", "octopus", *argv)
         assert status == 1
         assert_one_sentence(error, said)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [
+        ("onnx", "export"),
+        ("uvicorn", "serve"),
+        ("pyarrow", "bulk"),
+        ("ray", "ray"),
+        ("accelerate", "train"),
+        ("x", "all"),
+    ],
+)
+def test_a_missing_package_is_said_with_its_extra(package, extra):
+    said = sentence(ModuleNotFoundError("no", name=f"{package}.part"))
+    assert said == f"the package {package} is missing: run pip install 'coalescer_fast[{extra}]'"
 
 
 def test_unknown_model(run, tmp_path):

@@ -24,6 +24,7 @@ from PIL import Image
 
 from benchmarks.harness import results
 from benchmarks.harness.arguments import Parser, command, positive
+from benchmarks.harness.processes import same_package
 from coalescer_fast import PhiloxGenerator, accelerate
 from coalescer_fast.bench.environment import environment
 from coalescer_fast.console import open_pipeline, transposed_table
@@ -69,20 +70,9 @@ def drawing(folder: Path, pictures: int) -> results.Row:
     for count in (FEW, FEW + pictures):
         file, shards = folder / "prompts.txt", folder / f"{count}"
         file.write_text("".join(f"{prompt}\n" for prompt in prompts[:count]), "utf-8")
-        words = [
-            "generate",
-            str(file),
-            "-o",
-            str(shards),
-            "--workers",
-            "1",
-            "--threads",
-            "1",
-            "--per-shard",
-            str(count),
-        ]
+        words = f"generate {file} -o {shards} --workers 1 --threads 1 --per-shard {count}".split()
         before = cpu_seconds()
-        run_python(folder, "-m", "coalescer_fast", *words)
+        run_python("-m", "coalescer_fast", *words)
         seconds.append(cpu_seconds() - before)
     return {
         "pictures": pictures,
@@ -92,9 +82,9 @@ def drawing(folder: Path, pictures: int) -> results.Row:
     }
 
 
-def run_python(folder: Path, *words: str) -> str:
-    """What Python prints, run in a folder, where it finds the package that is installed and no checkout."""
-    found = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+def run_python(*words: str) -> str:
+    """What Python prints. Raises ValueError with what it says where it fails."""
+    found = subprocess.run([sys.executable, *words], **same_package(), capture_output=True, text=True)
     if found.returncode:
         raise ValueError(found.stderr.strip())
     return found.stdout
@@ -125,5 +115,5 @@ def reading(folder: Path, rows: int) -> results.Row:
     with file.open("w", encoding="utf-8") as lines:
         for i in range(rows):
             lines.write(json.dumps({"id": f"picture-{i}", "prompt": f"octopus number {i}"}) + "\n")
-    seconds, megabytes = map(float, run_python(folder, "-c", READ, str(file), str(rows)).split())
+    seconds, megabytes = map(float, run_python("-c", READ, str(file), str(rows)).split())
     return {"rows": rows, "read_s": seconds, "read_mb": megabytes}

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.harness import results
 from benchmarks.harness.arguments import Parser, command, listed, positive
-from coalescer_fast import console
+from benchmarks.harness.processes import same_package
 from coalescer_fast.bench.environment import environment, timestamp
 from coalescer_fast.console import open_pipeline, table
 
@@ -107,9 +107,7 @@ def expected(asked: Sequence[dict[str, Any]]) -> list[bytes]:
 def server(*options: str) -> Iterator[int]:
     """Run the command, and stop it by SIGTERM; gives its port. Raises ValueError if it does not start or end well."""
     words = [sys.executable, "-m", "coalescer_fast", "serve", "--port", "0", *options]
-    # the package that draws what is expected, wherever this is run: not one that lies in the working directory
-    environment = {**os.environ, "PYTHONPATH": str(Path(console.__file__).parents[1])}
-    with subprocess.Popen(words, cwd=os.sep, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, **same_package(), stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()

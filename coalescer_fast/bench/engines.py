@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..acceleration import FLOATS, RUNTIMES, accelerate, multiplies_bfloat16, native_dtype, unavailable
 from ..dtypes import DTYPES
+from ..folders import public_name
 from ..parity import Budget, descriptions
 from ..pipeline import CoalescerPipeline
 from ..runtime.engines import compiled, onnxruntime, openvino
@@ -159,7 +160,7 @@ def of_pipeline(pipe: CoalescerPipeline, model: str, pictures: int, names: Seque
     scale = float(pipe.scheduler.config.guidance_scale)
     guided = f"guidance {scale:g}" if scale != 1 else "no guidance"
     what = f"{pictures} picture{'s' * (pictures != 1)} a call"
-    name = Path(model).name if Path(model).is_dir() else model  # the path is the business of nobody else
+    name = public_name(model)
     title = f"{name}: from prompt to picture, 2 steps, {guided}, {what}"
     facts = {"model": name, "pictures": pictures, "steps": 2, "guidance_scale": scale, "prompts": texts}
     return Subject(title, facts, listed(names, prepare), compare_pictures)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..console import missing as said_missing
 from ..schema import conform
 from . import processes, prompt_file, settings, shards
 from .job import Drawn, Event, Job, Ready
@@ -17,7 +18,6 @@ from .prompt_file import Prompt, PromptFile
 from .settings import Count, Facts, Model, Run, Settings
 
 LOCK = ".lock"
-MISSING = "the package {} is missing: run pip install 'coalescer_fast[{}]'"
 
 
 @dataclass
@@ -84,9 +84,9 @@ def generate(
             another run, and what fails in a worker.
         OSError: for a folder that cannot be written.
     """
-    _require("pyarrow", "bulk")
+    _require("pyarrow")
     if ray is not None:
-        _require("ray", "ray")
+        _require("ray")
     for name, number in (("workers", workers), ("threads", threads), ("batch_size", batch_size)):
         conform(number, Count | None if name == "workers" else Count, name)
     started = time.perf_counter()
@@ -145,7 +145,7 @@ def check(prompts: str | Path, folder: str | Path, wanted: Settings | None = Non
     Raises:
         ValueError: see `generate`, and for a folder without ``run.json``.
     """
-    _require("pyarrow", "bulk")
+    _require("pyarrow")
     from importlib.metadata import version
 
     from tqdm import tqdm
@@ -244,8 +244,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _require(package: str, extra: str) -> None:
+def _require(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise ImportError(MISSING.format(package, extra))
+        raise ImportError(said_missing(package))

@@ -204,8 +204,8 @@ def _jsonl(path: Path, content: bytes, prompt_column: str, id_column: str | None
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            said = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-            said = error.msg if isinstance(error, json.JSONDecodeError) else said
+            deep = isinstance(error, RecursionError)
+            said = getattr(error, "msg", "it is nested too deeply" if deep else "a number has too many digits")
             raise ValueError(f"{where} is no JSON ({said[:80]}): write one object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f'{where} holds {line!r:.80}: write an object, as in {{"prompt": "octopus"}}')

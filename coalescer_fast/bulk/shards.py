@@ -7,7 +7,6 @@ order.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -111,22 +110,16 @@ def _parquet(records: list[dict[str, Any]], seal: Seal) -> bytes:
 
     fields = [(column, getattr(pa, kind)()) for column, kind in COLUMNS.items()]
     content = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist(records, pa.schema(fields, {SEAL: json.dumps(table(seal)).encode()})),
-        content,
-        compression="zstd",
-    )
+    schema = pa.schema(fields, {SEAL: json.dumps(table(seal)).encode()})
+    pq.write_table(pa.Table.from_pylist(records, schema), content, compression="zstd")
     return content.getvalue()
 
 
 def is_there(folder: Path, shard: int) -> bool:
     """Whether a shard's two files are there, of this run, and fit by their sizes; what they hold is not read."""
     try:
-        seal = _seal(folder, shard)
-        return (seal.run_sha256, seal.tar_bytes) == (
-            _run_sha256(folder),
-            (folder / f"{name(shard)}.tar").stat().st_size,
-        )
+        seal, size = _seal(folder, shard), (folder / f"{name(shard)}.tar").stat().st_size
+        return seal.tar_bytes == size and seal.run_sha256 == _run_sha256(folder)
     except (OSError, ValueError):
         return False
 
@@ -190,7 +183,8 @@ def _records(file: IO[bytes]) -> list[dict[str, Any]]:
 
 
 def _run_sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / RUN_FILE).read_bytes()).hexdigest()
+    with (folder / RUN_FILE).open("rb") as file:
+        return files.sha256(file)
 
 
 def _seal(folder: Path, shard: int) -> Seal:

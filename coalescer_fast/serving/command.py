@@ -48,16 +48,11 @@ def serve(args: argparse.Namespace, load: Callable[[argparse.Namespace], Coalesc
         args: the command line.
         load: opens the pipeline that it names.
     """
-    secret, loopback = token(args), is_loopback(args.host)
-    # a page of another site may come to call a name of its own that leads here; a token keeps it out as well
-    hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host))) if loopback and secret is None else None
-    settings = Settings(
-        args.batch_delay / 1000, args.max_batch, args.max_queue, args.max_images, args.max_prompt, hosts, secret
-    )
+    settings = settings_of(args)
     from .server import Server, listen, quieten
 
     listening = listen(args.host, args.port)  # before the model is loaded: a port in use is said at once
-    if secret is None and not loopback:
+    if settings.token is None and settings.hosts is None:
         reached = args.host or "this machine"
         said = f"anybody who reaches {reached} can draw: set {TOKEN} or --token-file to ask for a token"
         print(said, file=sys.stderr)
@@ -76,6 +71,18 @@ def serve(args: argparse.Namespace, load: Callable[[argparse.Namespace], Coalesc
     app = create_app(pipe, model, settings)
     app.state.service.open()  # what cannot be drawn is said in one sentence
     Server(app, [listening], args.access_log, ready).run()
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the command line allows. Without a token, a server of this machine alone has its names alone.
+
+    A page of another site may come to call a name of its own that leads here.
+    """
+    limits = {name: getattr(args, name) for name in ("max_batch", "max_queue", "max_images", "max_prompt")}
+    secret, hosts = token(args), None
+    if secret is None and is_loopback(args.host):
+        hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "::1", args.host)))
+    return Settings(args.batch_delay / 1000, **limits, hosts=hosts, token=secret)
 
 
 def token(args: argparse.Namespace) -> str | None:

@@ -167,9 +167,8 @@ def listen(host: str, port: int) -> socket.socket:
         return listening
     except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         listening.close()
-        if isinstance(error, TypeError):
-            reason = "no name of a machine"
-        else:
+        reason = "no name of a machine"
+        if isinstance(error, OSError):
             of_host = isinstance(error, socket.gaierror)
             reason = str(error.strerror if of_host else os.strerror(error.errno or 0)).lower()
         raise OSError(f"cannot listen at {host}, port {port} ({reason}): give another --host or --port") from error

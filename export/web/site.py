@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import save
 
 from coalescer_fast import __version__, files
+from coalescer_fast.folders import public_name
 from coalescer_fast.runtime.engines import onnxruntime
 from coalescer_fast.runtime.engines.artefact import Artefact
 from coalescer_fast.runtime.engines.hashes import network_sha256
@@ -183,7 +184,7 @@ def config(pipe: CoalescerPipeline, model: str, precision: str, sizes: Mapping[s
         "model": {name: encoder[name] for name in ("dim", "match_dim", "lexicon_size")}
         | {"styles": list(encoder.styles)},
         "receipt": {
-            "model": Path(model).name if Path(model).is_dir() else model,  # the page goes to others
+            "model": public_name(model),
             "weights": {name: network_sha256(network, network.config) for name, network in networks.items()},
             "schedule": str(Schedule.of(scheduler, scheduler.config.guidance_scale)),
             "runtime": f"onnxruntime-web {runtime.VERSION}",

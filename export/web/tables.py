@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import BertWordPieceTokenizer
 
 from coalescer_fast.models import emoji
+from coalescer_fast.models.description import ARTICLE
 
 SEPARATOR = "\U00010000"  # a letter that nothing else is normalised to
 HANGUL = range(0xAC00, 0xD7A4)  # the tokenizer takes them apart by a formula
@@ -28,7 +29,7 @@ def tables(tokenizer: BertWordPieceTokenizer) -> dict[str, Any]:
         ``space``, ``alphanumeric``, ``decimal``, ``symbol`` as Python has them, ``modifier`` as `emoji.spell`, and of
         the tokenizer ``removed``, ``ideograph`` (set between spaces), ``blank`` and ``punctuation``. And by character:
         ``lower``, ``emoji`` (names of emoji, their sequences and other symbols), ``normalized`` and ``marks``
-        (combining classes of what is not removed).
+        (combining classes of what is not removed). And ``article``, a regular expression.
     """
     characters = [chr(code) for code in range(MAX_CODE + 1) if code not in SURROGATES]
     became = dict(zip(characters, _normalized(tokenizer, characters)))
@@ -58,6 +59,7 @@ def tables(tokenizer: BertWordPieceTokenizer) -> dict[str, Any]:
             for c, text in became.items()
             if text != c and c not in removed and c not in ideographs and ord(c) not in HANGUL
         },
+        "article": ARTICLE.pattern,
         "marks": {c: unicodedata.combining(c) for c in outputs if unicodedata.combining(c)},
     }
 

@@ -145,18 +145,8 @@ def test_the_names_of_the_command_are_those_of_the_engines():
 @needs_kernels
 def test_a_pipeline(run, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
-    status, out, err = run(
-        "--model",
-        str(tmp_path / "tiny"),
-        "-n",
-        "2",
-        "--backends",
-        "coalescer_fast",
-        "--seconds",
-        "5",
-        "--json",
-        "b.json",
-    )
+    options = ["-n", "2", "--backends", "coalescer_fast", "--seconds", "5", "--json", "b.json"]
+    status, out, err = run("--model", str(tmp_path / "tiny"), *options)
     assert (status, err) == (0, "")
     assert out.startswith("tiny: from prompt to picture, 2 steps, ")
     assert "2 pictures a call" in out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from benchmarks.harness import results
 
 ROOT = Path(__file__).parents[2]
 NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -11,11 +12,10 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 def test_two_compilers():
     found: dict[tuple[str, str], dict[bool, list[float]]] = {}
-    with (ROOT / "benchmarks" / "results" / "cpu" / "compilers.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            assert row["same_bits"] == "1"
-            ratios = found.setdefault((row["isa"], row["dtype"]), {}).setdefault(row["form"] == "direct", [])
-            ratios.append(float(row["y_value_50"]))
+    for row in results.read(ROOT / "benchmarks" / "results" / "cpu" / "compilers.csv"):
+        assert row["same_bits"] == "1"
+        ratios = found.setdefault((row["isa"], row["dtype"]), {}).setdefault(row["form"] == "direct", [])
+        ratios.append(float(row["y_value_50"]))
     page = (ROOT / "docs" / "building.md").read_text("utf-8")
     assert found
     for (isa, dtype), ratios in found.items():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from benchmarks.harness import results
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_what_a_picture_takes():
     page = " ".join((ROOT / "docs" / "bulk.md").read_text("utf-8").split())
-    with (ROOT / "benchmarks" / "results" / "cpu" / "bulk.csv").open(encoding="utf-8", newline="") as file:
-        [row] = csv.DictReader(file)
+    [row] = results.read(ROOT / "benchmarks" / "results" / "cpu" / "bulk.csv")
     assert row["wrong_pictures"] == "0"
     milliseconds = float(row["cpu_ms_a_picture"])
     assert f"takes {milliseconds:.1f} ms of one core" in page

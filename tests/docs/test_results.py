@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.networks import report
@@ -203,6 +205,19 @@ def test_against_the_rivals():
     assert min(float(row["fd_name"]) for row in others if int(row["evaluations"]) <= 8) > 20
     ratios = [mean("nearest_train_ratio", "consistency", 1, steps) for steps in (2, 1)]
     assert "picture ({:.2f} of the distance between neighbours) than after the first ({:.2f})".format(*ratios) in told
+
+
+def test_how_often_mean_flow_is_trained_over_a_long_span():
+    """P(|s(a) - s(b)| >= 0.9), s the sigmoid, a and b of N(0.4, 1), as `mean_flow_loss` draws times."""
+    a, step = np.linspace(-8, 9, 20_001, retstep=True)
+    s = 1 / (1 + np.exp(-a))
+    low = s <= 0.1  # the other one is then at least 0.9 above
+    needed = np.log((s[low] + 0.9) / (0.1 - s[low] + 1e-12))
+    above = np.array([math.erfc((x - 0.4) / math.sqrt(2)) / 2 for x in needed])
+    chance = 2 * float((np.exp(-((a[low] - 0.4) ** 2) / 2) / math.sqrt(2 * math.pi) * above).sum() * step)
+    told = " ".join(section("Against its rivals").split())
+    assert f"a span of 0.9 or more once in {round(1 / chance, -4):,.0f} samples" in told
+    assert f"had {round(3328 * 64 // 4, -3):,} with a span" in told
 
 
 def test_guidance():

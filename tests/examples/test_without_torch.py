@@ -66,7 +66,7 @@ def test_the_picture_file_is_one(script, tmp_path):
 
 def wordings() -> list[str]:
     texts = json.loads((ROOT / "benchmarks" / "quality" / "hundred_wordings.json").read_text("utf-8"))
-    return [*PROMPTS, *texts]
+    return [*PROMPTS, *texts, "une pieuvre", "der Hund"]
 
 
 @pytest.mark.parametrize("make", [lambda: open_pipeline("emoji-64"), tiny_pipeline], ids=["emoji-64", "tiny"])

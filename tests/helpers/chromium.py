@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
+import numpy as np
+
 FLAGS = (
     "--headless=new",
     "--no-sandbox",  # tests may run as root
@@ -117,6 +119,18 @@ class Page:
         }
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def fill(self, name: str, text: str) -> None:
+        """Replace what a field of this id holds, as a user does."""
+        self.evaluate(f"document.getElementById('{name}').focus(); document.getElementById('{name}').select()")
+        self.press("Delete", 46)
+        self.call("Input.insertText", text=text)
+
+    def canvases(self, selector: str) -> list[np.ndarray]:
+        """The pixels (H, W, 3) of square canvases."""
+        read = "(c) => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+        found = self.evaluate(f"[...document.querySelectorAll('{selector}')].map({read})")
+        return [np.array(data, np.uint8).reshape(round((len(data) / 4) ** 0.5), -1, 4)[..., :3] for data in found]
 
     def resize(self, width: int, height: int, dark: bool = False, scale: float = 1) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}

@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from coalescer_fast.cli import main, parser
-from coalescer_fast.serving import command
-from coalescer_fast.serving.command import TOKEN, is_loopback
+from coalescer_fast.serving.command import TOKEN, is_loopback, settings_of
 from coalescer_fast.serving.server import OnceAMinute, listen
 
 from ..helpers.processes import python
@@ -89,20 +88,20 @@ def test_asyncio_says_the_same_once_a_minute(monkeypatch):
     assert passes(record("full"))
 
 
-def test_names_are_asked_for_on_this_machine_without_a_token(monkeypatch):
-    found = []
-
-    def stop(args):
-        raise ValueError("stopped here")
-
-    real = command.Settings
-    monkeypatch.setattr(command, "Settings", lambda *given: found.append(given[5]) or real(*given))
-    for host, secret in (("127.0.0.1", ""), ("127.0.0.1", "t"), ("0.0.0.0", "")):
-        monkeypatch.setenv(TOKEN, secret) if secret else monkeypatch.delenv(TOKEN, raising=False)
-        args = parser().parse_args(["serve", "--host", host, "--port", "0"])
-        with pytest.raises(ValueError, match="stopped here"):
-            command.serve(args, stop)
-    assert found == [("localhost", "127.0.0.1", "::1"), None, None]
+@pytest.mark.parametrize(
+    ("host", "secret", "hosts"),
+    [
+        ("127.0.0.1", None, ("localhost", "127.0.0.1", "::1")),
+        ("127.0.0.2", None, ("localhost", "127.0.0.1", "::1", "127.0.0.2")),
+        ("127.0.0.1", "secret", None),
+        ("0.0.0.0", None, None),
+    ],
+)
+def test_names_are_asked_for_on_this_machine_without_a_token(monkeypatch, host, secret, hosts):
+    monkeypatch.delenv(TOKEN, raising=False)
+    if secret is not None:
+        monkeypatch.setenv(TOKEN, secret)
+    assert settings_of(parser().parse_args(["serve", "--host", host])).hosts == hosts
 
 
 def test_addresses_of_this_machine_alone():

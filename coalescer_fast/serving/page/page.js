@@ -32,7 +32,8 @@ function unstyled(prompt) {
 
 function layOut() {
   const styled = view() === "styles";
-  const names = styled ? info.styles : Array.from({length: view() === "seeds" ? Math.min(VARIATIONS, info.most ?? VARIATIONS) : 1}, (_, i) => `${i + 1}`);
+  const count = view() === "seeds" ? Math.min(VARIATIONS, info.most ?? VARIATIONS) : 1;
+  const names = styled ? info.styles : Array.from({length: count}, (_, i) => `${i + 1}`);
   $("grid").hidden = view() === "one";
   $("grid-name").textContent = styled ? "Styles" : "Variations";
   cells = names.map((name, i) => {
@@ -53,7 +54,10 @@ function layOut() {
 }
 
 // What is no character, half of a pair, is drawn and saved as U+FFFD.
-const request = (cell, steps = false) => ({prompt: cell.prompt().replace(/\p{Surrogate}/gu, "\ufffd"), seed: seed(), first: cell.first, n: 1, steps});
+const request = (cell, steps = false) => {
+  const prompt = cell.prompt().replace(/\p{Surrogate}/gu, "\ufffd");
+  return {prompt, seed: seed(), first: cell.first, n: 1, steps};
+};
 
 function paint(canvas, pixels) {
   canvas.width = canvas.height = info.size;

@@ -55,10 +55,8 @@ function blake2b8(bytes) {
   return BigInt.asIntN(64, state[0]);
 }
 
-const ARTICLE = /^(a|an|the|some|one|my|ein|eine|einen|der|die|das|un|une|le|la|les|el|los|las|una|il|lo|um|uma|o|een|het|de) /;
-
-function* forms(said) {
-  const bare = said.replace(ARTICLE, "");
+function* forms(said, article) {
+  const bare = said.replace(article, "");
   for (const text of new Set([said, bare])) {
     yield text;
     for (const ending of ["s", "es"]) if (text.endsWith(ending)) yield text.slice(0, -ending.length);
@@ -95,6 +93,7 @@ class DescriptionEncoder {
     this.stylePhrase = new RegExp(`(?<![${sets.alphanumeric}_])(${styles}) style(?![${sets.alphanumeric}_])`, "giu");
     const known = this.lower([...this.names, ...config.styles].join("\n"));
     this.nameWords = new Set(known.match(new RegExp(`[${sets.alphanumeric}_]+`, "gu")));
+    this.article = new RegExp(tables.article);
     this.nameRows = new Map(this.names.map((name, row) => [this.plain(name), row]).reverse());
     this.nameVectors = this.names.map((name, row) => this.nameVector(name, row));
   }
@@ -275,7 +274,7 @@ class DescriptionEncoder {
   lookUp(said) {
     const {lexicon_keys: keys, lexicon_values: values} = this.tensors;
     if (!this.config.lexicon_size) return null;
-    for (const form of forms(said)) {
+    for (const form of forms(said, this.article)) {
       const key = blake2b8(new TextEncoder().encode(form));
       let low = 0, high = keys.length;
       while (low < high) {

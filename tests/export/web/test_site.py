@@ -115,23 +115,15 @@ def settled(page) -> None:
 
 def type_prompt(page, text: str, seed: int = 0) -> np.ndarray:
     """Type a prompt as a user does, and return what the canvas then holds, (H, W, 3)."""
-    for name, value in (("seed", str(seed)), ("prompt", text)):
-        page.evaluate(f"document.getElementById('{name}').focus(); document.getElementById('{name}').select()")
-        page.press("Delete", 46)
-        page.call("Input.insertText", text=value)
+    page.fill("seed", str(seed))
+    page.fill("prompt", text)
     page.wait(f"main.prompt === {json.dumps(text)} && main.seed === '{seed}' && !isDrawing && !isStale", 60)
     return canvas(page, "picture")
 
 
 def canvas(page, name: str) -> np.ndarray:
-    (found,) = canvases(page, f"#{name}")
+    (found,) = page.canvases(f"#{name}")
     return found
-
-
-def canvases(page, selector: str) -> list[np.ndarray]:
-    read = "(c) => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
-    found = page.evaluate(f"[...document.querySelectorAll('{selector}')].map({read})")
-    return [np.array(data, np.uint8).reshape(round((len(data) / 4) ** 0.5), -1, 4)[..., :3] for data in found]
 
 
 def expected(pipe, text: str, seed: int, picture: int = 0):
@@ -174,11 +166,11 @@ def test_variations_steps_and_styles(opened, small):
     type_prompt(page, "a cat", 3)
     page.evaluate("new Promise((resume) => setTimeout(resume, 400))")
     settled(page)
-    for k, drawn in enumerate(canvases(page, "#cells canvas")):
+    for k, drawn in enumerate(page.canvases("#cells canvas")):
         assert difference(drawn, expected(pipe, "a cat", 3, k)[0]) <= 1, k
     assert k == 7
     trace = pipe("a cat", generator=PhiloxGenerator(3), return_trace=True).trace
-    steps = canvases(page, "#steps canvas")
+    steps = page.canvases("#steps canvas")
     for k in range(2):
         decoded = pipe.image_processor.postprocess(pipe.decode(trace[k].sample), output_type="pil")[0]
         assert difference(steps[k], np.asarray(decoded)) <= 1, k
@@ -186,7 +178,7 @@ def test_variations_steps_and_styles(opened, small):
     page.evaluate("document.querySelector('input[value=styles]').click()")
     page.evaluate("new Promise((resume) => setTimeout(resume, 400))")
     settled(page)
-    for word, drawn in zip(pipe.description_encoder.config.styles, canvases(page, "#cells canvas"), strict=True):
+    for word, drawn in zip(pipe.description_encoder.config.styles, page.canvases("#cells canvas"), strict=True):
         assert difference(drawn, expected(pipe, f"a cat, {word} style", 3)[0]) <= 1, word
     page.evaluate("document.querySelector('input[value=seeds]').click()")
 

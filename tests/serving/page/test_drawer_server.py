@@ -79,12 +79,6 @@ def server():
         server.shutdown()
 
 
-def shown(page, selector: str) -> list[np.ndarray]:
-    read = "(c) => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
-    found = page.evaluate(f"[...document.querySelectorAll('{selector}')].map({read})")
-    return [np.array(data, np.uint8).reshape(64, 64, 4)[..., :3] for data in found]
-
-
 def test_the_page_draws_by_a_server(server):
     if reason := chromium.unavailable():
         pytest.skip(reason)
@@ -99,12 +93,12 @@ def test_the_page_draws_by_a_server(server):
             "main.prompt === 'cat' && main.steps && document.getElementById('announcement').textContent.includes('cat')"
         )
         pixels = picture("cat", seed, 0)
-        assert np.array_equal(shown(page, "#picture")[0], pixels)
-        for found, wanted in zip(shown(page, "#steps canvas"), (255 - pixels, pixels // 2, pixels), strict=True):
+        assert np.array_equal(page.canvases("#picture")[0], pixels)
+        for found, wanted in zip(page.canvases("#steps canvas"), (255 - pixels, pixels // 2, pixels), strict=True):
             assert np.array_equal(found, wanted)
         variations = [picture("cat", seed, i) for i in range(8)]
         deadline = time.monotonic() + 20
-        while not np.array_equal(shown(page, "#cells canvas"), variations):
+        while not np.array_equal(page.canvases("#cells canvas"), variations):
             assert time.monotonic() < deadline
             page.evaluate("new Promise((resume) => setTimeout(resume, 100))")
         assert page.evaluate("document.getElementById('facts').innerText").count("octopus (similarity 0.90)") == 1
@@ -114,7 +108,7 @@ def test_the_page_draws_by_a_server(server):
         assert {said["seed"] for _, _, said in server.asked} == {0, seed}
         page.evaluate("cells[2].input.click()")
         page.wait("main.picture === 2 && !isDrawing")
-        assert np.array_equal(shown(page, "#picture")[0], picture("cat", seed, 2))
+        assert np.array_equal(page.canvases("#picture")[0], picture("cat", seed, 2))
         page.evaluate("document.getElementById('prompt').value = 'too much'; change()")
         page.wait("!document.getElementById('error').hidden")
         assert page.evaluate("document.getElementById('error').textContent") == "the queue is full: try again"
