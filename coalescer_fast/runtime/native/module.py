@@ -282,6 +282,7 @@ class ModuleRuntime:
             return "the last call was traced"
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(type(x) not in (Tensor, nn.Parameter) or not self._is_here(x) for x in tensors):
+            self._check_device()
             return "the last call had tensors of another kind or device"
         if any(x.numel() == 0 for x in tensors):
             return "the last call had an empty tensor"
@@ -426,11 +427,15 @@ class ModuleRuntime:
         """Have the next `refresh` take the module as changed, even if it looks the same."""
         self._watch, self._fingerprints = None, {}
 
-    def _take_over(self) -> None:
-        module = self.module
-        if other := next((p.device for p in module.parameters() if p.device not in (self.device, _META)), None):
+    def _check_device(self) -> None:
+        devices = (p.device for p in self.module.parameters())
+        if other := next((device for device in devices if device not in (self.device, _META)), None):
             where = "the CPU" if self.device.type == "cpu" else self.device
             raise ValueError(f"{self.name} was accelerated on {where} and is on {other}: move it back, or restore it")
+
+    def _take_over(self) -> None:
+        module = self.module
+        self._check_device()
         self._watch = None  # until all of it is taken over
         self.programs, self._refusals = ProgramCache(), {}
         there = dict(module.named_parameters())

@@ -505,6 +505,15 @@ def test_gpu_inference_mode_and_channels_last():
     assert_fast(module)
 
 
+def test_a_moved_module_is_refused():
+    """Also where its inputs have moved with it."""
+    module = accelerated(network("vae_kl"))
+    for runtime in runtimes(module):
+        runtime.device = torch.device("xpu", 0)  # any but the CPU, where the module is
+    with pytest.raises(ValueError, match="was accelerated on xpu:0 and is on cpu: move it back, or restore it"):
+        call(module, inputs(module, 1, (8, 8)))
+
+
 @pytest.mark.gpu
 def test_gpu_a_moved_module_is_refused():
     module = cf.accelerate(network("vae_kl").cuda())
