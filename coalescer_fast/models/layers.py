@@ -49,12 +49,33 @@ class Convolution(nn.Conv2d):
         bias = self.bias if add_bias and residual is None else None
         if skip is None:
             y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        elif x.is_cuda and self.backend != "reference":
+            y = of_halves(x, skip, self.weight, bias)
         else:
             split = x.shape[1]
             y = F.conv2d(x, self.weight[:, :split]) + F.conv2d(skip, self.weight[:, split:], bias)
         if residual is None:
             return y
         return ops.bias_residual(y, self.bias if add_bias else None, residual, backend=self.backend)
+
+
+def of_halves(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a 1x1 convolution of ``cat([x, skip], 1)`` as two products of matrices, one added to the other.
+
+    cuDNN copies a part of a weight before it reads it, and has no sum; cuBLAS needs neither. Channels should be
+    innermost in memory, as they are in the result.
+
+    Args:
+        x: (N, C1, H, W).
+        skip: (N, C2, H, W).
+        weight: (Cout, C1 + C2, 1, 1).
+        bias: (Cout,).
+    """
+    n, split, height, width = x.shape
+    first, second = (image.permute(0, 2, 3, 1).flatten(0, 2) for image in (x, skip))
+    of_first, of_second = weight.flatten(1).split([split, skip.shape[1]], 1)
+    y = F.linear(second, of_second, bias).addmm_(first, of_first.t())
+    return y.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 class GroupNormSiLU(nn.GroupNorm):

@@ -15,6 +15,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .. import ops
+from ..ops.abi import cf_function
+from ..ops.gate import gated
 from ..ops.kernels.dual_head.reference import combine
 from .layers import Convolution, GroupNormSiLU, is_plain
 
@@ -225,7 +227,13 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention to token rows and a GEGLU feed-forward, each pre-norm and residual."""
+    """Self-attention, cross-attention to token rows and a GEGLU feed-forward, each pre-norm and residual.
+
+    Attributes:
+        backend: of the gate, see `coalescer_fast.ops`.
+    """
+
+    backend = "reference"
 
     def __init__(self, channels: int, num_heads: int, cross_attention_dim: int):
         super().__init__()
@@ -256,8 +264,9 @@ class TransformerLayer(nn.Module):
         q = split_heads(self.to_q(self.norm2(h)), self.num_heads)
         attention_mask = None if mask is None else mask[:, None, None, :]
         h = h + self.to_out2(merge_heads(F.scaled_dot_product_attention(q, *keys_values, attn_mask=attention_mask)))
-        value, gate = self.ff_in(self.norm3(h)).chunk(2, -1)
-        y: torch.Tensor = h + self.ff_out(value * F.gelu(gate))
+        x = self.ff_in(self.norm3(h))
+        half = x.shape[-1] // 2
+        y: torch.Tensor = h + self.ff_out(gated(x, 0, half, half, cf_function.CF_GELU, self.backend))
         return y
 
     def forward(
@@ -515,7 +524,8 @@ class CoalescerUNet(ModelMixin, ConfigMixin):
         """Run every op of the network on ``backend``."""
         for module in self.modules():
             # set only where it changes something, for whoever watches the network for changes
-            if isinstance(module, (CoalescerUNet, Convolution, GroupNormSiLU)) and module.backend != backend:
+            ours = isinstance(module, (CoalescerUNet, Convolution, GroupNormSiLU, TransformerLayer))
+            if ours and module.backend != backend:
                 module.backend = backend
 
     backend = "reference"

@@ -128,6 +128,19 @@ __device__ __forceinline__ float element(const void* data, int64_t dtype, int64_
 }
 __device__ __forceinline__ float element(const cf_vector& v, int64_t i) { return element(v.data, v.dtype, i); }
 
+// The same in two parts, so that several are on their way at a time: a conversion waits for its load. 0 if there is
+// none.
+__device__ __forceinline__ unsigned element_bits(const cf_vector& v, int64_t i) {
+    if (!v.data) return 0;
+    return v.dtype == CF_FLOAT32 ? static_cast<const unsigned*>(v.data)[i]
+                                 : static_cast<const unsigned short*>(v.data)[i];
+}
+__device__ __forceinline__ float from_bits(const cf_vector& v, unsigned bits) {
+    if (v.dtype == CF_FLOAT32) return __int_as_float(static_cast<int>(bits));
+    if (v.dtype == CF_BFLOAT16) return __int_as_float(static_cast<int>(bits << 16));
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
 __device__ __forceinline__ void put(void* data, int64_t dtype, int64_t i, float x) {
     if (dtype == CF_FLOAT32) {
         static_cast<float*>(data)[i] = x;
@@ -151,6 +164,39 @@ __device__ __forceinline__ float silu(float x) {
     return __fdividef(x, 1 + __expf(-x));
 #endif
 }
+
+// ---- integers
+
+// Quotients of non-negative int by a fixed divisor, without a division: for 2^(s-1) < d <= 2^s and m = ceil(2^(31+s)/d),
+// floor(n/d) = floor(n m / 2^(31+s)) for all n < 2^31 (Granlund and Montgomery 1994).
+struct Divisor {
+    unsigned magic = 0, shift = 0;
+    int divisor = 0;
+
+    Divisor() = default;
+    explicit Divisor(int64_t d) : divisor(static_cast<int>(d)) {
+        unsigned s = 0;
+        while (int64_t{1} << s < d) ++s;
+        shift = 31 + s;
+        magic =
+            static_cast<unsigned>(((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
+    }
+};
+
+struct Quotient {
+    int quotient, rest;
+};
+
+__device__ __forceinline__ int operator/(int n, const Divisor& d) {
+    return static_cast<int>((uint64_t{static_cast<unsigned>(n)} * d.magic) >> d.shift);
+}
+__device__ __forceinline__ Quotient divide(int n, const Divisor& d) {
+    const int quotient = n / d;
+    return {quotient, n - quotient * d.divisor};
+}
+
+// 1 / x to the last bit but one; x may not be 0 or denormal.
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 
 // ---- sums, always in the same order
 

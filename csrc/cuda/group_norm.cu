@@ -1,8 +1,9 @@
 // group_norm_silu on NVIDIA GPUs; the cut into blocks is group_norm.h's.
 //
-// Every value is first brought near zero by k_c = K_g - pre_bias_c, K_g being the median of three elements of the
-// group. A thread keeps for each of its columns the running mean and M2, the sum of squared deviations (Welford); parts
-// are merged by
+// A thread sums, for each of its columns, d and d^2 over its rows, d being what lies above the first of them; from these
+// it has mean and M2, the sum of squared deviations. That loses few digits whatever the data: the first row is one of
+// the rows, so M2 is at least sum(d^2) / rows. A mean is kept as its distance from k_c = K_g - pre_bias_c, K_g being the
+// median of three elements of the group. Parts are merged by
 //
 //     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2        (Chan, Golub and LeVeque 1983)
 //
@@ -44,6 +45,7 @@ struct Slab {
     int width;                // columns there are
     int lane, column;         // of the thread: it has column to column + V - 1
     bool active;
+    Quotient each_lane;  // rows, and lanes that have one more
     const T* source;
     T* target;
     unsigned source_stride, target_stride;  // of a row, in vectors
@@ -55,22 +57,24 @@ struct Slab {
     float2* own;                            // [group]: the block's moments
 
     __device__ explicit Slab(const Call& call) : call(call), p(call.plan) {
-        const int block = static_cast<int>(blockIdx.x), rest = block / p.splits, tile = rest % p.tiles;
-        split = block % p.splits;
-        n = rest / p.tiles;
-        piece = p.tiles_per_group > 1 ? tile % p.tiles_per_group : 0;
-        first_group = p.tiles_per_group > 1 ? tile / p.tiles_per_group : tile * p.groups_per_tile;
-        const int all = p.channels / p.per_group;
+        const Quotient part = divide(static_cast<int>(blockIdx.x), p.by_splits);
+        const Quotient sample = divide(part.quotient, p.by_tiles), group = divide(sample.rest, p.by_tiles_per_group);
+        split = part.rest;
+        n = sample.quotient;
+        piece = group.rest;
+        first_group = group.quotient * p.groups_per_tile;
+        const int all = p.channels / p.by_per_group;
         groups = min(p.groups_per_tile, all - first_group);
         begin = split * p.rows_per_split;
         rows = min(p.rows_per_split, p.rows - begin);
         const int skipped = piece * p.columns;
         base = first_group * p.per_group + (CL ? skipped : begin);
         width = min(p.columns, (CL ? groups * p.per_group : p.spatial) - skipped);
-        const int thread = static_cast<int>(threadIdx.x);
-        lane = thread / p.vectors;
-        column = thread % p.vectors * V;
+        const Quotient thread = divide(static_cast<int>(threadIdx.x), p.by_vectors);
+        lane = thread.quotient;
+        column = thread.rest * V;
         active = lane < p.lanes && column < width;
+        each_lane = divide(rows, p.by_lanes);
         if constexpr (CL) {
             const int c = base + column, channels = c < p.c1 ? p.c1 : p.c2;
             const int64_t position = n * p.spatial + begin;
@@ -107,89 +111,87 @@ struct Slab {
     }
 
     // Rows that the threads of a lane have.
-    __device__ int rows_of(int lane) const { return (rows - lane + p.lanes - 1) / p.lanes; }
+    __device__ int rows_of(int lane) const { return each_lane.quotient + (lane < each_lane.rest); }
 
-    // K_g + pre_bias of group g is near its values.
-    __device__ float centre(int g) const {
-        const int c = g * p.per_group;
-        float z[3];
-        const int64_t positions[3] = {0, p.spatial / 2, p.spatial - 1};
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            if constexpr (CL) {
-                z[i] = c < p.c1 ? to_float(static_cast<const T*>(call.x)[(n * p.spatial + positions[i]) * p.c1 + c])
-                                : to_float(static_cast<const T*>(
-                                      call.skip)[(n * p.spatial + positions[i]) * p.c2 + (c - p.c1)]);
-            } else {
-                z[i] = to_float(channel(c)[positions[i]]);
-            }
-        }
-        const float median = fmaxf(fminf(z[0], z[1]), fminf(fmaxf(z[0], z[1]), z[2]));
-        return call.pre_bias.data ? median + element(call.pre_bias, c) : median;
-    }
-
-    // k of every channel.
-    __device__ void centres() {
-        for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
-            const int c = base + i;
-            const float near = centre(c / p.per_group);
-            k[i] = call.pre_bias.data ? near - element(call.pre_bias, c) : near;
-        }
-    }
-
-    // a and b of every channel, as far as they do not depend on its moments: read while x is on its way.
+    // k of every channel; and a and b, as far as they do not depend on its moments.
+    template <bool COEFFICIENTS>
     __device__ void parameters() {
         for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
-            const int c = base + i;
-            float scale = 1, shift = 0, offset = 0;
-            if (call.scale.data) scale += element(call.scale, n * call.scale_stride + c);
-            if (call.shift.data) shift = element(call.shift, n * call.shift_stride + c);
-            if (call.bias.data) offset = element(call.bias, c);
-            a[i] = call.weight.data ? element(call.weight, c) * scale : scale;
-            b[i] = offset * scale + shift;
+            const int c = base + i, of_group = c / p.by_per_group * p.per_group;
+            T z[3];
+            const int64_t positions[3] = {0, p.spatial / 2, p.spatial - 1};
+#pragma unroll
+            for (int j = 0; j < 3; ++j) {
+                if constexpr (CL) {
+                    z[j] = of_group < p.c1
+                               ? static_cast<const T*>(call.x)[(n * p.spatial + positions[j]) * p.c1 + of_group]
+                               : static_cast<const T*>(
+                                     call.skip)[(n * p.spatial + positions[j]) * p.c2 + (of_group - p.c1)];
+                } else {
+                    z[j] = channel(of_group)[positions[j]];
+                }
+            }
+            const unsigned pre_group = element_bits(call.pre_bias, of_group), pre = element_bits(call.pre_bias, c);
+            if constexpr (COEFFICIENTS) {
+                const unsigned weight = element_bits(call.weight, c), bias = element_bits(call.bias, c);
+                const unsigned plus = element_bits(call.scale, n * call.scale_stride + c);
+                const unsigned shift = element_bits(call.shift, n * call.shift_stride + c);
+                const float scale = 1 + from_bits(call.scale, plus);
+                a[i] = call.weight.data ? from_bits(call.weight, weight) * scale : scale;
+                b[i] = from_bits(call.bias, bias) * scale + from_bits(call.shift, shift);
+            }
+            const float x = to_float(z[0]), y = to_float(z[1]), w = to_float(z[2]);
+            const float median = fmaxf(fminf(x, y), fminf(fmaxf(x, y), w));
+            k[i] = median + from_bits(call.pre_bias, pre_group) - from_bits(call.pre_bias, pre);
         }
     }
 
-    // Running moments of the thread's columns, of all its rows: get(row) gives the raw vector, one row ahead.
-    template <typename Get>
-    __device__ void accumulate(float (&mean)[V], float (&m2)[V], const Get& get) const {
-        float near[V];
+    // Sums over all rows of the thread, of what lies above the first of them: get(row) gives the raw vector.
+    template <int ROWS, typename Get>
+    __device__ void sum(float (&first)[V], float (&sums)[V], float (&squares)[V], const Get& get) const {
 #pragma unroll
-        for (int j = 0; j < V; ++j) mean[j] = m2[j] = 0, near[j] = CL && active ? k[column + j] : 0;
+        for (int j = 0; j < V; ++j) first[j] = sums[j] = squares[j] = 0;
         if (!active || lane >= rows) return;
-        float count = 0;
-        raw_t<T, V> next = get(lane);
-#pragma unroll 1
-        for (int row = lane; row < rows; row += p.lanes) {
-            const raw_t<T, V> raw = next;
-            if (row + p.lanes < rows) next = get(row + p.lanes);
-            float z[V];
-            unpack<T, V>(raw, z);
-            count += 1;
-            const float inverse = __frcp_rn(count), off = CL ? 0 : k[row];
+        unpack<T, V>(get(lane), first);
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const float d = z[j] - (CL ? near[j] : off) - mean[j], step = d * inverse;
-                mean[j] += step;
-                m2[j] += d * (d - step);
+        for (int j = 0; !CL && j < V; ++j) first[j] -= k[lane];
+#pragma unroll 1
+        for (int row = lane + p.lanes; row < rows; row += ROWS * p.lanes) {
+            raw_t<T, V> raw[ROWS];
+#pragma unroll
+            for (int u = 0; u < ROWS; ++u) {
+                if (row + u * p.lanes < rows) raw[u] = get(row + u * p.lanes);
+            }
+#pragma unroll
+            for (int u = 0; u < ROWS; ++u) {
+                if (row + u * p.lanes >= rows) break;
+                float z[V];
+                unpack<T, V>(raw[u], z);
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const float d = (CL ? z[j] : z[j] - k[row + u * p.lanes]) - first[j];
+                    sums[j] += d;
+                    squares[j] += d * d;
+                }
             }
         }
     }
 
-    // Leave them for the block, merged over the columns of a group.
-    __device__ void leave(const float (&mean)[V], const float (&m2)[V]) {
+    // Leave the moments for the block, merged over the columns of a group.
+    __device__ void leave(const float (&first)[V], const float (&sums)[V], const float (&squares)[V]) {
         if (!active) return;
-        int left = CL ? p.per_group - (base + column) % p.per_group : V;  // columns up to the end of the group
-        const float count = static_cast<float>(rows_of(lane));
+        int left = CL ? p.per_group - divide(base + column, p.by_per_group).rest : V;  // columns of the group to come
+        const float count = static_cast<float>(rows_of(lane)), inverse = lane < rows ? reciprocal(count) : 0;
         float2* place = moments + threadIdx.x;
         float merged = 0;
         float2 all = make_float2(0, 0);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
+            const float above = sums[j] * inverse, rest = squares[j] - sums[j] * above;
             merged += 1;
-            const float d = mean[j] - all.x, step = d * __frcp_rn(merged);
+            const float d = (CL ? first[j] - k[column + j] : first[j]) + above - all.x, step = d * reciprocal(merged);
             all.x += step;
-            all.y += m2[j] + count * d * (d - step);
+            all.y += (rest < 0 ? 0 : rest) + count * d * (d - step);
             if (--left == 0 || j == V - 1) {
                 *place = all;
                 place += p.threads;
@@ -205,29 +207,34 @@ struct Slab {
         const int end = CL ? min(width, (first_group + index + 1) * p.per_group - base) : width;
         const int first = start / V, vectors = (end - 1) / V - first + 1;
         const float total = static_cast<float>(rows) * static_cast<float>(end - start);
-        return merge(vectors * p.lanes, total, [&](int i) {
-            const int of = i / vectors, vector = first + i % vectors;
+        // lanes of the warp stand for what there is more of
+        return merge(CL ? p.lanes : vectors, CL ? vectors : p.lanes, total, [&](int i, int outer) {
+            const int of = CL ? i : outer, vector = first + (CL ? outer : i);
             const int columns = min(end, (vector + 1) * V) - max(start, vector * V);
-            const int entry = CL ? first_group + index - (base + vector * V) / p.per_group : 0;
+            const int entry = CL ? first_group + index - (base + vector * V) / p.by_per_group : 0;
             const float2 part = moments[entry * p.threads + of * p.vectors + vector];
             return make_float3(static_cast<float>(rows_of(of) * columns), part.x, part.y);
         });
     }
 
-    // part(i): how many elements, their mean, their M2. Every lane has the result.
+    // part(i, o) for i < parts and o < outer: how many elements, their mean, their M2. Every lane has the result.
     template <typename Part>
-    static __device__ float2 merge(int parts, float total, const Part& part) {
+    static __device__ float2 merge(int parts, int outer, float total, const Part& part) {
         const int lane = static_cast<int>(threadIdx.x % WARP);
         float sum = 0, m2 = 0;
-        for (int i = lane; i < parts; i += WARP) {
-            const float3 each = part(i);
-            sum += each.x * each.y;
+        for (int o = 0; o < outer; ++o) {
+            for (int i = lane; i < parts; i += WARP) {
+                const float3 each = part(i, o);
+                sum += each.x * each.y;
+            }
         }
-        const float mean = warp_sum(sum) / total;
-        for (int i = lane; i < parts; i += WARP) {
-            const float3 each = part(i);
-            const float d = each.y - mean;
-            m2 += each.z + each.x * d * d;
+        const float mean = warp_sum(sum) * reciprocal(total);
+        for (int o = 0; o < outer; ++o) {
+            for (int i = lane; i < parts; i += WARP) {
+                const float3 each = part(i, o);
+                const float d = each.y - mean;
+                m2 += each.z + each.x * d * d;
+            }
         }
         return make_float2(mean, warp_sum(m2));
     }
@@ -243,7 +250,7 @@ struct Slab {
     __device__ void coefficients() {
         for (int i = threadIdx.x; i < channels(); i += blockDim.x) {
             const int c = base + i;
-            const float2 group = statistics[c / p.per_group - first_group];
+            const float2 group = statistics[c / p.by_per_group - first_group];
             const float near = k[i], high = near + group.x, part = high - near;
             const float low = (near - (high - part)) + (group.x - part), factor = group.y * a[i];
             k[i] = high, a[i] = factor, b[i] -= low * factor;
@@ -284,17 +291,18 @@ struct Slab {
 };
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, HELD<false, CL, V>)
     group_norm_statistics(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
-    slab.centres();
+    slab.template parameters<false>();
+    if constexpr (!CL) __syncthreads();
+    float first[V], sums[V], squares[V];
+    slab.template sum<4>(first, sums, squares, [&](int row) { return load<T, V>(slab.at(row)); });
     __syncthreads();
-    float mean[V], m2[V];
-    slab.accumulate(mean, m2, [&](int row) { return load<T, V>(slab.at(row)); });
-    slab.leave(mean, m2);
+    slab.leave(first, sums, squares);
     __syncthreads();
-    const int all = p.channels / p.per_group;
+    const int all = p.channels / p.by_per_group;
     float2* slots = call.slots + (slab.n * p.splits + slab.split) * all * p.tiles_per_group;
     for (int i = static_cast<int>(threadIdx.x / WARP); i < slab.groups; i += static_cast<int>(blockDim.x / WARP)) {
         const float2 moments = slab.merge_block(i);
@@ -303,16 +311,14 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1)
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_apply(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, HELD<true, CL, V>) group_norm_apply(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
-    slab.centres();
-    slab.parameters();
-    const int all = p.channels / p.per_group, row = CL ? p.per_group : p.spatial;
+    slab.template parameters<true>();
+    const int all = p.channels / p.by_per_group, row = CL ? p.per_group : p.spatial;
     const float2* slots = call.slots + slab.n * p.splits * all * p.tiles_per_group;
     for (int i = static_cast<int>(threadIdx.x / WARP); i < slab.groups; i += static_cast<int>(blockDim.x / WARP)) {
-        const float2 moments = slab.merge(p.splits * p.tiles_per_group, slab.elements(), [&](int part) {
-            const int split = part / p.tiles_per_group, piece = part % p.tiles_per_group;
+        const float2 moments = slab.merge(p.splits, p.tiles_per_group, slab.elements(), [&](int split, int piece) {
             const int rows = min(p.rows_per_split, p.rows - split * p.rows_per_split);
             const int width = p.tiles_per_group > 1 ? min(p.columns, row - piece * p.columns) : row;
             const float2 slot = slots[(int64_t{split} * all + slab.first_group + i) * p.tiles_per_group + piece];
@@ -323,11 +329,11 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_apply(
     __syncthreads();
     slab.coefficients();
     __syncthreads();
-    slab.template apply<2>([&](int row) { return load<T, V>(slab.at(row)); });
+    slab.template apply<4>([&](int row) { return load<T, V>(slab.at(row)); });
 }
 
 template <typename T, int V, bool CL>
-__global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(THREADS, HELD<true, CL, V>) group_norm_fused(const __grid_constant__ Call call) {
     Slab<T, V, CL> slab(call);
     const Plan& p = call.plan;
     T* kept = reinterpret_cast<T*>(cf_shared) + slab.column;  // a thread reads back what it has put there itself
@@ -339,14 +345,13 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(
         }
     }
     __pipeline_commit();
-    slab.centres();
-    slab.parameters();
+    slab.template parameters<true>();
     __syncthreads();
     __pipeline_wait_prior(0);
     const auto get = [&](int row) { return load<T, V>(kept + row * p.columns); };
-    float mean[V], m2[V];
-    slab.accumulate(mean, m2, get);
-    slab.leave(mean, m2);
+    float first[V], sums[V], squares[V];
+    slab.template sum<1>(first, sums, squares, get);
+    slab.leave(first, sums, squares);
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x / WARP), warps = static_cast<int>(blockDim.x / WARP);
     for (int i = warp; i < slab.groups; i += warps) {
@@ -365,13 +370,14 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(
         cluster.sync();
         const float width = static_cast<float>(CL ? p.per_group : p.spatial);
         for (int i = warp; i < slab.groups; i += warps) {
-            const float2 moments = slab.merge(p.splits, slab.elements(), [&](int rank) {
+            const float2 moments = slab.merge(p.splits, 1, slab.elements(), [&](int rank, int) {
                 const float2 part = *cluster.map_shared_rank(slab.own + i, rank);
                 return make_float3(static_cast<float>(min(p.rows_per_split, p.rows - rank * p.rows_per_split)) * width,
                                    part.x, part.y);
             });
             if (threadIdx.x % WARP == 0) slab.statistics[i] = slab.finished(moments);
         }
+        cluster.barrier_arrive();
     }
 #endif
     __syncthreads();
@@ -379,7 +385,7 @@ __global__ void __launch_bounds__(THREADS, CL&& V > 1 ? 2 : 1) group_norm_fused(
     __syncthreads();
     slab.template apply<1>(get);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (p.splits > 1) cg::this_cluster().sync();  // the others may still be reading this block's moments
+    if (p.splits > 1) cg::this_cluster().barrier_wait();  // the others may still be reading this block's moments
 #endif
 }
 

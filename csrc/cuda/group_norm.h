@@ -21,11 +21,19 @@
 
 namespace cf::group_norm {
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 256;
+constexpr int LEAST_THREADS = 128;           // those that have no rows share the channels and groups
 constexpr int MOST_VECTORS = 256;            // of a row of a tile
 constexpr int MOST_SPLITS = 64;              // more would make the merge as long as the work
 constexpr int MOST_ROWS_OF_CHANNELS = 1024;  // contiguous: their coefficients lie in shared memory
 constexpr int64_t SMALL_SLAB = 16 << 10;     // bytes that are not worth another block
+
+// Blocks of `THREADS` that a multiprocessor has registers for: the launch bounds of the kernels.
+constexpr int blocks_held(bool fused, bool channels_last, int vector) {
+    return !channels_last || vector == 1 ? 2 : fused && vector > 4 ? 4 : 3;
+}
+template <bool FUSED, bool CL, int V>
+constexpr int HELD = blocks_held(FUSED, CL, V);
 
 struct Plan {
     bool fused;          // (b)
@@ -40,6 +48,8 @@ struct Plan {
     int lanes, threads;                    // threads that share a column, and all
     int entries;                           // groups that a vector of columns can reach into
     int64_t blocks, shared_memory, workspace;
+    Divisor by_splits, by_tiles, by_tiles_per_group, by_per_group, by_vectors,
+        by_lanes;  // of the numbers of these names
 };
 
 // What a block keeps in shared memory, in this order: the slab (fused), moments of every thread, coefficients of every
@@ -57,12 +67,18 @@ struct Shared {
     }
 };
 
+inline void prepare_divisors(Plan& p) {
+    p.by_splits = Divisor(p.splits), p.by_tiles = Divisor(p.tiles), p.by_tiles_per_group = Divisor(p.tiles_per_group);
+    p.by_per_group = Divisor(p.per_group), p.by_vectors = Divisor(p.vectors), p.by_lanes = Divisor(p.lanes);
+}
+
 // Cut the rows between `splits` blocks at most, none of them empty.
 inline void split(Plan& p, int64_t splits) {
     p.rows_per_split = static_cast<int>(cdiv(p.rows, splits < 1 ? 1 : splits));
     p.splits = static_cast<int>(cdiv(p.rows, p.rows_per_split));
     p.lanes = THREADS / p.vectors < p.rows_per_split ? THREADS / p.vectors : p.rows_per_split;
     p.threads = static_cast<int>(round_up(int64_t{p.lanes} * p.vectors, WARP));
+    if (p.threads < LEAST_THREADS) p.threads = LEAST_THREADS;
     p.blocks = p.n * p.tiles * p.splits;
 }
 
@@ -87,31 +103,34 @@ inline bool tile(Plan& p, int64_t run, int64_t element) {
 
 inline bool is_power_of_two(int64_t x) { return (x & (x - 1)) == 0; }
 
-// What the plan should take, to compare plans of one call by. Blocks come in waves of as many as the device holds at a
-// time. A block takes longer the more bytes its multiprocessor has to move meanwhile, in two launches also the more
-// parts there are to merge; clusters find room for fewer blocks; and in one launch memory sets a floor. The factors
-// were fitted to 4,076 times of 140 calls on an H100, in bfloat16 with channels innermost (launch_plans.csv of the
-// results; a test compares): the plan with the least of this takes 2 % longer than the best one that was measured, at
-// the mean, and 24 % at most.
+// What the plan should take, in microseconds, to compare plans of one call by. Blocks come in waves of as many as the
+// device holds at a time; of clusters it holds fewer. A block takes a time of its own, and longer the more its
+// multiprocessor has to move meanwhile, the more rows a thread has, and, in two launches, the more parts there are to
+// merge. Rows that are no multiple of 32 bytes waste what memory gives. The factors were fitted to the times of 9,028
+// plans of 212 calls on an H100, in bfloat16 with channels innermost (launch_plans.csv of the results; a test compares).
+struct Costs {
+    double block, kilobyte, cluster, row, clusters_held;  // one launch
+    double two_blocks, two_kilobyte, two_part, odd_row;   // two launches
+};
+constexpr Costs COSTS = {4.5577, 0.061, 2.7275, 0.0354, 0.7762, 6.7734, 0.1627, 0.0385, 0.1081};
+
 inline double microseconds(const Plan& p, const cf_cuda_device& device, int64_t element) {
-    const int64_t registers = p.channels_last && p.vector > 1 ? 64 : 128;
-    int64_t resident = 65536 / (registers * p.threads);  // blocks that a multiprocessor holds
+    int64_t resident = int64_t{blocks_held(p.fused, p.channels_last, p.vector)} * THREADS / p.threads;
     for (const int64_t limit : {int64_t{2048} / p.threads, (device.shared_memory + 1024) / (p.shared_memory + 1024)}) {
         if (limit < resident) resident = limit;
     }
     if (resident < 1) resident = 1;
     const bool cluster = p.fused && p.splits > 1;
-    const double blocks = static_cast<double>(p.blocks), multiprocessors = static_cast<double>(device.multiprocessors);
-    double waves = blocks / (multiprocessors * static_cast<double>(resident) * (cluster ? 0.4 : 1));
+    const double blocks = static_cast<double>(p.blocks) / static_cast<double>(device.multiprocessors);
+    double waves = blocks / (static_cast<double>(resident) * (cluster ? COSTS.clusters_held : 1));
     waves = waves <= 3 ? static_cast<double>(static_cast<int64_t>(waves - 1e-9)) + 1 : waves + 0.5;
-    double neighbours = blocks / multiprocessors;
-    if (neighbours > static_cast<double>(resident)) neighbours = static_cast<double>(resident);
+    double neighbours = blocks < static_cast<double>(resident) ? blocks : static_cast<double>(resident);
     if (neighbours < 1) neighbours = 1;
-    const double kilobytes = 1e-3 * neighbours * static_cast<double>(int64_t{p.rows_per_split} * p.columns * element);
-    if (!p.fused) return waves * (1.2 + 0.207 * kilobytes + 0.125 * p.splits);
-    const double floor = 1.2e-6 * static_cast<double>(p.n * p.channels * element) * static_cast<double>(p.spatial);
-    const double time = waves * (0.37 + 0.123 * kilobytes + (cluster ? 0.94 : 0));
-    return time > floor ? time : floor;
+    const double slab = 1e-3 * static_cast<double>(int64_t{p.rows_per_split} * p.columns * element);
+    const double kilobytes = neighbours * slab * (1 + (p.columns * element % 32 ? COSTS.odd_row : 0));
+    const double rows = static_cast<double>(p.rows_per_split) / p.lanes;
+    if (!p.fused) return waves * (COSTS.two_blocks + COSTS.two_kilobyte * kilobytes + COSTS.two_part * p.splits);
+    return waves * (COSTS.block + COSTS.kilobyte * kilobytes + COSTS.row * rows + (cluster ? COSTS.cluster : 0));
 }
 
 inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& device, Plan& p) {
@@ -169,8 +188,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
             if (p.rows_per_split * stride > LARGEST * p.vector) continue;  // kernels count vectors in 32 bits
             for (const bool fused : {true, false}) {
                 const bool whole_groups = p.tiles_per_group == 1 && p.splits <= most_clustered;
-                // rows of less than 32 bytes waste what memory gives
-                if (fused && (!whole_groups || (p.channels_last && *run < 32) || !is_power_of_two(p.splits))) continue;
+                if (fused && (!whole_groups || (p.channels_last && *run < 16) || !is_power_of_two(p.splits))) continue;
                 p.fused = fused;
                 p.shared_memory = Shared(p, element).total;
                 if (p.shared_memory > device.shared_memory) continue;
@@ -182,6 +200,7 @@ inline int make_plan(const cf_group_norm_silu_args& a, const cf_cuda_device& dev
     }
     if (!best.blocks) return CF_INVALID_ARGUMENT;
     p = best;
+    prepare_divisors(p);
     if (p.fused) return CF_OK;
     p.workspace = int64_t{8} * p.n * p.splits * (p.channels / p.per_group) * p.tiles_per_group;
     return CF_OK;

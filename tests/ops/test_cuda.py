@@ -180,15 +180,20 @@ def test_every_path_normalises(limited, path, channels, skip, groups, dtype, lay
 def device_for(path: str, plan: Callable[[Device], LaunchPlan], like: Device) -> Device:
     """A device on which the call takes the path; of one row there are no parts, and so no clusters."""
     found: list[tuple[LaunchPlan, Device]] = []
-    for capability, multiprocessors in itertools.product((80, 90), (1, 2, 8, 33, 132, 100_000)):
-        for shared_memory in (99 * 1024 * 7**i // 10**i for i in range(18)):
-            on = like._replace(
-                capability=capability,
-                multiprocessors=multiprocessors,
-                shared_memory=min(shared_memory, like.shared_memory),
-            )
-            with contextlib.suppress(RuntimeError):  # too little of it
-                found.append((plan(on), on))
+
+    def try_out(*memories: int) -> None:
+        for capability, multiprocessors in itertools.product((80, 90), (1, 2, 8, 33, 132, 100_000)):
+            for shared_memory in memories:
+                on = like._replace(
+                    capability=capability,
+                    multiprocessors=multiprocessors,
+                    shared_memory=min(shared_memory, like.shared_memory),
+                )
+                with contextlib.suppress(RuntimeError):  # too little of it
+                    found.append((plan(on), on))
+
+    try_out(*(99 * 1024 * 7**i // 10**i for i in range(18)))
+    try_out(*{p.shared_memory - 1 for p, _ in found})  # too little for the plan that was best
     name = path.partition(",")[0]
     if name in ("clusters", "small clusters"):
         able = [(p, on) for p, on in found if p.cluster > 1] or found

@@ -20,30 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from ...ops.abi import cf_form, cf_function
+from ...ops.abi import cf_form
+from ...ops.gate import FUNCTIONS, gated
 from ..native import steps as native
 from ..native.pack import Key, Weight, Weights
 from ..native.record import Recording
 from ..native.steps import Convolution, Step
 from ..native.value import Unsupported, Value
-
-FUNCTIONS: dict[cf_function, Callable[[Tensor], Tensor]] = {
-    cf_function.CF_IDENTITY: lambda x: x,
-    cf_function.CF_SILU: F.silu,
-    cf_function.CF_TANH: torch.tanh,
-    cf_function.CF_RELU: F.relu,
-    cf_function.CF_GELU: F.gelu,
-    cf_function.CF_GELU_TANH: partial(F.gelu, approximate="tanh"),
-    cf_function.CF_SIGMOID: torch.sigmoid,
-}
-
 
 class TorchWeights(Weights):
     """Weights as torch's products read them: (Cout, Cin), or (Cout, Cin, 3, 3) with channels innermost.
@@ -293,7 +282,7 @@ def _convolution(step: Convolution, plan: Plan) -> Run:
     bias = None if step in plan.relieved else plan.floats(step.bias)
     late, backend = y in plan.late, plan.backend
     multiply = _product(step, plan)
-    gate = None if step.gate is None else FUNCTIONS[step.gate]
+    gate = step.gate
     value_first, gate_first = step.weight.gated or (0, 0)
 
     def run(held: Held) -> None:
@@ -316,8 +305,7 @@ def _convolution(step: Convolution, plan: Plan) -> Run:
         if relu:
             z.relu_()
         if gate is not None:
-            channels = y.channels
-            z = z[..., value_first : value_first + channels] * gate(z[..., gate_first : gate_first + channels])
+            z = gated(z, value_first, gate_first, y.channels, gate, backend)
         held.tensors[y] = z
 
     return run
@@ -473,11 +461,15 @@ def _layer_norm(step: native.LayerNorm, plan: Plan) -> Run:
 
 
 def _gate(step: native.Gate, plan: Plan) -> Run:
-    x, y, gate, function = step.x, step.y, step.gate, FUNCTIONS[step.function]
-    values, gates = (slice(first, first + y.channels) for first in (step.x_first, step.gate_first))
+    x, y, gate, function, backend = step.x, step.y, step.gate, step.function, plan.backend
+    firsts = step.x_first, step.gate_first
+    values, gates = (slice(first, first + y.channels) for first in firsts)
 
     def run(held: Held) -> None:
-        held.tensors[y] = held.rows(x)[..., values] * function(held.rows(gate)[..., gates])
+        if gate is x:
+            held.tensors[y] = gated(held.rows(x), *firsts, y.channels, function, backend)
+        else:
+            held.tensors[y] = held.rows(x)[..., values] * FUNCTIONS[function](held.rows(gate)[..., gates])
 
     return run
 

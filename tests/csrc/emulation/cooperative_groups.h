@@ -13,6 +13,9 @@ inline thread_block this_thread_block() { return {}; }
 
 struct cluster_group {
     void sync(EMULATION_HERE) const { emulation::sync_cluster({"cluster_group.sync", file, line}); }
+    // Stricter than CUDA's: who waits waits until all wait, not only until all have arrived.
+    void barrier_arrive() const {}
+    void barrier_wait(EMULATION_HERE) const { emulation::sync_cluster({"cluster_group.barrier_wait", file, line}); }
     unsigned block_rank() const { return emulation::block_rank(); }
     unsigned num_blocks() const { return emulation::cluster_size(); }
     unsigned num_threads() const { return num_blocks() * this_thread_block().num_threads(); }
