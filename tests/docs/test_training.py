@@ -1,4 +1,4 @@
-"""docs/training.md: its table of digits, and what it counts of Stable Diffusion 1.5."""
+"""docs/training.md: its tables of digits, Fashion-MNIST and clip art, and what it counts of Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness import results
+from benchmarks.quality.fashion import OBJECTIVES, STEPS
 from benchmarks.quality.teacher import COALESCERS
 from coalescer_fast import CoalescerUNet
 from coalescer_fast.models.unet import CONFIGURATIONS
+from coalescer_fast.training.autoencoder import AutoencoderConfig
+from coalescer_fast.training.coalescer import CoalescerConfig
+from coalescer_fast.training.config import read
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text("utf-8")
@@ -128,15 +133,98 @@ def test_operations():
     assert stated(r"of the teacher at least (\d+)") == pytest.approx(65536 * 40 * forward / peak / 60, abs=0.5)
 
 
+FASHION = PAGE[PAGE.index("## Fashion-MNIST") : PAGE.index("## Clip art")]
+CLIP_ART = PAGE[PAGE.index("## Clip art") : PAGE.index("## How the embedded model was made")]
+
+
 def test_table_of_fashion_mnist():
-    with (ROOT / "benchmarks" / "results" / "fashion.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    section = PAGE[PAGE.index("## Fashion-MNIST") : PAGE.index("## Clip art")]
-    for model in dict.fromkeys(row["model"] for row in rows):
+    rows = results.read(ROOT / "benchmarks" / "results" / "fashion.csv")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    assert set(models) == {"held-out pictures", "autoencoder", *(name.replace("_", " ") for name in OBJECTIVES)}
+    for model in models:
         mine = [row for row in rows if row["model"] == model]
-        [line] = [line for line in section.splitlines() if line.startswith(f"| {model} |")]
+        [line] = [line for line in FASHION.splitlines() if line.startswith(f"| {model} |")]
         figures = [f"{float(row['frechet_distance']):.1f} ({float(row['accuracy']):.2f})" for row in mine]
         assert [cell.strip().replace("*", "") for cell in line.strip("|").split("|") if cell.strip()][1:] == figures
     [seconds] = {float(row["cpu_seconds"]) for row in rows if row["model"] == "coalescer"}
-    assert f"{seconds:.0f} CPU seconds" in " ".join(section.split())
+    assert f"{seconds:.0f} CPU seconds" in " ".join(FASHION.split())
     assert seconds < 600
+
+
+def test_text_of_fashion_mnist():
+    rows = results.read(ROOT / "benchmarks" / "results" / "fashion.csv")
+    [real] = (float(row["accuracy"]) for row in rows if row["model"] == "held-out pictures")
+    drawn = [row for row in rows if row["evaluations"]]
+    distance, share = (
+        {(row["model"], int(row["evaluations"])): float(row[column]) for row in drawn}
+        for column in ("frechet_distance", "accuracy")
+    )
+    rivals = {row["model"] for row in drawn} - {"coalescer"}
+    text = " ".join(FASHION.split())
+
+    def nearer(steps: int) -> set[str]:
+        """The rivals with a smaller distance than the coalescer."""
+        return {name for name in rivals if distance[name, steps] < distance["coalescer", steps]}
+
+    # where it wins
+    assert [nearer(steps) for steps in STEPS[:-1]] == [set(), *[{"mean flow"}] * 3]
+    assert min(rivals, key=lambda name: distance[name, 1]) == "consistency"
+    assert f"{distance['coalescer', 1]:.1f}, against {distance['consistency', 1]:.1f} of the next, consistency" in text
+    best = {steps: max(rivals, key=lambda name: share[name, steps]) for steps in STEPS}
+    assert all(share["coalescer", steps] > share[best[steps], steps] for steps in STEPS)
+    assert best[2] == "flow matching"
+    assert share["coalescer", 2] - share["flow matching", 2] < 0.01
+    assert min(share["coalescer", steps] for steps in STEPS) > real
+    # where it loses
+    assert f"{distance['mean flow', 2]:.1f} against {distance['coalescer', 2]:.1f} at 2" in text
+    assert min(distance, key=distance.__getitem__) == ("mean flow", 4)
+    assert f"and {distance['mean flow', 4]:.1f} at 4, the smallest of all" in text
+    assert nearer(50) == {"mean flow", "flow matching", "shortcut"}
+    assert min(STEPS, key=lambda steps: distance["coalescer", steps]) == 8
+    assert f"MeanFlow fails at 1 evaluation, with a distance of {distance['mean flow', 1]:.0f}" in text
+
+
+def test_table_of_clip_art():
+    rows = results.read(ROOT / "benchmarks" / "results" / "openclipart.csv")
+    columns = {"name_top1": 2, "keyword_top1": 2, "held_out_group": 2, "fd_name": 1, "below_q5": 3}
+    table = CLIP_ART[CLIP_ART.index("| steps |") :].split("\n\n")[0].splitlines()[2:]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert found[:-1] == [
+        [row["steps"], *(f"{float(row[column]):.{digits}f}" for column, digits in columns.items())] for row in rows
+    ]
+    [floors] = {(f"{float(row['held_out_group_chance']):.2f}", f"{float(row['fd_floor_real']):.1f}") for row in rows}
+    assert found[-1][1:] == ["", "", *floors, "0.05"]  # by its definition, 5 % of real pictures
+
+
+def test_text_of_clip_art():
+    rows = results.read(ROOT / "benchmarks" / "results" / "openclipart.csv")
+    value = {column: [float(row[column]) for row in rows] for column in rows[0]}
+    text = " ".join(CLIP_ART.split())
+    assert value["steps"] == [1, 2, 4]
+    assert set(value["guidance_scale"]) == {1.5}
+    assert "a guidance of 1.5" in text
+    for column in ("name_top1", "keyword_top1", "held_out_group"):
+        assert value[column] == sorted(value[column], reverse=True)
+    for column in ("fd_name", "below_q5", "density"):
+        assert value[column] == sorted(value[column])
+    assert f"Density rises from {value['density'][0]:.2f} to {value['density'][-1]:.2f}" in text
+    assert "coverage hardly moves ({:.3f}, {:.3f}, {:.3f})".format(*value["coverage"]) in text
+    assert f"are found, {value['name_top1'][0]:.2f} of them. Keywords are not, {value['keyword_top1'][0]:.2f};" in text
+    assert f"The distance of {value['fd_name'][0]:.0f} is far from the floor of {value['fd_floor_real'][0]:.0f}" in text
+    decibels = value["psnr_autoencoder_held_out"][0]
+    floor = value["fd_floor_autoencoder"][0]
+    assert f"have {floor:.1f}, and those of held-out drawings have {decibels:.0f} dB" in text
+
+
+def test_training_of_clip_art():
+    config, text = read("openclipart", CoalescerConfig), " ".join(CLIP_ART.split())
+    assert isinstance(config.autoencoder, AutoencoderConfig)
+    assert config.anchor is not None
+    steps = [schedule.steps for schedule in (config.autoencoder.schedule, config.anchor, config.schedule)]
+    assert "{:,} steps of the autoencoder, {:,} of the anchor and {:,} of the coalescer".format(*steps) in text
+    assert config.scheduler["guidance_scale"] == 1.5
+    assert len(config.scheduler["etas"]) == 2  # the default
+    [clear, blurred] = re.findall(r"(?:the default|trained on): ((?:the \w+(?:, )?)+)\.", text)
+    assert set(re.findall(r"the (\w+)", f"{clear}, {blurred}")) <= set(config.sheet)
+    assert len(config.sheet) == 30  # "Thirty prompts"
+    assert config.sheet[-1] == ""
