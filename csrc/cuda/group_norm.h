@@ -112,7 +112,7 @@ struct Costs {
     double block, kilobyte, cluster, row, clusters_held;  // one launch
     double two_blocks, two_kilobyte, two_part, odd_row;   // two launches
 };
-constexpr Costs COSTS = {4.5577, 0.061, 2.7275, 0.0354, 0.7762, 6.7734, 0.1627, 0.0385, 0.1081};
+constexpr Costs COSTS = {3.812, 0.06127, 2.617, 0.02881, 0.8045, 6.865, 0.1393, 0.02278, 0.09538};
 
 inline double microseconds(const Plan& p, const cf_cuda_device& device, int64_t element) {
     int64_t resident = int64_t{blocks_held(p.fused, p.channels_last, p.vector)} * THREADS / p.threads;

@@ -128,6 +128,28 @@ def test_share_of_the_copy_on_a_gpu(heading, folder):
     assert f"reaches {min(large):.0f} to {max(large):.0f} %" in " ".join(section(heading).split())
 
 
+def test_the_sampler_on_an_h100():
+    found: list[tuple[tuple[str, ...], dict[str, float]]] = []
+    for row in rows("nvidia-h100-80gb-hbm3/sampler.csv", part="sampler", status="ok"):
+        if row["provider"] == "ours":  # of a run of the command; the others beside it follow
+            found.append(((row["model"], row["guidance_scale"], row["batch"]), {}))
+        found[-1][1][row["provider"]] = float(row["y_value_50"])
+    expected: dict[tuple[str, ...], list[str]] = {}
+    for key, times in found:
+        cells_of = expected.setdefault(key, [""] * 4)
+        if "compile_graphs" in times:
+            cells_of[1] = f"{times['compile_graphs']:.3g} ({times['compile_graphs'] / times['ours']:.2f})"
+        else:
+            cells_of[::2] = [f"{times[name]:.3g}" for name in ("ours", "eager_channels_last")]
+            cells_of[3] = f"{times['convolutions']:.3g}"
+    lines = [cells(each) for each in section("The sampler on an H100").splitlines() if each.startswith("| `")]
+    named = [[f"`{model}`" + ", guided" * (scale != "1"), batch] for model, scale, batch in expected]
+    assert lines == [[*name, *(each or "–" for each in times)] for name, times in zip(named, expected.values())]
+    own = expected["emoji-64", "1", "1"]
+    assert f"two steps of `emoji-64` take {own[0]} ms, less than half" in " ".join(README.split())
+    assert float(own[1].split("(")[1].rstrip(")")) > 2
+
+
 def test_networks_on_an_h200():
     named = {"sd-turbo, latents 64×64, batch 1, one evaluation": "networks", "`l`, batch 1, two evaluations": "sampler"}
     for name, file in named.items():

@@ -76,25 +76,27 @@ def limited(monkeypatch):
         # a small slab is one block's
         (1, 256, 0, 8, H100, "one block"),
         (1, 256, 0, 8, A100, "one block"),
-        # at batch 1 a cluster shares it, so that more multiprocessors read; a large image takes even more of them
-        (1, 128, 0, 32, H100, "cluster of 8"),
-        (1, 320, 0, 64, H100, "two launches"),
-        (1, 320, 0, 64, B200, "two launches"),
+        (1, 128, 0, 32, H100, "one block"),
+        # a cluster shares a large one, so that more multiprocessors read, and all of it fits
+        (1, 320, 0, 64, H100, "cluster of 8"),
+        (1, 320, 0, 64, B200, "cluster of 8"),
+        (64, 320, 0, 64, H100, "cluster of 8"),
+        (1, 640, 320, 64, H100, "cluster of 8"),
         # at batch 64 there are blocks enough, and each has a slab of its own where it has room
         (64, 128, 0, 32, H100, "one block"),
         (64, 256, 0, 16, H100, "one block"),
         (64, 1280, 1280, 8, H100, "one block"),
-        (64, 320, 0, 64, H100, "two launches"),
-        # 30 channels a group and 64x64: the shortest whole groups of 32 bytes do not fit eight blocks
-        (1, 640, 320, 64, H100, "two launches"),
+        # so much that a multiprocessor holds one block of it at a time
         (64, 640, 320, 64, H100, "two launches"),
+        # 60 channels a group and 64x64: whole groups do not fit eight blocks
+        (1, 960, 960, 64, H100, "two launches"),
         # no clusters: two launches unless one block has room
         (1, 320, 0, 64, A100, "two launches"),
         (64, 320, 0, 64, A100, "two launches"),
         (64, 128, 0, 32, A100, "one block"),
         # clusters, but 99 kB
-        (1, 128, 0, 32, RTX5090, "cluster of 8"),
-        (1, 320, 0, 64, RTX5090, "two launches"),
+        (1, 128, 0, 32, RTX5090, "one block"),
+        (1, 320, 0, 64, RTX5090, "cluster of 8"),
         (64, 320, 0, 64, RTX5090, "two launches"),
     ],
 )
@@ -137,7 +139,7 @@ def test_the_docs_say_which():
 
 
 def test_batch_one_fills_a_gpu_with_two_launches():
-    plan = plan_of_norm(1, 640, 320, 64, H100)
+    plan = plan_of_norm(1, 960, 960, 64, H100)
     assert plan.launches == 2
     assert plan.blocks >= 0.9 * 132
 
@@ -382,9 +384,9 @@ def test_a_refused_launch_is_an_error_that_says_why(limited):
 
 
 def test_many_odd_channels_of_a_small_image_have_a_plan():
-    """39 channels a group that are no multiple of a vector: no tile of whole groups fits, and 9 rows are few."""
+    """39 channels a group that are no multiple of a vector, and 9 rows."""
     plan = plan_of_norm(3, 575, 49, 3, H100._replace(multiprocessors=8), dtype=torch.float32, groups=16)
-    assert plan.launches == 2
+    assert (plan.vector, plan.blocks) == (1, 12)
 
 
 def test_plans_are_near_the_best_that_were_measured():
@@ -409,7 +411,6 @@ def test_plans_are_near_the_best_that_were_measured():
         splits = plan.cluster if plan.launches == 1 else plan.workspace // (8 * n * call.groups)
         time = measured.get((plan.launches, plan.blocks // (n * splits), splits))
         ratios += [] if time is None else [time / min(measured.values())]
-    assert len(times) == 140
-    assert len(ratios) >= 110  # the others have rows of 256 bytes in one launch, of which kernels.csv has a few
+    assert len(times) == len(ratios) == 212
     assert sum(ratios) / len(ratios) < 1.03
     assert max(ratios) < 1.25

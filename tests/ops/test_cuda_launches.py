@@ -336,7 +336,7 @@ def test_stream_and_workspace_are_of_the_device_of_the_call(monkeypatch, runtime
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False)
     call = cuda_library.function(op, place)
     monkeypatch.setattr(torch, "empty", empty)
-    two_launches = group_norm(torch.bfloat16, 1, 320, 0, 4096, 32, channels_last=True)
+    two_launches = group_norm(torch.bfloat16, 1, 1920, 0, 4096, 32, channels_last=True)
     packed = two_launches if op == "group_norm_silu" else dual_head(torch.float32, 2, 320, 4, 64, 64, anchored=True)
     for times in (1, 2):
         call(packed)

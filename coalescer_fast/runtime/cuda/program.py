@@ -34,6 +34,7 @@ from ..native.record import Recording
 from ..native.steps import Convolution, Step
 from ..native.value import Unsupported, Value
 
+
 class TorchWeights(Weights):
     """Weights as torch's products read them: (Cout, Cin), or (Cout, Cin, 3, 3) with channels innermost.
 

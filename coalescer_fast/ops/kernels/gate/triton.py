@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..abi import cf_function
-from ..triton_launch import cdiv, launch
+from ...abi import cf_function
+from ...triton_launch import cdiv, launch
 
 BLOCK_R, BLOCK_C = 4, 256
 SILU, GELU, GELU_TANH = (int(f) for f in (cf_function.CF_SILU, cf_function.CF_GELU, cf_function.CF_GELU_TANH))
