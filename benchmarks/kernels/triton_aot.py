@@ -31,12 +31,13 @@ from unittest import mock
 
 import torch
 
-from coalescer_fast.ops import triton_launch
+from coalescer_fast.ops import gate, triton_launch
+from coalescer_fast.ops.abi import cf_function
 
 # what lies in Triton's cache has the source paths of another checkout
 os.environ.setdefault("TRITON_ALWAYS_COMPILE", "1")
 
-OPS = ("group_norm_silu", "dual_head", "bias_residual", "coalesce_step")
+OPS = ("group_norm_silu", "dual_head", "bias_residual", "coalesce_step", "gate")
 TARGETS = (80, 90, 100, 120)
 # what a program may have of shared memory, kilobytes (CUDA C++ Programming Guide, table of compute capabilities)
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}
@@ -47,6 +48,7 @@ STREAMS = {
     "bias_residual_kernel": ("x", "residual", "y"),
     "coalesce_step_kernel": ("sample", "direction", "moved"),
     "heads_kernel": ("h", "direction_weight"),
+    "gate_kernel": ("x", "y"),
 }
 
 
@@ -145,6 +147,10 @@ def calls(
         r, direction, distance = tensor(*shape, dtype=torch.float32), tensor(*shape), tensor(4, dtype=torch.float32)
         for mode in ("unit", "raw") if all_flags else ("unit",):
             yield f"{'x'.join(map(str, shape[1:]))} {mode}", "coalesce_step", (r, direction, distance, 1.0, mode, 1e-6)
+
+    rows = tensor(2, 4096, 2 * 1280)
+    for function in gate.FUSED if all_flags else (cf_function.CF_GELU,):
+        yield function.name, "gate", (rows, 0, 1280, 1280, function)
 
 
 def implementation(op: str, file: str = "triton") -> Callable[..., Any]:

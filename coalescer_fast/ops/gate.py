@@ -45,7 +45,7 @@ def gated(x: Tensor, value: int, gate: int, channels: int, function: cf_function
         and not triton_launch.unavailable()
         and not triton_launch.refusal(x.new_empty(0))
     ):
-        from .kernels.gate.triton import gate_rows
+        from .kernels.gate import triton
 
-        return gate_rows(x, value, gate, channels, function)
+        return triton.gate(x, value, gate, channels, function)
     return x[..., value : value + channels] * FUNCTIONS[function](x[..., gate : gate + channels])

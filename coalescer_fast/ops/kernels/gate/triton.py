@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 
 from ...abi import cf_function
-from ...triton_launch import cdiv, launch
-
-BLOCK_R, BLOCK_C = 4, 256
-SILU, GELU, GELU_TANH = (int(f) for f in (cf_function.CF_SILU, cf_function.CF_GELU, cf_function.CF_GELU_TANH))
+from ...triton_launch import cdiv, configuration, launch
 
 
 @triton.jit(do_not_specialize=["rows", "column_tiles"])
@@ -32,9 +29,9 @@ def gate_kernel(
     row = (program // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = program % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (column < channels)[None, :]
-    source = x + row[:, None] * stride + column[None, :]
-    v = tl.load(source + value, mask=inside).to(tl.float32)
-    g = tl.load(source + gate, mask=inside).to(tl.float32)
+    offset = row[:, None] * stride + column[None, :]
+    v = tl.load(x + value + offset, mask=inside).to(tl.float32)
+    g = tl.load(x + gate + offset, mask=inside).to(tl.float32)
     if FUNCTION == 1:  # SiLU
         f = g / (1 + tl.exp(-g))
     elif FUNCTION == 4:  # GELU
@@ -44,12 +41,13 @@ def gate_kernel(
     tl.store(y + row[:, None] * channels + column[None, :], (v * f).to(y.dtype.element_ty), mask=inside)
 
 
-def gate_rows(x: torch.Tensor, value: int, gate: int, channels: int, function: cf_function) -> torch.Tensor:
+def gate(x: torch.Tensor, value: int, gate: int, channels: int, function: cf_function) -> torch.Tensor:
     """As `gated`, of contiguous rows."""
     y = x.new_empty(*x.shape[:-1], channels)
     if y.numel():
-        column_tiles, rows = cdiv(channels, BLOCK_C), y.numel() // channels
-        programs = cdiv(rows, BLOCK_R) * column_tiles
-        args = x, y, rows, x.shape[-1], value, gate, channels, column_tiles, int(function), BLOCK_R, BLOCK_C
-        launch(gate_kernel, programs, x.device, *args, num_warps=4)
+        options, rows = configuration("gate", "rows", "any"), y.numel() // channels
+        column_tiles = cdiv(channels, options["BLOCK_C"])
+        programs = cdiv(rows, options["BLOCK_R"]) * column_tiles
+        args = x, y, rows, x.shape[-1], value, gate, channels, column_tiles, int(function)
+        launch(gate_kernel, programs, x.device, *args, **options)
     return y
