@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -231,9 +232,15 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Encode N texts as vectors (N, D), float32, of RMS 1 or 0."""
-        # one by one, so that a vector's bits do not depend on the others
-        sums = [self.token_sum(text) for text in descriptions]
-        return torch.stack([s / s.square().mean().sqrt().clamp_min(1e-6) for s in sums])
+        # one by one, so that a vector's bits do not depend on the others, and each once: on a GPU that is ten launches
+        derived = self._derived
+        return torch.stack(
+            [derived.remembered(derived.vectors, text, partial(self._vector, text)) for text in descriptions]
+        )
+
+    def _vector(self, text: str) -> torch.Tensor:
+        total = self.token_sum(text)
+        return total / total.square().mean().sqrt().clamp_min(1e-6)
 
     def token_sum(self, text: str) -> torch.Tensor:
         """Add up the rows of a text's tokens to (D,), which `forward` scales. A text's sum is that of its parts."""
@@ -381,13 +388,17 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             descriptions: N texts.
             uniform: N numbers u in [0, 1), each of which chooses the ``floor(u * n)``-th of the n styles that exist.
         """
+        choices = {text: self._styles_to_add(text) for text in dict.fromkeys(descriptions)}
         out = []
         for text, u in zip(descriptions, uniform):
-            if self.config.styles and self.token_ids(text) and not self.names_style(text):
-                styles = self.styles_of(text)
+            if styles := choices[text]:
                 text = f"{text}, {styles[min(int(u * len(styles)), len(styles) - 1)]} style"
             out.append(text)
         return out
+
+    def _styles_to_add(self, text: str) -> list[str]:
+        without = self.config.styles and self.token_ids(text) and not self.names_style(text)
+        return self.styles_of(text) if without else []
 
 
 class _Kept:
@@ -415,6 +426,7 @@ class _Derived:
         self.name_rows = {plain(name): row for row, name in reversed([*enumerate(self.names)])}
         # of each text, its token ids, its words, what it matches, and how close that is
         self.ids: dict[str, list[int]] = {}
+        self.vectors: dict[str, torch.Tensor] = {}
         self.words: dict[str, dict[str, bool]] = {}
         self.matches: dict[str, tuple[Match | None]] = {}
         self.closeness: dict[str, tuple[float, float]] = {}
