@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -232,11 +231,9 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Encode N texts as vectors (N, D), float32, of RMS 1 or 0."""
-        # one by one, so that a vector's bits do not depend on the others, and each once: on a GPU that is ten launches
-        derived = self._derived
-        return torch.stack(
-            [derived.remembered(derived.vectors, text, partial(self._vector, text)) for text in descriptions]
-        )
+        # one by one, so that a vector's bits do not depend on the others; and each once, for on a GPU one is ten launches
+        vectors = {text: self._vector(text) for text in dict.fromkeys(descriptions)}
+        return torch.stack([vectors[text] for text in descriptions])
 
     def _vector(self, text: str) -> torch.Tensor:
         total = self.token_sum(text)
@@ -426,7 +423,6 @@ class _Derived:
         self.name_rows = {plain(name): row for row, name in reversed([*enumerate(self.names)])}
         # of each text, its token ids, its words, what it matches, and how close that is
         self.ids: dict[str, list[int]] = {}
-        self.vectors: dict[str, torch.Tensor] = {}
         self.words: dict[str, dict[str, bool]] = {}
         self.matches: dict[str, tuple[Match | None]] = {}
         self.closeness: dict[str, tuple[float, float]] = {}
