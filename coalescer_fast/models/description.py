@@ -231,7 +231,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Encode N texts as vectors (N, D), float32, of RMS 1 or 0."""
-        # one by one, so that a vector's bits do not depend on the others; and each once, for on a GPU one is ten launches
+        # one by one, so that a vector's bits do not depend on the others; each once, for on a GPU one is ten launches
         vectors = {text: self._vector(text) for text in dict.fromkeys(descriptions)}
         return torch.stack([vectors[text] for text in descriptions])
 
@@ -250,14 +250,17 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             Rows (N, max_length, D), float32, and the mask (N, max_length), True where there is a token. A text without
             tokens has one row of zeros.
         """
-        rows = torch.zeros(
-            len(descriptions), max_length, self.config.dim, dtype=torch.float32, device=self.table.device
-        )
-        mask = torch.zeros(len(descriptions), max_length, dtype=torch.bool, device=self.table.device)
-        for n, text in enumerate(descriptions):
+        place = {text: n for n, text in enumerate(dict.fromkeys(descriptions))}
+        device = self.table.device
+        rows = torch.zeros(len(place), max_length, self.config.dim, dtype=torch.float32, device=device)
+        mask = torch.zeros(len(place), max_length, dtype=torch.bool, device=device)
+        for text, n in place.items():
             ids = self.token_ids(text)[:max_length]
             rows[n, : len(ids)] = self._rows(ids)
             mask[n, : max(1, len(ids))] = True
+        if len(place) < len(descriptions):
+            order = [place[text] for text in descriptions]
+            rows, mask = rows[order], mask[order]
         return rows, mask
 
     def _rows(self, ids: list[int]) -> torch.Tensor:

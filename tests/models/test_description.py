@@ -407,3 +407,8 @@ def test_a_text_is_encoded_once_a_call(monkeypatch):
     found = encode(["cat", "red cat", "cat", "cat"])
     assert summed == ["cat", "red cat"]
     assert torch.equal(found, torch.cat([encode([text]) for text in ("cat", "red cat", "cat", "cat")]))
+    rows, mask = encode.token_rows(["cat", "red cat", "cat", ""])
+    for n, text in enumerate(("cat", "red cat", "cat", "")):
+        of_text = encode.token_rows([text])
+        assert torch.equal(rows[n : n + 1], of_text[0])
+        assert torch.equal(mask[n : n + 1], of_text[1])
