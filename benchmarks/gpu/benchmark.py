@@ -12,14 +12,16 @@ The stages, the most valuable first; each has its share of the time that is left
 - c: `benchmarks.kernels` in bfloat16 beside eager PyTorch, and a few calls beside inductor and a chunked GroupNorm;
 - d: `benchmarks.sampler` of each model, first ours beside eager, then beside torch.compile with CUDA graphs;
 - e: `benchmarks.networks`, diffusers' own UNet of SD-Turbo's size;
-- f: what is left of the time: racecheck, torch.compile with max-autotune, float32 and float16.
+- f: what is left of the time: racecheck, the launch plans of GroupNorm, torch.compile with max-autotune, float32 and
+  float16.
 
 --quick is a short look at everything, in under 150 seconds. DIR keeps what was done: parts that its report.json has as
 "ok" are not run again, and rows of CSV files are added to. So a run that was cut goes on with the same command. What
 fails is reported, and the rest still runs. Written to DIR: report.json, summary.md, kernels.csv, sampler.csv,
-networks.csv, pytest.xml, picture.png, and failures.pt for `benchmarks.gpu.replay`. Needs torch, Triton, nvcc unless the
-libraries are there and, for the tests, pytest and numpy (without hypothesis, those that draw calls are skipped), for
-pictures diffusers. --only PART,PART runs these alone: "--only build,sampler" gives all the time to the sampler.
+networks.csv, launch_plans.csv, pytest.xml, picture.png, and failures.pt for `benchmarks.gpu.replay`. Needs torch,
+Triton, nvcc unless the libraries are there and, for the tests, pytest and numpy (without hypothesis, those that draw
+calls are skipped), for pictures diffusers. --only PART,PART runs these alone: "--only build,sampler" gives all the time
+to the sampler.
 
 Exit status: 0, 1 if a part failed or took too long, 2 without a CUDA device. A missed target is no failure, nor is what
 was cut ("cut").
@@ -282,25 +284,28 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
         ]
     small = ["--parts", "sampler,pipeline", "--budget", "0.3"]
     graphs = f"{EAGER_SAMPLER},{'compile' if rehearsal else 'compile_graphs'}"
-    batches = "1,4" if rehearsal else "1,64,16"
+    batches = "1,4" if rehearsal else "1,64"
     large = left_out if rehearsal else None
     first = "emoji-64,m" if rehearsal else "emoji-64,m,l"
     chunked = ["--peers", "eager,eager_contiguous,compile" + ",chunked" * (not rehearsal)]
     return [
         build_part,
-        Part("calls", 75 if rehearsal else 45, partial(calls, device, ["--all", *failures])),
-        Part("picture", 40, partial(picture, device, out / "picture.png")),
-        Part("tests", 80, partial(tests, out / "pytest.xml"), "b"),
-        Part("memcheck", 25, partial(sanitize, "memcheck", ["--all"]), "b"),
-        Part("kernels bf16", 65, measured("bf16", "1,64", 0.1, 15, *EAGER, *every), "c"),
-        Part("kernels few", 60, measured("bf16", "64", 0.1, 20, *chunked, *few), "c"),
+        # shares are about what an H100 took in seconds
+        Part("calls", 75 if rehearsal else 40, partial(calls, device, ["--all", *failures])),
+        Part("picture", 30, partial(picture, device, out / "picture.png")),
+        Part("tests", 110, partial(tests, out / "pytest.xml"), "b"),
+        Part("memcheck", 15, partial(sanitize, "memcheck", ["--all"]), "b"),
+        Part("kernels bf16", 60, measured("bf16", "1,64", 0.05, 15, *EAGER, *every), "c"),
+        Part("kernels few", 55, measured("bf16", "64", 0.1, 20, *chunked, *few), "c"),
         # one process: to start one takes as long as a model
-        Part("sampler", 160, sampled(first, "1" if rehearsal else batches, EAGER_SAMPLER, *small), "d"),
-        Part("networks", 130, drawn("--peers", "eager,compile"), "e"),
-        Part("compile emoji-64", 70, sampled("emoji-64", batches, graphs, *small), "d", 15),
-        Part("compile m", 80, large or sampled("m", "1,64,16", graphs, *small), "d", 15),
+        Part("sampler", 110, sampled(first, "1" if rehearsal else "1,64", EAGER_SAMPLER, *small), "d"),
+        Part("networks", 110, drawn("--peers", "eager,compile"), "e"),
+        # half a minute to compile for each batch
+        Part("compile emoji-64", 105, sampled("emoji-64", batches, graphs, *small), "d", 15),
+        Part("compile m", 115, large or sampled("m", "1,64", graphs, *small), "d", 15),
         Part("compile l", 110, large or sampled("l", "1,64", graphs, *small), "d", 25),
         Part("racecheck", 10, partial(sanitize, "racecheck", ["--all"]), "f", 20),
+        Part("launch plans", 10, large or partial(launch_plans, out / "launch_plans.csv"), "f", 45),
         Part("autotune emoji-64", 10, large or sampled("emoji-64", "1,64", f"{graphs},compile", *small), "f", 40),
         Part("autotune m", 10, large or sampled("m", "1,64", f"{graphs},compile", *small), "f", 60),
         Part("autotune l", 10, large or sampled("l", "1", f"{graphs},compile", *small), "f", 60),
@@ -358,7 +363,7 @@ def tests(junit: Path, limit: float) -> tuple[str, str]:
     argv = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     argv += ["--continue-on-collection-errors", "--tb=short", f"--junitxml={junit}"]
     # most of their time is Triton's compiler's
-    argv += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    argv += ["-n", str(min(14, os.cpu_count() or 1))] if find_spec("xdist") else []
     argv += ["--timeout=120"] if find_spec("pytest_timeout") else []
     argv += TESTS if find_spec("diffusers") else ["tests/ops"]  # all the others need it
     status, output = command(argv, limit)
@@ -445,6 +450,12 @@ def drop_partial_row(csv: Path) -> None:
         content = csv.read_bytes()
         with csv.open("r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def launch_plans(csv: Path, limit: float) -> tuple[str, str]:
+    """The times of all ways to cut group_norm_silu into blocks; needs nvcc."""
+    status, output = command([sys.executable, "-m", "benchmarks.kernels.launch_plans", "--csv", str(csv)], limit)
+    return status, f"{output}\n{len(whole(csv))} plans"
 
 
 def tool_path(name: str) -> str | None:

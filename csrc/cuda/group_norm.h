@@ -22,8 +22,9 @@
 namespace cf::group_norm {
 
 constexpr int THREADS = 256;
-constexpr int LEAST_THREADS = 128;           // those that have no rows share the channels and groups
-constexpr int MOST_VECTORS = 256;            // of a row of a tile
+constexpr int LEAST_THREADS = 128;  // those that have no rows share the channels and groups
+constexpr int MOST_VECTORS = 256;   // of a row of a tile
+static_assert(MOST_VECTORS <= THREADS, "every vector of a row needs a thread");
 constexpr int MOST_SPLITS = 64;              // more would make the merge as long as the work
 constexpr int MOST_ROWS_OF_CHANNELS = 1024;  // contiguous: their coefficients lie in shared memory
 constexpr int64_t SMALL_SLAB = 16 << 10;     // bytes that are not worth another block
