@@ -50,6 +50,7 @@ CANDIDATES: dict[Key, list[dict[str, int]]] = {
     ("dual_head.heads", "float32", "small"): products((32, 32, 2, 3), (16, 32, 2, 3), (32, 32, 4, 3)),
     ("dual_head.heads", "half", "large"): products((32, 64, 4, 4), (32, 64, 4, 3)),
     ("dual_head.heads", "half", "small"): products((32, 32, 2, 4), (16, 32, 1, 4), (32, 64, 2, 4)),
+    ("gate", "rows", "any"): tiles((4, 256, 4), (8, 256, 4), (4, 512, 4)),
     ("group_norm_silu.apply", "channels_last", "large"): tiles((64, 64, 8), (64, 64, 4), (32, 64, 4)),
     ("group_norm_silu.apply", "channels_last", "small"): tiles((32, 64, 4), (16, 64, 4), (32, 32, 4)),
     ("group_norm_silu.apply", "contiguous", "large"): tiles((256, 16, 8), (128, 16, 4), (128, 32, 8)),

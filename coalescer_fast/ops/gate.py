@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_launch
 from .abi import cf_function
+from .kernels.gate import reference
 
-FUNCTIONS: dict[cf_function, Callable[[Tensor], Tensor]] = {
-    cf_function.CF_IDENTITY: lambda x: x,
-    cf_function.CF_SILU: F.silu,
-    cf_function.CF_TANH: torch.tanh,
-    cf_function.CF_RELU: F.relu,
-    cf_function.CF_GELU: F.gelu,
-    cf_function.CF_GELU_TANH: partial(F.gelu, approximate="tanh"),
-    cf_function.CF_SIGMOID: torch.sigmoid,
-}
 FUSED = (cf_function.CF_SILU, cf_function.CF_GELU, cf_function.CF_GELU_TANH)
 
 
@@ -40,6 +28,7 @@ def gated(x: Tensor, value: int, gate: int, channels: int, function: cf_function
     if (
         backend in ("auto", "triton")
         and function in FUSED
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and (x.is_cuda or (triton_launch.INTERPRETED and backend == "triton"))
         and x.is_contiguous()
         and not triton_launch.unavailable()
@@ -48,4 +37,4 @@ def gated(x: Tensor, value: int, gate: int, channels: int, function: cf_function
         from .kernels.gate import triton
 
         return triton.gate(x, value, gate, channels, function)
-    return x[..., value : value + channels] * FUNCTIONS[function](x[..., gate : gate + channels])
+    return reference.gate(x, value, gate, channels, function)

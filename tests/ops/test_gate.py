@@ -6,7 +6,8 @@ import torch
 from coalescer_fast.models.layers import Convolution, of_halves
 from coalescer_fast.ops import triton_launch
 from coalescer_fast.ops.abi import cf_function
-from coalescer_fast.ops.gate import FUNCTIONS, FUSED, gated
+from coalescer_fast.ops.gate import FUSED, gated
+from coalescer_fast.ops.kernels.gate.reference import FUNCTIONS
 
 from ..helpers.numerics import randn
 
@@ -49,6 +50,8 @@ def test_large_gates_and_no_rows():
         assert y[0, :2].tolist() == [0, 2e4]
         assert torch.isnan(y[0, 3])
     assert gated(torch.empty(0, 8), 0, 4, 4, FUSED[0], "triton").shape == (0, 4)
+    double = randn(3, 8).double()
+    assert torch.equal(gated(double, 0, 4, 4, FUSED[0], "triton"), exact(double, 0, 4, 4, FUSED[0]))
 
 
 @pytest.mark.parametrize("function", cf_function)

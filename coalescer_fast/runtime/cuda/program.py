@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.abi import cf_form
-from ...ops.gate import FUNCTIONS, gated
+from ...ops.gate import gated
+from ...ops.kernels.gate.reference import FUNCTIONS
 from ..native import steps as native
 from ..native.pack import Key, Weight, Weights
 from ..native.record import Recording
