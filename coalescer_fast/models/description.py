@@ -232,6 +232,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
     def forward(self, descriptions: Sequence[str]) -> torch.Tensor:
         """Encode N texts as vectors (N, D), float32, of RMS 1 or 0."""
         # one by one, so that a vector's bits do not depend on the others; each once, for on a GPU one is ten launches
+        descriptions = list(descriptions)
         vectors = {text: self._vector(text) for text in dict.fromkeys(descriptions)}
         return torch.stack([vectors[text] for text in descriptions])
 
@@ -250,6 +251,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             Rows (N, max_length, D), float32, and the mask (N, max_length), True where there is a token. A text without
             tokens has one row of zeros.
         """
+        descriptions = list(descriptions)
         place = {text: n for n, text in enumerate(dict.fromkeys(descriptions))}
         device = self.table.device
         rows = torch.zeros(len(place), max_length, self.config.dim, dtype=torch.float32, device=device)
@@ -388,6 +390,7 @@ class DescriptionEncoder(ModelMixin, ConfigMixin):
             descriptions: N texts.
             uniform: N numbers u in [0, 1), each of which chooses the ``floor(u * n)``-th of the n styles that exist.
         """
+        descriptions = list(descriptions)
         choices = {text: self._styles_to_add(text) for text in dict.fromkeys(descriptions)}
         out = []
         for text, u in zip(descriptions, uniform):

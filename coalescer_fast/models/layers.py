@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import ops
+from ..ops.layout import transforms_active
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -49,7 +51,7 @@ class Convolution(nn.Conv2d):
         bias = self.bias if add_bias and residual is None else None
         if skip is None:
             y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        elif x.is_cuda and self.backend != "reference":
+        elif x.is_cuda and self.backend != "reference" and _are_products(x, skip):
             y = of_halves(x, skip, self.weight, bias)
         else:
             split = x.shape[1]
@@ -57,6 +59,12 @@ class Convolution(nn.Conv2d):
         if residual is None:
             return y
         return ops.bias_residual(y, self.bias if add_bias else None, residual, backend=self.backend)
+
+
+def _are_products(x: Tensor, skip: Tensor) -> bool:
+    """Whether `of_halves` can take two images: of one size, and seen by no transform and no autocast."""
+    seen = transforms_active() or torch.is_autocast_enabled(x.device.type)
+    return not seen and x.ndim == skip.ndim == 4 and (x.shape[0], *x.shape[2:]) == (skip.shape[0], *skip.shape[2:])
 
 
 def of_halves(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +83,7 @@ def of_halves(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> T
     first, second = (image.permute(0, 2, 3, 1).flatten(0, 2) for image in (x, skip))
     of_first, of_second = weight.flatten(1).split([split, skip.shape[1]], 1)
     y = F.linear(second, of_second, bias).addmm_(first, of_first.t())
-    return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return y.view(n, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
 class GroupNormSiLU(nn.GroupNorm):

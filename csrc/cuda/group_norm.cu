@@ -1,9 +1,9 @@
 // group_norm_silu on NVIDIA GPUs; the cut into blocks is group_norm.h's.
 //
-// A thread sums, for each of its columns, d and d^2 over its rows, d being what lies above the first of them; from these
-// it has mean and M2, the sum of squared deviations. That loses few digits whatever the data: the first row is one of
-// the rows, so M2 is at least sum(d^2) / rows. A mean is kept as its distance from k_c = K_g - pre_bias_c, K_g being the
-// median of three elements of the group. Parts are merged by
+// A thread sums, for each of its columns, d and d^2 over up to `RUN` of its rows, d being what lies above the first of
+// them; from these it has mean and M2, the sum of squared deviations. Whatever the data, that loses no more digits than
+// RUN allows: the first row is one of the rows, so M2 is at least sum(d^2) / RUN. A mean is kept as its distance from
+// k_c = K_g - pre_bias_c, K_g being the median of three elements of the group. Parts are merged by
 //
 //     mean = sum_i n_i mean_i / n,  M2 = sum_i M2_i + n_i (mean_i - mean)^2        (Chan, Golub and LeVeque 1983)
 //
@@ -18,6 +18,8 @@ namespace cf::group_norm {
 namespace {
 
 namespace cg = cooperative_groups;
+
+constexpr int RUN = 32;  // rows
 
 // What is given to the kernels. Of a group, float2 is mean and M2.
 struct Call {
@@ -146,25 +148,41 @@ struct Slab {
         }
     }
 
-    // Sums over all rows of the thread, of what lies above the first of them: get(row) gives the raw vector.
+    // Leave the moments of all rows of the thread for the block; get(row) gives the raw vector. BARRIER: k is ready only
+    // after one.
+    template <int ROWS, bool BARRIER, typename Get>
+    __device__ void summarise(const Get& get) {
+        float first[V], sums[V], squares[V];
+        sum<ROWS>(first, sums, squares, lane, get);
+        if constexpr (BARRIER) __syncthreads();
+        leave(first, sums, squares, 0);
+#pragma unroll 1
+        for (int before = RUN; before < rows_of(lane); before += RUN) {
+            sum<ROWS>(first, sums, squares, lane + before * p.lanes, get);
+            leave(first, sums, squares, before);
+        }
+    }
+
+    // Sums over `RUN` rows of the thread, of what lies above the first of them.
     template <int ROWS, typename Get>
-    __device__ void sum(float (&first)[V], float (&sums)[V], float (&squares)[V], const Get& get) const {
+    __device__ void sum(float (&first)[V], float (&sums)[V], float (&squares)[V], int start, const Get& get) const {
 #pragma unroll
         for (int j = 0; j < V; ++j) first[j] = sums[j] = squares[j] = 0;
-        if (!active || lane >= rows) return;
-        unpack<T, V>(get(lane), first);
+        if (!active || start >= rows) return;
+        unpack<T, V>(get(start), first);
 #pragma unroll
-        for (int j = 0; !CL && j < V; ++j) first[j] -= k[lane];
+        for (int j = 0; !CL && j < V; ++j) first[j] -= k[start];
+        const int end = min(rows, start + RUN * p.lanes);
 #pragma unroll 1
-        for (int row = lane + p.lanes; row < rows; row += ROWS * p.lanes) {
+        for (int row = start + p.lanes; row < end; row += ROWS * p.lanes) {
             raw_t<T, V> raw[ROWS];
 #pragma unroll
             for (int u = 0; u < ROWS; ++u) {
-                if (row + u * p.lanes < rows) raw[u] = get(row + u * p.lanes);
+                if (row + u * p.lanes < end) raw[u] = get(row + u * p.lanes);
             }
 #pragma unroll
             for (int u = 0; u < ROWS; ++u) {
-                if (row + u * p.lanes >= rows) break;
+                if (row + u * p.lanes >= end) break;
                 float z[V];
                 unpack<T, V>(raw[u], z);
 #pragma unroll
@@ -177,11 +195,12 @@ struct Slab {
         }
     }
 
-    // Leave the moments for the block, merged over the columns of a group.
-    __device__ void leave(const float (&first)[V], const float (&sums)[V], const float (&squares)[V]) {
+    // Leave the moments of a run for the block, merged over the columns of a group, and with those of the rows before.
+    __device__ void leave(const float (&first)[V], const float (&sums)[V], const float (&squares)[V], int before) {
         if (!active) return;
         int left = CL ? p.per_group - divide(base + column, p.by_per_group).rest : V;  // columns of the group to come
-        const float count = static_cast<float>(rows_of(lane)), inverse = lane < rows ? reciprocal(count) : 0;
+        const float count = static_cast<float>(min(RUN, rows_of(lane) - before)),
+                    inverse = count ? reciprocal(count) : 0;
         float2* place = moments + threadIdx.x;
         float merged = 0;
         float2 all = make_float2(0, 0);
@@ -193,6 +212,13 @@ struct Slab {
             all.x += step;
             all.y += (rest < 0 ? 0 : rest) + count * d * (d - step);
             if (--left == 0 || j == V - 1) {
+                if (before) {
+                    const float2 old = *place;
+                    const float above_old = all.x - old.x, earlier = static_cast<float>(before);
+                    const float share = count * reciprocal(earlier + count);
+                    all.x = old.x + above_old * share;
+                    all.y += old.y + above_old * above_old * earlier * merged * share;
+                }
                 *place = all;
                 place += p.threads;
                 merged = 0, left = p.per_group;
@@ -207,9 +233,9 @@ struct Slab {
         const int end = CL ? min(width, (first_group + index + 1) * p.per_group - base) : width;
         const int first = start / V, vectors = (end - 1) / V - first + 1;
         const float total = static_cast<float>(rows) * static_cast<float>(end - start);
-        // lanes of the warp stand for what there is more of
-        return merge(CL ? p.lanes : vectors, CL ? vectors : p.lanes, total, [&](int i, int outer) {
-            const int of = CL ? i : outer, vector = first + (CL ? outer : i);
+        const bool by_lane = p.lanes > vectors;  // the warp's lanes stand for what there is more of
+        return merge(by_lane ? p.lanes : vectors, by_lane ? vectors : p.lanes, total, [&](int i, int outer) {
+            const int of = by_lane ? i : outer, vector = first + (by_lane ? outer : i);
             const int columns = min(end, (vector + 1) * V) - max(start, vector * V);
             const int entry = CL ? first_group + index - (base + vector * V) / p.by_per_group : 0;
             const float2 part = moments[entry * p.threads + of * p.vectors + vector];
@@ -297,10 +323,7 @@ __global__ void __launch_bounds__(THREADS, HELD<false, CL, V>)
     const Plan& p = call.plan;
     slab.template parameters<false>();
     if constexpr (!CL) __syncthreads();
-    float first[V], sums[V], squares[V];
-    slab.template sum<4>(first, sums, squares, [&](int row) { return load<T, V>(slab.at(row)); });
-    __syncthreads();
-    slab.leave(first, sums, squares);
+    slab.template summarise<4, CL>([&](int row) { return load<T, V>(slab.at(row)); });
     __syncthreads();
     const int all = p.channels / p.by_per_group;
     float2* slots = call.slots + (slab.n * p.splits + slab.split) * all * p.tiles_per_group;
@@ -318,7 +341,9 @@ __global__ void __launch_bounds__(THREADS, HELD<true, CL, V>) group_norm_apply(c
     const int all = p.channels / p.by_per_group, row = CL ? p.per_group : p.spatial;
     const float2* slots = call.slots + slab.n * p.splits * all * p.tiles_per_group;
     for (int i = static_cast<int>(threadIdx.x / WARP); i < slab.groups; i += static_cast<int>(blockDim.x / WARP)) {
-        const float2 moments = slab.merge(p.splits, p.tiles_per_group, slab.elements(), [&](int split, int piece) {
+        const float2 moments = slab.merge(p.splits * p.tiles_per_group, 1, slab.elements(), [&](int part, int) {
+            const Quotient of = divide(part, p.by_tiles_per_group);
+            const int split = of.quotient, piece = of.rest;
             const int rows = min(p.rows_per_split, p.rows - split * p.rows_per_split);
             const int width = p.tiles_per_group > 1 ? min(p.columns, row - piece * p.columns) : row;
             const float2 slot = slots[(int64_t{split} * all + slab.first_group + i) * p.tiles_per_group + piece];
@@ -349,9 +374,7 @@ __global__ void __launch_bounds__(THREADS, HELD<true, CL, V>) group_norm_fused(c
     __syncthreads();
     __pipeline_wait_prior(0);
     const auto get = [&](int row) { return load<T, V>(kept + row * p.columns); };
-    float first[V], sums[V], squares[V];
-    slab.template sum<1>(first, sums, squares, get);
-    slab.leave(first, sums, squares);
+    slab.template summarise<1, false>(get);
     __syncthreads();
     const int warp = static_cast<int>(threadIdx.x / WARP), warps = static_cast<int>(blockDim.x / WARP);
     for (int i = warp; i < slab.groups; i += warps) {

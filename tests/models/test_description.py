@@ -412,3 +412,5 @@ def test_a_text_is_encoded_once_a_call(monkeypatch):
         of_text = encode.token_rows([text])
         assert torch.equal(rows[n : n + 1], of_text[0])
         assert torch.equal(mask[n : n + 1], of_text[1])
+    assert torch.equal(encode(iter(["cat"])), encode(["cat"]))
+    assert encode.with_styles(iter(["cat", "dog"]), [0.5, 0.5]) == encode.with_styles(["cat", "dog"], [0.5, 0.5])

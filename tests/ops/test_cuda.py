@@ -389,6 +389,18 @@ def test_many_odd_channels_of_a_small_image_have_a_plan():
     assert (plan.vector, plan.blocks) == (1, 12)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the library must take the device for another")
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_first_row_that_is_not_like_the_rest(limited, layout):
+    """A thread of this device has hundreds of rows, and sums what lies above the first of them."""
+    limited(capability=80, multiprocessors=4, shared_memory=163 * 1024)
+    x = randn(1, 32, 256, 256)
+    x[:, :, 0, 0] = 1e6
+    expected = torch.nn.functional.group_norm(x.double(), 8)
+    y = ops.group_norm_silu(arrange(x, layout), 8, activation=None, backend="cuda")
+    assert float(((y - expected).abs() / expected.abs().clamp(min=1)).max()) < 5e-6
+
+
 def test_plans_are_near_the_best_that_were_measured():
     """Of all ways to cut a call: rows of 32, 64, ... bytes, in 1, 2, ... parts, in one launch or two."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "launch_plans.csv"

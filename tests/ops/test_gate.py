@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coalescer_fast.models.layers import Convolution, of_halves
+from coalescer_fast.models.layers import Convolution, _are_products, of_halves
 from coalescer_fast.ops import triton_launch
 from coalescer_fast.ops.abi import cf_function
 from coalescer_fast.ops.gate import FUSED, gated
@@ -54,6 +55,28 @@ def test_large_gates_and_no_rows():
     assert torch.equal(gated(double, 0, 4, 4, FUSED[0], "triton"), exact(double, 0, 4, 4, FUSED[0]))
 
 
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in Triton's interpreter")
+def test_what_torch_has_to_see_runs_in_torch():
+    given = (0, 4, 4, cf_function.CF_GELU, "triton")
+    x = randn(3, 8).requires_grad_()
+    gated(x, *given).sum().backward()
+    own = x.detach().clone().requires_grad_()
+    gated(own, *given[:4], "reference").sum().backward()
+    assert torch.equal(x.grad, own.grad)
+    x, tangent = randn(3, 8), randn(3, 8, seed=1)
+    found, expected = (
+        torch.func.jvp(lambda x, backend=backend: gated(x, *given[:4], backend), (x,), (tangent,))
+        for backend in ("triton", "reference")
+    )
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(torch.vmap(lambda x: gated(x, *given))(x), gated(x, *given[:4], "reference"))
+    assert_near(gated(torch._neg_view(x), *given), exact(-x, *given[:4]))
+    with FakeTensorMode():
+        assert gated(torch.empty(3, 8), *given).shape == (3, 4)
+    with pytest.raises(RuntimeError):  # there are no 6 channels from 4 on
+        gated(x, 0, 4, 6, cf_function.CF_GELU, "triton")
+
+
 @pytest.mark.parametrize("function", cf_function)
 def test_two_passes(function):
     x = randn(2, 3, 10)
@@ -82,3 +105,14 @@ def test_a_convolution_of_two_halves(bias):
                 y = of_halves(*given, layer.weight, layer.bias)
                 torch.testing.assert_close(y, layer(*given))
                 assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_halves_that_are_no_products():
+    layer = Convolution(10, 7, 1)
+    x, skip = randn(2, 4, 3, 5), randn(2, 6, 3, 5, seed=1)
+    assert _are_products(x, skip)
+    assert of_halves(x[:0], skip[:0], layer.weight, layer.bias).shape == (0, 7, 3, 5)
+    assert not _are_products(x, skip.transpose(2, 3))
+    assert not _are_products(x[:1], skip)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _are_products(x, skip)
