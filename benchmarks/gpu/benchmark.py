@@ -298,7 +298,7 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
         Part("kernels bf16", 60, measured("bf16", "1,64", 0.05, 15, *EAGER, *every), "c"),
         Part("kernels few", 55, measured("bf16", "64", 0.1, 20, *chunked, *few), "c"),
         # one process: to start one takes as long as a model
-        Part("sampler", 110, sampled(first, "1" if rehearsal else "1,64", EAGER_SAMPLER, *small), "d"),
+        Part("sampler", 130, sampled(first, "1" if rehearsal else "1,64,16", EAGER_SAMPLER, *small), "d"),
         Part("networks", 110, drawn("--peers", "eager,compile"), "e"),
         # half a minute to compile for each batch
         Part("compile emoji-64", 105, sampled("emoji-64", batches, graphs, *small), "d", 15),
