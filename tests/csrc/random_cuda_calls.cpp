@@ -409,6 +409,7 @@ Call<cf_group_norm_silu_args> any_group_norm_silu() {
     int64_t width = one_of(draw(1, 40), draw(1, 40), 3, 10, 12, 30, draw(257, 1200), draw(33, 150) * 8);
     if (!small && draw(0, 3) == 0)
         groups = draw(1, 3), width = 8, spatial = draw(500, 5000);  // only long rows of blocks are split
+    if (!small && draw(0, 5) == 0) groups = draw(1, 2), width = draw(150, 256), spatial = 3;  // too few rows to split
     if (groups * width > 2 * many / 3) width = 1;
     if (n * groups * width * spatial > many) spatial = draw(1, std::max<int64_t>(1, many / n / groups / width));
     const int64_t channels = groups * width;
