@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +53,26 @@ def test_worse_costs_lose():
     worse[5] /= 20  # two launches for next to nothing
     loss, of_worse = (launch_plans.losses(plans, us, ends, costs).mean() for costs in (COSTS, worse))
     assert of_worse > loss + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_program_compiles(tmp_path):
+    source, csrc = launch_plans.ROOT / "benchmarks" / "kernels" / "launch_plans.cu", launch_plans.ROOT / "csrc"
+    argv = [
+        "nvcc",
+        "-std=c++17",
+        "-arch=sm_90",
+        "-w",
+        "-I",
+        csrc / "cuda",
+        "-I",
+        csrc,
+        "-o",
+        tmp_path / "program",
+        source,
+    ]
+    subprocess.run(argv, check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
