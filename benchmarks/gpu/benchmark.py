@@ -290,7 +290,7 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
     chunked = ["--peers", "eager,eager_contiguous,compile" + ",chunked" * (not rehearsal)]
     return [
         build_part,
-        # shares are about what an H100 took in seconds
+        # calls, tests, memcheck, kernels and sampler: about what an H100 took, in seconds
         Part("calls", 75 if rehearsal else 40, partial(calls, device, ["--all", *failures])),
         Part("picture", 30, partial(picture, device, out / "picture.png")),
         Part("tests", 110, partial(tests, out / "pytest.xml"), "b"),
@@ -300,7 +300,7 @@ def parts(out: Path, quick: bool, device: str = "cuda") -> list[Part]:
         # one process: to start one takes as long as a model
         Part("sampler", 130, sampled(first, "1" if rehearsal else "1,64,16", EAGER_SAMPLER, *small), "d"),
         Part("networks", 110, drawn("--peers", "eager,compile"), "e"),
-        # half a minute to compile for each batch
+        # to compile emoji-64 for one batch took 25 s
         Part("compile emoji-64", 105, sampled("emoji-64", batches, graphs, *small), "d", 15),
         Part("compile m", 115, large or sampled("m", "1,64", graphs, *small), "d", 15),
         Part("compile l", 110, large or sampled("l", "1,64", graphs, *small), "d", 25),

@@ -167,8 +167,8 @@ __device__ __forceinline__ float silu(float x) {
 
 // ---- integers
 
-// Quotients of non-negative int by a fixed divisor, without a division: for 2^(s-1) < d <= 2^s and m = ceil(2^(31+s)/d),
-// floor(n/d) = floor(n m / 2^(31+s)) for all n < 2^31 (Granlund and Montgomery 1994).
+// Quotients of non-negative int by a fixed divisor, without a division: for 2^(s-1) < d <= 2^s and
+// m = ceil(2^(31+s)/d), floor(n/d) = floor(n m / 2^(31+s)) for all n < 2^31 (Granlund and Montgomery 1994).
 struct Divisor {
     unsigned magic = 0, shift = 0;
     int divisor = 0;

@@ -148,8 +148,8 @@ struct Slab {
         }
     }
 
-    // Leave the moments of all rows of the thread for the block; get(row) gives the raw vector. BARRIER: k is ready only
-    // after one.
+    // Leave the moments of all rows of the thread for the block; get(row) gives the raw vector. BARRIER: k is ready
+    // after one alone.
     template <int ROWS, bool BARRIER, typename Get>
     __device__ void summarise(const Get& get) {
         float first[V], sums[V], squares[V];

@@ -108,7 +108,7 @@ inline bool is_power_of_two(int64_t x) { return (x & (x - 1)) == 0; }
 // device holds at a time; of clusters it holds fewer. A block takes a time of its own, and longer the more its
 // multiprocessor has to move meanwhile, the more rows a thread has, and, in two launches, the more parts there are to
 // merge. Rows that are no multiple of 32 bytes waste what memory gives. The factors were fitted to the times of 9,028
-// plans of 212 calls on an H100, in bfloat16 with channels innermost (launch_plans.csv of the results; a test compares).
+// plans of 212 calls on an H100, in bfloat16 with channels innermost: launch_plans.csv of the results, a test compares.
 struct Costs {
     double block, kilobyte, cluster, row, clusters_held;  // one launch
     double two_blocks, two_kilobyte, two_part, odd_row;   // two launches
